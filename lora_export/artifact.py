@@ -1,0 +1,274 @@
+"""The exported folder: its files, its manifest, and how it appears all at once or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from lora_export.contract import GraphContract
+from lora_export.errors import EnvironmentUnusable, InputRefused, UsageProblem
+
+MANIFEST = "lora_export.json"
+GRAPH, GRAPH_DATA = "model.onnx", "model.onnx.data"
+ADAPTERS, REPORTS = "adapters", "reports"
+SCHEMA_VERSION = 1
+
+# Everything whose version decides the bytes of an export.
+_DISTRIBUTIONS = ("lora-export", "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript", "safetensors")
+
+# Files of a base that a host needs beside the graph.
+_CARRIED_NAMES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "preprocessor_config.json", "processor_config.json", "generation_config.json",
+)  # fmt: skip
+_LICENCE_STEMS = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+
+
+class Kind(StrEnum):
+    MERGED = "merged"
+    DYNAMIC = "dynamic"
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """An input as it was given and by hash: `files` maps file name to sha256."""
+
+    given: str
+    revision: str | None
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """One adapter of an export.
+
+    Attributes:
+        ranks: Distinct ranks over its modules.
+        scales: Distinct scales over its modules, as PEFT resolved them.
+        targets: Modules with a LoRA pair.
+        replaced: Linear modules (and other tensors) it replaces as a whole.
+        n_labels: Size of its classification head, if it brings one.
+        file: Its `.onnx_adapter`, relative to the folder; None if it is merged.
+    """
+
+    name: str
+    source: SourceRecord
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    targets: tuple[str, ...]
+    replaced: tuple[str, ...]
+    labels: dict[int, str] | None = None
+    n_labels: int | None = None
+    file: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`lora_export.json`."""
+
+    kind: Kind
+    task: str
+    dtype: str
+    provider: str
+    base: SourceRecord
+    adapters: tuple[AdapterRecord, ...]
+    contract: GraphContract
+    files: dict[str, str]
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+    schema: int = SCHEMA_VERSION
+
+    def adapter(self, name: str) -> AdapterRecord:
+        """The record of adapter `name`.
+
+        Raises:
+            UsageProblem: There is no such adapter.
+        """
+        for record in self.adapters:
+            if record.name == name:
+                return record
+        raise UsageProblem(
+            f"The export has no adapter {name!r}",
+            found=", ".join(record.name for record in self.adapters) or "no adapters at all",
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides an export's bytes, by distribution; "not installed" where one is missing."""
+    found = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the export in `folder`.
+
+    Raises:
+        InputRefused: The folder is no export, or its manifest is of another schema or damaged.
+    """
+    path = folder / MANIFEST
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields["schema"] != SCHEMA_VERSION:
+            raise InputRefused(
+                "The export's manifest is of another version",
+                where=str(path),
+                expected=f"schema {SCHEMA_VERSION}",
+                found=f"schema {fields['schema']}",
+                next_step="export again, or use the lora-export version that wrote it",
+            )
+        return _manifest_from(fields)
+    except FileNotFoundError as error:
+        raise InputRefused(
+            "The folder holds no export",
+            where=str(folder),
+            expected=f"{MANIFEST}, as `lora-export merge` and `lora-export dynamic` write it",
+            next_step="give the folder named with -o when exporting",
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise InputRefused("The export's manifest is damaged", where=str(path), found=repr(error)) from error
+
+
+def _manifest_from(fields: dict) -> Manifest:
+    def adapter(entry: dict) -> AdapterRecord:
+        labels = entry["labels"]
+        sequences = {name: tuple(entry[name]) for name in ("ranks", "scales", "targets", "replaced")}
+        labels = labels and {int(key): value for key, value in labels.items()}
+        return AdapterRecord(**(entry | sequences | {"labels": labels, "source": SourceRecord(**entry["source"])}))
+
+    changed = {
+        "kind": Kind(fields["kind"]),
+        "base": SourceRecord(**fields["base"]),
+        "adapters": tuple(map(adapter, fields["adapters"])),
+        "contract": GraphContract.from_dict(fields["contract"]),
+    }
+    return Manifest(**(fields | changed))
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_existing(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that exists, unless `overwrite` and it is an earlier export or empty.
+
+    Raises:
+        UsageProblem: It exists and `overwrite` is off.
+        InputRefused: It exists, and replacing it would delete something that is no export.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise InputRefused("The output folder exists", where=str(out), next_step="name another, or add --overwrite")
+    if not (out / MANIFEST).is_file():
+        raise InputRefused(
+            "The output folder holds something that is no export; it is not replaced, even with --overwrite",
+            where=str(out),
+            expected=f"a folder with {MANIFEST}, or none",
+            next_step="name another folder, or remove this one yourself",
+        )
+
+
+@contextlib.contextmanager
+def staging(out: Path, *, overwrite: bool, n_bytes: int) -> Iterator[Path]:
+    """A folder beside `out` to build in, renamed to `out` on success and removed on failure.
+
+    Args:
+        n_bytes: What the export will need, checked against the free disk first.
+
+    Raises:
+        InputRefused: `out` is in the way (see `refuse_existing`).
+        EnvironmentUnusable: The disk is too small, fills up, or cannot be written.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    token = uuid.uuid4().hex[:8]
+    stage = out.parent / f".{out.name}.{token}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        require_disk(out.parent, n_bytes)
+        stage.mkdir()
+        yield stage
+        _publish(stage, out, token)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EnvironmentUnusable(
+                "The disk is full; nothing was published", where=str(out.parent), next_step="free some space, run again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise EnvironmentUnusable(
+                "The output folder cannot be written", where=str(out), found=os.strerror(error.errno)
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def require_disk(folder: Path, n_bytes: int) -> None:
+    """Raise EnvironmentUnusable unless the file system of `folder` has `n_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise EnvironmentUnusable(
+            "The disk is too small for this export",
+            where=str(folder),
+            expected=f"{n_bytes / 1e6:,.0f} MB free",
+            found=f"{free / 1e6:,.0f} MB free",
+            next_step="free some space, or name a folder on another disk with -o",
+        )
+
+
+def _publish(stage: Path, out: Path, token: str) -> None:
+    old = out.parent / f".{out.name}.{token}.old"
+    if out.exists():
+        out.rename(old)
+    stage.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest by rename, so that a reader sees the old one or the new one; the last file of an export."""
+    temporary = folder / f".{MANIFEST}.{uuid.uuid4().hex[:8]}"
+    temporary.write_text(manifest.to_json(), encoding="utf-8")
+    temporary.replace(folder / MANIFEST)
+
+
+def carried_files(source: Path) -> list[Path]:
+    """The tokenizer, processor, generation and licence files of a base or adapter folder."""
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file() and (path.name in _CARRIED_NAMES or path.name.upper().startswith(_LICENCE_STEMS))
+    ]
+
+
+def carry_files(base: Path, adapters: dict[str, Path], folder: Path) -> dict[str, str]:
+    """Copy the base's tokenizer, processor and licence files, and the adapters' licences; sha256 by file name."""
+    copied = {}
+    for path in carried_files(base):
+        shutil.copyfile(path, folder / path.name)
+        copied[path.name] = sha256_of(folder / path.name)
+    for name, source in adapters.items():
+        for path in carried_files(source):
+            if path.name.upper().startswith(_LICENCE_STEMS):
+                target = f"{path.stem}.{name}{path.suffix}"
+                shutil.copyfile(path, folder / target)
+                copied[target] = sha256_of(folder / target)
+    return copied

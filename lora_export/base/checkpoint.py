@@ -1,0 +1,291 @@
+"""A base checkpoint on disk: config, lazily read safetensors, and the names its tensors have in the model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import torch
+
+from lora_export.errors import EnvironmentUnusable, InputRefused
+
+# What a base folder contributes to an export: weights, configuration, tokenizer, processor, licences.
+_WANTED_FROM_HUB = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
+SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Located:
+    """A folder on this machine, and how the user named it (path, or hub id with its revision)."""
+
+    path: Path
+    given: str
+    revision: str | None = None
+
+
+def locate(given: str, *, kind: str) -> Located:
+    """The folder that `given` names: a folder, or a hub id (`owner/name`, optionally `@revision`).
+
+    Raises:
+        InputRefused: There is neither a folder nor such a hub id.
+        EnvironmentUnusable: The hub cannot be reached and its cache does not hold the id.
+    """
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return Located(path.resolve(), given)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", given):
+        raise InputRefused(
+            f"The {kind} is not a folder",
+            where=given,
+            expected=f"a folder holding the {kind}, or a hub id such as owner/name",
+            found="a file" if path.exists() else "nothing at this path",
+            next_step="check the path; when the base has moved since training, name it on the command line",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repo_id, _, revision = given.partition("@")
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(_WANTED_FROM_HUB)))
+    except (LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, HfHubHTTPError):
+            raise InputRefused(f"The hub has no such {kind}, or it needs a login", where=given, found=str(error)) from error
+        raise EnvironmentUnusable(
+            f"The {kind} is not a folder here and the hub cannot be reached",
+            where=given,
+            found=str(error).splitlines()[0],
+            next_step="give a folder, or set HF_HOME to a cache that holds it",
+        ) from error
+    except HFValidationError as error:
+        raise InputRefused(f"The {kind} is neither a folder nor a hub id", where=given, found=str(error)) from error
+    return Located(folder, repo_id, folder.name)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`.
+
+    Raises:
+        InputRefused: The file is missing, is not JSON, or holds no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputRefused(f"{path.name} is missing", where=str(path.parent)) from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputRefused(f"{path.name} is not valid JSON", where=str(path), found=str(error)) from error
+    if not isinstance(value, dict):
+        raise InputRefused(f"{path.name} holds no JSON object", where=str(path), found=type(value).__name__)
+    return value
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Header of one stored tensor; `dtype` in safetensors' spelling."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SafetensorsFiles:
+    """Tensors across one or more safetensors files, read one at a time from the memory-mapped files."""
+
+    tensors: dict[str, TensorInfo]
+    _open: dict[Path, object] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, files: Iterable[Path]) -> SafetensorsFiles:
+        """Read the headers of `files`.
+
+        Raises:
+            InputRefused: A file is truncated or not safetensors, or two files hold a tensor of the same name.
+        """
+        tensors: dict[str, TensorInfo] = {}
+        opened: dict[Path, object] = {}
+        for file in files:
+            try:
+                opened[file] = handle = safetensors.safe_open(file, framework="pt")
+                names = list(handle.keys())
+                for name in names:
+                    part = handle.get_slice(name)
+                    if name in tensors:
+                        raise InputRefused(
+                            f"Tensor {name} is stored twice", where=str(file), found=f"also in {tensors[name].file}"
+                        )
+                    tensors[name] = TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
+            except safetensors.SafetensorError as error:
+                raise InputRefused(
+                    "The file is truncated or not safetensors",
+                    where=str(file),
+                    found=str(error),
+                    next_step="fetch or save the file again",
+                ) from error
+        return cls(tensors, opened)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name` as stored (dtype and shape of its header), backed by the mapped file."""
+        info = self.tensors[name]
+        return self._open[info.file].get_tensor(name)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base folder: `config.json`, safetensors (sharded or not), tokenizer and licence files."""
+
+    located: Located
+    config: dict
+    files: SafetensorsFiles
+
+    @classmethod
+    def open(cls, located: Located) -> Checkpoint:
+        """Open the base at `located`, reading headers only.
+
+        Raises:
+            InputRefused: No config, only pickled weights, a truncated or missing shard, or a model that needs remote
+                code.
+        """
+        config = read_json(located.path / "config.json")
+        _refuse_unsafe_or_unknown(config, located.path)
+        return cls(located, config, SafetensorsFiles.open(weight_files(located.path)))
+
+    @property
+    def path(self) -> Path:
+        return self.located.path
+
+    @property
+    def dtype(self) -> str:
+        """The dtype most of the checkpoint's bytes are stored in, one of float32, float16, bfloat16.
+
+        Raises:
+            InputRefused: They are stored in another dtype (quantized).
+        """
+        n_elements: dict[str, int] = {}
+        for info in self.files.tensors.values():
+            size = 1
+            for dim in info.shape:
+                size *= dim
+            n_elements[info.dtype] = n_elements.get(info.dtype, 0) + size
+        most = max(n_elements, key=n_elements.__getitem__, default="nothing")
+        if most not in SAFETENSORS_DTYPES:
+            raise InputRefused(
+                "The base's weights are stored in a dtype that is not exported",
+                where=str(self.path),
+                expected="float32, float16 or bfloat16",
+                found=most,
+                next_step="export from the unquantized checkpoint",
+            )
+        return SAFETENSORS_DTYPES[most]
+
+    def load_config(self, **overrides):
+        """The `PretrainedConfig`, from the folder alone, never running code that it carries."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True, **overrides)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a base, in the order of its index.
+
+    Raises:
+        InputRefused: There are none (only pickles, or nothing), or the index names a file that is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        missing = [name for name in names if not (folder / name).is_file() or "/" in name or "\\" in name]
+        if missing:
+            raise InputRefused(
+                "The checkpoint's index names files that are not there",
+                where=str(index),
+                found=", ".join(missing),
+                next_step="fetch the missing shards",
+            )
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    if single.exists():
+        return [single]
+    refuse_pickles(folder, "model")
+    raise InputRefused(
+        "The base has no weights",
+        where=str(folder),
+        expected="model.safetensors, or model.safetensors.index.json with its shards",
+        found=", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "an empty folder",
+    )
+
+
+def refuse_pickles(folder: Path, kind: str) -> None:
+    """Raise InputRefused if `folder` holds weights only as pickles, which can run code when they are read."""
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+    if pickles:
+        raise InputRefused(
+            f"The {kind}'s weights are pickled; a pickle can run code, so it is never read",
+            where=str(folder),
+            expected="safetensors",
+            found=", ".join(pickles),
+            next_step="load it where you trust it and save again with save_pretrained(…, safe_serialization=True)",
+        )
+
+
+def _refuse_unsafe_or_unknown(config: dict, folder: Path) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    model_type = config.get("model_type")
+    if model_type in CONFIG_MAPPING_NAMES:
+        return
+    if "auto_map" in config:
+        raise InputRefused(
+            "The base needs code from its own folder (trust_remote_code), which is never run",
+            where=f"{folder}/config.json: auto_map",
+            found=f"model_type {model_type!r}, {config['auto_map']}",
+            next_step="use a checkpoint of an architecture that Transformers carries itself",
+        )
+    raise InputRefused(
+        "Transformers does not know this base's architecture",
+        where=f"{folder}/config.json: model_type",
+        found=repr(model_type),
+        next_step="check that the folder is a Transformers checkpoint; a newer transformers may know it",
+    )
+
+
+def checkpoint_names(model: torch.nn.Module, files: SafetensorsFiles) -> dict[str, str]:
+    """Stored name of every tensor of `model` that the checkpoint holds: model path → checkpoint name.
+
+    Renamings (legacy names, a base model's prefix added or stripped) are Transformers' own.
+
+    Raises:
+        InputRefused: A stored tensor only becomes a model tensor by conversion (merged experts), or its shape is not
+            the model's.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    state = model.state_dict(keep_vars=True)
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    names: dict[str, str] = {}
+    for stored, info in files.tensors.items():
+        path, converted = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+        if path not in state:
+            continue
+        if converted is not None:
+            raise InputRefused(
+                "The checkpoint stores tensors that Transformers converts when it loads them; this is not exported",
+                where=f"{info.file}: {stored}",
+                found=f"{stored} → {path}",
+                next_step="load the base in Transformers and save it again in the converted layout",
+            )
+        if tuple(state[path].shape) != info.shape:
+            raise InputRefused(
+                "A tensor of the base does not have the shape its config says",
+                where=f"{info.file}: {stored}",
+                expected=str(list(state[path].shape)),
+                found=str(list(info.shape)),
+            )
+        names[path] = stored
+    return names

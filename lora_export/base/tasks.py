@@ -1,0 +1,98 @@
+"""The tasks that can be exported: which Transformers class each loads, what it takes and what it gives.
+
+Names follow the Transformers pipelines and Optimum.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from enum import StrEnum
+
+from lora_export.errors import InputRefused
+
+
+class Task(StrEnum):
+    FEATURE_EXTRACTION = "feature-extraction"
+    TEXT_CLASSIFICATION = "text-classification"
+    TOKEN_CLASSIFICATION = "token-classification"
+    IMAGE_CLASSIFICATION = "image-classification"
+    TEXT_GENERATION = "text-generation"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    auto_class: str
+    architecture_suffixes: tuple[str, ...]
+    peft_task_type: str | None
+
+
+_TABLE = {
+    Task.TEXT_CLASSIFICATION: _Entry("AutoModelForSequenceClassification", ("ForSequenceClassification",), "SEQ_CLS"),
+    Task.TOKEN_CLASSIFICATION: _Entry("AutoModelForTokenClassification", ("ForTokenClassification",), "TOKEN_CLS"),
+    Task.IMAGE_CLASSIFICATION: _Entry("AutoModelForImageClassification", ("ForImageClassification",), None),
+    Task.TEXT_GENERATION: _Entry("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel"), "CAUSAL_LM"),
+    Task.FEATURE_EXTRACTION: _Entry("AutoModel", ("Model",), "FEATURE_EXTRACTION"),
+}
+CLASSIFICATION = (Task.TEXT_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.IMAGE_CLASSIFICATION)
+
+
+def resolve_task(requested: str | None, config: dict, peft_task_types: dict[str, str | None], where: str) -> Task:
+    """The task to export: the one asked for, else the adapters' own, else the base config's architecture.
+
+    Args:
+        requested: `--task`, if given.
+        config: The base's `config.json`.
+        peft_task_types: `task_type` of each adapter by adapter name.
+        where: The base's path, for messages.
+
+    Raises:
+        InputRefused: The adapters were trained for different tasks, or the architecture has no supported task.
+    """
+    if requested is not None:
+        return Task(requested)
+    asked = {name: kind for name, kind in peft_task_types.items() if kind}
+    if len(set(asked.values())) > 1:
+        raise InputRefused(
+            "The adapters were trained for different tasks; one graph serves one task",
+            where="adapter_config.json: task_type",
+            found=", ".join(f"{name}: {kind}" for name, kind in asked.items()),
+            next_step="export each task to its own folder, or name the task with --task",
+        )
+    for kind in asked.values():
+        for task, entry in _TABLE.items():
+            if entry.peft_task_type == kind:
+                return task
+        raise InputRefused(
+            f"Adapters of PEFT task type {kind} are not exported",
+            where="adapter_config.json: task_type",
+            expected=", ".join(entry.peft_task_type for entry in _TABLE.values() if entry.peft_task_type),
+            next_step="name a supported task with --task if the base can do it",
+        )
+    architectures = config.get("architectures") or []
+    for task, entry in _TABLE.items():
+        if any(name.endswith(entry.architecture_suffixes) for name in architectures):
+            return task
+    raise InputRefused(
+        "No supported task follows from the base's architecture",
+        where=f"{where}/config.json: architectures",
+        expected="a class ending in " + ", ".join(s for e in _TABLE.values() for s in e.architecture_suffixes),
+        found=", ".join(architectures) or "nothing",
+        next_step="name the task with --task",
+    )
+
+
+def auto_class(task: Task) -> type:
+    """The Transformers `AutoModel…` class of `task`."""
+    import transformers
+
+    return getattr(transformers, _TABLE[task].auto_class)
+
+
+def text_input_names(model) -> tuple[str, ...]:
+    """The encoder inputs of `model` (a `PreTrainedModel`): `token_type_ids` only where it has more than one type."""
+    names = ["input_ids", "attention_mask"]
+    accepts = inspect.signature(model.forward).parameters
+    if "token_type_ids" in accepts and (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
+        names.append("token_type_ids")
+    return tuple(names)

@@ -1,0 +1,156 @@
+"""Trace a weightless base into an `ir.Model`: the only place that calls `torch.onnx`.
+
+The traced graph's initializers carry the model's parameter paths as names, its nodes carry the module they came from
+(`pkg.torch.onnx.name_scopes`), and its inputs and outputs carry the names that Optimum and ONNX Runtime GenAI use.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+
+from lora_export.base.tasks import Task, text_input_names
+from lora_export.quiet import quiet
+from lora_export.recipe import RECIPE, Recipe
+
+# Sample sizes of the trace. Different from each other and from usual model sizes, so that none is taken for another.
+_BATCH, _SEQUENCE, _PAST = 2, 7, 5
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Keyword arguments of `forward`, their dynamic shapes, and the names their axes get in the graph."""
+
+    inputs: dict
+    dynamic_shapes: dict
+    renamed: dict[str, str]
+
+
+def trace(task: Task, model: torch.nn.Module) -> ir.Model:
+    """The unoptimized graph of a weightless `model`; parameters become initializers without a value, with a recipe.
+
+    Args:
+        model: From `build_weightless`. Left as it was.
+
+    Returns:
+        A graph whose symbolic axes are named `batch_size`, `sequence_length`, `past_sequence_length`,
+        `total_sequence_length`. Parameters and persistent buffers have `const_value` None; everything else
+        (constants, non-persistent buffers) keeps its value.
+    """
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    sample = _decoder_sample(model) if task is Task.TEXT_GENERATION else _encoder_sample(task, model)
+    config = OnnxConfig(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False)
+    with quiet():
+        program = OnnxExporter().export(model, sample.inputs, config).program
+    _unbind_parameters(program.graph, model)
+    _rename_inputs_and_outputs(program.graph, sample.renamed)
+    _name_axes(program.graph)
+    return program
+
+
+def _encoder_sample(task: Task, model: torch.nn.Module) -> _Sample:
+    batch = torch.export.Dim("batch_size", max=2**20)
+    if task is Task.IMAGE_CLASSIFICATION or model.main_input_name == "pixel_values":
+        size = model.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = torch.zeros(_BATCH, getattr(model.config, "num_channels", 3), height, width, dtype=model.dtype)
+        return _Sample({"pixel_values": pixels}, {"pixel_values": {0: batch}}, {})
+    longest = getattr(model.config, "max_position_embeddings", None) or 2**20
+    sequence = torch.export.Dim("sequence_length", max=_longest_sequence(model, longest))
+    tokens = torch.ones(_BATCH, _SEQUENCE, dtype=torch.long)
+    inputs = {name: tokens.clone() for name in text_input_names(model)}
+    shapes = {name: {0: batch, 1: sequence} for name in inputs}
+    if getattr(model.config, "use_cache", None) is not None:
+        inputs["use_cache"] = False
+    return _Sample(inputs, shapes, {})
+
+
+def _longest_sequence(model: torch.nn.Module, positions: int) -> int:
+    # RoBERTa counts positions from padding_idx + 1, so its table is longer than its longest sequence.
+    offset = getattr(model.config, "pad_token_id", None)
+    counts_from_padding = any(
+        getattr(module, "padding_idx", None) is not None and name.endswith("position_embeddings")
+        for name, module in model.named_modules()
+    )
+    return positions - offset - 1 if counts_from_padding and isinstance(offset, int) else positions
+
+
+def _decoder_sample(model: torch.nn.Module) -> _Sample:
+    from transformers import DynamicCache
+
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = DynamicCache(config=config)
+    renamed = {}
+    for layer in range(config.num_hidden_layers):
+        states = torch.zeros(_BATCH, heads, _PAST, head_size, dtype=model.dtype)
+        cache.update(states, states.clone(), layer)
+        for theirs, ours in (("keys", "key"), ("values", "value")):
+            path = f"past_key_values.layers.{layer}.{theirs}"
+            renamed[f"input.{path}"] = f"past_key_values.{layer}.{ours}"
+            renamed[f"output.{path}"] = f"present.{layer}.{ours}"
+    tokens = torch.ones(_BATCH, _SEQUENCE, dtype=torch.long)
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.long),
+        "position_ids": torch.arange(_PAST, _PAST + _SEQUENCE).expand(_BATCH, -1).clone(),
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+    auto = torch.export.Dim.AUTO
+    shapes = {name: {0: auto, 1: auto} for name in ("input_ids", "attention_mask", "position_ids")}
+    shapes["past_key_values"] = [{0: auto, 2: auto}] * (2 * config.num_hidden_layers)
+    return _Sample(inputs, shapes, renamed)
+
+
+def _unbind_parameters(graph: ir.Graph, model: torch.nn.Module) -> None:
+    parameters = model.state_dict(keep_vars=True).keys()
+    for name, value in graph.initializers.items():
+        if name in parameters:
+            value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
+            value.const_value = None
+            value.metadata_props[RECIPE] = Recipe((name,)).to_json()
+
+
+def _rename_inputs_and_outputs(graph: ir.Graph, renamed: dict[str, str]) -> None:
+    for value in (*graph.inputs, *graph.outputs):
+        value.name = renamed.get(value.name, value.name)
+
+
+def _name_axes(graph: ir.Graph) -> None:
+    """Give the trace's symbols (`s44`) the names of the axes they stand for, everywhere in the graph."""
+    axes = {"pixel_values": ("batch_size",), "attention_mask": ("batch_size", "total_sequence_length")}
+    decoder = any(value.name.startswith("past_key_values") for value in graph.inputs)
+    names: dict[str, str] = {}
+    # input_ids first: where the trace unified two axes, the first name given stays.
+    for value in sorted(graph.inputs, key=lambda value: value.name != "input_ids"):
+        if value.name.startswith("past_key_values"):
+            labels = {0: "batch_size", 2: "past_sequence_length"}
+        elif value.name in axes and (decoder or value.name == "pixel_values"):
+            labels = dict(enumerate(axes[value.name]))
+        else:
+            labels = {0: "batch_size", 1: "sequence_length"}
+        for axis, label in labels.items():
+            dim = value.shape[axis]
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                names.setdefault(str(dim.value), label)
+    for value in _values(graph):
+        if value.shape is None or value.shape.frozen:
+            continue
+        for axis, dim in enumerate(value.shape):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                named = re.sub(r"\b\w+\b", lambda m: names.get(m[0], m[0]), str(dim.value))
+                total = sorted(named.split(" + ")) == ["past_sequence_length", "sequence_length"]
+                value.shape[axis] = "total_sequence_length" if total else named
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    for node in graph.all_nodes():
+        yield from node.outputs

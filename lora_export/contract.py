@@ -1,0 +1,105 @@
+"""The exported graph's contract: its inputs, its outputs, and the optional inputs that carry adapters.
+
+Written into the manifest by an export; pack, check, the runtime and `add` read it from there and nowhere else.
+Standard library only: a host without torch, onnx or PEFT reads it too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+Dim = int | str
+
+
+class AdapterInputKind(StrEnum):
+    """What an adapter input holds; the shape each kind has is given with it."""
+
+    LORA_A = "lora_A"  # [rows, in_features, rank]
+    LORA_B = "lora_B"  # [rows, rank, out_features], the scale folded in
+    WEIGHT = "weight"  # [rows, in_features, out_features], a whole replaced Linear
+    BIAS = "bias"  # [rows, 1, out_features], a replaced Linear's bias
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named input or output: `dims` are sizes, or names of sizes that vary; `dtype` as NumPy spells it."""
+
+    name: str
+    dtype: str
+    dims: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class StoredDefault:
+    """Where the default of an adapter input lies in `model.onnx.data`: byte `offset` and `length`."""
+
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class AdapterInput:
+    """One optional input `[rows, …]` of a dynamic graph; `rows` is 1 or the batch size.
+
+    Attributes:
+        name: The input's name, `<module>.lora_A.weight` and so on.
+        module: The path of the module in the base model, the name that PEFT uses.
+        default: The stored default of a replaced Linear; None for a LoRA pair, whose default has rank 0.
+        base_has_default: Whether the default is the base checkpoint's own tensor; False when the checkpoint has no
+            such tensor (an encoder without a head) and the default is zeros.
+    """
+
+    name: str
+    module: str
+    kind: AdapterInputKind
+    dtype: str
+    dims: tuple[Dim, ...]
+    default: StoredDefault | None = None
+    base_has_default: bool = True
+
+
+@dataclass(frozen=True)
+class GraphContract:
+    """Everything a host must know to run `model.onnx`."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    adapter_inputs: tuple[AdapterInput, ...] = ()
+
+    def of_module(self, module: str) -> dict[AdapterInputKind, AdapterInput]:
+        """The adapter inputs of `module` by kind; empty if the graph has none there."""
+        return {entry.kind: entry for entry in self.adapter_inputs if entry.module == module}
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that adapters may touch, in graph order, each once."""
+        return tuple(dict.fromkeys(entry.module for entry in self.adapter_inputs))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> GraphContract:
+        def spec(entry: dict) -> TensorSpec:
+            return TensorSpec(entry["name"], entry["dtype"], tuple(entry["dims"]))
+
+        def adapter_input(entry: dict) -> AdapterInput:
+            stored = entry["default"]
+            default = stored and StoredDefault(tuple(stored["shape"]), stored["offset"], stored["length"])
+            return AdapterInput(
+                entry["name"],
+                entry["module"],
+                AdapterInputKind(entry["kind"]),
+                entry["dtype"],
+                tuple(entry["dims"]),
+                default,
+                entry["base_has_default"],
+            )
+
+        return cls(
+            tuple(map(spec, fields["inputs"])),
+            tuple(map(spec, fields["outputs"])),
+            tuple(map(adapter_input, fields["adapter_inputs"])),
+        )

@@ -1,0 +1,102 @@
+"""The finished weightless graph of a plan: traced, given its adapter inputs, fused; cached at both steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from lora_export.adapters.factors import Adapter
+from lora_export.artifact import versions
+from lora_export.base.trace import trace
+from lora_export.contract import AdapterInput, GraphContract, TensorSpec
+from lora_export.errors import InputRefused
+from lora_export.graph.adapter_inputs import SiteChoice, add_adapter_inputs, attach_defaults
+from lora_export.graph.cache import cache_key, cached_graph
+from lora_export.graph.fuse import fuse
+from lora_export.graph.sites import find_sites
+from lora_export.graph.unbound import bind_small, untie
+from lora_export.plan import Plan, Resolved
+from lora_export.weights import digest
+
+_ADAPTER_INPUTS = "lora_export.adapter_inputs"
+# What a config holds besides the architecture; it changes no graph.
+_NOT_ARCHITECTURE = ("_name_or_path", "architectures", "transformers_version", "id2label", "label2id", "torch_dtype")
+
+
+def choose_sites(adapters: Sequence[Adapter], targets: Sequence[str] = ()) -> SiteChoice:
+    """The union of what `adapters` touch, with `targets` added; a module replaced by one adapter takes no pair."""
+    replaced = dict.fromkeys(module for adapter in adapters for module in adapter.replaced_modules)
+    lora = dict.fromkeys([*(module for adapter in adapters for module in adapter.lora), *targets])
+    return SiteChoice(tuple(module for module in lora if module not in replaced), tuple(replaced))
+
+
+def finished_graph(
+    plan: Plan, resolved: Resolved, choice: SiteChoice, *, use_cache: bool
+) -> tuple[ir.Model, tuple[AdapterInput, ...]]:
+    """The graph to bind, and its adapter inputs (none for a merge).
+
+    Large weights stay unbound; norms and biases are bound, as fusions use them, but those that an adapter replaces.
+    """
+    config = {key: value for key, value in plan.config.to_dict().items() if key not in _NOT_ARCHITECTURE}
+    traced_from = {"config": config, "labels": plan.config.num_labels, "task": plan.task, "dtype": plan.dtype}
+    traced_from["versions"] = versions()
+    replaced = frozenset(path for adapter in resolved.adapters for path in adapter.replaced)
+    small = resolved.source.small_parameters(plan.dtype, without=replaced | resolved.source.zeros_for)
+    untied = _untied(resolved)
+    facts = traced_from | {"provider": plan.request.provider, "small": digest(small), "untied": untied}
+    facts |= {"lora": choice.lora_modules, "replaced": choice.replaced_modules, "unbound": sorted(replaced)}
+
+    def build() -> ir.Model:
+        model = cached_graph(
+            cache_key(traced_from | {"step": "trace"}), lambda: trace(plan.task, resolved.model), use_cache=use_cache
+        )
+        for module, other_name in untied.items():
+            nodes = [site.node for site in find_sites(model.graph, [module])[module]]
+            untie(model, module, nodes, other_name)
+        bind_small(model, small)
+        model, inputs = add_adapter_inputs(model, choice)
+        model = fuse(model, plan.request.provider)
+        attach_defaults(model.graph, inputs)
+        specs = GraphContract((), (), inputs).to_dict()["adapter_inputs"]
+        model.metadata_props[_ADAPTER_INPUTS] = json.dumps(specs)
+        return model
+
+    model = cached_graph(cache_key(facts | {"step": "finished"}), build, use_cache=use_cache)
+    model.producer_name, model.producer_version = "lora-export", versions()["lora-export"]
+    fields = {"inputs": [], "outputs": [], "adapter_inputs": json.loads(model.metadata_props.pop(_ADAPTER_INPUTS))}
+    return model, GraphContract.from_dict(fields).adapter_inputs
+
+
+def _untied(resolved: Resolved) -> dict[str, str]:
+    """Modules whose tied weight a merged adapter changes → the path under which the rest keeps the shared tensor."""
+    found = {}
+    for adapter in resolved.source.adapters:
+        changed = [*adapter.lora, *adapter.replaced_modules]
+        for module in changed:
+            others = [alias for alias in resolved.source.aliases.get(f"{module}.weight", ()) if alias != f"{module}.weight"]
+            if others:
+                found[module] = others[0]
+    if len(found) > 1 and len(set(found.values()) & {f"{module}.weight" for module in found}) > 0:
+        raise InputRefused(
+            "An adapter changes both sides of a tied weight",
+            where=", ".join(found),
+            next_step="merge it in PEFT, save the model untied, and export that as a base without adapters",
+        )
+    return found
+
+
+def describe(model: ir.Model, adapter_inputs: Sequence[AdapterInput]) -> GraphContract:
+    """The contract of a graph: its own inputs and outputs, and the adapter inputs."""
+    optional = {entry.name for entry in adapter_inputs}
+
+    def spec(value: ir.Value) -> TensorSpec:
+        dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+        return TensorSpec(value.name, str(value.dtype.numpy()), dims)
+
+    return GraphContract(
+        tuple(spec(value) for value in model.graph.inputs if value.name not in optional),
+        tuple(map(spec, model.graph.outputs)),
+        tuple(adapter_inputs),
+    )

@@ -1,0 +1,118 @@
+"""Optimize a weightless graph and fuse it into ONNX Runtime's operators for a provider.
+
+Constant folding, common-subexpression elimination and most fusions are onnxscript's and Transformers'. Ours are the two
+that must work without weights: packing sibling projections, and reading a tied weight transposed.
+"""
+
+from __future__ import annotations
+
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as common_passes
+
+from lora_export.graph.unbound import is_matrix_transpose, prepare_weights, recipe_of, set_recipe
+from lora_export.quiet import quiet
+from lora_export.recipe import Recipe
+
+
+def fuse(model: ir.Model, provider: str) -> ir.Model:
+    """`model` (changed in place and returned) optimized and fused for `provider`, "cpu" or "cuda"."""
+    from onnxscript.optimizer import optimize_ir
+    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+
+    prepare_weights(model)
+    with quiet():
+        # Folding a Resize (interpolated position embeddings) evaluates it element by element in Python.
+        optimize_ir(model, should_fold=lambda node: False if node.op_type == "Resize" else None)
+        fuse_for_onnxruntime(model, provider)
+    pack_siblings(model)
+    read_tied_weights_transposed(model)
+    common_passes.RemoveUnusedNodesPass()(model)
+    common_passes.TopologicalSortPass()(model)
+    return model
+
+
+def pack_siblings(model: ir.Model) -> ir.Model:
+    """Turn the MatMuls that read one input with unbound weights `[in, out_i]` into one MatMul and a Split.
+
+    Query, key and value projections, or an MLP's gate and up. The packed weight's recipe concatenates the others', so
+    nothing is read here. The sum of `out_i` is the packed width.
+    """
+    graph = model.graph
+    values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+    for value in values:
+        siblings = [node for node, index in value.uses() if index == 0 and _is_packable(node)]
+        if len(siblings) >= 2:
+            _pack(graph, value, siblings)
+    return model
+
+
+def _is_packable(node: ir.Node) -> bool:
+    if node.op_type != "MatMul" or node.domain != "":
+        return False
+    weight = node.inputs[1]
+    recipe = recipe_of(weight) if weight.is_initializer() and not weight.is_graph_input() else None
+    return recipe is not None and len(weight.shape) == 2 and len(tuple(weight.uses())) == 1
+
+
+def _pack(graph: ir.Graph, value: ir.Value, siblings: list[ir.Node]) -> None:
+    weights = [node.inputs[1] for node in siblings]
+    recipes = [recipe_of(weight) for weight in weights]
+    if len({(recipe.transposed, weight.shape[0]) for recipe, weight in zip(recipes, weights, strict=True)}) != 1:
+        return
+    sizes = [weight.shape[1] for weight in weights]
+    packed = ir.Value(
+        name="+".join(weight.name for weight in weights),
+        type=ir.TensorType(weights[0].dtype),
+        shape=ir.Shape([weights[0].shape[0], sum(sizes)]),
+    )
+    set_recipe(packed, Recipe(tuple(p for recipe in recipes for p in recipe.parameters), recipes[0].transposed, 1))
+    graph.initializers[packed.name] = packed
+    split_sizes = ir.Value(
+        name=f"{packed.name}.sizes", const_value=ir.tensor(np.array(sizes, np.int64)), shape=ir.Shape([len(sizes)])
+    )
+    split_sizes.dtype = ir.DataType.INT64
+    graph.register_initializer(split_sizes)
+    matmul = ir.node("MatMul", [value, packed])
+    split = ir.node(
+        "Split", [matmul.outputs[0], split_sizes], attributes={"axis": -1}, num_outputs=len(siblings)
+    )
+    matmul.outputs[0].dtype = weights[0].dtype
+    if value.shape is not None:
+        matmul.outputs[0].shape = ir.Shape([*value.shape[:-1], sum(sizes)])
+    order = {id(node): position for position, node in enumerate(graph)}
+    graph.insert_before(min(siblings, key=lambda node: order[id(node)]), [matmul, split])
+    for node, output, weight in zip(siblings, split.outputs, weights, strict=True):
+        output.dtype, output.shape, output.name = node.outputs[0].dtype, node.outputs[0].shape, node.outputs[0].name
+        node.outputs[0].name = f"{output.name}_unpacked"
+        node.outputs[0].replace_all_uses_with(output)
+        graph.remove(node, safe=True)
+        del graph.initializers[weight.name]
+
+
+def read_tied_weights_transposed(model: ir.Model) -> ir.Model:
+    """Rewrite `MatMul(x, Transpose(weight))` of an unbound weight to `FusedMatMul(x, weight, transB=1)`.
+
+    The weight is stored once, in the layout its other use (an embedding) needs. Without this, ONNX Runtime folds the
+    Transpose when it loads the graph and holds the weight twice.
+    """
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type != "MatMul" or node.domain != "":
+            continue
+        transpose = node.inputs[1].producer()
+        if transpose is None or not is_matrix_transpose(transpose) or recipe_of(transpose.inputs[0]) is None:
+            continue
+        fused = ir.node(
+            "FusedMatMul", [node.inputs[0], transpose.inputs[0]], attributes={"transB": 1}, domain="com.microsoft"
+        )
+        old, new = node.outputs[0], fused.outputs[0]
+        name = old.name
+        new.dtype, new.shape = old.dtype, old.shape
+        graph.insert_before(node, fused)
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        old.name, new.name = f"{name}_transposed", name
+        graph.remove(node, safe=True)
+    model.graph.opset_imports.setdefault("com.microsoft", 1)
+    return model

@@ -1,0 +1,93 @@
+"""Find the nodes that compute a module's linear map.
+
+A node is found by the module path that the exporter recorded on it (`pkg.torch.onnx.name_scopes`, last but one entry)
+and by the weight it reads, never by its generated name.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from lora_export.errors import InputRefused
+
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of a linear module in the graph: `output = input · weight (+ bias)`.
+
+    Attributes:
+        module: The module's path in the base model.
+        node: The `MatMul` (bias added by a later node) or `Gemm` (bias inside).
+        weight: The initializer `<module>.weight`.
+        in_features, out_features: The map's sizes.
+        weight_is_transposed: True if the initializer is `[out, in]` (`nn.Linear`), False if it is `[in, out]`
+            (`Conv1D` of GPT-2).
+    """
+
+    module: str
+    node: ir.Node
+    weight: ir.Value
+    in_features: int
+    out_features: int
+    weight_is_transposed: bool
+
+    @property
+    def input(self) -> ir.Value:
+        return self.node.inputs[0]
+
+    @property
+    def output(self) -> ir.Value:
+        return self.node.outputs[0]
+
+
+def module_of(node: ir.Node) -> str | None:
+    """The path of the module whose `forward` made `node`, or None if the exporter recorded none."""
+    scopes = node.metadata_props.get(NAME_SCOPES)
+    if scopes is None:
+        return None
+    entries = ast.literal_eval(scopes)
+    return entries[-2] if len(entries) >= 2 else ""
+
+
+def find_sites(graph: ir.Graph, modules: Iterable[str]) -> dict[str, list[Site]]:
+    """The sites of each of `modules`, in graph order; a module called twice (shared layers) has two.
+
+    Raises:
+        InputRefused: A module has no linear map in the graph: it is no Linear, or the task's graph never calls it.
+    """
+    wanted = dict.fromkeys(modules)
+    sites: dict[str, list[Site]] = {module: [] for module in wanted}
+    for node in graph.all_nodes():
+        if node.domain == "" and node.op_type in ("MatMul", "Gemm"):
+            module = module_of(node)
+            if module in wanted and (site := _linear_site(module, node)) is not None:
+                sites[module].append(site)
+    missing = [module for module, found in sites.items() if not found]
+    if missing:
+        raise InputRefused(
+            "Adapted modules are not linear maps of the exported graph",
+            where=", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else ""),
+            expected="nn.Linear or Conv1D modules that this task's forward pass calls",
+            next_step="merge the adapter instead, or export the task that the adapter was trained for (--task)",
+        )
+    return sites
+
+
+def _linear_site(module: str, node: ir.Node) -> Site | None:
+    operand = node.inputs[1]
+    transposed = bool(node.attributes.get_int("transB", 0)) if node.op_type == "Gemm" else False
+    producer = operand.producer()
+    if producer is not None and producer.op_type == "Transpose":
+        operand, transposed = producer.inputs[0], not transposed
+    # A tied weight has the name of the tensor it is tied to, so the shape decides, not the name.
+    if not operand.is_initializer() or operand.const_value is not None or len(operand.shape) != 2:
+        return None
+    rows, columns = operand.shape
+    in_features, out_features = (columns, rows) if transposed else (rows, columns)
+    return Site(module, node, operand, in_features, out_features, transposed)

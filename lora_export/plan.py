@@ -1,0 +1,196 @@
+"""From what the user named to what will be exported: everything is refused here, before any work is done."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_export.adapters.factors import Adapter
+from lora_export.adapters.peft_reader import AdapterFolder, open_adapter, read_adapter
+from lora_export.adapters.support import require_supported
+from lora_export.base.checkpoint import Checkpoint, checkpoint_names, locate
+from lora_export.base.tasks import CLASSIFICATION, Task, resolve_task
+from lora_export.base.weightless import build_weightless, parameter_aliases
+from lora_export.errors import InputRefused, UsageProblem
+from lora_export.weights import ParameterSource
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for.
+
+    Attributes:
+        base: A folder or hub id; None to take the adapters' own `base_model_name_or_path`.
+        adapters: (folder or hub id, name or None) of each adapter.
+        mode: "merge" or "dynamic".
+        dtype: None for the checkpoint's.
+    """
+
+    base: str | None
+    adapters: tuple[tuple[str, str | None], ...]
+    mode: str
+    task: str | None = None
+    dtype: str | None = None
+    provider: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that passed all checks that headers allow.
+
+    Attributes:
+        config: The `PretrainedConfig` the graph is traced from; for a merge, with the adapter's number of labels.
+        adapter_configs: The config each adapter's head was trained for, in the order of `folders`.
+    """
+
+    request: Request
+    checkpoint: Checkpoint
+    folders: tuple[AdapterFolder, ...]
+    task: Task
+    dtype: str
+    config: object
+    adapter_configs: tuple[object, ...]
+
+
+def make_plan(request: Request) -> Plan:
+    """Locate and check base and adapters, headers only.
+
+    Raises:
+        LoraExportError: Anything that cannot be exported, by name, with the way out.
+    """
+    folders = tuple(
+        open_adapter(locate(given, kind="adapter").path, given, name) for given, name in request.adapters
+    )
+    _refuse_equal_names(folders)
+    for folder in folders:
+        require_supported(folder.config, request.mode, folder.name)
+    checkpoint = Checkpoint.open(locate(_base_of(request.base, folders), kind="base"))
+    peft_tasks = {folder.name: folder.config.get("task_type") for folder in folders}
+    task = resolve_task(request.task, checkpoint.config, peft_tasks, str(checkpoint.path))
+    dtype = request.dtype or checkpoint.dtype
+    config = checkpoint.load_config()
+    adapter_configs = tuple(_config_for(config, task, folder) for folder in folders)
+    if request.mode == "merge" and adapter_configs:
+        config = _merged_config(folders, adapter_configs)
+    return Plan(request, checkpoint, folders, task, dtype, config, adapter_configs)
+
+
+def _refuse_equal_names(folders: Sequence[AdapterFolder]) -> None:
+    names = [folder.name for folder in folders]
+    if len(set(names)) != len(names):
+        raise UsageProblem(
+            "Two adapters have the same name", found=", ".join(names), next_step="name each with --name, in order"
+        )
+
+
+def _base_of(base: str | None, folders: Sequence[AdapterFolder]) -> str:
+    if base is not None:
+        return base
+    recorded = {folder.base for folder in folders}
+    if len(recorded) != 1 or None in recorded:
+        raise InputRefused(
+            "The adapters do not agree on a base" if len(recorded) > 1 else "The adapter does not record its base",
+            where="adapter_config.json: base_model_name_or_path",
+            found=", ".join(f"{folder.name}: {folder.base}" for folder in folders),
+            next_step="name the base as the first argument",
+        )
+    return recorded.pop()
+
+
+def _config_for(config, task: Task, folder: AdapterFolder):
+    """`config` with the number of labels that the adapter's head has, read off the head's shape."""
+    if task not in CLASSIFICATION or not folder.config.get("modules_to_save"):
+        return config
+    model = build_weightless(task, config, "float32")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for key, shape in folder.shapes.items():
+        expected = shapes.get(key.removeprefix("base_model.model."))
+        if expected and shape[1:] == expected[1:] and expected[0] == config.num_labels != shape[0]:
+            return with_labels(config, folder.labels, shape[0])
+    return with_labels(config, folder.labels, config.num_labels)
+
+
+def with_labels(config, labels: dict[int, str] | None, n_labels: int):
+    """A copy of `config` for `n_labels` classes, named by `labels` where they fit, else `LABEL_i`."""
+    config = copy.deepcopy(config)
+    if labels is not None and sorted(labels) == list(range(n_labels)):
+        config.id2label, config.label2id = dict(labels), {name: index for index, name in labels.items()}
+    elif n_labels != config.num_labels:
+        config.num_labels = n_labels
+    return config
+
+
+def _merged_config(folders: Sequence[AdapterFolder], configs: Sequence):
+    sizes = {folder.name: config.num_labels for folder, config in zip(folders, configs, strict=True)}
+    with_heads = [config for folder, config in zip(folders, configs, strict=True) if folder.config.get("modules_to_save")]
+    if len(with_heads) > 1:
+        raise InputRefused(
+            "Several adapters bring a module of their own (modules_to_save); a merged graph holds one",
+            where=", ".join(f"{name} ({n} labels)" for name, n in sizes.items()),
+            next_step="merge one of them, or serve all of them with `lora-export dynamic`",
+        )
+    return with_heads[0] if with_heads else configs[0]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plan's tensors: adapters as PEFT resolved them, and the source of every parameter."""
+
+    adapters: tuple[Adapter, ...]
+    source: ParameterSource
+    model: object
+
+
+def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
+    """Read the adapters on the weightless base and map the checkpoint's names.
+
+    Args:
+        zeros_for_missing_head: Give a head that the checkpoint lacks zeros instead of refusing (a benchmark's base).
+
+    Raises:
+        InputRefused: An adapter does not fit the base, or holds numbers that are not finite.
+    """
+    model = build_weightless(plan.task, plan.config, plan.dtype)
+    adapters = tuple(
+        read_adapter(folder, model if config is plan.config else build_weightless(plan.task, config, plan.dtype))
+        for folder, config in zip(plan.folders, plan.adapter_configs, strict=True)
+    )
+    if plan.request.mode == "dynamic":
+        for adapter in adapters:
+            require_servable(adapter)
+    shapes = {path: tuple(tensor.shape) for path, tensor in model.state_dict().items()}
+    head = head_parameters(adapters, model, plan.task, everything=zeros_for_missing_head)
+    merged = adapters if plan.request.mode == "merge" else ()
+    names = checkpoint_names(model, plan.checkpoint.files)
+    source = ParameterSource(plan.checkpoint, names, parameter_aliases(model), shapes, merged, head)
+    return Resolved(adapters, source, model)
+
+
+def require_servable(adapter: Adapter) -> None:
+    """Raise InputRefused if the adapter replaces tensors of a module that is no Linear: those cannot be inputs."""
+    served = {f"{module}.{part}" for module in adapter.replaced_modules for part in ("weight", "bias")}
+    rest = [path for path in adapter.replaced if path not in served]
+    if rest:
+        raise InputRefused(
+            f"Adapter {adapter.name!r} replaces modules that are not Linear (modules_to_save)",
+            where=", ".join(rest[:6]),
+            expected="Linear modules, such as a classification head",
+            next_step="merge this adapter into a graph of its own",
+        )
+
+
+def head_parameters(adapters: Sequence[Adapter], model, task: Task, *, everything: bool) -> frozenset[str]:
+    """The parameters whose default may be zeros: those that adapters replace, or (for a benchmark) any but the body's."""
+    replaced = {path for adapter in adapters for path in adapter.replaced}
+    if everything and task in CLASSIFICATION:
+        prefix = f"{model.base_model_prefix}."
+        replaced |= {path for path in model.state_dict() if not path.startswith(prefix) or ".pooler." in path}
+    return frozenset(replaced)
+
+
+def local_path(given: str) -> str:
+    """A path as it is recorded in a manifest: absolute if it is a folder here, so that `check` finds it."""
+    path = Path(given).expanduser()
+    return str(path.resolve()) if path.exists() else given

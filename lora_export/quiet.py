@@ -1,0 +1,31 @@
+"""Libraries that print while they work, kept off the user's terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+_LOGGERS = ("torch.onnx", "torch.export", "transformers", "onnxscript", "onnx_ir", "peft")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drop the progress prints and warnings of the exporter and its passes; `LORA_EXPORT_DEBUG=1` shows them."""
+    if os.environ.get("LORA_EXPORT_DEBUG"):
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,115 @@
+"""Where an export's numbers come from: the checkpoint's tensors with the merged adapters folded in, one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lora_export.adapters.factors import Adapter, fold
+from lora_export.base.checkpoint import Checkpoint
+from lora_export.base.weightless import TORCH_DTYPES
+from lora_export.errors import InputRefused
+from lora_export.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class ParameterSource:
+    """Every parameter of the exported model, by its path, made on request.
+
+    Attributes:
+        stored_names: Model path → checkpoint name, for what the checkpoint holds.
+        aliases: Model path → all paths of the same (tied) tensor.
+        shapes: Model path → shape.
+        adapters: Adapters to fold in.
+        zeros_for: Paths that may be missing from the checkpoint: the default of a head that the base never had.
+    """
+
+    checkpoint: Checkpoint
+    stored_names: Mapping[str, str]
+    aliases: Mapping[str, tuple[str, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    adapters: Sequence[Adapter] = ()
+    zeros_for: frozenset[str] = frozenset()
+
+    def stored_name(self, path: str) -> str | None:
+        """The checkpoint's name for `path` or a tensor it is tied to; None if the checkpoint has neither."""
+        for alias in (path, *self.aliases.get(path, ())):
+            if alias in self.stored_names:
+                return self.stored_names[alias]
+        return None
+
+    def parameter(self, path: str, dtype: torch.dtype) -> torch.Tensor:
+        """The parameter at `path` with adapters folded in, in the layout of the model.
+
+        Raises:
+            InputRefused: The checkpoint lacks it, or it is not finite, or overflows `dtype`.
+        """
+        replaced = [adapter.replaced[path] for adapter in self.adapters if path in adapter.replaced]
+        if replaced:
+            weight = replaced[-1]
+        elif (name := self.stored_name(path)) is not None:
+            weight = self.checkpoint.files.read(name)
+        elif path in self.zeros_for:
+            return torch.zeros(self.shapes[path], dtype=dtype)
+        else:
+            raise InputRefused(
+                "The base has no tensor for a parameter of this task's model, and no adapter brings it",
+                where=f"{self.checkpoint.path}: {path}",
+                next_step="export the task that the checkpoint was saved for (--task), or add the adapter with the head",
+            )
+        module = path.removesuffix(".weight")
+        pairs = [adapter.lora[module] for adapter in self.adapters if path != module and module in adapter.lora]
+        result = fold(weight, pairs, dtype) if weight.is_floating_point() else weight
+        self._require_finite(path, weight, result)
+        return result
+
+    def _require_finite(self, path: str, weight: torch.Tensor, result: torch.Tensor) -> None:
+        # One cheap pass: a sum is finite unless an element is not (or the sum overflows, told apart below).
+        if not result.is_floating_point() or bool(torch.isfinite(result.sum(dtype=torch.float32))):
+            return
+        n_bad = int((~torch.isfinite(result)).sum())
+        if n_bad == 0:
+            return
+        stored = bool(torch.isfinite(weight).all())
+        raise InputRefused(
+            f"A weight overflows {str(result.dtype).removeprefix('torch.')}" if stored else "A weight is not finite",
+            where=f"{self.checkpoint.path}: {path}",
+            found=f"{n_bad} of {result.numel()} elements are NaN or infinite",
+            next_step="export with --dtype bfloat16 or float32" if stored else "fetch the checkpoint again",
+        )
+
+    def make_weight(self, recipe: Recipe, dtype: str) -> np.ndarray:
+        """Evaluate `recipe`: a C-contiguous array of NumPy dtype `dtype`."""
+        if dtype not in TORCH_DTYPES:  # an integer table
+            return self.parameter(recipe.parameters[0], torch.float32).numpy()
+        parts = [self.parameter(path, TORCH_DTYPES[dtype]) for path in recipe.parameters]
+        parts = [part.T if recipe.transposed and part.ndim == 2 else part for part in parts]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=recipe.axis)
+        return as_numpy(whole.contiguous())
+
+    def small_parameters(self, dtype: str, *, without: frozenset[str]) -> dict[str, np.ndarray]:
+        """All parameters of at most one axis (norms, biases), by path, but those in `without`."""
+        paths = [path for path, shape in self.shapes.items() if len(shape) <= 1 and path not in without]
+        return {path: self.make_weight(Recipe((path,)), dtype) for path in paths}
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """sha256 over names and bytes, in the order given."""
+    state = hashlib.sha256()
+    for name, array in arrays.items():
+        state.update(name.encode())
+        state.update(array.tobytes())
+    return state.hexdigest()
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """`tensor` as an array sharing its memory; bfloat16 as ml_dtypes' type, which onnx-ir and safetensors know."""
+    if tensor.dtype is torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
