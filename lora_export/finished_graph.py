@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
 from lora_export.adapters.factors import Adapter
 from lora_export.artifact import versions
 from lora_export.base.trace import trace
-from lora_export.contract import AdapterInput, GraphContract, TensorSpec
+from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract, TensorSpec
 from lora_export.errors import InputRefused
 from lora_export.graph.adapter_inputs import SiteChoice, add_adapter_inputs, attach_defaults
 from lora_export.graph.cache import cache_key, cached_graph
@@ -66,7 +67,13 @@ def finished_graph(
     model = cached_graph(cache_key(facts | {"step": "finished"}), build, use_cache=use_cache)
     model.producer_name, model.producer_version = "lora-export", versions()["lora-export"]
     fields = {"inputs": [], "outputs": [], "adapter_inputs": json.loads(model.metadata_props.pop(_ADAPTER_INPUTS))}
-    return model, GraphContract.from_dict(fields).adapter_inputs
+    inputs = GraphContract.from_dict(fields).adapter_inputs
+    return model, tuple(replace(entry, base_has_default=_has_default(entry, resolved)) for entry in inputs)
+
+
+def _has_default(entry: AdapterInput, resolved: Resolved) -> bool:
+    is_pair = entry.kind in (AdapterInputKind.LORA_A, AdapterInputKind.LORA_B)
+    return is_pair or resolved.source.stored_name(entry.name) is not None
 
 
 def _untied(resolved: Resolved) -> dict[str, str]:
@@ -75,7 +82,9 @@ def _untied(resolved: Resolved) -> dict[str, str]:
     for adapter in resolved.source.adapters:
         changed = [*adapter.lora, *adapter.replaced_modules]
         for module in changed:
-            others = [alias for alias in resolved.source.aliases.get(f"{module}.weight", ()) if alias != f"{module}.weight"]
+            others = [
+                alias for alias in resolved.source.aliases.get(f"{module}.weight", ()) if alias != f"{module}.weight"
+            ]
             if others:
                 found[module] = others[0]
     if len(found) > 1 and len(set(found.values()) & {f"{module}.weight" for module in found}) > 0:

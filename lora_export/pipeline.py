@@ -3,28 +3,24 @@
     request ─► plan (refusals) ─► resolve (PEFT reads the adapters) ─► finished weightless graph (cached)
             ─► write, one weight at a time ─► side files ─► manifest ─► the folder appears
 
-and from the folder: check (unmerged PEFT against ONNX Runtime), bench (paired latencies), run.
+and from the folder: check (unmerged PEFT against ONNX Runtime), bench (paired latencies), add (one more adapter).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from lora_export.adapters.factors import Adapter
-from lora_export.adapters.pack import pack, write_onnx_adapter
-from lora_export.adapters.peft_reader import AdapterFolder
 from lora_export.artifact import (
-    ADAPTERS,
-    AdapterRecord,
+    REPORTS,
     Kind,
     Manifest,
-    SourceRecord,
     carry_files,
     read_manifest,
     refuse_existing,
@@ -32,23 +28,35 @@ from lora_export.artifact import (
     staging,
     write_manifest,
 )
-from lora_export.base.checkpoint import weight_files
-from lora_export.contract import GraphContract
-from lora_export.errors import InputRefused
+from lora_export.base.tasks import Task
+from lora_export.errors import InputRefused, UsageProblem
 from lora_export.finished_graph import choose_sites, describe, finished_graph
+from lora_export.genai import write_genai_config
 from lora_export.graph.bind import write_graph
-from lora_export.plan import Plan, Request, Resolved, local_path, make_plan, resolve
+from lora_export.plan import Plan, Request, make_plan, resolve
+from lora_export.records import hash_adapter, hash_sources, merged_record, served_record, write_config
+from lora_export.report.write import write_reports
+from lora_export.sources import SourceOverrides, locate_sources
+from lora_export.verify.bench import BenchRequest, run_bench
+from lora_export.verify.examples import read_examples
+from lora_export.verify.parity import CheckRequest, run_check
+from lora_export.verify.results import BenchReport, CheckReport
 
 Progress = Callable[[str, int, int], None]
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def silent(stage: str, done: int, total: int) -> None:
     """The default progress: none."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to write an export, as opposed to what (`Request`)."""
+    """How to write an export, as opposed to what (`Request`).
+
+    Attributes:
+        targets: Modules to give LoRA inputs besides those that the adapters touch: paths, or their last parts.
+        zeros_for_missing_head: Export a head that the checkpoint lacks as zeros (a benchmark's base).
+    """
 
     out: Path
     overwrite: bool = False
@@ -57,7 +65,7 @@ class ExportOptions:
     zeros_for_missing_head: bool = False
 
 
-def export(request: Request, options: ExportOptions, progress: Progress = _silent) -> Manifest:
+def export(request: Request, options: ExportOptions, progress: Progress = silent) -> Manifest:
     """Export a merged or a dynamic graph to `options.out` and return its manifest.
 
     Raises:
@@ -66,92 +74,167 @@ def export(request: Request, options: ExportOptions, progress: Progress = _silen
     refuse_existing(options.out, overwrite=options.overwrite)
     plan = make_plan(request)
     with ThreadPoolExecutor(max_workers=1) as hashing:
-        sources = hashing.submit(_hash_sources, plan)
+        hashed = hashing.submit(hash_sources, plan)
         progress("reading adapters", 0, 1)
         resolved = resolve(plan, zeros_for_missing_head=options.zeros_for_missing_head)
-        choice = choose_sites(resolved.adapters if request.mode == "dynamic" else (), options.targets)
+        targets = target_modules(options.targets, resolved.model)
+        choice = choose_sites(resolved.adapters if request.mode == "dynamic" else (), targets)
         progress("building the graph", 0, 1)
         model, adapter_inputs = finished_graph(plan, resolved, choice, use_cache=options.use_cache)
-        n_bytes = _bytes_needed(plan)
+        n_bytes = bytes_needed(plan)
         with staging(options.out, overwrite=options.overwrite, n_bytes=n_bytes) as folder:
-            done = 0
-
-            def on_weight(name: str, size: int) -> None:
-                nonlocal done
-                done += size
-                progress("writing weights", done, n_bytes)
-
-            written = write_graph(model, folder, resolved.source.make_weight, adapter_inputs, on_weight)
+            meter = _Meter(progress, n_bytes)
+            written = write_graph(model, folder, resolved.source.make_weight, adapter_inputs, meter)
             contract = describe(model, written.adapter_inputs)
-            files = written.sha256 | carry_files(
-                plan.checkpoint.path, {f.name: f.path for f in plan.folders}, folder
-            )
-            files |= _write_config(plan, folder)
-            records = tuple(
-                _write_adapter(f, a, c.num_labels, contract, resolved, folder, request.mode)
-                for f, a, c in zip(plan.folders, resolved.adapters, plan.adapter_configs, strict=True)
-            )
-            files |= {r.file: sha256_of(folder / r.file) for r in records if r.file}
-            base_record, adapter_sources = sources.result()
-            records = tuple(
-                replace(record, source=source) for record, source in zip(records, adapter_sources, strict=True)
-            )
+            records = []
+            for source, adapter, config in zip(plan.folders, resolved.adapters, plan.adapter_configs, strict=True):
+                if request.mode == "merge":
+                    records.append(merged_record(source, adapter, config.num_labels))
+                else:
+                    records.append(served_record(source, adapter, config.num_labels, contract, resolved.source, folder))
+            files = written.sha256 | write_config(plan, folder)
+            files |= carry_files(plan.checkpoint.path, {f.name: f.path for f in plan.folders}, folder)
+            files |= write_genai_config(folder, plan.config, contract) if plan.task is Task.TEXT_GENERATION else {}
+            files |= {record.file: sha256_of(folder / record.file) for record in records if record.file}
+            base, adapters = hashed.result()
+            records = [replace(record, source=source) for record, source in zip(records, adapters, strict=True)]
             kind = Kind.DYNAMIC if request.mode == "dynamic" else Kind.MERGED
-            manifest = Manifest(
-                kind, plan.task, plan.dtype, request.provider, base_record, records, contract, dict(sorted(files.items()))
-            )
+            files = dict(sorted(files.items()))
+            manifest = Manifest(kind, plan.task, plan.dtype, request.provider, base, tuple(records), contract, files)
             write_manifest(folder, manifest)
     return manifest
 
 
-def _bytes_needed(plan: Plan) -> int:
+class _Meter:
+    """Counts written bytes for the progress display."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self, name: str, n_bytes: int) -> None:
+        self._done += n_bytes
+        self._progress("writing weights", self._done, self._total)
+
+
+def bytes_needed(plan: Plan) -> int:
+    """Bytes that the exported weights take, before packing and metadata."""
     item = 4 if plan.dtype == "float32" else 2
     return sum(item * torch.Size(info.shape).numel() for info in plan.checkpoint.files.tensors.values())
 
 
-def _hash_sources(plan: Plan) -> tuple[SourceRecord, tuple[SourceRecord, ...]]:
-    base_files = [plan.checkpoint.path / "config.json", *weight_files(plan.checkpoint.path)]
-    located = plan.checkpoint.located
-    base = SourceRecord(local_path(located.given), located.revision, {f.name: sha256_of(f) for f in base_files})
-    adapters = tuple(_hash_adapter(folder) for folder in plan.folders)
-    return base, adapters
+def target_modules(targets: Sequence[str], model) -> tuple[str, ...]:
+    """The linear modules of a weightless `model` that `targets` name, by path or by its last parts.
+
+    Raises:
+        UsageProblem: A target names no linear module.
+    """
+    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) or "Conv1D" in str(type(m))]
+    found: dict[str, None] = {}
+    for target in targets:
+        matches = [name for name in linear if name == target or name.endswith(f".{target}")]
+        if not matches:
+            raise UsageProblem(
+                f"--targets {target!r} names no linear module of the base",
+                expected="one of " + ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear})),
+            )
+        found |= dict.fromkeys(matches)
+    return tuple(found)
 
 
-def _hash_adapter(folder: AdapterFolder) -> SourceRecord:
-    files = ("adapter_config.json", "adapter_model.safetensors")
-    return SourceRecord(local_path(folder.given), None, {name: sha256_of(folder.path / name) for name in files})
+def add_adapter(
+    folder: Path, adapters: Sequence[tuple[str, str | None]], overrides: SourceOverrides, progress: Progress = silent
+) -> Manifest:
+    """Pack more adapters for the dynamic export in `folder`, without exporting its graph again.
+
+    Raises:
+        InputRefused: The export is merged, the base is not the one it was made from, an adapter's name is taken, or
+            an adapter needs a module that the graph has no inputs for.
+    """
+    manifest = read_manifest(folder)
+    if manifest.kind is not Kind.DYNAMIC:
+        raise InputRefused(
+            "A merged export holds one task and takes no more adapters",
+            where=str(folder),
+            next_step="export with `lora-export dynamic` to serve several",
+        )
+    base, _ = locate_sources(manifest, SourceOverrides(overrides.base), only_base=True)
+    plan = make_plan(Request(str(base), tuple(adapters), "dynamic", manifest.task, manifest.dtype, manifest.provider))
+    taken = [source.name for source in plan.folders if source.name in {r.name for r in manifest.adapters}]
+    if taken:
+        raise InputRefused(
+            f"The export already has an adapter {taken[0]!r}", where=str(folder), next_step="name it with --name"
+        )
+    progress("reading adapters", 0, 1)
+    resolved = resolve(plan)
+    records, files = list(manifest.adapters), dict(manifest.files)
+    written: list[Path] = []
+    try:
+        for source, adapter, config in zip(plan.folders, resolved.adapters, plan.adapter_configs, strict=True):
+            written.append(folder / "adapters" / f"{adapter.name}.onnx_adapter")
+            record = served_record(source, adapter, config.num_labels, manifest.contract, resolved.source, folder)
+            records.append(replace(record, source=hash_adapter(source)))
+            files[record.file] = sha256_of(folder / record.file)
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    manifest = replace(manifest, adapters=tuple(records), files=dict(sorted(files.items())))
+    write_manifest(folder, manifest)
+    return manifest
 
 
-def _write_config(plan: Plan, folder: Path) -> dict[str, str]:
-    fields = plan.checkpoint.config | {"id2label": plan.config.id2label, "label2id": plan.config.label2id}
-    path = folder / "config.json"
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return {path.name: sha256_of(path)}
-
-
-def _write_adapter(
-    source: AdapterFolder,
-    adapter: Adapter,
-    n_labels: int,
-    contract: GraphContract,
-    resolved: Resolved,
+def check(
     folder: Path,
-    mode: str,
-) -> AdapterRecord:
-    file = None
-    if mode == "dynamic":
-        file = f"{ADAPTERS}/{adapter.name}.onnx_adapter"
-        tensors = pack(adapter, contract, lambda path: resolved.source.parameter(path, torch.float32))
-        (folder / ADAPTERS).mkdir(exist_ok=True)
-        write_onnx_adapter(folder / file, tensors)
-    return AdapterRecord(
-        name=adapter.name,
-        source=SourceRecord(source.given, None, {}),
-        ranks=adapter.ranks,
-        scales=tuple(sorted({pair.scale for pair in adapter.lora.values()})),
-        targets=tuple(adapter.lora),
-        replaced=tuple(adapter.replaced),
-        labels=source.labels,
-        n_labels=n_labels if adapter.replaced else None,
-        file=file,
-    )
+    overrides: SourceOverrides,
+    *,
+    provider: str | None = None,
+    data: Mapping[str | None, Path] | None = None,
+    merged: Path | None = None,
+    n_rows: int = 128,
+    progress: Progress = silent,
+) -> tuple[CheckReport, dict[str, Path]]:
+    """Compare the export in `folder` with unmerged PEFT; the report, and the files it was written to.
+
+    Raises:
+        LoraExportError: The export, its base or an adapter cannot be used; a failed gate is a result, not an error.
+    """
+    manifest = read_manifest(folder)
+    base, adapters = locate_sources(manifest, overrides)
+    examples = {name: read_examples(path, n_rows) for name, path in (data or {}).items()}
+    report = run_check(CheckRequest(folder, base, adapters, provider, examples, merged), progress)
+    return report, write_reports(report, folder / REPORTS)
+
+
+def bench(
+    folder: Path,
+    overrides: SourceOverrides,
+    *,
+    provider: str | None = None,
+    shapes: Sequence[tuple[int, int, int]] = (),
+    blocks: int = 30,
+    max_ratio: float | None = None,
+    progress: Progress = silent,
+) -> tuple[BenchReport, dict[str, Path]]:
+    """Time the export in `folder` against its base and its merged form, exported for the comparison beside it.
+
+    Args:
+        shapes: (batch, sequence, past) of each workload; the task's usual ones if empty.
+        blocks: ABBA blocks for each workload.
+        max_ratio: Allowed latency relative to the base; None to report only.
+    """
+    started = time.monotonic()
+    manifest = read_manifest(folder)
+    base, adapters = locate_sources(manifest, overrides)
+    first = tuple(adapters.items())[:1]
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=folder.resolve().parent) as temporary:
+        compared = {"base": (), "merged": tuple((str(path), name) for name, path in first)}
+        for done, (label, chosen) in enumerate(compared.items()):
+            progress("exporting what to compare with", done, len(compared))
+            request = Request(str(base), chosen, "merge", manifest.task, manifest.dtype, manifest.provider)
+            export(request, ExportOptions(Path(temporary) / label, zeros_for_missing_head=True))
+        request = BenchRequest(
+            folder, Path(temporary) / "base", Path(temporary) / "merged", provider, tuple(shapes), blocks, max_ratio
+        )
+        report = run_bench(request, progress)
+    report = replace(report, seconds=time.monotonic() - started)
+    return report, write_reports(report, folder / REPORTS)

@@ -60,9 +60,7 @@ def make_plan(request: Request) -> Plan:
     Raises:
         LoraExportError: Anything that cannot be exported, by name, with the way out.
     """
-    folders = tuple(
-        open_adapter(locate(given, kind="adapter").path, given, name) for given, name in request.adapters
-    )
+    folders = tuple(open_adapter(locate(given, kind="adapter").path, given, name) for given, name in request.adapters)
     _refuse_equal_names(folders)
     for folder in folders:
         require_supported(folder.config, request.mode, folder.name)
@@ -124,7 +122,9 @@ def with_labels(config, labels: dict[int, str] | None, n_labels: int):
 
 def _merged_config(folders: Sequence[AdapterFolder], configs: Sequence):
     sizes = {folder.name: config.num_labels for folder, config in zip(folders, configs, strict=True)}
-    with_heads = [config for folder, config in zip(folders, configs, strict=True) if folder.config.get("modules_to_save")]
+    with_heads = [
+        config for folder, config in zip(folders, configs, strict=True) if folder.config.get("modules_to_save")
+    ]
     if len(with_heads) > 1:
         raise InputRefused(
             "Several adapters bring a module of their own (modules_to_save); a merged graph holds one",

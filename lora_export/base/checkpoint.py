@@ -53,7 +53,9 @@ def locate(given: str, *, kind: str) -> Located:
         folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(_WANTED_FROM_HUB)))
     except (LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, HfHubHTTPError):
-            raise InputRefused(f"The hub has no such {kind}, or it needs a login", where=given, found=str(error)) from error
+            raise InputRefused(
+                f"The hub has no such {kind}, or it needs a login", where=given, found=str(error)
+            ) from error
         raise EnvironmentUnusable(
             f"The {kind} is not a folder here and the hub cannot be reached",
             where=given,

@@ -6,7 +6,6 @@ that must work without weights: packing sibling projections, and reading a tied 
 
 from __future__ import annotations
 
-
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
@@ -75,9 +74,7 @@ def _pack(graph: ir.Graph, value: ir.Value, siblings: list[ir.Node]) -> None:
     split_sizes.dtype = ir.DataType.INT64
     graph.register_initializer(split_sizes)
     matmul = ir.node("MatMul", [value, packed])
-    split = ir.node(
-        "Split", [matmul.outputs[0], split_sizes], attributes={"axis": -1}, num_outputs=len(siblings)
-    )
+    split = ir.node("Split", [matmul.outputs[0], split_sizes], attributes={"axis": -1}, num_outputs=len(siblings))
     matmul.outputs[0].dtype = weights[0].dtype
     if value.shape is not None:
         matmul.outputs[0].shape = ir.Shape([*value.shape[:-1], sum(sizes)])

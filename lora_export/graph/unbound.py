@@ -121,7 +121,9 @@ def untie(model: ir.Model, module: str, sites: Iterable[ir.Node], other_name: st
             own = ir.Value(name=f"{module}.weight", type=shared.type, shape=ir.Shape(list(shared.shape)))
             set_recipe(own, Recipe((own.name,)))
             graph.initializers[own.name] = own
-        private = ir.node("Transpose", [own], attributes={"perm": [1, 0]}, metadata_props=dict(transpose.metadata_props))
+        private = ir.node(
+            "Transpose", [own], attributes={"perm": [1, 0]}, metadata_props=dict(transpose.metadata_props)
+        )
         private.outputs[0].shape, private.outputs[0].type = transpose.outputs[0].shape, transpose.outputs[0].type
         graph.insert_before(node, private)
         node.replace_input_with(1, private.outputs[0])

@@ -1,0 +1,47 @@
+"""lora-export: from a Transformers base and PEFT adapters to ONNX Runtime, with proof.
+
+    cli.py             the command line: parse, one pipeline call, render, exit code
+    pipeline.py        the main path: export, add_adapter, check, bench, inspect
+    report/            renderers of results: JSON, text, Markdown, HTML
+    verify/            unmerged PEFT against ONNX Runtime; paired latencies
+    finished_graph.py  a plan's graph: traced, given adapter inputs, fused, cached
+    plan.py            what was asked for, checked before any work
+    weights.py         the numbers: checkpoint tensors with adapters folded in
+    graph/             passes over an onnx-ir model
+    runtime/           ONNX Runtime sessions; `AdapterSession`
+    artifact.py        the exported folder and its manifest
+    adapters/          a trained adapter: reading, mathematics, packing, what is supported
+    base/              a base checkpoint: reading, tasks, the weightless model, its trace
+    contract.py        the exported graph's contract, shared by all of the above
+    recipe.py          how a stored weight is made, as data
+    errors.py          the error tree
+
+Importing this package imports none of its heavy dependencies; `AdapterSession` needs onnxruntime and numpy only.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from lora_export.errors import EnvironmentUnusable, InputRefused, LoraExportError, UsageProblem
+
+if TYPE_CHECKING:
+    from lora_export.runtime.adapter_session import AdapterSession
+
+__all__ = [
+    "AdapterSession", "EnvironmentUnusable", "InputRefused", "LoraExportError", "UsageProblem", "__version__",
+]  # fmt: skip
+
+try:
+    __version__ = version("lora-export")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0"
+
+
+def __getattr__(name: str) -> object:
+    if name == "AdapterSession":
+        from lora_export.runtime.adapter_session import AdapterSession
+
+        return AdapterSession
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

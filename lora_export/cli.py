@@ -1,0 +1,284 @@
+"""The command line: parse, one pipeline call, render, exit code. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from lora_export import __version__
+from lora_export import cli_options as options
+from lora_export.cli_output import Display, exit_code_of, guarded
+from lora_export.errors import UsageProblem
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=_CONTEXT, no_args_is_help=True)
+@click.version_option(__version__, prog_name="lora-export")
+def main() -> None:
+    """Take LoRA adapters from PyTorch to ONNX Runtime, with proof.
+
+    \b
+    merge     fold adapters into one static graph        (one task)
+    dynamic   one graph whose adapters are inputs        (many tasks, mixed in a batch)
+    add       one more adapter for a dynamic export
+    check     compare an export with unmerged PEFT       (exit 1 if it differs)
+    bench     latency of base, merged, dynamic, mixed    (exit 1 if too slow, 5 if undecided)
+    inspect   what an adapter, base or export holds
+    run       try an export
+
+    BASE and ADAPTER are folders or hub ids. Exit codes: 0 done, 1 a gate failed, 2 usage, 3 input refused,
+    4 environment, 5 latency undecided.
+    """
+    # Nothing here needs a network once its inputs are on disk.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _split(paths: Sequence[str], names: Sequence[str]) -> tuple[str | None, tuple[tuple[str, str | None], ...]]:
+    """The base (None if the first path is an adapter) and the named adapters."""
+    first_is_adapter = (Path(paths[0]).expanduser() / "adapter_config.json").is_file()
+    base, adapters = (None, paths) if first_is_adapter else (paths[0], paths[1:])
+    if len(names) > len(adapters):
+        raise UsageProblem("More --name than adapters", found=f"{len(names)} names for {len(adapters)} adapters")
+    padded = [*names, *[None] * (len(adapters) - len(names))]
+    return base, tuple(zip(adapters, padded, strict=True))
+
+
+def _export(mode: str, paths: Sequence[str], targets: tuple[str, ...], given: dict) -> None:
+    display = Display(as_json=given["as_json"], quiet=given["quiet"])
+    with guarded(display):
+        base, adapters = _split(paths, given["names"])
+        if mode == "dynamic" and not adapters and not targets:
+            raise UsageProblem("Nothing to serve: no adapter and no --targets", next_step="name at least one of them")
+        display.start(f"lora-export {mode}")
+        from lora_export import inspection, pipeline
+        from lora_export.plan import Request
+
+        provider, reason = inspection.fuse_provider(given["provider"])
+        display.say(f"fusing for {provider} ({reason})")
+        request = Request(base, adapters, mode, given["task"], given["dtype"], provider)
+        if given["dry_run"]:
+            display.result(inspection.describe_plan(request, given["out"]), inspection.plan_text)
+            return
+        choice = pipeline.ExportOptions(given["out"], given["overwrite"], not given["no_cache"], targets)
+        manifest = pipeline.export(request, choice, display.progress)
+        display.result(inspection.describe_export(given["out"], manifest), inspection.export_text)
+
+
+@main.command()
+@click.argument("paths", nargs=-1, required=True, metavar="[BASE] [ADAPTER]...")
+@options.export_options
+def merge(paths: tuple[str, ...], **given: object) -> None:
+    """Fold adapters into the base's weights and write one static graph.
+
+    BASE may be left out if the adapters record theirs; without an adapter, the base alone is exported. Several
+    adapters are folded in together, as the sum of their deltas.
+
+    \b
+    Example:
+      lora-export merge all-MiniLM-L6-v2/ adapters/topic -o topic-onnx
+    """
+    _export("merge", paths, (), given)
+
+
+@main.command()
+@click.argument("paths", nargs=-1, required=True, metavar="[BASE] [ADAPTER]...")
+@click.option(
+    "--targets", multiple=True, help="Also give this module adapter inputs (a path, or its last parts); repeat."
+)
+@options.export_options
+def dynamic(paths: tuple[str, ...], targets: tuple[str, ...], **given: object) -> None:
+    """Write one graph whose adapters are optional inputs, and each adapter as a file beside it.
+
+    \b
+    Example:
+      lora-export dynamic all-MiniLM-L6-v2/ adapters/topic adapters/kind -o served
+    """
+    _export("dynamic", paths, targets, given)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, required=True, metavar="ADAPTER...")
+@options.names
+@options.base
+@options.as_json
+@options.quiet
+def add(
+    out: Path, paths: tuple[str, ...], names: tuple[str, ...], base: str | None, as_json: bool, quiet: bool
+) -> None:
+    """Pack one more adapter for the dynamic export OUT, without exporting its graph again.
+
+    \b
+    Example:
+      lora-export add served adapters/language
+    """
+    display = Display(as_json=as_json, quiet=quiet)
+    with guarded(display):
+        if len(names) > len(paths):
+            raise UsageProblem("More --name than adapters", found=f"{len(names)} names for {len(paths)} adapters")
+        display.start("lora-export add")
+        from lora_export import inspection, pipeline
+        from lora_export.sources import SourceOverrides
+
+        padded = [*names, *[None] * (len(paths) - len(names))]
+        adapters = tuple(zip(paths, padded, strict=True))
+        manifest = pipeline.add_adapter(out, adapters, SourceOverrides(base), display.progress)
+        display.result(inspection.describe_export(out, manifest), inspection.export_text)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="[NAME=]PATH",
+    callback=options.named_paths,
+    help="Examples (for one adapter): text lines, JSON lines with text and label_id, or a folder of images; repeat.",
+)
+@click.option("--rows", "n_rows", default=128, show_default=True, help="Most rows of each data file to compare on.")
+@click.option("--merged", type=click.Path(path_type=Path), help="A merged export to compare this dynamic one with.")
+@options.examine_options
+def check(out: Path, data: dict, n_rows: int, merged: Path | None, **given: object) -> None:
+    """Compare the export OUT with its adapters in unmerged PEFT; exit 1 if it differs.
+
+    Each adapter, the base, swaps, mixed rows, and for decoders caches, padding and greedy generation. An adapter
+    without effect fails. Writes OUT/reports/check.html, check.json and check.md.
+
+    \b
+    Example:
+      lora-export check served --data topic=heldout/topic.jsonl
+    """
+    display = Display(as_json=given["as_json"], quiet=given["quiet"])
+    with guarded(display):
+        display.start("lora-export check")
+        from lora_export import pipeline
+        from lora_export.report.text import render_check_text
+        from lora_export.sources import SourceOverrides
+
+        report, files = pipeline.check(
+            out,
+            SourceOverrides(given["base"], given["adapters"]),
+            provider=given["provider"],
+            data={name: Path(path) for name, path in data.items()},
+            merged=merged,
+            n_rows=n_rows,
+            progress=display.progress,
+        )
+        display.result(report.to_dict(), lambda _: render_check_text(report) + _written(files))
+        sys.exit(exit_code_of(report.verdict))
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="BATCHxSEQUENCE[@PAST]",
+    callback=options.parse_shapes,
+    help="Workload to time; repeat.  [default: the task's usual ones]",
+)
+@click.option("--blocks", default=30, show_default=True, type=click.IntRange(min=6), help="Paired blocks a workload.")
+@click.option("--max-ratio", type=float, help="Allowed latency relative to the base: exit 1 above it, 5 if undecided.")
+@options.examine_options
+def bench(
+    out: Path, shapes: tuple[tuple[int, int, int], ...], blocks: int, max_ratio: float | None, **given: object
+) -> None:
+    """Time the export OUT against its base and its merged form, side by side in paired blocks.
+
+    Writes OUT/reports/bench.html, bench.json and bench.md.
+
+    \b
+    Example:
+      lora-export bench served --shape 4x128 --max-ratio 1.10
+    """
+    display = Display(as_json=given["as_json"], quiet=given["quiet"])
+    with guarded(display):
+        display.start("lora-export bench")
+        from lora_export import pipeline
+        from lora_export.report.text import render_bench_text
+        from lora_export.sources import SourceOverrides
+
+        report, files = pipeline.bench(
+            out,
+            SourceOverrides(given["base"], given["adapters"]),
+            provider=given["provider"],
+            shapes=shapes,
+            blocks=blocks,
+            max_ratio=max_ratio,
+            progress=display.progress,
+        )
+        display.result(report.to_dict(), lambda _: render_bench_text(report) + _written(files))
+        sys.exit(exit_code_of(report.verdict))
+
+
+def _written(files: dict[str, Path]) -> str:
+    return "\n" + "\n".join(f"wrote {path}" for path in files.values())
+
+
+@main.command(name="inspect")
+@click.argument("path")
+@options.as_json
+def inspect_command(path: str, as_json: bool) -> None:
+    """Say what an adapter, base or export holds, and what would be done with it.
+
+    \b
+    Example:
+      lora-export inspect adapters/topic
+    """
+    display = Display(as_json=as_json, quiet=False)
+    with guarded(display):
+        from lora_export import inspection
+
+        display.result(inspection.inspect_path(path), inspection.inspect_text)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, metavar="TEXT...")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME[=WEIGHT]",
+    help="Adapter to run with; repeat with weights to blend.  [default: none]",
+)
+@click.option("--max-new-tokens", default=40, show_default=True, help="Tokens to generate (decoders).")
+@options.run_on
+@options.as_json
+def run(
+    out: Path,
+    inputs: tuple[str, ...],
+    adapters: tuple[str, ...],
+    max_new_tokens: int,
+    provider: str | None,
+    as_json: bool,
+) -> None:
+    """Run the export OUT on TEXT (or image files) and print what it says.
+
+    \b
+    Example:
+      lora-export run served --adapter topic "Open a socket and listen for connections."
+    """
+    display = Display(as_json=as_json, quiet=False)
+    with guarded(display):
+        from lora_export import trial
+
+        blend = {}
+        for value in adapters:
+            name, _, weight = value.partition("=")
+            try:
+                blend[name] = float(weight or 1)
+            except ValueError:
+                raise UsageProblem("A blend's weight is no number", where=f"--adapter {value}") from None
+        display.result(trial.run_trial(out, inputs, blend, provider, max_new_tokens), trial.trial_text)
+
+
+if __name__ == "__main__":
+    main()

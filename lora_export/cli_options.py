@@ -1,0 +1,96 @@
+"""Click options that several commands share, each written once with its help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+_DTYPES = ("float32", "float16", "bfloat16")
+_TASKS = (
+    "feature-extraction",
+    "text-classification",
+    "token-classification",
+    "image-classification",
+    "text-generation",
+)
+
+Decorator = Callable[[Callable], Callable]
+
+
+def named_paths(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str | None, str]:
+    """`NAME=PATH` values as a dict; a bare `PATH` has the key None."""
+    found: dict[str | None, str] = {}
+    for value in values:
+        name, separator, path = value.partition("=")
+        found[name if separator else None] = path if separator else value
+    return found
+
+
+def parse_shapes(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[int, int, int], ...]:
+    """`BATCHxSEQUENCE[@PAST]` values as (batch, sequence, past)."""
+    shapes = []
+    for value in values:
+        size, _, past = value.partition("@")
+        try:
+            batch, sequence = (int(part) for part in size.split("x"))
+            shapes.append((batch, sequence, int(past or 0)))
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not BATCHxSEQUENCE or BATCHxSEQUENCE@PAST, such as 4x128") from None
+    return tuple(shapes)
+
+
+out = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace an earlier export in that folder.")
+dtype = click.option("--dtype", type=click.Choice(_DTYPES), help="Dtype of the export.  [default: the checkpoint's]")
+task = click.option(
+    "--task",
+    type=click.Choice(_TASKS),
+    help="Task to export.  [default: the adapters' task_type, else the base's architecture]",
+)
+fuse_for = click.option(
+    "--provider",
+    type=click.Choice(("cpu", "cuda")),
+    help="Provider to fuse the graph for; needs no GPU.  [default: cuda if usable here, else cpu]",
+)
+run_on = click.option(
+    "--provider",
+    type=click.Choice(("cpu", "cuda")),
+    help="Provider to run on; never another than asked for.  [default: cuda if usable, else cpu]",
+)
+names = click.option(
+    "--name", "names", multiple=True, help="Name of an adapter, in their order; repeat.  [default: its folder's name]"
+)
+no_cache = click.option("--no-cache", is_flag=True, help="Build the graph anew and keep nothing of it.")
+dry_run = click.option(
+    "--dry-run", is_flag=True, help="Say what would be read, folded, served and written; write nothing."
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+quiet = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+base = click.option("--base", help="Where the base is now, if it has moved since the export.")
+moved_adapters = click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=PATH",
+    callback=named_paths,
+    help="Where an adapter is now, if it has moved; repeat.",
+)
+
+
+def together(*options: Decorator) -> Decorator:
+    """One decorator of several, listed in `--help` in the order given."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+export_options = together(out, overwrite, task, dtype, fuse_for, names, no_cache, dry_run, as_json, quiet)
+examine_options = together(base, moved_adapters, run_on, as_json, quiet)

@@ -1,0 +1,56 @@
+"""`genai_config.json`: what ONNX Runtime GenAI needs to generate with an exported decoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lora_export.artifact import GRAPH, sha256_of
+from lora_export.contract import GraphContract
+
+GENAI_CONFIG = "genai_config.json"
+# GenAI runs every other decoder with per-layer caches under its generic type.
+_GENAI_TYPES = ("gemma", "gemma2", "granite", "llama", "mistral", "olmo", "phi", "phi3", "qwen2", "qwen3", "smollm3")
+
+
+def write_genai_config(folder: Path, config, contract: GraphContract) -> dict[str, str]:
+    """Write the file for a decoder of `config` (a `PretrainedConfig`) and return its sha256 by name.
+
+    Greedy search without sampling, so that a first run is reproducible; hosts override it per request.
+    """
+    cache = next(spec for spec in contract.inputs if spec.name == "past_key_values.0.key")
+    own = {"input_ids", "attention_mask", "position_ids"} & {spec.name for spec in contract.inputs}
+    names = {name: name for name in sorted(own)}
+    context = getattr(config, "max_position_embeddings", None) or 2048
+    eos = config.eos_token_id
+    pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if isinstance(eos, list) else eos)
+    fields = {
+        "model": {
+            "bos_token_id": config.bos_token_id if config.bos_token_id is not None else 0,
+            "context_length": context,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "log_severity_level": 3, "provider_options": []},
+                "filename": GRAPH,
+                "head_size": cache.dims[3],
+                "hidden_size": config.hidden_size,
+                "inputs": names
+                | {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"},
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                "num_key_value_heads": cache.dims[1],
+            },
+            "eos_token_id": eos if eos is not None else -1,
+            "pad_token_id": pad if pad is not None else 0,
+            "type": config.model_type if config.model_type in _GENAI_TYPES else "decoder",
+            "vocab_size": config.vocab_size,
+        },
+        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False},
+    }
+    path = folder / GENAI_CONFIG
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return {GENAI_CONFIG: sha256_of(path)}

@@ -1,0 +1,253 @@
+"""What things hold and what would be done with them: `inspect` and `--dry-run`. Headers only, nothing is written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from lora_export.adapters.peft_reader import AdapterFolder, open_adapter
+from lora_export.adapters.support import options_in_use
+from lora_export.artifact import MANIFEST, Manifest, carried_files, read_manifest, refuse_existing
+from lora_export.base.checkpoint import SAFETENSORS_DTYPES, Checkpoint, locate
+from lora_export.errors import InputRefused, LoraExportError
+from lora_export.plan import Plan, Request, make_plan, resolve
+from lora_export.runtime.session import choose_provider
+
+# Peak memory besides the largest tensor: libraries, the traced graph.
+_FIXED_MEMORY_BYTES = 700_000_000
+
+
+def fuse_provider(requested: str | None) -> tuple[str, str]:
+    """The provider to fuse a graph for, and why; naming one needs no GPU."""
+    if requested is not None:
+        return requested, "asked for"
+    choice = choose_provider(None)
+    return choice.name, choice.reason
+
+
+def describe_plan(request: Request, out: Path) -> dict:
+    """What an export would do: read, folded, served, refused, written; bytes, memory and disk.
+
+    Raises:
+        LoraExportError: What the export itself would raise before it writes.
+    """
+    plan = make_plan(request)
+    resolved = resolve(plan)
+    item = 4 if plan.dtype == "float32" else 2
+    sizes = [item * _count(info.shape) for info in plan.checkpoint.files.tensors.values()]
+    adapters = []
+    for folder, adapter in zip(plan.folders, resolved.adapters, strict=True):
+        adapters.append(
+            _adapter_fields(folder)
+            | {
+                "pairs": len(adapter.lora),
+                "ranks": list(adapter.ranks),
+                "scales": sorted({pair.scale for pair in adapter.lora.values()}),
+                "replaced": list(adapter.replaced),
+                "becomes": "folded into the weights" if request.mode == "merge" else "inputs of the graph",
+            }
+        )
+    try:
+        refuse_existing(out, overwrite=False)
+        out_state = "free"
+    except LoraExportError as error:
+        out_state = error.what
+    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    return {
+        "mode": request.mode,
+        "task": plan.task,
+        "dtype": plan.dtype,
+        "provider": request.provider,
+        "read": _base_fields(plan.checkpoint),
+        "adapters": adapters,
+        "write": {
+            "folder": str(out),
+            "state": out_state,
+            "files": _files(plan, request),
+            "weight_bytes": sum(sizes),
+            "disk_free_bytes": shutil.disk_usage(parent).free,
+        },
+        "memory_bytes": _FIXED_MEMORY_BYTES + 3 * max(sizes, default=0),
+    }
+
+
+def _files(plan: Plan, request: Request) -> list[str]:
+    files = ["model.onnx", "model.onnx.data", MANIFEST, "config.json"]
+    files += [path.name for path in carried_files(plan.checkpoint.path)]
+    if request.mode == "dynamic":
+        files += [f"adapters/{folder.name}.onnx_adapter" for folder in plan.folders]
+    return files
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for dim in shape:
+        total *= dim
+    return total
+
+
+def _base_fields(checkpoint: Checkpoint) -> dict:
+    tensors = checkpoint.files.tensors
+    by_dtype: dict[str, int] = {}
+    for info in tensors.values():
+        name = SAFETENSORS_DTYPES.get(info.dtype, info.dtype)
+        by_dtype[name] = by_dtype.get(name, 0) + _count(info.shape)
+    return {
+        "what": "base",
+        "path": str(checkpoint.path),
+        "architectures": checkpoint.config.get("architectures") or [],
+        "model_type": checkpoint.config.get("model_type"),
+        "tensors": len(tensors),
+        "parameters_by_dtype": by_dtype,
+        "files": sorted({str(info.file.name) for info in tensors.values()}),
+    }
+
+
+def _adapter_fields(folder: AdapterFolder) -> dict:
+    fields = {
+        "what": "adapter",
+        "name": folder.name,
+        "path": str(folder.path),
+        "base": folder.base,
+        "task_type": folder.config.get("task_type"),
+        "tensors": len(folder.shapes),
+        "parameters": sum(map(_count, folder.shapes.values())),
+    }
+    if folder.config.get("peft_type") != "LORA":
+        verdict = f"refused (tuner {folder.config.get('peft_type')})"
+        return fields | {"options": [], "merge": verdict, "dynamic": verdict}
+    try:
+        uses = options_in_use(folder.config)
+    except InputRefused as error:
+        return fields | {"options": [], "merge": f"refused: {error.what}", "dynamic": f"refused: {error.what}"}
+    options = [
+        {
+            "option": use.option.name,
+            "value": use.value,
+            "merge": use.verdict("merge"),
+            "dynamic": use.verdict("dynamic"),
+            "note": use.option.note,
+            "instead": use.option.way_out,
+        }
+        for use in uses
+    ]
+    verdicts = {
+        mode: "refused: " + ", ".join(o["option"] for o in options if o[mode] == "refused")
+        if any(o[mode] == "refused" for o in options)
+        else "yes"
+        for mode in ("merge", "dynamic")
+    }
+    return fields | {"options": options} | verdicts
+
+
+def inspect_path(given: str) -> dict:
+    """What is at `given`: an export, an adapter, or a base, in that order of precedence.
+
+    Raises:
+        InputRefused: It is none of them.
+    """
+    path = locate(given, kind="folder").path
+    if (path / MANIFEST).is_file():
+        return describe_export(path, read_manifest(path))
+    if (path / "adapter_config.json").is_file():
+        return _adapter_fields(open_adapter(path, given))
+    if (path / "config.json").is_file():
+        return _base_fields(Checkpoint.open(locate(given, kind="base")))
+    raise InputRefused(
+        "The folder is neither an export nor an adapter nor a base",
+        where=str(path),
+        expected=f"{MANIFEST}, adapter_config.json or config.json in it",
+        found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
+    )
+
+
+def describe_export(folder: Path, manifest: Manifest) -> dict:
+    """An exported folder: what it serves, how large it is."""
+    return {
+        "what": "export",
+        "path": str(folder),
+        "kind": manifest.kind,
+        "task": manifest.task,
+        "dtype": manifest.dtype,
+        "provider": manifest.provider,
+        "base": manifest.base.given,
+        "adapters": [
+            {
+                "name": record.name,
+                "ranks": list(record.ranks),
+                "scales": list(record.scales),
+                "targets": len(record.targets),
+                "replaced": list(record.replaced),
+                "file": record.file,
+            }
+            for record in manifest.adapters
+        ],
+        "inputs": {spec.name: list(spec.dims) for spec in manifest.contract.inputs},
+        "outputs": {spec.name: list(spec.dims) for spec in manifest.contract.outputs},
+        "adapter_inputs": len(manifest.contract.adapter_inputs),
+        "bytes": {name: (folder / name).stat().st_size for name in manifest.files if (folder / name).is_file()},
+    }
+
+
+def _megabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.1f} MB"
+
+
+def export_text(value: dict) -> str:
+    """`describe_export` for people."""
+    sizes = value["bytes"]
+    head = f"{value['kind']} export of {value['base']} for {value['task']} in {value['dtype']}, fused for {value['provider']}"
+    lines = [head, f"  {value['path']}/model.onnx  {_megabytes(sum(n for f, n in sizes.items() if 'model.onnx' in f))}"]
+    for adapter in value["adapters"]:
+        ranks = ", ".join(map(str, adapter["ranks"])) or "no pair"
+        scales = ", ".join(f"{scale:.4g}" for scale in adapter["scales"])
+        extra = f", replaces {', '.join(adapter['replaced'])}" if adapter["replaced"] else ""
+        size = f"  {_megabytes(sizes[adapter['file']])}" if adapter["file"] in sizes else ""
+        file = f"{value['path']}/{adapter['file']}" if adapter["file"] else "folded in:"
+        lines.append(f"  {file} {adapter['name'] if not adapter['file'] else ''}{size}")
+        lines.append(f"      rank {ranks}, scale {scales}, {adapter['targets']} modules{extra}")
+    return "\n".join(lines)
+
+
+def plan_text(value: dict) -> str:
+    """`describe_plan` for people."""
+    write, read = value["write"], value["read"]
+    parameters = sum(read["parameters_by_dtype"].values())
+    lines = [
+        f"would {value['mode']} for {value['task']} in {value['dtype']}, fused for {value['provider']}; nothing written",
+        f"read    {read['path']}: {read['tensors']} tensors, {parameters:,} parameters",
+    ]
+    for adapter in value["adapters"]:
+        lines.append(
+            f"read    {adapter['path']}: {adapter['pairs']} pairs of rank {adapter['ranks']}, {adapter['becomes']}"
+        )
+        if adapter["replaced"]:
+            lines.append(f"        replaces {', '.join(adapter['replaced'])}")
+    lines += [
+        f"write   {write['folder']} ({write['state']}): {', '.join(write['files'])}",
+        f"disk    {_megabytes(write['weight_bytes'])} of {_megabytes(write['disk_free_bytes'])} free",
+        f"memory  about {_megabytes(value['memory_bytes'])} at the peak",
+    ]
+    return "\n".join(lines)
+
+
+def inspect_text(value: dict) -> str:
+    """`inspect_path` for people."""
+    if value["what"] == "export":
+        dims = [f"  {name} {shape}" for name, shape in (value["inputs"] | value["outputs"]).items()]
+        return "\n".join([export_text(value), *dims, f"  and {value['adapter_inputs']} adapter inputs"])
+    if value["what"] == "base":
+        kinds = ", ".join(f"{n:,} in {dtype}" for dtype, n in value["parameters_by_dtype"].items())
+        return f"base {value['path']}: {', '.join(value['architectures'])}\n  {value['tensors']} tensors, {kinds}"
+    lines = [
+        f"adapter {value['name']} ({value['path']}) of {value['base']}",
+        f"  {value['tensors']} tensors, {value['parameters']:,} parameters, task type {value['task_type']}",
+        f"  merge: {value['merge']}",
+        f"  dynamic: {value['dynamic']}",
+    ]
+    for option in value["options"]:
+        instead = f"; instead: {option['instead']}" if option["merge"] == "refused" else ""
+        lines.append(
+            f"    {option['option']} = {option['value']!r}: {option['merge']} / {option['dynamic']} ({option['note']}{instead})"
+        )
+    return "\n".join(lines)

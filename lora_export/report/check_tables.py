@@ -1,0 +1,88 @@
+"""The tables of a `check`."""
+
+from __future__ import annotations
+
+from lora_export.report import format as fmt
+from lora_export.report.summary import case_verdict
+from lora_export.report.tables import Cell, Column, Row, Table, verdict_cell
+from lora_export.verify.results import CheckReport, ParityCase
+
+_GROUPS = {
+    "base": "Base without an adapter",
+    "adapter": "One adapter at a time",
+    "rows": "Adapters mixed within a batch",
+    "sequence": "Adapters changed between runs",
+    "decoding": "Decoding with a cache",
+    "merged-dynamic": "Merged against dynamic",
+}
+
+
+def cases_by_group(report: CheckReport) -> dict[str, list[ParityCase]]:
+    """Cases by the heading of their group, in order of first appearance."""
+    found: dict[str, list[ParityCase]] = {}
+    for case in report.cases:
+        found.setdefault(_GROUPS.get(case.group, case.group), []).append(case)
+    return found
+
+
+def case_table(report: CheckReport, *, with_accuracy: bool = True) -> Table:
+    """Every comparison: largest differences of the outputs, KL in nats, shares as percentages."""
+    columns = (
+        Column("Case", numeric=False),
+        Column("Result", numeric=False),
+        Column("Error"),
+        Column("Relative"),
+        Column("Tolerance"),
+        Column("Effect"),
+        Column("Effect ÷ error", wide=True),
+        Column("KL"),
+        Column("Top-1"),
+        Column("Accuracy"),
+        Column("Rows", wide=True),
+    )
+    rows = tuple(Row(_case_cells(case), group) for group, cases in cases_by_group(report).items() for case in cases)
+    table = Table("All comparisons", columns, rows)
+    wanted = [i for i, column in enumerate(columns) if with_accuracy or column.title != "Accuracy"]
+    return table.keep(wanted).filled()
+
+
+def _case_cells(case: ParityCase) -> tuple[Cell, ...]:
+    return (
+        Cell(case.name, f"against {case.reference}" if case.reference else ""),
+        verdict_cell(case_verdict(case)),
+        Cell(fmt.scientific(case.error)),
+        Cell(fmt.scientific(case.error_relative)),
+        Cell(fmt.scientific(case.tolerance)),
+        Cell(fmt.scientific(case.effect)),
+        _limited(fmt.multiple(case.effect_ratio), "≥", fmt.multiple(case.effect_ratio_minimum)),
+        _limited(fmt.scientific(case.kl), "≤", fmt.scientific(case.kl_tolerance)),
+        _limited(fmt.share(case.top1), "≥", fmt.share(case.top1_tolerance)),
+        Cell(_accuracies(case)),
+        Cell(str(case.n_rows)),
+    )
+
+
+def _accuracies(case: ParityCase) -> str:
+    if case.accuracy_reference is None and case.accuracy_exported is None:
+        return fmt.MISSING
+    return f"{fmt.share(case.accuracy_reference)} → {fmt.share(case.accuracy_exported)}"
+
+
+def accuracy_table(report: CheckReport) -> Table:
+    """Accuracy on labelled data where it was measured; the difference in percentage points."""
+    columns = (
+        Column("Case", numeric=False), Column("PyTorch"), Column("ONNX Runtime"), Column("Difference"), Column("Rows"),
+    )  # fmt: skip
+    rows = []
+    for case in report.cases:
+        reference, exported = case.accuracy_reference, case.accuracy_exported
+        if reference is None and exported is None:
+            continue
+        difference = fmt.MISSING if reference is None or exported is None else f"{100 * (exported - reference):+.1f}"
+        texts = (case.name, fmt.share(reference), fmt.share(exported), difference, str(case.n_rows))
+        rows.append(Row(tuple(map(Cell, texts))))
+    return Table("Accuracy on labelled data (difference in percentage points)", columns, tuple(rows))
+
+
+def _limited(text: str, sign: str, limit: str) -> Cell:
+    return Cell(text, "" if limit == fmt.MISSING else f"{sign} {limit}")

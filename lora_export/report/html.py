@@ -1,0 +1,93 @@
+"""The report as one self-contained HTML page: no request to anywhere, no script."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from jinja2 import Environment as Templates
+from jinja2 import PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from lora_export.report import format as fmt
+from lora_export.report import summary
+from lora_export.report.as_json import Report
+from lora_export.report.bench_plots import MOST_DOTS, latency_plot, ratio_plot
+from lora_export.report.bench_tables import latency_table, memory_table, ratio_table, swap_table
+from lora_export.report.check_plots import parity_plot
+from lora_export.report.check_tables import accuracy_table, case_table
+from lora_export.report.provenance import environment_facts, pair_table, size_table, subject_facts
+from lora_export.verify.results import BenchReport, CheckReport
+
+
+def render_check_html(report: CheckReport) -> str:
+    """The check as a page."""
+    return (
+        _templates()
+        .get_template("check.html")
+        .render(
+            **_common(report),
+            headline=summary.check_headline(report),
+            summary=summary.check_summary(report),
+            figures=summary.check_figures(report),
+            findings=summary.check_findings(report),
+            plot=Markup(parity_plot(report)),
+            cases=case_table(report, with_accuracy=False),
+            accuracy=accuracy_table(report),
+        )
+    )
+
+
+def render_bench_html(report: BenchReport) -> str:
+    """The bench as a page."""
+    workloads = [
+        (summary.workload_title(workload), Markup(latency_plot(workload, number)), latency_table(workload))
+        for number, workload in enumerate(report.workloads, 1)
+    ]
+    samples = [len(variant.samples_ms) for workload in report.workloads for variant in workload.variants]
+    return (
+        _templates()
+        .get_template("bench.html")
+        .render(
+            **_common(report),
+            headline=summary.bench_headline(report),
+            summary=summary.bench_summary(report),
+            figures=summary.bench_figures(report),
+            findings=summary.bench_findings(report),
+            plot=Markup(ratio_plot(report)),
+            ratios=ratio_table(report),
+            workloads=workloads,
+            most_dots=MOST_DOTS if max(samples, default=0) > MOST_DOTS else None,
+            swap=swap_table(report),
+            swap_sentence=summary.swap_sentence(report),
+            memory=memory_table(report),
+        )
+    )
+
+
+def _common(report: Report) -> dict[str, object]:
+    return {
+        "report": report,
+        "subject_facts": subject_facts(report.subject),
+        "environment_facts": environment_facts(report.environment),
+        "sizes": size_table(report.subject),
+        "versions": pair_table("Versions", "Distribution", report.environment.versions),
+        "settings": pair_table("Session settings", "Setting", report.environment.settings),
+    }
+
+
+@cache
+def _templates() -> Templates:
+    templates = Templates(
+        loader=PackageLoader("lora_export.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.globals["marks"] = summary.MARKS
+    return templates
+
+
+def _printable(value: object) -> object:
+    return fmt.plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,0 +1,122 @@
+"""The report for a terminal: no colour codes, at most `WIDTH` columns."""
+
+from __future__ import annotations
+
+import textwrap
+
+from lora_export.report import format as fmt
+from lora_export.report import summary
+from lora_export.report.bench_tables import latency_table, memory_table, ratio_table, swap_table
+from lora_export.report.check_tables import case_table
+from lora_export.report.provenance import environment_facts, size_table, subject_facts
+from lora_export.report.summary import MARKS, Finding
+from lora_export.report.tables import Row, Table
+from lora_export.verify.results import BenchReport, CheckReport, Environment, Subject, Verdict
+
+WIDTH = 110
+_GAP = 2
+_LEAST_NAME_WIDTH = 12
+
+
+def render_check_text(report: CheckReport) -> str:
+    """The check as text, verdict first; ends with a line break."""
+    blocks = [
+        _opening(report.verdict, summary.check_headline(report), summary.check_summary(report)),
+        _table(case_table(report)),
+        _findings(summary.check_findings(report)),
+        _bullets("Not compared", report.skipped),
+        _bullets("Data", report.data),
+        _where(report.subject, report.environment, report.seconds),
+    ]
+    return _joined(blocks)
+
+
+def render_bench_text(report: BenchReport) -> str:
+    """The bench as text, verdict first; ends with a line break."""
+    swap = swap_table(report)
+    blocks = [
+        _opening(report.verdict, summary.bench_headline(report), summary.bench_summary(report)),
+        _table(ratio_table(report)),
+        *(_table(latency_table(workload)) for workload in report.workloads),
+        _table(swap) if swap.rows else summary.swap_sentence(report),
+        _table(memory_table(report)),
+        _table(size_table(report.subject)),
+        _findings(summary.bench_findings(report)),
+        _bullets("Notes", report.notes),
+        _where(report.subject, report.environment, report.seconds),
+    ]
+    return _joined(blocks)
+
+
+def _joined(blocks: list[str]) -> str:
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _opening(verdict: Verdict, headline: str, sentence: str) -> str:
+    return "\n".join([f"{MARKS[verdict]} {verdict.upper()}: {headline}", *_wrapped(sentence)])
+
+
+def _wrapped(text: str, first: str = "", rest: str | None = None) -> list[str]:
+    rest = " " * len(first) if rest is None else rest
+    return textwrap.wrap(fmt.plain(text), WIDTH, initial_indent=first, subsequent_indent=rest) or [first.rstrip()]
+
+
+def _bullets(title: str, sentences: tuple[str, ...]) -> str:
+    lines = [line for sentence in sentences for line in _wrapped(sentence, "  - ")]
+    return "\n".join([title, *lines]) if lines else ""
+
+
+def _findings(findings: tuple[Finding, ...]) -> str:
+    lines = []
+    for finding in findings:
+        lines += _wrapped(f"{MARKS[finding.verdict]} {finding.name}: {finding.verdict}", "  ", "    ")
+        lines += [line for sentence in finding.sentences for line in _wrapped(sentence, "    ")]
+    return "\n".join(["Findings", *lines]) if lines else ""
+
+
+def _where(subject: Subject, environment: Environment, seconds: float) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(environment.versions.items()))
+    settings = ", ".join(f"{name}={value}" for name, value in sorted(environment.settings.items()))
+    facts = [
+        *subject_facts(subject),
+        *environment_facts(environment),
+        ("Duration", fmt.duration(seconds)),
+        ("Versions", versions),
+        ("Settings", settings),
+    ]
+    facts = [(label, value) for label, value in facts if value]
+    width = max(len(label) for label, _ in facts)
+    lines = [line for label, value in facts for line in _wrapped(value, f"  {label:<{width}}  ")]
+    return "\n".join(["Where", *lines])
+
+
+def _table(table: Table) -> str:
+    """Aligned columns; a first cell that does not fit goes on in the next line, so that no name is cut."""
+    if not table.rows:
+        return ""
+    table = table.narrow()
+    widths = [
+        max(len(column.title), *(len(fmt.plain(row.cells[i].text)) for row in table.rows))
+        for i, column in enumerate(table.columns)
+    ]
+    room = WIDTH - sum(widths[1:]) - _GAP * len(widths)
+    widths[0] = max(min(widths[0], room), _LEAST_NAME_WIDTH)
+    lines = [table.caption, *_line(table, [column.title for column in table.columns], widths)]
+    for group, rows in table.groups().items():
+        lines += _wrapped(group) if group else []
+        lines += [line for row in rows for line in _line(table, _texts(row), widths)]
+    return "\n".join(lines)
+
+
+def _texts(row: Row) -> list[str]:
+    return [cell.text.upper() if cell.verdict is Verdict.FAIL else fmt.plain(cell.text) for cell in row.cells]
+
+
+def _line(table: Table, texts: list[str], widths: list[int]) -> list[str]:
+    name, *more = textwrap.wrap(texts[0], widths[0], subsequent_indent=" " * _GAP) or [""]
+    cells = [
+        f"{text:>{width}}" if column.numeric else f"{text:<{width}}"
+        for text, width, column in zip(texts[1:], widths[1:], table.columns[1:], strict=True)
+    ]
+    first = (" " * _GAP).join([f"{name:<{widths[0]}}", *cells])
+    return [(" " * _GAP + line).rstrip() for line in (first, *more)]

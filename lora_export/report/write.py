@@ -1,0 +1,36 @@
+"""All renderings of a report into a folder, each file at once or not at all."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+from lora_export.report.as_json import Report, file_name, render_json
+from lora_export.report.html import render_bench_html, render_check_html
+from lora_export.report.markdown import render_bench_markdown, render_check_markdown
+from lora_export.verify.results import CheckReport
+
+
+def write_reports(report: Report, folder: Path) -> dict[str, Path]:
+    """Write `check.*` or `bench.*`; returns the paths by suffix ("html", "md", "json").
+
+    All are rendered before any is written, so a report that cannot be rendered leaves the folder as it was.
+    """
+    is_check = isinstance(report, CheckReport)
+    contents = {
+        "html": render_check_html(report) if is_check else render_bench_html(report),
+        "md": render_check_markdown(report) if is_check else render_bench_markdown(report),
+        "json": render_json(report),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    return {suffix: _write(folder / file_name(report, suffix), text) for suffix, text in contents.items()}
+
+
+def _write(path: Path, text: str) -> Path:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,230 @@
+"""`AdapterSession`: run an exported folder, with a different adapter for each row of a batch if need be.
+
+Needs onnxruntime and numpy only; torch, transformers and PEFT need not be installed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from lora_export.artifact import GRAPH, GRAPH_DATA, Manifest, read_manifest, sha256_of
+from lora_export.contract import AdapterInputKind
+from lora_export.errors import InputRefused, UsageProblem
+from lora_export.runtime.bank import RowSpec, classes_by_row, stack_rows
+from lora_export.runtime.session import choose_provider, open_session
+
+# One entry of `adapters`: a name, nothing (the base), or a blend of names with weights.
+RowAdapter = str | None | Mapping[str, float]
+
+# Stacked compositions kept on the device: enough for the few that a host alternates between.
+_KEPT_COMPOSITIONS = 8
+
+
+class AdapterSession:
+    """An ONNX Runtime session of an export, with its adapters loaded.
+
+    Args:
+        folder: The exported folder.
+        provider: "cpu" or "cuda"; None for CUDA if usable, else the CPU (see `provider_reason`).
+        n_threads: Threads within an operator; None for ONNX Runtime's choice.
+
+    Raises:
+        InputRefused: The folder is no export, or an adapter file is not the one that was exported.
+        EnvironmentUnusable: The provider is not usable.
+    """
+
+    def __init__(self, folder: str | Path, provider: str | None = None, *, n_threads: int | None = None) -> None:
+        self.folder = Path(folder)
+        self.manifest: Manifest = read_manifest(self.folder)
+        choice = choose_provider(provider)
+        self.provider, self.provider_reason = choice.name, choice.reason
+        self.session = open_session(self.folder / GRAPH, self.provider, n_threads=n_threads)
+        self._contract = self.manifest.contract
+        self._adapters: dict[str, dict[str, np.ndarray]] = {}
+        self._compositions: OrderedDict[tuple[RowSpec, ...], dict[str, ort.OrtValue]] = OrderedDict()
+        self._defaults = self._read_defaults()
+        for record in self.manifest.adapters:
+            if record.file is not None:
+                path = self.folder / record.file
+                _require_unchanged(path, self.manifest.files.get(record.file))
+                self.load(path, record.name)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return tuple(self._adapters)
+
+    def load(self, path: str | Path, name: str | None = None) -> str:
+        """Load an `.onnx_adapter` file made for this graph and return its name (default: the file's).
+
+        Raises:
+            InputRefused: The file is no adapter, or has a tensor that the graph has no input for.
+        """
+        path = Path(path)
+        name = name or path.stem
+        tensors = _read_adapter(path)
+        by_name = {entry.name: entry for entry in self._contract.adapter_inputs}
+        for tensor_name, array in tensors.items():
+            entry = by_name.get(tensor_name)
+            fits = entry is not None and array.ndim == len(entry.dims) and array.shape[0] == 1
+            if not fits or any(isinstance(d, int) and d != n for d, n in zip(entry.dims, array.shape, strict=True)):
+                raise InputRefused(
+                    "The adapter was made for another graph",
+                    where=f"{path}: {tensor_name} {list(array.shape)}",
+                    expected=str(list(entry.dims)) if entry else "an adapter input of this graph",
+                    next_step="pack it for this export with `lora-export add`",
+                )
+            if not np.isfinite(array.astype(np.float32)).all():
+                raise InputRefused("The adapter holds numbers that are not finite", where=f"{path}: {tensor_name}")
+        self._adapters[name] = tensors
+        self._compositions.clear()
+        return name
+
+    def unload(self, name: str) -> None:
+        """Forget adapter `name`.
+
+        Raises:
+            UsageProblem: It is not loaded.
+        """
+        self._require_loaded(name)
+        del self._adapters[name]
+        self._compositions.clear()
+
+    def run(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        adapters: Sequence[RowAdapter] | RowAdapter = None,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Run one batch.
+
+        Args:
+            inputs: The graph's own inputs by name, `[batch, …]`.
+            adapters: One entry a row (a name, None for the base, or {name: weight}), or one entry for all rows.
+            outputs: Names of the outputs to return; all by default.
+
+        Returns:
+            Outputs by name. Where rows have heads of different sizes, scores beyond a row's own classes are the
+            lowest finite number.
+
+        Raises:
+            UsageProblem: An unknown adapter, or the number of entries is not the batch size.
+        """
+        batch = len(next(iter(inputs.values())))
+        rows = self._rows(adapters, batch)
+        # Held until the run is over: on the CPU a binding reads the arrays' own memory.
+        held = {name: self._on_device(np.ascontiguousarray(array)) for name, array in inputs.items()}
+        binding = self.session.io_binding()
+        for name, value in held.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in self._composition(rows).items():
+            binding.bind_ortvalue_input(name, value)
+        names = list(outputs or [output.name for output in self.session.get_outputs()])
+        for name in names:
+            binding.bind_output(name)
+        self.session.run_with_iobinding(binding)
+        results = dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
+        return self._mask_padded_classes(results, rows)
+
+    def bind_adapters(self, binding: ort.IOBinding, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> None:
+        """Bind the adapters of a batch to `binding`, for hosts that bind inputs and outputs on the device themselves."""
+        for name, value in self._composition(self._rows(adapters, batch)).items():
+            binding.bind_ortvalue_input(name, value)
+
+    def stacked(self, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> dict[str, np.ndarray]:
+        """The adapter inputs of a batch as arrays, for hosts with another runtime; absent inputs keep their default."""
+        return stack_rows(self._contract, self._adapters, self._rows(adapters, batch), self._defaults)
+
+    def _rows(self, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> tuple[RowSpec, ...]:
+        if adapters is None or isinstance(adapters, str | Mapping):
+            adapters = [adapters]
+        elif len(adapters) != batch:
+            raise UsageProblem(
+                "`adapters` must have one entry for each row",
+                expected=f"{batch} entries, or a single one for all rows",
+                found=f"{len(adapters)} entries",
+            )
+        rows = tuple(self._row(entry) for entry in adapters)
+        return rows[:1] if len(set(rows)) == 1 else rows
+
+    def _row(self, entry: RowAdapter) -> RowSpec:
+        blend = {} if entry is None else {entry: 1.0} if isinstance(entry, str) else entry
+        for name in blend:
+            self._require_loaded(name)
+        return tuple((name, float(weight)) for name, weight in blend.items() if weight != 0)
+
+    def _require_loaded(self, name: str) -> None:
+        if name not in self._adapters:
+            merged = ", ".join(record.name for record in self.manifest.adapters if record.file is None)
+            raise UsageProblem(
+                f"No adapter {name!r} is loaded",
+                found=", ".join(self._adapters) or (f"a merged graph (of {merged})" if merged else "none"),
+                next_step="use one of these names, or load its file first",
+            )
+
+    def _composition(self, rows: tuple[RowSpec, ...]) -> dict[str, ort.OrtValue]:
+        if rows in self._compositions:
+            self._compositions.move_to_end(rows)
+            return self._compositions[rows]
+        stacked = stack_rows(self._contract, self._adapters, rows, self._defaults)
+        values = {name: self._on_device(array) for name, array in stacked.items()}
+        self._compositions[rows] = values
+        if len(self._compositions) > _KEPT_COMPOSITIONS:
+            self._compositions.popitem(last=False)
+        return values
+
+    def _on_device(self, array: np.ndarray) -> ort.OrtValue:
+        return ort.OrtValue.ortvalue_from_numpy(array, self.provider, 0)
+
+    def _read_defaults(self) -> dict[str, np.ndarray]:
+        found = {}
+        for entry in self._contract.adapter_inputs:
+            if entry.default is not None:
+                dtype = np.dtype(entry.dtype)
+                found[entry.name] = np.fromfile(
+                    self.folder / GRAPH_DATA, dtype, entry.default.length // dtype.itemsize, offset=entry.default.offset
+                ).reshape(entry.default.shape)
+        return found
+
+    def _mask_padded_classes(self, results: dict[str, np.ndarray], rows: tuple[RowSpec, ...]) -> dict[str, np.ndarray]:
+        if len(rows) == 1 or not any(e.kind is AdapterInputKind.WEIGHT for e in self._contract.adapter_inputs):
+            return results
+        sizes = classes_by_row(self._contract, self._adapters, rows, self._defaults)
+        for spec in self._contract.outputs:
+            if spec.name in results and spec.dims[-1] in sizes:
+                for row, n_classes in enumerate(sizes[spec.dims[-1]]):
+                    array = results[spec.name]
+                    array[row, ..., n_classes:] = np.finfo(array.dtype).min
+        return results
+
+
+def _require_unchanged(path: Path, expected: str | None) -> None:
+    found = sha256_of(path) if path.is_file() else "no such file"
+    if found != expected:
+        raise InputRefused(
+            "An adapter file is not the one that was exported",
+            where=str(path),
+            expected=f"sha256 {expected}",
+            found=found,
+            next_step="export again, or pack the adapter with `lora-export add`",
+        )
+
+
+def _read_adapter(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise InputRefused(
+            "There is no such adapter file",
+            where=str(path),
+            expected="an .onnx_adapter file; a PEFT folder becomes one with `lora-export add`",
+        )
+    try:
+        adapter = ort.AdapterFormat.read_adapter(str(path))
+    except RuntimeError as error:
+        raise InputRefused("The file is no ONNX Runtime adapter, or is truncated", where=str(path)) from error
+    # The values are views of the adapter's memory, which goes with `adapter`.
+    return {name: value.numpy().copy() for name, value in adapter.get_parameters().items()}

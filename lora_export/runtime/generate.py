@@ -1,0 +1,75 @@
+"""Greedy generation with an exported decoder: one prefill, then one token at a time on the cache. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """`(input_ids, attention_mask)`, int64 `[batch, longest]`, padded on the left."""
+    longest = max(map(len, prompts))
+    ids = np.full((len(prompts), longest), pad_id, np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def positions_of(mask: np.ndarray) -> np.ndarray:
+    """`position_ids` for an attention mask: each real token's index among the real ones, 0 on padding."""
+    return np.maximum(mask.cumsum(axis=1) - 1, 0)
+
+
+def empty_cache(session: AdapterSession, batch: int) -> dict[str, np.ndarray]:
+    """The graph's past of length 0, `[batch, kv_heads, 0, head_size]` by input name."""
+    return {
+        spec.name: np.zeros((batch, spec.dims[1], 0, spec.dims[3]), np.dtype(spec.dtype))
+        for spec in session.manifest.contract.inputs
+        if spec.name.startswith("past_key_values.")
+    }
+
+
+def generate(
+    session: AdapterSession,
+    prompts: Sequence[Sequence[int]],
+    adapters: Sequence[RowAdapter] | RowAdapter = None,
+    *,
+    max_new_tokens: int,
+    eos_ids: frozenset[int] = frozenset(),
+    pad_id: int = 0,
+) -> list[list[int]]:
+    """The greedy continuation of each prompt, without the prompt, up to and without an end token.
+
+    Args:
+        prompts: Token ids of each row; rows may differ in length.
+        adapters: As in `AdapterSession.run`.
+        pad_id: Filler on the left of shorter rows; masked, so any id serves.
+    """
+    ids, mask = left_pad(prompts, pad_id)
+    positions = positions_of(mask)
+    cache = empty_cache(session, len(prompts))
+    takes_positions = any(spec.name == "position_ids" for spec in session.manifest.contract.inputs)
+    generated: list[list[int]] = [[] for _ in prompts]
+    finished = np.zeros(len(prompts), bool)
+    for _ in range(max_new_tokens):
+        feeds = {"input_ids": ids, "attention_mask": mask, **cache}
+        if takes_positions:
+            feeds["position_ids"] = positions
+        results = session.run(feeds, adapters)
+        best = results["logits"][:, -1].astype(np.float32).argmax(axis=-1)
+        for row, token in enumerate(best):
+            finished[row] |= int(token) in eos_ids
+            if not finished[row]:
+                generated[row].append(int(token))
+        if finished.all():
+            break
+        cache = {name: results[name.replace("past_key_values", "present")] for name in cache}
+        ids = best[:, None].astype(np.int64)
+        positions = positions[:, -1:] + 1
+        mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+    return generated

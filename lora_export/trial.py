@@ -1,0 +1,89 @@
+"""`run`: try an export on a text or an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lora_export.artifact import Manifest
+from lora_export.base.tasks import Task
+from lora_export.errors import InputRefused
+from lora_export.runtime.adapter_session import AdapterSession
+from lora_export.runtime.generate import generate
+from lora_export.verify.examples import Batcher, Row, load_tokenizer
+
+
+def run_trial(
+    folder: Path, inputs: Sequence[str], blend: Mapping[str, float], provider: str | None, max_new_tokens: int
+) -> dict:
+    """Run the export on `inputs` (texts, or image files) with a blend of adapters (none: the base).
+
+    Raises:
+        LoraExportError: The export, an adapter or an input cannot be used.
+    """
+    session = AdapterSession(folder, provider)
+    manifest = session.manifest
+    task = Task(manifest.task)
+    adapters = blend or None
+    head = {"task": manifest.task, "adapter": dict(blend), "provider": session.provider, "inputs": list(inputs)}
+    if task is Task.TEXT_GENERATION:
+        return head | {"results": _generate(session, folder, inputs, adapters, max_new_tokens)}
+    batcher = Batcher(folder, task, manifest.contract)
+    missing = [name for name in inputs if batcher.takes_images and not Path(name).is_file()]
+    if missing:
+        raise InputRefused("There is no such image file", where=missing[0])
+    batch = batcher.batch([Row(text) for text in inputs])
+    outputs = session.run(batch.inputs, adapters)
+    labels = _labels(manifest, blend)
+    results = []
+    for row in range(len(inputs)):
+        if "logits" in outputs and outputs["logits"].ndim == 2:
+            results.append(_scores(outputs["logits"][row], labels))
+        elif "logits" in outputs:
+            best = outputs["logits"][row][batch.real[row]].argmax(axis=-1)
+            results.append({"labels": [labels.get(int(i), f"LABEL_{i}") for i in best]})
+        else:
+            states = outputs["last_hidden_state"][row]
+            results.append({"last_hidden_state": list(states.shape), "mean": states.mean(axis=0)[:8].tolist()})
+    return head | {"results": results}
+
+
+def _generate(
+    session: AdapterSession, folder: Path, inputs: Sequence[str], adapters, max_new_tokens: int
+) -> list[dict]:
+    tokenizer = load_tokenizer(folder)
+    prompts = [tokenizer(text)["input_ids"] for text in inputs]
+    # A tokenizer that ends every text would end the prompt, too.
+    prompts = [p[:-1] if len(p) > 1 and p[-1] == tokenizer.eos_token_id else p for p in prompts]
+    eos = frozenset() if tokenizer.eos_token_id is None else frozenset({tokenizer.eos_token_id})
+    found = generate(session, prompts, adapters, max_new_tokens=max_new_tokens, eos_ids=eos)
+    return [{"continuation": tokenizer.decode(tokens), "tokens": tokens} for tokens in found]
+
+
+def _labels(manifest: Manifest, blend: Mapping[str, float]) -> dict[int, str]:
+    named = [record.labels for record in manifest.adapters if record.labels and (not blend or record.name in blend)]
+    return named[0] if len(named) == 1 else {}
+
+
+def _scores(logits: np.ndarray, labels: Mapping[int, str]) -> dict:
+    shifted = np.exp(logits.astype(np.float64) - logits.max())
+    scores = shifted / shifted.sum()
+    order = np.argsort(-scores)
+    named = {labels.get(int(i), f"LABEL_{i}"): float(scores[i]) for i in order}
+    return {"label": next(iter(named)), "scores": named}
+
+
+def trial_text(value: dict) -> str:
+    """`run_trial` for people."""
+    lines = []
+    for given, result in zip(value["inputs"], value["results"], strict=True):
+        if "continuation" in result:
+            lines.append(f"{given}{result['continuation']}")
+        elif "label" in result:
+            best = ", ".join(f"{name} {score:.1%}" for name, score in list(result["scores"].items())[:3])
+            lines.append(f"{result['label']}   ({best})   {given}")
+        else:
+            lines.append(f"{result}   {given}")
+    return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""Parity of a decoder as it is used: padding on the left, a cache filled step by step, greedy generation."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
+from lora_export.runtime.generate import empty_cache, generate
+from lora_export.verify.compare import Outputs, compare
+from lora_export.verify.examples import Batch, Batcher, Examples
+from lora_export.verify.reference import Reference
+from lora_export.verify.results import ParityCase
+from lora_export.verify.tolerances import Tolerances
+
+_ROWS = 4
+_GREEDY_TOKENS = 32
+_PROMPT_TOKENS = 12
+
+
+def decoding_cases(
+    label: str,
+    adapter: RowAdapter,
+    session: AdapterSession,
+    reference: Reference,
+    batcher: Batcher,
+    examples: Examples,
+    gates: Tolerances,
+) -> list[ParityCase]:
+    """Left padding, cached steps (a chunk, then single tokens) and greedy agreement of one adapter."""
+    batch = batcher.batch(examples.rows[-_ROWS:], padding_side="left")
+    expected = reference.run(batch.inputs)["logits"]
+    outputs = Outputs("logits", (expected,), (batch.real,))
+    whole = session.run(batch.inputs | empty_cache(session, _ROWS), adapter)["logits"].astype(np.float32)
+    stepped = _in_steps(session, batch, adapter)
+    described = "PEFT, unmerged, without a cache"
+
+    def case(suffix: str, values: np.ndarray) -> ParityCase:
+        found = Outputs("logits", (values,), (batch.real,))
+        return compare(f"{label}: {suffix}", "decoding", described, outputs, found, gates)
+
+    return [
+        case("padded on the left", whole),
+        case("cached steps", stepped),
+        _greedy_case(label, adapter, session, reference, batch, gates),
+    ]
+
+
+def _in_steps(session: AdapterSession, batch: Batch, adapter: RowAdapter) -> np.ndarray:
+    """The logits of `batch` from half of it as a prefill, then two tokens, then one by one, on a growing cache."""
+    length = batch.inputs["input_ids"].shape[1]
+    middle = length // 2
+    cuts = [0, middle, min(middle + 2, length), *range(min(middle + 2, length) + 1, length + 1)]
+    cache = empty_cache(session, len(batch.labels))
+    found = []
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        if start == end:
+            continue
+        inputs = {name: array[:, start:end] for name, array in batch.inputs.items()}
+        inputs["attention_mask"] = batch.inputs["attention_mask"][:, :end]
+        results = session.run(inputs | cache, adapter)
+        cache = {name: results[name.replace("past_key_values", "present")] for name in cache}
+        found.append(results["logits"].astype(np.float32))
+    return np.concatenate(found, axis=1)
+
+
+def _greedy_case(
+    label: str,
+    adapter: RowAdapter,
+    session: AdapterSession,
+    reference: Reference,
+    batch: Batch,
+    gates: Tolerances,
+) -> ParityCase:
+    """Greedy continuations in one left-padded batch with a cache, against each prompt alone in PyTorch."""
+    rows = zip(batch.inputs["input_ids"], batch.real, strict=True)
+    prompts = [ids[real][:_PROMPT_TOKENS].tolist() for ids, real in rows]
+    expected = reference.greedy(prompts, _GREEDY_TOKENS)
+    found = generate(session, prompts, adapter, max_new_tokens=_GREEDY_TOKENS)
+    same = [sum(a == b for a, b in zip(x, y, strict=True)) for x, y in zip(expected, found, strict=True)]
+    agreement = sum(same) / (len(prompts) * _GREEDY_TOKENS)
+    failures = ()
+    if agreement < gates.top1:
+        failures = (f"{agreement:.1%} of {_GREEDY_TOKENS} greedy tokens agree; {gates.top1:.1%} are expected",)
+    return ParityCase(
+        name=f"{label}: {_GREEDY_TOKENS} greedy tokens",
+        group="decoding",
+        reference="PEFT, unmerged, each prompt alone, without a cache",
+        error=0.0 if agreement == 1 else float("nan"),
+        error_relative=0.0 if agreement == 1 else float("nan"),
+        tolerance=None,
+        n_rows=len(prompts),
+        top1=agreement,
+        top1_tolerance=gates.top1,
+        failures=failures,
+    )

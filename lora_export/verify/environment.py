@@ -1,0 +1,54 @@
+"""Where a result was obtained."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from pathlib import Path
+
+import onnxruntime as ort
+
+from lora_export.artifact import GRAPH, Manifest, versions
+from lora_export.runtime.session import device_name
+from lora_export.verify.results import Environment, Subject
+
+
+def environment(provider: str, reason: str, settings: dict[str, str]) -> Environment:
+    """This machine, now."""
+    return Environment(
+        provider=provider,
+        provider_reason=reason,
+        device=device_name(provider),
+        cpu=_cpu_name(),
+        n_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        versions=versions() | {"onnxruntime": ort.__version__},
+        settings={"use_tf32": "0"} | settings if provider == "cuda" else settings,
+        started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def subject(folder: Path, manifest: Manifest) -> Subject:
+    """The export under examination."""
+    names = [name for name in manifest.files if name.startswith((GRAPH, "adapters/"))]
+    return Subject(
+        folder=str(folder),
+        kind=manifest.kind,
+        task=manifest.task,
+        dtype=manifest.dtype,
+        base=manifest.base.given,
+        fused_for=manifest.provider,
+        adapters=tuple(record.name for record in manifest.adapters),
+        graph_sha256=manifest.files[GRAPH],
+        n_bytes={name: (folder / name).stat().st_size for name in names},
+    )

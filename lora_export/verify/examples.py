@@ -1,0 +1,196 @@
+"""Inputs to compare on: real text or images, from a file or from the machine, in padded batches."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pkgutil
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lora_export.base.tasks import Task
+from lora_export.contract import GraphContract
+from lora_export.errors import InputRefused
+
+_SEED = 2106_09685
+_BUILT_IN_ROWS = 16
+_MOST_TOKENS = 96
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example: its text or image file, and its class if the data names one."""
+
+    source: str
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arrays by input name, `[batch, …]`, the mask of real positions `[batch, sequence]` (None for images), labels."""
+
+    inputs: dict[str, np.ndarray]
+    real: np.ndarray | None
+    labels: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows to compare on, and where they came from in words."""
+
+    rows: tuple[Row, ...]
+    description: str
+
+
+def read_examples(path: Path, limit: int) -> Examples:
+    """Examples from a text file (a row a line), JSON lines (`text`, optionally `label_id`), or a folder of images.
+
+    Raises:
+        InputRefused: The file is missing, empty, or a line is not what its suffix promises.
+    """
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp"))
+        rows = tuple(Row(str(file)) for file in files)
+    elif path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        parse = _json_row if path.suffix == ".jsonl" else lambda where, line: Row(line)
+        rows = tuple(parse(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip())
+    else:
+        raise InputRefused("There is no such data file", where=str(path))
+    if not rows:
+        raise InputRefused("The data holds no examples", where=str(path))
+    # An even spread, since files are often sorted by class.
+    chosen = [rows[i * len(rows) // min(limit, len(rows))] for i in range(min(limit, len(rows)))]
+    return Examples(tuple(chosen), f"{path} ({len(chosen)} of {len(rows)} rows)")
+
+
+def _json_row(where: str, line: str) -> Row:
+    try:
+        fields = json.loads(line)
+        return Row(str(fields["text"]), fields.get("label_id"))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputRefused(
+            "A line of the data is not an example", where=where, expected='{"text": …, "label_id": …}', found=line[:80]
+        ) from error
+
+
+def built_in_examples(n_rows: int = _BUILT_IN_ROWS) -> Examples:
+    """Docstrings of Python's standard library, short to long, the same on every machine with this Python."""
+    texts = sorted(set(_docstrings()), key=lambda text: (len(text), text))
+    strata = [texts[i * len(texts) // n_rows : (i + 1) * len(texts) // n_rows] for i in range(n_rows)]
+    rng = random.Random(_SEED)
+    rows = [Row(rng.choice(stratum)) for stratum in strata]
+    return Examples(tuple(rows), f"{n_rows} docstrings of Python's standard library, stratified by length")
+
+
+def _docstrings() -> Iterator[str]:
+    import argparse
+    import collections
+    import email.message
+    import logging
+    import pathlib
+    import statistics
+    import string
+    import textwrap
+    import threading
+
+    for module in (
+        argparse,
+        collections,
+        email.message,
+        logging,
+        pathlib,
+        statistics,
+        string,
+        textwrap,
+        threading,
+        pkgutil,
+    ):
+        for _, thing in inspect.getmembers(module, lambda m: inspect.isfunction(m) or inspect.isclass(m)):
+            text = " ".join((inspect.getdoc(thing) or "").split())
+            if 10 <= len(text) <= 1200:
+                yield text
+
+
+class Batcher:
+    """Turns rows into a graph's inputs, with the tokenizer or processor in the exported folder."""
+
+    def __init__(self, folder: Path, task: Task, contract: GraphContract) -> None:
+        self._task, self._folder = task, folder
+        self._names = [spec.name for spec in contract.inputs]
+        self._pixels = next((spec for spec in contract.inputs if spec.name == "pixel_values"), None)
+        self._processor = _load_processor(folder, images=self._pixels is not None)
+
+    def batches(self, examples: Examples, batch_size: int) -> list[Batch]:
+        """The examples in batches; texts padded to the longest in the batch (on the right)."""
+        rows = examples.rows
+        return [self.batch(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+
+    def batch(self, rows: Sequence[Row], *, padding_side: str = "right") -> Batch:
+        """One batch. Decoders get `position_ids` from the mask, and no past."""
+        labels = tuple(row.label for row in rows)
+        if self._pixels is not None:
+            return Batch({"pixel_values": self._pixel_values(rows)}, None, labels)
+        encoded = self._processor(
+            [row.source for row in rows],
+            return_tensors="np",
+            padding=True,
+            padding_side=padding_side,
+            truncation=True,
+            max_length=_MOST_TOKENS,
+        )
+        inputs = {name: np.asarray(encoded[name], np.int64) for name in self._names if name in encoded}
+        mask = np.asarray(encoded["attention_mask"], np.int64)
+        if "position_ids" in self._names:
+            inputs["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)
+        return Batch(inputs, mask.astype(bool), labels)
+
+    def _pixel_values(self, rows: Sequence[Row]) -> np.ndarray:
+        from PIL import Image
+
+        images = [Image.open(row.source).convert("RGB") for row in rows]
+        pixels = self._processor(images, return_tensors="np")["pixel_values"]
+        return np.asarray(pixels, np.dtype(self._pixels.dtype))
+
+    def random_pixels(self, n_rows: int) -> Batch:
+        """Seeded noise of an image's shape, where no image is given."""
+        shape = (n_rows, *self._pixels.dims[1:])
+        values = np.random.default_rng(_SEED).standard_normal(shape).astype(np.dtype(self._pixels.dtype))
+        return Batch({"pixel_values": values}, None, (None,) * n_rows)
+
+    @property
+    def takes_images(self) -> bool:
+        return self._pixels is not None
+
+
+def _load_processor(folder: Path, *, images: bool):
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    loader = AutoImageProcessor if images else AutoTokenizer
+    try:
+        processor = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if images:
+            return None
+        raise InputRefused(
+            "The exported folder has no usable tokenizer, so text cannot be turned into inputs",
+            where=str(folder),
+            found=" ".join(str(error).split())[:300],
+            next_step="export from a base folder that holds its tokenizer files",
+        ) from error
+    if not images and processor.pad_token is None:
+        processor.pad_token = processor.eos_token or processor.unk_token
+    return processor
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer in an exported folder.
+
+    Raises:
+        InputRefused: There is none.
+    """
+    return _load_processor(folder, images=False)

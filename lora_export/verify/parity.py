@@ -1,0 +1,262 @@
+"""`check`: unmerged PEFT against ONNX Runtime, case by case."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lora_export.artifact import AdapterRecord, Kind
+from lora_export.base.tasks import Task
+from lora_export.contract import AdapterInputKind
+from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
+from lora_export.runtime.generate import empty_cache
+from lora_export.verify.compare import Outputs, compare
+from lora_export.verify.decoding import decoding_cases
+from lora_export.verify.environment import environment, subject
+from lora_export.verify.examples import Batch, Batcher, Examples, built_in_examples
+from lora_export.verify.reference import Reference
+from lora_export.verify.results import CheckReport, ParityCase
+from lora_export.verify.tolerances import Tolerances, tolerances
+
+_BATCH_SIZE = 8
+_MIXED_ROWS = 8
+
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """What to check, everything located.
+
+    Attributes:
+        base: The base's folder.
+        adapters: PEFT folders by adapter name, all that the export holds.
+        data: Examples by adapter name; the key None serves all others.
+        merged: A merged export of one of the adapters, to compare a dynamic export with.
+    """
+
+    folder: Path
+    base: Path
+    adapters: Mapping[str, Path]
+    provider: str | None
+    data: Mapping[str | None, Examples]
+    merged: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """One export with its session and inputs, as the cases below use it."""
+
+    request: CheckRequest
+    session: AdapterSession
+    task: Task
+    gates: Tolerances
+    own: Mapping[str | None, Sequence[Batch]]
+    mixed: Batch
+
+    def run(self, batches: Sequence[Batch], adapters: RowAdapter | Sequence[RowAdapter]) -> Outputs:
+        return run_export(self.session, batches, adapters)
+
+    def reference(self, names: Sequence[str], n_labels: int | None) -> Reference:
+        paths = [self.request.adapters[name] for name in names]
+        return Reference(self.task, self.request.base, paths, self.session.manifest.dtype, n_labels)
+
+
+def run_check(request: CheckRequest, progress: Callable[[str, int, int], None]) -> CheckReport:
+    """Run every case that the export allows.
+
+    Raises:
+        LoraExportError: The export, its base or an adapter cannot be used; a failed gate is a result, not an error.
+    """
+    started = time.monotonic()
+    session = AdapterSession(request.folder, request.provider)
+    manifest = session.manifest
+    task = Task(manifest.task)
+    batcher = Batcher(request.folder, task, manifest.contract)
+    data = dict(request.data)
+    if not batcher.takes_images:
+        data.setdefault(None, built_in_examples())
+    own = {name: batcher.batches(examples, _BATCH_SIZE) for name, examples in data.items()}
+    own.setdefault(None, [batcher.random_pixels(_BATCH_SIZE)] if batcher.takes_images else [])
+    mixed = batcher.random_pixels(_MIXED_ROWS) if batcher.takes_images else batcher.batch(data[None].rows[:_MIXED_ROWS])
+    bench = _Bench(request, session, task, tolerances(manifest.dtype, session.provider), own, mixed)
+    skipped: list[str] = []
+    if manifest.kind is Kind.MERGED:
+        cases = _merged_cases(bench, batcher, data, skipped, progress)
+    else:
+        cases = _dynamic_cases(bench, batcher, data, skipped, progress)
+    described = [f"{name or 'default'}: {examples.description}" for name, examples in data.items()]
+    return CheckReport(
+        subject=subject(request.folder, manifest),
+        environment=environment(session.provider, session.provider_reason, {}),
+        data=tuple(described or ["seeded noise in the shape of images"]),
+        cases=tuple(cases),
+        skipped=tuple(skipped),
+        seconds=time.monotonic() - started,
+    )
+
+
+def run_export(
+    session: AdapterSession, batches: Sequence[Batch], adapters: RowAdapter | Sequence[RowAdapter]
+) -> Outputs:
+    """The export's main output over `batches`; a decoder starts from an empty cache."""
+    name = session.manifest.contract.outputs[0].name
+    values = []
+    for batch in batches:
+        inputs = batch.inputs | empty_cache(session, len(next(iter(batch.inputs.values()))))
+        values.append(session.run(inputs, adapters, outputs=[name])[name].astype(np.float32))
+    return Outputs(name, tuple(values), tuple(b.real for b in batches), tuple(b.labels for b in batches))
+
+
+def run_reference(reference: Reference, batches: Sequence[Batch]) -> Outputs:
+    """The reference's main output over `batches`."""
+    found = [reference.run(batch.inputs) for batch in batches]
+    name = next(iter(found[0]))
+    values = tuple(outputs[name] for outputs in found)
+    return Outputs(name, values, tuple(b.real for b in batches), tuple(b.labels for b in batches))
+
+
+def _merged_cases(bench: _Bench, batcher: Batcher, data, skipped: list[str], progress) -> list[ParityCase]:
+    records = bench.session.manifest.adapters
+    names = [record.name for record in records]
+    progress("checking", 0, 1)
+    batches = bench.own.get(names[0] if names else None) or bench.own[None]
+    n_labels = next((record.n_labels for record in records if record.n_labels), None)
+    reference = bench.reference(names, n_labels)
+    expected = run_reference(reference, batches)
+    without = _without(reference, batches, records, bench) if names else None
+    label = " + ".join(names) or "base"
+    described = "PEFT, unmerged" if names else "the base in PyTorch"
+    group = "adapter" if names else "base"
+    cases = [compare(label, group, described, expected, bench.run(batches, None), bench.gates, without=without)]
+    if bench.task is Task.TEXT_GENERATION:
+        cases += decoding_cases(label, None, bench.session, reference, batcher, data[None], bench.gates)
+    return cases
+
+
+def _dynamic_cases(bench: _Bench, batcher: Batcher, data, skipped: list[str], progress) -> list[ParityCase]:
+    cases: list[ParityCase] = []
+    alone: dict[str | None, Outputs] = {}
+    records = bench.session.manifest.adapters
+    has_own_head = all(entry.base_has_default for entry in bench.session.manifest.contract.adapter_inputs)
+    for done, record in enumerate(records):
+        progress("checking", done, len(records) + 1)
+        batches = bench.own.get(record.name) or bench.own[None]
+        reference = bench.reference([record.name], record.n_labels)
+        expected = run_reference(reference, batches)
+        without = _without(reference, batches, [record], bench)
+        found = bench.run(batches, record.name)
+        cases.append(compare(record.name, "adapter", "PEFT, unmerged", expected, found, bench.gates, without=without))
+        alone[record.name] = run_reference(reference, [bench.mixed])
+        if bench.task is Task.TEXT_GENERATION:
+            cases += decoding_cases(
+                record.name, record.name, bench.session, reference, batcher, data[None], bench.gates
+            )
+        if not has_own_head and done == 0:
+            cases.append(_body_case(bench, reference, record))
+    progress("checking", len(records), len(records) + 1)
+    if has_own_head:
+        reference = bench.reference([], None)
+        alone[None] = run_reference(reference, [bench.mixed])
+        expected = run_reference(reference, bench.own[None])
+        found = bench.run(bench.own[None], None)
+        cases.append(compare("base", "base", "the base in PyTorch", expected, found, bench.gates))
+    else:
+        skipped.append("The base's own scores: its checkpoint has no head, so rows without an adapter score zero.")
+    cases += _row_cases(bench, alone)
+    cases += _sequence_cases(bench)
+    if bench.request.merged is not None:
+        cases.append(_merged_against_dynamic(bench))
+    else:
+        skipped.append("Merged against dynamic: no merged export was named (--merged).")
+    return cases
+
+
+def _without(
+    reference: Reference, batches: Sequence[Batch], records: Sequence[AdapterRecord], bench: _Bench
+) -> Outputs:
+    """The reference without the adapter; where it brings a head, with that head, so that only the pairs' effect counts."""
+    brings_head = any(record.replaced for record in records)
+    with reference.without_pairs() if brings_head else reference.without_adapter():
+        return run_reference(reference, batches)
+
+
+def _body_case(bench: _Bench, reference: Reference, record: AdapterRecord) -> ParityCase:
+    """The base's body, seen through the head of an adapter whose pairs are off, where the base has no head."""
+    with reference.without_pairs():
+        expected = run_reference(reference, bench.own[None])
+    heads = {
+        entry.name
+        for entry in bench.session.manifest.contract.adapter_inputs
+        if entry.kind in (AdapterInputKind.WEIGHT, AdapterInputKind.BIAS)
+    }
+    name = expected.name
+    values = []
+    for batch in bench.own[None]:
+        stacked = bench.session.stacked(record.name, len(batch.labels))
+        feeds = batch.inputs | {key: value for key, value in stacked.items() if key in heads}
+        values.append(bench.session.session.run([name], feeds)[0].astype(np.float32))
+    found = Outputs(name, tuple(values), expected.real, expected.labels)
+    return compare("base", "base", f"PEFT with {record.name}'s head and its pairs off", expected, found, bench.gates)
+
+
+def _row_cases(bench: _Bench, alone: Mapping[str | None, Outputs]) -> list[ParityCase]:
+    """A batch with another adapter in each row, against each row alone, in PEFT and in ONNX Runtime."""
+    names = list(alone)
+    n_rows = len(bench.mixed.labels)
+    assigned = [names[row % len(names)] for row in range(n_rows)]
+    mixed = bench.run([bench.mixed], assigned)
+    expected, found, single = [], [], []
+    for row, name in enumerate(assigned):
+        reference = alone[name].values[0][row : row + 1]
+        n_classes = reference.shape[-1]
+        one = Batch(
+            {key: value[row : row + 1] for key, value in bench.mixed.inputs.items()},
+            None if bench.mixed.real is None else bench.mixed.real[row : row + 1],
+            (None,),
+        )
+        expected.append(reference)
+        found.append(mixed.values[0][row : row + 1, ..., :n_classes])
+        single.append(bench.run([one], name).values[0])
+    masks = [None if bench.mixed.real is None else bench.mixed.real[row : row + 1] for row in range(n_rows)]
+
+    def rows(values: list[np.ndarray]) -> Outputs:
+        # Heads differ in size, so rows are compared as one long list of numbers, padding left out.
+        flat = [Outputs(mixed.name, (v,), (m,)).positions().reshape(1, -1) for v, m in zip(values, masks, strict=True)]
+        return Outputs("rows", (np.concatenate(flat, axis=1),), (None,))
+
+    label = f"{n_rows} mixed rows"
+    return [
+        compare(label, "rows", "PEFT, each row's adapter", rows(expected), rows(found), bench.gates),
+        compare(f"{label} alone", "rows", "ONNX Runtime, each row alone", rows(single), rows(found), bench.gates),
+    ]
+
+
+def _sequence_cases(bench: _Bench) -> list[ParityCase]:
+    """A → B → A → none in one session, against a fresh session for each."""
+    names = list(bench.session.adapters)
+    order: list[str | None] = [names[0], names[-1], names[0], None]
+    label = " → ".join(name or "none" for name in order)
+    values, fresh = [], []
+    for name in order:
+        values.append(bench.run([bench.mixed], name).values[0].reshape(1, -1))
+    for name in order:
+        session = AdapterSession(bench.request.folder, bench.session.provider)
+        fresh.append(run_export(session, [bench.mixed], name).values[0].reshape(1, -1))
+
+    def joined(parts: list[np.ndarray]) -> Outputs:
+        return Outputs("rows", (np.concatenate(parts, axis=1),), (None,))
+
+    return [compare(label, "sequence", "a fresh session for each", joined(fresh), joined(values), bench.gates)]
+
+
+def _merged_against_dynamic(bench: _Bench) -> ParityCase:
+    merged = AdapterSession(bench.request.merged, bench.session.provider)
+    names = [record.name for record in merged.manifest.adapters]
+    blend = dict.fromkeys(names, 1.0)
+    batches = bench.own.get(names[0] if names else None) or bench.own[None]
+    expected, found = run_export(merged, batches, None), bench.run(batches, blend or None)
+    label = f"merged {' + '.join(names) or 'base'}"
+    return compare(label, "merged-dynamic", f"the merged export {bench.request.merged}", expected, found, bench.gates)
