@@ -1,0 +1,102 @@
+"""ONNX Runtime GenAI, a client that knows nothing of this project, generates what PEFT generates."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+
+from lora_export.pipeline import ExportOptions, export
+from lora_export.plan import Request
+
+ROOT = Path(__file__).parents[2]
+PYTHON = Path(os.environ.get("LORA_EXPORT_GENAI_PYTHON", ROOT / ".venv-genai/bin/python"))
+PROMPT, NEW_TOKENS = [5, 9, 17, 33, 12, 8], 20
+
+CLIENT = """
+import json, sys
+import onnxruntime_genai as og
+
+folder, adapter, prompt, n_new = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
+model = og.Model(folder)
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(max_length=len(prompt) + n_new, do_sample=False)
+generator = og.Generator(model, parameters)
+if adapter:
+    adapters = og.Adapters(model)
+    adapters.load(adapter, "one")
+    generator.set_active_adapter(adapters, "one")
+generator.append_tokens([prompt])
+while not generator.is_done():
+    generator.generate_next_token()
+print(json.dumps(generator.get_sequence(0).tolist()[len(prompt):]))
+"""
+
+
+def genai(folder: Path, adapter: Path | None) -> list[int]:
+    """What GenAI generates greedily, in its own interpreter."""
+    assert PYTHON.exists(), f"{PYTHON} is missing: run ci/setup genai"
+    command = [PYTHON, "-c", CLIENT, folder, adapter or "", json.dumps(PROMPT), str(NEW_TOKENS)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env={"PATH": os.environ["PATH"]})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def greedy(model) -> list[int]:
+    """Greedy generation by full forward passes in PyTorch, stopping where GenAI does: before an end token."""
+    tokens = list(PROMPT)
+    for _ in range(NEW_TOKENS):
+        with torch.no_grad():
+            best = int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax())
+        if best == model.config.eos_token_id:
+            break
+        tokens.append(best)
+    return tokens[len(PROMPT) :]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path, list[int], list[int]]:
+    """A tiny Llama and an adapter with their greedy continuations in PEFT: (base, adapter, base's, adapter's)."""
+    folder = tmp_path_factory.mktemp("genai")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        intermediate_size=128,
+        vocab_size=100,
+        tie_word_embeddings=True,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
+    base = transformers.AutoModelForCausalLM.from_config(config).eval()
+    base.save_pretrained(folder / "base")
+    of_base = greedy(base)
+    options = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", rank_pattern={"q_proj": 6})
+    model = peft.get_peft_model(base, options).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder / "adapter")
+    return folder / "base", folder / "adapter", of_base, greedy(model)
+
+
+def test_dynamic_export_generates_with_and_without_the_adapter(trained, tmp_path):
+    base, adapter, of_base, of_adapter = trained
+    assert of_base != of_adapter
+    export(Request(str(base), ((str(adapter), "one"),), "dynamic"), ExportOptions(tmp_path / "out"))
+    assert genai(tmp_path / "out", None) == of_base
+    assert genai(tmp_path / "out", tmp_path / "out/adapters/one.onnx_adapter") == of_adapter
+
+
+def test_merged_export_generates_what_the_adapter_does(trained, tmp_path):
+    base, adapter, _, of_adapter = trained
+    export(Request(str(base), ((str(adapter), "one"),), "merge"), ExportOptions(tmp_path / "out"))
+    assert genai(tmp_path / "out", None) == of_adapter
