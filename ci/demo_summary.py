@@ -19,10 +19,12 @@ def main(out: Path) -> None:
     trained = json.loads((out / "samples.json").read_text())
     cases = {case["name"]: case for case in check["cases"] if case["group"] == "adapter"}
     sizes = check["subject"]["n_bytes"]
-    print(f"{'adapter':<10} {'parity error':>13} {'effect':>8} {'accuracy: PyTorch':>18} {'ONNX Runtime':>13} {'bytes':>10}")
+    print(
+        f"{'adapter':<10} {'parity error':>13} {'effect':>8} {'accuracy: PyTorch':>18} {'ONNX Runtime':>13} {'bytes':>10}"
+    )
     for name, case in cases.items():
         size = sizes[f"adapters/{name}.onnx_adapter"]
-        accuracies = f"{case['accuracy_reference']:>18.1%} {case['accuracy_exported']:>13.1%}"
+        accuracies = f"{case['accuracy_reference']:>10.1%} {case['accuracy_exported']:>13.1%}"
         print(f"{name:<10} {case['error']:>13.1e} {case['effect']:>8.2f} {accuracies} {size:>10,}")
     print(f"\nbase in PyTorch: trained on {sum(count(row) for row in rows(trained)):,} examples in all")
     for workload in bench["workloads"]:

@@ -164,7 +164,7 @@ def _manifest_from(fields: dict) -> Manifest:
 
 
 def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

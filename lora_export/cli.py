@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from lora_export import __version__
+from lora_export import __version__, cli_text
 from lora_export import cli_options as options
 from lora_export.cli_output import Display, exit_code_of, guarded
 from lora_export.errors import UsageProblem
@@ -63,11 +63,11 @@ def _export(mode: str, paths: Sequence[str], targets: tuple[str, ...], given: di
         display.say(f"fusing for {provider} ({reason})")
         request = Request(base, adapters, mode, given["task"], given["dtype"], provider)
         if given["dry_run"]:
-            display.result(inspection.describe_plan(request, given["out"]), inspection.plan_text)
+            display.result(inspection.describe_plan(request, given["out"]), cli_text.plan_text)
             return
         choice = pipeline.ExportOptions(given["out"], given["overwrite"], not given["no_cache"], targets)
         manifest = pipeline.export(request, choice, display.progress)
-        display.result(inspection.describe_export(given["out"], manifest), inspection.export_text)
+        display.result(inspection.describe_export(given["out"], manifest), cli_text.export_text)
 
 
 @main.command()
@@ -129,7 +129,7 @@ def add(
         padded = [*names, *[None] * (len(paths) - len(names))]
         adapters = tuple(zip(paths, padded, strict=True))
         manifest = pipeline.add_adapter(out, adapters, SourceOverrides(base), display.progress)
-        display.result(inspection.describe_export(out, manifest), inspection.export_text)
+        display.result(inspection.describe_export(out, manifest), cli_text.export_text)
 
 
 @main.command()
@@ -236,7 +236,7 @@ def inspect_command(path: str, as_json: bool) -> None:
     with guarded(display):
         from lora_export import inspection
 
-        display.result(inspection.inspect_path(path), inspection.inspect_text)
+        display.result(inspection.inspect_path(path), cli_text.inspect_text)
 
 
 @main.command()
@@ -277,7 +277,7 @@ def run(
                 blend[name] = float(weight or 1)
             except ValueError:
                 raise UsageProblem("A blend's weight is no number", where=f"--adapter {value}") from None
-        display.result(trial.run_trial(out, inputs, blend, provider, max_new_tokens), trial.trial_text)
+        display.result(trial.run_trial(out, inputs, blend, provider, max_new_tokens), cli_text.trial_text)
 
 
 if __name__ == "__main__":

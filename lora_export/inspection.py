@@ -1,4 +1,4 @@
-"""What things hold and what would be done with them: `inspect` and `--dry-run`. Headers only, nothing is written."""
+"""What things hold and what would be done with them: `inspect` and `--dry-run`, as values. Nothing is written."""
 
 from __future__ import annotations
 
@@ -187,67 +187,3 @@ def describe_export(folder: Path, manifest: Manifest) -> dict:
         "adapter_inputs": len(manifest.contract.adapter_inputs),
         "bytes": {name: (folder / name).stat().st_size for name in manifest.files if (folder / name).is_file()},
     }
-
-
-def _megabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:,.1f} MB"
-
-
-def export_text(value: dict) -> str:
-    """`describe_export` for people."""
-    sizes = value["bytes"]
-    head = f"{value['kind']} export of {value['base']} for {value['task']} in {value['dtype']}, fused for {value['provider']}"
-    lines = [head, f"  {value['path']}/model.onnx  {_megabytes(sum(n for f, n in sizes.items() if 'model.onnx' in f))}"]
-    for adapter in value["adapters"]:
-        ranks = ", ".join(map(str, adapter["ranks"])) or "no pair"
-        scales = ", ".join(f"{scale:.4g}" for scale in adapter["scales"])
-        extra = f", replaces {', '.join(adapter['replaced'])}" if adapter["replaced"] else ""
-        size = f"  {_megabytes(sizes[adapter['file']])}" if adapter["file"] in sizes else ""
-        file = f"{value['path']}/{adapter['file']}" if adapter["file"] else "folded in:"
-        lines.append(f"  {file} {adapter['name'] if not adapter['file'] else ''}{size}")
-        lines.append(f"      rank {ranks}, scale {scales}, {adapter['targets']} modules{extra}")
-    return "\n".join(lines)
-
-
-def plan_text(value: dict) -> str:
-    """`describe_plan` for people."""
-    write, read = value["write"], value["read"]
-    parameters = sum(read["parameters_by_dtype"].values())
-    lines = [
-        f"would {value['mode']} for {value['task']} in {value['dtype']}, fused for {value['provider']}; nothing written",
-        f"read    {read['path']}: {read['tensors']} tensors, {parameters:,} parameters",
-    ]
-    for adapter in value["adapters"]:
-        lines.append(
-            f"read    {adapter['path']}: {adapter['pairs']} pairs of rank {adapter['ranks']}, {adapter['becomes']}"
-        )
-        if adapter["replaced"]:
-            lines.append(f"        replaces {', '.join(adapter['replaced'])}")
-    lines += [
-        f"write   {write['folder']} ({write['state']}): {', '.join(write['files'])}",
-        f"disk    {_megabytes(write['weight_bytes'])} of {_megabytes(write['disk_free_bytes'])} free",
-        f"memory  about {_megabytes(value['memory_bytes'])} at the peak",
-    ]
-    return "\n".join(lines)
-
-
-def inspect_text(value: dict) -> str:
-    """`inspect_path` for people."""
-    if value["what"] == "export":
-        dims = [f"  {name} {shape}" for name, shape in (value["inputs"] | value["outputs"]).items()]
-        return "\n".join([export_text(value), *dims, f"  and {value['adapter_inputs']} adapter inputs"])
-    if value["what"] == "base":
-        kinds = ", ".join(f"{n:,} in {dtype}" for dtype, n in value["parameters_by_dtype"].items())
-        return f"base {value['path']}: {', '.join(value['architectures'])}\n  {value['tensors']} tensors, {kinds}"
-    lines = [
-        f"adapter {value['name']} ({value['path']}) of {value['base']}",
-        f"  {value['tensors']} tensors, {value['parameters']:,} parameters, task type {value['task_type']}",
-        f"  merge: {value['merge']}",
-        f"  dynamic: {value['dynamic']}",
-    ]
-    for option in value["options"]:
-        instead = f"; instead: {option['instead']}" if option["merge"] == "refused" else ""
-        lines.append(
-            f"    {option['option']} = {option['value']!r}: {option['merge']} / {option['dynamic']} ({option['note']}{instead})"
-        )
-    return "\n".join(lines)

@@ -182,7 +182,7 @@ def require_servable(adapter: Adapter) -> None:
 
 
 def head_parameters(adapters: Sequence[Adapter], model, task: Task, *, everything: bool) -> frozenset[str]:
-    """The parameters whose default may be zeros: those that adapters replace, or (for a benchmark) any but the body's."""
+    """The parameters that may default to zeros: those that adapters replace; for a benchmark, any but the body's."""
     replaced = {path for adapter in adapters for path in adapter.replaced}
     if everything and task in CLASSIFICATION:
         prefix = f"{model.base_model_prefix}."

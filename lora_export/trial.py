@@ -73,17 +73,3 @@ def _scores(logits: np.ndarray, labels: Mapping[int, str]) -> dict:
     order = np.argsort(-scores)
     named = {labels.get(int(i), f"LABEL_{i}"): float(scores[i]) for i in order}
     return {"label": next(iter(named)), "scores": named}
-
-
-def trial_text(value: dict) -> str:
-    """`run_trial` for people."""
-    lines = []
-    for given, result in zip(value["inputs"], value["results"], strict=True):
-        if "continuation" in result:
-            lines.append(f"{given}{result['continuation']}")
-        elif "label" in result:
-            best = ", ".join(f"{name} {score:.1%}" for name, score in list(result["scores"].items())[:3])
-            lines.append(f"{result['label']}   ({best})   {given}")
-        else:
-            lines.append(f"{result}   {given}")
-    return "\n".join(lines)

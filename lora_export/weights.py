@@ -59,7 +59,7 @@ class ParameterSource:
             raise InputRefused(
                 "The base has no tensor for a parameter of this task's model, and no adapter brings it",
                 where=f"{self.checkpoint.path}: {path}",
-                next_step="export the task that the checkpoint was saved for (--task), or add the adapter with the head",
+                next_step="export the task the checkpoint was saved for (--task), or add the adapter with the head",
             )
         module = path.removesuffix(".weight")
         pairs = [adapter.lora[module] for adapter in self.adapters if path != module and module in adapter.lora]

@@ -117,7 +117,7 @@ class _HashingWriter:
         self._thread = threading.Thread(target=self._hash, daemon=True)
 
     def __enter__(self) -> _HashingWriter:
-        self._file = open(self._path, "wb")
+        self._file = self._path.open("wb")
         self._thread.start()
         return self
 

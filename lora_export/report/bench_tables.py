@@ -59,11 +59,10 @@ def _ratio_cells(ratio: Ratio) -> tuple[Cell, ...]:
 
 def swap_table(report: BenchReport) -> Table:
     columns = (Column("Adapter", numeric=False), Column("Median"), Column("Swaps"))
-    swap, rows = report.swap, ()
-    if swap is not None:
-        times = {"held by the session": swap.bound_us, "read from its file first": swap.loaded_us}
-        rows = tuple(Row((Cell(name), Cell(fmt.microseconds(time)), Cell(str(swap.n)))) for name, time in times.items())
-    return Table("Changing the adapter", columns, rows)
+    swap = report.swap
+    times = {"held by the session": swap.bound_us, "read from its file first": swap.loaded_us} if swap else {}
+    rows = [Row((Cell(name), Cell(fmt.microseconds(time)), Cell(str(swap.n)))) for name, time in times.items() if swap]
+    return Table("Changing the adapter", columns, tuple(rows))
 
 
 def memory_table(report: BenchReport) -> Table:

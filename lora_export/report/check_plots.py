@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 from lora_export.report import format as fmt
 from lora_export.report.check_tables import cases_by_group
@@ -55,12 +56,12 @@ def _draw(plot: Plot, case: ParityCase) -> None:
 
 
 def _tolerance(case: ParityCase) -> float | None:
-    """The tolerance in the units of the error; where the outputs are equal, for outputs up to 1 (the least it can be)."""
+    """The tolerance in the units of the error; where the outputs are equal, the least it can be."""
     if case.tolerance is None:
         return None
     known = math.isfinite(case.error) and math.isfinite(case.error_relative) and case.error_relative > 0
     return case.tolerance * (case.error / case.error_relative if known else 1.0)
 
 
-def _drawn(value: float | None) -> bool:
+def _drawn(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value) and value > 0

@@ -78,8 +78,8 @@ def accuracy_table(report: CheckReport) -> Table:
         reference, exported = case.accuracy_reference, case.accuracy_exported
         if reference is None and exported is None:
             continue
-        difference = fmt.MISSING if reference is None or exported is None else f"{100 * (exported - reference):+.1f}"
-        texts = (case.name, fmt.share(reference), fmt.share(exported), difference, str(case.n_rows))
+        difference = None if reference is None or exported is None else exported - reference
+        texts = (case.name, fmt.share(reference), fmt.share(exported), fmt.points(difference), str(case.n_rows))
         rows.append(Row(tuple(map(Cell, texts))))
     return Table("Accuracy on labelled data (difference in percentage points)", columns, tuple(rows))
 

@@ -8,21 +8,17 @@ import unicodedata
 MISSING = "–"
 
 
-def _special(value: float | None) -> str | None:
-    """The text of what is no finite number; None for a finite one."""
+def _special(value: float | None) -> str:
+    """The text of what is no finite number."""
     if value is None:
         return MISSING
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    return None
+    return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
 
 
 def scientific(value: float | None) -> str:
     """1.5e-06, and 0 for exact equality, which people look for."""
-    if (special := _special(value)) is not None:
-        return special
+    if value is None or not math.isfinite(value):
+        return _special(value)
     return "0" if value == 0 else f"{value:.1e}"
 
 
@@ -35,7 +31,9 @@ def multiple(value: float | None) -> str:
 
 def ratio(value: float | None) -> str:
     """A ratio near 1: 1.031×."""
-    return _special(value) or f"{value:.3f}×"
+    if value is None or not math.isfinite(value):
+        return _special(value)
+    return f"{value:.3f}×"
 
 
 def interval(low: float, high: float) -> str:
@@ -44,8 +42,8 @@ def interval(low: float, high: float) -> str:
 
 def share(value: float | None) -> str:
     """0.941 as 94.1%; something below 1 never reads 100%, since a gate may lie in between."""
-    if (special := _special(value)) is not None:
-        return special
+    if value is None or not math.isfinite(value):
+        return _special(value)
     for digits in range(1, 6):
         text = f"{100 * value:.{digits}f}%"
         if value >= 1 or float(text[:-1]) < 100:
@@ -53,45 +51,55 @@ def share(value: float | None) -> str:
     return "<100%"
 
 
+def points(difference: float | None) -> str:
+    """A difference of shares in percentage points, with its sign: -43.3."""
+    if difference is None or not math.isfinite(difference):
+        return _special(difference)
+    return f"{100 * difference:+.1f}" if difference else "0.0"
+
+
 def milliseconds(value: float | None) -> str:
     """Milliseconds: 12.34 ms, three significant digits below 1."""
-    if (special := _special(value)) is not None:
-        return special
+    if value is None or not math.isfinite(value):
+        return _special(value)
     return f"{value:.2f} ms" if value >= 1 or value == 0 else f"{value:#.3g} ms"
 
 
 def microseconds(value: float | None) -> str:
     """Microseconds: 12.3 µs; from 1000 on as milliseconds."""
-    if (special := _special(value)) is not None:
-        return special
+    if value is None or not math.isfinite(value):
+        return _special(value)
     return f"{value:.1f} µs" if value < 1000 else milliseconds(value / 1000)
 
 
 def rate(value: float | None) -> str:
     """Rows per second: 1234.5, and without the decimal from 10000 on."""
-    return _special(value) or (f"{value:.1f}" if value < 10_000 else f"{value:.0f}")
+    if value is None or not math.isfinite(value):
+        return _special(value)
+    return f"{value:.1f}" if value < 10_000 else f"{value:.0f}"
 
 
 def megabytes(value: float | None) -> str:
-    return _special(value) or f"{value:.1f} MB"
+    if value is None or not math.isfinite(value):
+        return _special(value)
+    return f"{value:.1f} MB"
 
 
 def byte_size(n_bytes: int) -> str:
     """Bytes in decimal units: 512 B, 3.2 kB, 812.4 MB."""
-    size = float(n_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            break
+    if n_bytes < 1000:
+        return f"{n_bytes} B"
+    size, units = n_bytes / 1000, ["kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
         size /= 1000
-    else:
-        unit = "TB"
-    return f"{n_bytes} B" if unit == "B" else f"{size:.1f} {unit}"
+        units.pop(0)
+    return f"{size:.1f} {units[0]}"
 
 
 def duration(seconds: float) -> str:
     """Seconds: 12.3 s; from two minutes on 3 min 12 s."""
-    if (special := _special(seconds)) is not None:
-        return special
+    if not math.isfinite(seconds):
+        return _special(seconds)
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

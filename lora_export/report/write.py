@@ -16,12 +16,11 @@ def write_reports(report: Report, folder: Path) -> dict[str, Path]:
 
     All are rendered before any is written, so a report that cannot be rendered leaves the folder as it was.
     """
-    is_check = isinstance(report, CheckReport)
-    contents = {
-        "html": render_check_html(report) if is_check else render_bench_html(report),
-        "md": render_check_markdown(report) if is_check else render_bench_markdown(report),
-        "json": render_json(report),
-    }
+    if isinstance(report, CheckReport):
+        page, markdown = render_check_html(report), render_check_markdown(report)
+    else:
+        page, markdown = render_bench_html(report), render_bench_markdown(report)
+    contents = {"html": page, "md": markdown, "json": render_json(report)}
     folder.mkdir(parents=True, exist_ok=True)
     return {suffix: _write(folder / file_name(report, suffix), text) for suffix, text in contents.items()}
 

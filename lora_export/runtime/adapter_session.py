@@ -15,6 +15,7 @@ import onnxruntime as ort
 from lora_export.artifact import GRAPH, GRAPH_DATA, Manifest, read_manifest, sha256_of
 from lora_export.contract import AdapterInputKind
 from lora_export.errors import InputRefused, UsageProblem
+from lora_export.runtime.arrays import lowest, numpy_dtype, to_array, to_ort_value
 from lora_export.runtime.bank import RowSpec, classes_by_row, stack_rows
 from lora_export.runtime.session import choose_provider, open_session
 
@@ -118,7 +119,7 @@ class AdapterSession:
         batch = len(next(iter(inputs.values())))
         rows = self._rows(adapters, batch)
         # Held until the run is over: on the CPU a binding reads the arrays' own memory.
-        held = {name: self._on_device(np.ascontiguousarray(array)) for name, array in inputs.items()}
+        held = {name: to_ort_value(array, self.provider) for name, array in inputs.items()}
         binding = self.session.io_binding()
         for name, value in held.items():
             binding.bind_ortvalue_input(name, value)
@@ -128,11 +129,11 @@ class AdapterSession:
         for name in names:
             binding.bind_output(name)
         self.session.run_with_iobinding(binding)
-        results = dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
+        results = {name: to_array(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
         return self._mask_padded_classes(results, rows)
 
     def bind_adapters(self, binding: ort.IOBinding, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> None:
-        """Bind the adapters of a batch to `binding`, for hosts that bind inputs and outputs on the device themselves."""
+        """Bind the adapters of a batch to `binding`, for hosts that bind inputs and outputs themselves."""
         for name, value in self._composition(self._rows(adapters, batch)).items():
             binding.bind_ortvalue_input(name, value)
 
@@ -172,20 +173,17 @@ class AdapterSession:
             self._compositions.move_to_end(rows)
             return self._compositions[rows]
         stacked = stack_rows(self._contract, self._adapters, rows, self._defaults)
-        values = {name: self._on_device(array) for name, array in stacked.items()}
+        values = {name: to_ort_value(array, self.provider) for name, array in stacked.items()}
         self._compositions[rows] = values
         if len(self._compositions) > _KEPT_COMPOSITIONS:
             self._compositions.popitem(last=False)
         return values
 
-    def _on_device(self, array: np.ndarray) -> ort.OrtValue:
-        return ort.OrtValue.ortvalue_from_numpy(array, self.provider, 0)
-
     def _read_defaults(self) -> dict[str, np.ndarray]:
         found = {}
         for entry in self._contract.adapter_inputs:
             if entry.default is not None:
-                dtype = np.dtype(entry.dtype)
+                dtype = numpy_dtype(entry.dtype)
                 found[entry.name] = np.fromfile(
                     self.folder / GRAPH_DATA, dtype, entry.default.length // dtype.itemsize, offset=entry.default.offset
                 ).reshape(entry.default.shape)
@@ -199,7 +197,7 @@ class AdapterSession:
             if spec.name in results and spec.dims[-1] in sizes:
                 for row, n_classes in enumerate(sizes[spec.dims[-1]]):
                     array = results[spec.name]
-                    array[row, ..., n_classes:] = np.finfo(array.dtype).min
+                    array[row, ..., n_classes:] = lowest(array.dtype)
         return results
 
 
@@ -227,4 +225,4 @@ def _read_adapter(path: Path) -> dict[str, np.ndarray]:
     except RuntimeError as error:
         raise InputRefused("The file is no ONNX Runtime adapter, or is truncated", where=str(path)) from error
     # The values are views of the adapter's memory, which goes with `adapter`.
-    return {name: value.numpy().copy() for name, value in adapter.get_parameters().items()}
+    return {name: to_array(value) for name, value in adapter.get_parameters().items()}

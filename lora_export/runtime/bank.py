@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract
 from lora_export.errors import UsageProblem
+from lora_export.runtime.arrays import lowest
 
 # What one row runs: adapter names with their weights, in a fixed order; empty for the base.
 RowSpec = tuple[tuple[str, float], ...]
@@ -74,7 +75,7 @@ def _stack_replaced(
     values = [_blend_replaced(entry, adapters, row, defaults[entry.name]) for row in rows]
     widest = max(value.shape[-1] for value in values)
     # A padded class gets the lowest finite score through its bias, so that it never wins.
-    fill = np.finfo(values[0].dtype).min if entry.kind is AdapterInputKind.BIAS else 0
+    fill = lowest(values[0].dtype) if entry.kind is AdapterInputKind.BIAS else 0
     stacked = np.full((len(rows), *values[0].shape[1:-1], widest), fill, values[0].dtype)
     for row, value in enumerate(values):
         stacked[row, ..., : value.shape[-1]] = value[0]
@@ -84,7 +85,7 @@ def _stack_replaced(
 def _blend_replaced(
     entry: AdapterInput, adapters: Mapping[str, Tensors], row: RowSpec, default: np.ndarray
 ) -> np.ndarray:
-    """`W = W0 + Σ w_k (W_k − W0)`, an adapter without this tensor contributing `W0`; `W0` is zero if the base has none."""
+    """`W = W0 + Σ w_k (W_k − W0)`; an adapter without this tensor contributes `W0`, which is 0 if the base has none."""
     brought = [(adapters[name][entry.name], weight) for name, weight in row if entry.name in adapters[name]]
     if not brought:
         return default

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
+from lora_export.runtime.arrays import numpy_dtype
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -28,7 +29,7 @@ def positions_of(mask: np.ndarray) -> np.ndarray:
 def empty_cache(session: AdapterSession, batch: int) -> dict[str, np.ndarray]:
     """The graph's past of length 0, `[batch, kv_heads, 0, head_size]` by input name."""
     return {
-        spec.name: np.zeros((batch, spec.dims[1], 0, spec.dims[3]), np.dtype(spec.dtype))
+        spec.name: np.zeros((batch, spec.dims[1], 0, spec.dims[3]), numpy_dtype(spec.dtype))
         for spec in session.manifest.contract.inputs
         if spec.name.startswith("past_key_values.")
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
@@ -52,7 +54,7 @@ def _in_steps(session: AdapterSession, batch: Batch, adapter: RowAdapter) -> np.
     cuts = [0, middle, min(middle + 2, length), *range(min(middle + 2, length) + 1, length + 1)]
     cache = empty_cache(session, len(batch.labels))
     found = []
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
         if start == end:
             continue
         inputs = {name: array[:, start:end] for name, array in batch.inputs.items()}

@@ -15,6 +15,7 @@ import numpy as np
 from lora_export.base.tasks import Task
 from lora_export.contract import GraphContract
 from lora_export.errors import InputRefused
+from lora_export.runtime.arrays import numpy_dtype
 
 _SEED = 2106_09685
 _BUILT_IN_ROWS = 16
@@ -142,6 +143,8 @@ class Batcher:
             padding_side=padding_side,
             truncation=True,
             max_length=_MOST_TOKENS,
+            # A tokenizer may leave them out where its config does not name them; the model then takes zeros.
+            return_token_type_ids="token_type_ids" in self._names,
         )
         inputs = {name: np.asarray(encoded[name], np.int64) for name in self._names if name in encoded}
         mask = np.asarray(encoded["attention_mask"], np.int64)
@@ -154,12 +157,12 @@ class Batcher:
 
         images = [Image.open(row.source).convert("RGB") for row in rows]
         pixels = self._processor(images, return_tensors="np")["pixel_values"]
-        return np.asarray(pixels, np.dtype(self._pixels.dtype))
+        return np.asarray(pixels, numpy_dtype(self._pixels.dtype))
 
     def random_pixels(self, n_rows: int) -> Batch:
         """Seeded noise of an image's shape, where no image is given."""
         shape = (n_rows, *self._pixels.dims[1:])
-        values = np.random.default_rng(_SEED).standard_normal(shape).astype(np.dtype(self._pixels.dtype))
+        values = np.random.default_rng(_SEED).standard_normal(shape).astype(numpy_dtype(self._pixels.dtype))
         return Batch({"pixel_values": values}, None, (None,) * n_rows)
 
     @property

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnxruntime as ort
 
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
+from lora_export.runtime.arrays import to_ort_value
 from lora_export.verify.results import Ratio, Swap, Variant, Verdict, Workload
 
 CONFIDENCE = 0.95
@@ -45,7 +45,7 @@ def bound_run(subject: Subject, inputs: Mapping[str, np.ndarray]) -> Callable[[]
     session, device = adapter_session.session, adapter_session.provider
     names = {value.name for value in session.get_inputs()}
     held = {
-        name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
+        name: to_ort_value(array, device)
         for name, array in inputs.items()
         if name in names
     }

@@ -177,7 +177,7 @@ def _dynamic_cases(bench: _Bench, batcher: Batcher, data, skipped: list[str], pr
 def _without(
     reference: Reference, batches: Sequence[Batch], records: Sequence[AdapterRecord], bench: _Bench
 ) -> Outputs:
-    """The reference without the adapter; where it brings a head, with that head, so that only the pairs' effect counts."""
+    """The reference without the adapter; with the head that it brings, so that only the pairs' effect counts."""
     brings_head = any(record.replaced for record in records)
     with reference.without_pairs() if brings_head else reference.without_adapter():
         return run_reference(reference, batches)

@@ -108,7 +108,8 @@ class CheckReport:
 
     @property
     def verdict(self) -> Verdict:
-        return Verdict.PASS if all(case.passed for case in self.cases) else Verdict.FAIL
+        """Fail if any case failed, or if nothing was compared."""
+        return Verdict.PASS if self.cases and all(case.passed for case in self.cases) else Verdict.FAIL
 
     def to_dict(self) -> dict:
         cases = [asdict(case) | {"passed": case.passed} for case in self.cases]
@@ -167,7 +168,9 @@ class Workload:
     @property
     def name(self) -> str:
         past = f" on {self.past}" if self.past else ""
-        return f"{self.batch} × {self.sequence}{past} tokens" if self.sequence else f"{self.batch} images"
+        if self.sequence:
+            return f"{self.batch} × {self.sequence}{past} tokens"
+        return f"{self.batch} image{'s' if self.batch > 1 else ''}"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lora_export.contract import GraphContract
+from lora_export.runtime.arrays import numpy_dtype
 
 _SEED = 0
 
@@ -16,7 +17,7 @@ def random_inputs(
     rng = np.random.default_rng(_SEED)
     found = {}
     for spec in contract.inputs:
-        dtype = np.dtype(spec.dtype)
+        dtype = numpy_dtype(spec.dtype)
         if spec.name == "input_ids":
             found[spec.name] = rng.integers(0, vocabulary, (batch, sequence))
         elif spec.name == "attention_mask":

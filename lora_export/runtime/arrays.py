@@ -1,0 +1,48 @@
+"""NumPy arrays to ONNX Runtime values and back, bfloat16 included, which NumPy has no type for without ml_dtypes."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import numpy as np
+import onnxruntime as ort
+
+_ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The NumPy dtype that a contract names, e.g. "float16" or "bfloat16"."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def to_ort_value(array: np.ndarray, device: str) -> ort.OrtValue:
+    """`array` as a value on `device` ("cpu" or "cuda"); on the CPU it shares the array's memory and keeps it alive."""
+    array = np.ascontiguousarray(array)
+    if array.dtype.name != "bfloat16":
+        return ort.OrtValue.ortvalue_from_numpy(array, device, 0)
+    # A CPU value; a binding copies it to where the graph runs.
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _ONNX_BFLOAT16)
+
+
+def to_array(value: ort.OrtValue) -> np.ndarray:
+    """A copy of a CPU value."""
+    if value.data_type() != "tensor(bfloat16)":
+        return value.numpy().copy()
+    shape = value.shape()
+    n_bytes = 2 * math.prod(shape)
+    raw = np.frombuffer(ctypes.string_at(value.data_ptr(), n_bytes), np.uint16)
+    return raw.reshape(shape).view(numpy_dtype("bfloat16")).copy()
+
+
+def lowest(dtype: np.dtype) -> float:
+    """The lowest finite number of a floating dtype."""
+    if dtype.name == "bfloat16":
+        import ml_dtypes
+
+        return float(ml_dtypes.finfo(dtype).min)
+    return float(np.finfo(dtype).min)

@@ -1,0 +1,157 @@
+"""Hand-built reports: a passing and a failing check, a gated and an ungated bench, with names that need escaping."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from lora_export.verify.results import (
+    BenchReport,
+    CheckReport,
+    Environment,
+    ParityCase,
+    Ratio,
+    Subject,
+    Swap,
+    Variant,
+    Verdict,
+    Workload,
+)
+
+HOSTILE = "<script>alert('x')</script> & \"a|b\""
+
+
+@pytest.fixture
+def hostile() -> str:
+    return HOSTILE
+
+
+@pytest.fixture
+def environment() -> Environment:
+    return Environment(
+        provider="CPUExecutionProvider",
+        provider_reason="no GPU was found",
+        device="CPU",
+        cpu="AMD EPYC 7763 64-Core Processor",
+        n_cores=2,
+        python="3.11.7",
+        platform="Linux-6.1-x86_64",
+        versions={"onnxruntime": "1.23.0", "peft": "0.17.1", "torch": "2.8.0+cpu", "lora-export": "0.1.0"},
+        settings={"intra_op_num_threads": "2", "graph_optimization_level": "all"},
+        started_at="2025-11-23T18:40:12Z",
+    )
+
+
+@pytest.fixture
+def subject() -> Subject:
+    return Subject(
+        folder="out/topic-kind",
+        kind="dynamic",
+        task="text-classification",
+        dtype="float32",
+        base="sentence-transformers/all-MiniLM-L6-v2",
+        fused_for="CPU",
+        adapters=("topic", "kind", HOSTILE),
+        graph_sha256="9f2c" * 16,
+        n_bytes={
+            "model.onnx": 812_345,
+            "model.onnx.data": 90_523_776,
+            "adapters/topic.onnx_adapter": 1_204_224,
+            "lora_export.json": 912,
+        },
+    )
+
+
+def _case(name: str, group: str = "adapter", **changes: object) -> ParityCase:
+    values = {
+        "name": name,
+        "group": group,
+        "reference": "PEFT with the adapter active",
+        "error": 1.5e-06,
+        "error_relative": 3.0e-07,
+        "tolerance": 1e-04,
+        "n_rows": 256,
+        "kl": 2.1e-12,
+        "kl_tolerance": 1e-06,
+        "top1": 1.0,
+        "top1_tolerance": 0.999,
+        "effect": 4.2,
+        "effect_ratio": 2.8e06,
+        "effect_ratio_minimum": 100.0,
+    }
+    return ParityCase(**(values | changes))
+
+
+@pytest.fixture
+def passing_check(subject: Subject, environment: Environment) -> CheckReport:
+    without = {"effect": None, "effect_ratio": None, "effect_ratio_minimum": None}
+    cases = (
+        _case("base", "base", reference="the base in PyTorch", error=9.5e-07, error_relative=2e-07, **without),
+        _case("topic", accuracy_reference=0.941, accuracy_exported=0.941),
+        _case("kind", error=2.4e-06, error_relative=4.8e-07, effect=1.31, effect_ratio=5.5e05, top1=0.99996),
+        _case(HOSTILE, error=0.0, error_relative=0.0, effect_ratio=math.inf),
+        _case("mixed rows", "rows", error=3.3e-05, error_relative=6.2e-05, effect_ratio=1.3e05),
+        _case("topic → kind → topic → none", "sequence", kl=None, kl_tolerance=None, top1=None, top1_tolerance=None),
+    )
+    data = ("topics.jsonl, 256 rows", "random token ids, seed 7")
+    skipped = ("Decoding: the task has no cache.",)
+    return CheckReport(subject, environment, data, cases, skipped, seconds=41.26)
+
+
+@pytest.fixture
+def failing_check(passing_check: CheckReport, subject: Subject, environment: Environment) -> CheckReport:
+    swapped = _case(
+        "swapped <b>names</b>", error=0.82, error_relative=0.82, effect=1.1, effect_ratio=1.34, top1=0.61,
+        accuracy_reference=0.941, accuracy_exported=0.508,
+        failures=("The relative error 8.2e-01 exceeds 1.0e-04.", "The effect is only 1.3 times the error; 100 are needed."),
+    )  # fmt: skip
+    broken = _case(
+        "half precision", error=math.nan, error_relative=math.nan, kl=math.inf, effect=math.inf, effect_ratio=math.nan,
+        failures=("ONNX Runtime returned NaN in 12 of 256 rows.",),
+    )  # fmt: skip
+    return CheckReport(subject, environment, (), (*passing_check.cases, swapped, broken), (), seconds=131.0)
+
+
+@pytest.fixture
+def empty_check(subject: Subject, environment: Environment) -> CheckReport:
+    return CheckReport(subject, environment, (), (), (), seconds=0.4)
+
+
+def _variant(name: str, centre: float, n: int, seed: int, description: str = "") -> Variant:
+    noise = random.Random(seed)
+    samples = tuple(centre * (1 + 0.03 * noise.expovariate(1)) for _ in range(n))
+    median = sorted(samples)[n // 2]
+    return Variant(name, description or f"the {name} graph", samples, median, 8000 / median)
+
+
+def _ratio(variant: str, low: float, median: float, high: float, allowance: float | None, verdict: Verdict) -> Ratio:
+    return Ratio(variant, "merged", median, low, high, 0.9611, (median,) * 21, allowance, verdict)
+
+
+@pytest.fixture
+def gated_bench(subject: Subject, environment: Environment) -> BenchReport:
+    """One ratio of each verdict; one variant with a straggler far beyond the rest."""
+    merged = _variant("merged", 11.9, 300, 1)
+    dynamic = _variant("dynamic", 12.2, 300, 2, description="adapter given as inputs")
+    slow = Variant("mixed rows", "one adapter a row", (*_variant("", 12.9, 60, 3).samples_ms, 480.0), 13.1, 610.0)
+    first = Workload(8, 128, 0, (_variant("base", 11.8, 300, 4), merged, dynamic, slow), (
+        _ratio("dynamic", 1.012, 1.031, 1.048, 1.05, Verdict.PASS),
+        _ratio("mixed rows", 1.021, 1.049, 1.083, 1.05, Verdict.AMBIGUOUS),
+        _ratio("base", 0.981, 0.992, 1.001, None, Verdict.NOT_GATED),
+    ))  # fmt: skip
+    second = Workload(1, 1, 512, (_variant("merged", 0.84, 40, 5), _variant(HOSTILE, 0.97, 40, 6)), (
+        _ratio(HOSTILE, 1.122, 1.154, 1.181, 1.05, Verdict.FAIL),
+    ))  # fmt: skip
+    memory = {"merged": 212.4, "dynamic": 231.9, HOSTILE: math.nan}
+    notes = ("Both cores were shared with other processes.", f"A note with {HOSTILE}")
+    return BenchReport(subject, environment, (first, second), Swap(12.34, 1830.0, 200), memory, notes, seconds=83.5)
+
+
+@pytest.fixture
+def ungated_bench(subject: Subject, environment: Environment) -> BenchReport:
+    """Images, no swap, no memory, no notes, and a variant without runs."""
+    none = Variant("none", "never ran", (), math.nan, math.nan)
+    workload = Workload(4, 0, 0, (_variant("merged", 25.0, 12, 7), none), ())
+    return BenchReport(subject, environment, (workload,), None, {}, (), seconds=5.0)

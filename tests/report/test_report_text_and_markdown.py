@@ -1,0 +1,114 @@
+"""What people read on a terminal and in a job summary."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from lora_export.report.bench_tables import latency_table, ratio_table
+from lora_export.report.check_tables import case_table
+from lora_export.report.markdown import render_bench_markdown, render_check_markdown
+from lora_export.report.text import WIDTH, render_bench_text, render_check_text
+from lora_export.verify.results import BenchReport, CheckReport, Verdict
+
+REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench")
+
+
+def _text(report: CheckReport | BenchReport) -> str:
+    return render_check_text(report) if isinstance(report, CheckReport) else render_bench_text(report)
+
+
+def _markdown(report: CheckReport | BenchReport) -> str:
+    return render_check_markdown(report) if isinstance(report, CheckReport) else render_bench_markdown(report)
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_text_fits_and_holds_no_control_codes(name: str, request: pytest.FixtureRequest) -> None:
+    text = _text(request.getfixturevalue(name))
+    assert max(len(line) for line in text.splitlines()) <= WIDTH
+    assert text.replace("\n", "").isprintable()
+    assert text.endswith("\n") and not text.endswith("\n\n")
+
+
+def test_verdict_stands_first(
+    passing_check: CheckReport, failing_check: CheckReport, gated_bench: BenchReport, ungated_bench: BenchReport
+) -> None:
+    assert render_check_text(passing_check).startswith("✓ PASS: Parity check passed\n")
+    assert render_check_text(failing_check).startswith("✕ FAIL: Parity check failed\n")
+    assert render_bench_text(gated_bench).startswith("✕ FAIL: Latency exceeds the allowance\n")
+    assert render_bench_text(ungated_bench).startswith("· NOT GATED: Latency was measured, not gated\n")
+    assert render_check_markdown(failing_check).startswith("## ✕ Parity check failed\n\n**Fail.** 2 of 8")
+
+
+def test_ambiguous_bench(gated_bench: BenchReport) -> None:
+    workload = replace(gated_bench.workloads[0], ratios=gated_bench.workloads[0].ratios[:2])
+    report = replace(gated_bench, workloads=(workload,))
+    assert report.verdict is Verdict.AMBIGUOUS
+    text = render_bench_text(report)
+    assert text.startswith("? AMBIGUOUS: Latency is undecided\nOf 2 gated latency ratios, 1 is undecided;")
+    assert "so more blocks are needed to decide." in " ".join(text.split())
+
+
+def test_check_names_each_case_and_reason(failing_check: CheckReport) -> None:
+    text = " ".join(render_check_text(failing_check).split())
+    for case in failing_check.cases:
+        assert case.name.split(" & ")[0] in text
+        assert all(failure in text for failure in case.failures)
+    assert "94.1% → 50.8%" in text
+
+
+def test_columns_are_aligned(passing_check: CheckReport) -> None:
+    lines = render_check_text(passing_check).splitlines()
+    header = next(line for line in lines if line.startswith("  Case "))
+    row = next(line for line in lines if line.startswith("  topic  "))
+    assert row.index("1.0e-04") + len("1.0e-04") == header.index("Tolerance") + len("Tolerance")
+    assert len(row) == len(header)
+
+
+def test_nearest_to_the_limit_is_named(passing_check: CheckReport) -> None:
+    assert "nearest to its limit is “mixed rows”, with 62% of the tolerated error" in " ".join(
+        render_check_text(passing_check).split()
+    )
+
+
+def test_nothing_compared_is_no_praise(empty_check: CheckReport) -> None:
+    assert "Nothing was compared" in render_check_text(empty_check)
+    assert "says nothing about the export" in render_check_text(empty_check)
+
+
+def test_terminal_escapes_are_taken_out(passing_check: CheckReport) -> None:
+    case = replace(passing_check.cases[0], name="red\x1b[31m\nname")
+    text = render_check_text(replace(passing_check, cases=(case,)))
+    assert "\x1b" not in text and "red\ufffd[31m name" in text
+
+
+def test_bench_text_says_what_swaps_cost(gated_bench: BenchReport, ungated_bench: BenchReport) -> None:
+    assert re.search(r"held by the session +12\.3 µs +200", render_bench_text(gated_bench))
+    assert "Changing the adapter was not measured." in render_bench_text(ungated_bench)
+
+
+def _cells(markdown: str) -> set[tuple[str, ...]]:
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return {tuple(cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]) for line in lines}
+
+
+def test_markdown_holds_the_numbers_of_the_tables(failing_check: CheckReport, gated_bench: BenchReport) -> None:
+    tables = [case_table(failing_check), ratio_table(gated_bench), *map(latency_table, gated_bench.workloads)]
+    rows = _cells(render_check_markdown(failing_check)) | _cells(render_bench_markdown(gated_bench))
+    for table in tables:
+        for row in table.narrow().rows:
+            assert any(all(cell.text in found for cell, found in zip(row.cells[2:], cells[2:], strict=True))
+                       for cells in rows if len(cells) == len(row.cells))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_markdown_tables_are_whole_and_escaped(name: str, request: pytest.FixtureRequest) -> None:
+    markdown = _markdown(request.getfixturevalue(name))
+    assert "<script" not in markdown and "<b>" not in markdown
+    width = None
+    for line in markdown.splitlines():
+        n_cells = len(re.split(r"(?<!\\)\|", line)) if line.startswith("|") else None
+        assert n_cells is None or width is None or n_cells == width
+        width = n_cells

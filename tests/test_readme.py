@@ -1,0 +1,76 @@
+"""README says what is true: its table is the code's, its commands and options exist, its Python runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+
+from lora_export.adapters.support import markdown_table
+from lora_export.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def options_of(command: click.Command) -> set[str]:
+    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def test_support_table_is_the_one_that_drives_the_refusals():
+    between = README.split("held by a test -->\n")[1].split("<!-- end of support table -->")[0]
+    assert between == markdown_table()
+
+
+def test_every_command_is_named_and_every_named_command_exists():
+    named = set(re.findall(r"lora-export ([a-z]+)\b", README))
+    assert named == set(main.commands)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^ *(lora-export [a-z]+ .*--.*)$", README, re.MULTILINE))
+def test_options_in_command_lines_exist(line):
+    words = line.split("#")[0].split()
+    used = {word.split("=")[0] for word in words if word.startswith("-")}
+    assert used <= options_of(main.commands[words[1]]), line
+
+
+def test_options_in_prose_exist():
+    every = {option for command in main.commands.values() for option in options_of(command)} | {"--help"}
+    prose = re.sub(r"^(    |```).*$", "", README, flags=re.MULTILINE)
+    assert set(re.findall(r"`(--[a-z-]+)", prose)) <= every
+
+
+def test_scripts_that_readme_names_exist():
+    for script in set(re.findall(r"\bci/[a-z_/]+(?:\.py)?\b", README)):
+        assert (ROOT / script).exists(), script
+
+
+def test_exit_codes_are_those_of_the_errors():
+    from lora_export.errors import EnvironmentUnusable, InputRefused, UsageProblem
+
+    for code, error in ((2, UsageProblem), (3, InputRefused), (4, EnvironmentUnusable)):
+        assert error.exit_code == code
+        assert re.search(rf"\b{code} (usage|input refused|environment)", README)
+
+
+def test_no_placeholder_is_left():
+    assert not re.findall(r"\b(FIGURES|SUPPORT_TABLE|ARCHITECTURES|TODO)\b", README)
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_python_runs(block, exports, own, tmp_path):
+    """README's Python, on an export whose adapters have the names that it uses."""
+    folder = own(exports["readme"])
+    (folder / "new.onnx_adapter").write_bytes((folder / "adapters/topic.onnx_adapter").read_bytes())
+    ids = np.array([[2, 5, 6, 3], [2, 7, 3, 0], [2, 9, 8, 3]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64), "token_type_ids": np.zeros_like(ids)}
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    code = block.replace('"served', f'"{folder}').replace("path/to", str(folder))
+    script = f"import numpy as np\ninputs = dict(np.load({str(tmp_path / 'inputs.npz')!r}))\n{code}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
