@@ -65,7 +65,7 @@ def test_no_placeholder_is_left():
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 def test_python_runs(block, exports, own, tmp_path):
     """README's Python, on an export whose adapters have the names that it uses."""
-    folder = own(exports["readme"])
+    folder = own(exports["bert-dynamic"])
     (folder / "new.onnx_adapter").write_bytes((folder / "adapters/topic.onnx_adapter").read_bytes())
     ids = np.array([[2, 5, 6, 3], [2, 7, 3, 0], [2, 9, 8, 3]])
     inputs = {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64), "token_type_ids": np.zeros_like(ids)}
