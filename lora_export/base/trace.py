@@ -86,7 +86,8 @@ def _decoder_sample(model: torch.nn.Module) -> _Sample:
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = DynamicCache(config=config)
+    # Without the config: every layer keeps its whole past, also one with a sliding window, whose mask forgets for it.
+    cache = DynamicCache()
     renamed = {}
     for layer in range(config.num_hidden_layers):
         states = torch.zeros(_BATCH, heads, _PAST, head_size, dtype=model.dtype)
