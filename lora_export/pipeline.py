@@ -200,6 +200,8 @@ def check(
     """
     manifest = read_manifest(folder)
     base, adapters = locate_sources(manifest, overrides)
+    for name in filter(None, data or {}):
+        manifest.adapter(name)
     examples = {name: read_examples(path, n_rows) for name, path in (data or {}).items()}
     report = run_check(CheckRequest(folder, base, adapters, provider, examples, merged), progress)
     return report, write_reports(report, folder / REPORTS)

@@ -154,7 +154,7 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
     """
     model = build_weightless(plan.task, plan.config, plan.dtype)
     adapters = tuple(
-        read_adapter(folder, model if config is plan.config else build_weightless(plan.task, config, plan.dtype))
+        read_adapter(folder, _model_to_read_on(plan, config, model))
         for folder, config in zip(plan.folders, plan.adapter_configs, strict=True)
     )
     if plan.request.mode == "dynamic":
@@ -163,9 +163,17 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
     shapes = {path: tuple(tensor.shape) for path, tensor in model.state_dict().items()}
     head = head_parameters(adapters, model, plan.task, everything=zeros_for_missing_head)
     merged = adapters if plan.request.mode == "merge" else ()
-    names = checkpoint_names(model, plan.checkpoint.files)
+    replaced = frozenset(path for adapter in merged for path in adapter.replaced)
+    names = checkpoint_names(model, plan.checkpoint.files, replaced)
     source = ParameterSource(plan.checkpoint, names, parameter_aliases(model), shapes, merged, head)
     return Resolved(adapters, source, model)
+
+
+def _model_to_read_on(plan: Plan, config, model):
+    """`model` if it serves, else another: PEFT rounds an adapter to the dtype of the base that it is loaded onto."""
+    if config is plan.config and plan.dtype == "float32":
+        return model
+    return build_weightless(plan.task, config, "float32")
 
 
 def require_servable(adapter: Adapter) -> None:

@@ -122,8 +122,10 @@ def read_adapter(folder: AdapterFolder, base: torch.nn.Module) -> Adapter:
         lora: dict[str, LoraFactors] = {}
         replaced: dict[str, torch.Tensor] = {}
         linear: list[str] = []
+        originals: dict[str, torch.nn.Module] = {}
         for path, module in model.base_model.model.named_modules():
             if isinstance(module, ModulesToSaveWrapper):
+                originals[path] = module.original_module
                 saved = module.modules_to_save["default"]
                 replaced |= {_join(path, name): tensor.detach() for name, tensor in saved.state_dict().items()}
                 linear += [_join(path, n) for n, m in saved.named_modules() if isinstance(m, torch.nn.Linear)]
@@ -131,6 +133,8 @@ def read_adapter(folder: AdapterFolder, base: torch.nn.Module) -> Adapter:
                 lora[path] = _factors(path, module)
     finally:
         model.base_model.unload()
+        for path, original in originals.items():  # where PEFT leaves the adapter's own module
+            base.set_submodule(path, original)
     _require_sound(folder, lora, replaced)
     return Adapter(folder.name, lora, replaced, tuple(linear), folder.config)
 
@@ -163,7 +167,7 @@ def _load_with_peft(peft_model: type, folder: AdapterFolder, base: torch.nn.Modu
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model = peft_model.from_pretrained(base, folder.path, low_cpu_mem_usage=True).eval()
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, re.error) as error:
         raise InputRefused(
             "PEFT cannot load the adapter onto this base",
             where=str(folder.path),

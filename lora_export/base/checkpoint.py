@@ -198,13 +198,14 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
         missing = [name for name in names if not (folder / name).is_file() or "/" in name or "\\" in name]
-        if missing:
+        if missing or not names:
             raise InputRefused(
                 "The checkpoint's index names files that are not there",
                 where=str(index),
-                found=", ".join(missing),
+                found=", ".join(missing) or "no weight_map",
                 next_step="fetch the missing shards",
             )
         return [folder / name for name in names]
@@ -254,10 +255,15 @@ def _refuse_unsafe_or_unknown(config: dict, folder: Path) -> None:
     )
 
 
-def checkpoint_names(model: torch.nn.Module, files: SafetensorsFiles) -> dict[str, str]:
+def checkpoint_names(
+    model: torch.nn.Module, files: SafetensorsFiles, replaced: frozenset[str] = frozenset()
+) -> dict[str, str]:
     """Stored name of every tensor of `model` that the checkpoint holds: model path → checkpoint name.
 
     Renamings (legacy names, a base model's prefix added or stripped) are Transformers' own.
+
+    Args:
+        replaced: Model paths that the checkpoint need not fit: an adapter brings its own (a head of another size).
 
     Raises:
         InputRefused: A stored tensor only becomes a model tensor by conversion (merged experts), or its shape is not
@@ -273,7 +279,7 @@ def checkpoint_names(model: torch.nn.Module, files: SafetensorsFiles) -> dict[st
     names: dict[str, str] = {}
     for stored, info in files.tensors.items():
         path, converted = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
-        if path not in state:
+        if path not in state or path in replaced:
             continue
         if converted is not None:
             raise InputRefused(

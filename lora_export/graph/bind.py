@@ -56,6 +56,7 @@ def write_graph(
         OSError: The disk is full or the folder cannot be written.
     """
     data_name = "model.onnx.data"
+    _order_initializers(model.graph)
     by_name = {entry.name: entry for entry in adapter_inputs}
     with _HashingWriter(folder / data_name) as writer:
         for value, array in _large_weights(model.graph, make_weight):
@@ -83,6 +84,13 @@ def write_graph(
         len(graph_bytes) + writer.n_bytes,
         tuple(by_name.values()),
     )
+
+
+def _order_initializers(graph: ir.Graph) -> None:
+    """By name: a graph that went through the cache's file has its unbound initializers in another order."""
+    ordered = sorted(graph.initializers.items())
+    graph.initializers.clear()
+    graph.initializers.update(ordered)
 
 
 def _large_weights(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,13 +49,21 @@ def cached_graph(key: str, build: Callable[[], ir.Model], *, use_cache: bool) ->
             if type(error).__name__ != "DecodeError":
                 raise
             path.unlink(missing_ok=True)
-    model = build()
-    if use_cache:
-        temporary = path.with_name(f".{uuid.uuid4().hex}.onnx")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_weightless(model, temporary)
-            temporary.replace(path)
-        except OSError:
+    # A graph just built and one read back give their later nodes other names, so both go through the file.
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "built.onnx"
+        save_weightless(build(), built)
+        if use_cache:
+            _keep(built, path)
+        return load_weightless(built)
+
+
+def _keep(built: Path, path: Path) -> None:
+    temporary = path.with_name(f".{uuid.uuid4().hex}.onnx")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(built, temporary)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return model

@@ -83,7 +83,7 @@ def _pack(graph: ir.Graph, value: ir.Value, siblings: list[ir.Node]) -> None:
     for node, output, weight in zip(siblings, split.outputs, weights, strict=True):
         output.dtype, output.shape, output.name = node.outputs[0].dtype, node.outputs[0].shape, node.outputs[0].name
         node.outputs[0].name = f"{output.name}_unpacked"
-        node.outputs[0].replace_all_uses_with(output)
+        node.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
         graph.remove(node, safe=True)
         del graph.initializers[weight.name]
 

@@ -77,6 +77,8 @@ def load_weightless(path: Path) -> ir.Model:
         Exception: Whatever the ONNX parser raises on a damaged file; the cache treats that as a miss.
     """
     model = ir.load(path)
+    if not len(model.graph):
+        raise ValueError("the file holds no graph")  # an empty file is a valid protobuf
     _restore(model.graph)
     return model
 

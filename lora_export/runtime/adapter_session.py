@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from lora_export.artifact import GRAPH, GRAPH_DATA, Manifest, read_manifest, sha256_of
-from lora_export.contract import AdapterInputKind
+from lora_export.contract import AdapterInputKind, GraphContract
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.runtime.arrays import lowest, numpy_dtype, to_array, to_ort_value
 from lora_export.runtime.bank import RowSpec, classes_by_row, stack_rows
@@ -64,24 +64,12 @@ class AdapterSession:
         """Load an `.onnx_adapter` file made for this graph and return its name (default: the file's).
 
         Raises:
-            InputRefused: The file is no adapter, or has a tensor that the graph has no input for.
+            InputRefused: The file is no adapter, or its tensors are not those of this graph's inputs.
         """
         path = Path(path)
         name = name or path.stem
         tensors = _read_adapter(path)
-        by_name = {entry.name: entry for entry in self._contract.adapter_inputs}
-        for tensor_name, array in tensors.items():
-            entry = by_name.get(tensor_name)
-            fits = entry is not None and array.ndim == len(entry.dims) and array.shape[0] == 1
-            if not fits or any(isinstance(d, int) and d != n for d, n in zip(entry.dims, array.shape, strict=True)):
-                raise InputRefused(
-                    "The adapter was made for another graph",
-                    where=f"{path}: {tensor_name} {list(array.shape)}",
-                    expected=str(list(entry.dims)) if entry else "an adapter input of this graph",
-                    next_step="pack it for this export with `lora-export add`",
-                )
-            if not np.isfinite(array.astype(np.float32)).all():
-                raise InputRefused("The adapter holds numbers that are not finite", where=f"{path}: {tensor_name}")
+        _require_fit(path, tensors, self._contract)
         self._adapters[name] = tensors
         self._compositions.clear()
         return name
@@ -114,8 +102,9 @@ class AdapterSession:
             lowest finite number.
 
         Raises:
-            UsageProblem: An unknown adapter, or the number of entries is not the batch size.
+            UsageProblem: An unknown adapter, the number of entries is not the batch size, or an input is missing.
         """
+        self._require_inputs(inputs)
         batch = len(next(iter(inputs.values())))
         rows = self._rows(adapters, batch)
         # Held until the run is over: on the CPU a binding reads the arrays' own memory.
@@ -158,6 +147,17 @@ class AdapterSession:
         for name in blend:
             self._require_loaded(name)
         return tuple((name, float(weight)) for name, weight in blend.items() if weight != 0)
+
+    def _require_inputs(self, inputs: Mapping[str, np.ndarray]) -> None:
+        own = [spec.name for spec in self._contract.inputs]
+        missing = [name for name in own if name not in inputs]
+        unknown = set(inputs) - set(own) - {entry.name for entry in self._contract.adapter_inputs}
+        if missing or unknown:
+            raise UsageProblem(
+                "The inputs are not those of the graph",
+                where=", ".join([*(f"{name} is missing" for name in missing), *(f"{n} is unknown" for n in unknown)]),
+                expected=", ".join(own),
+            )
 
     def _require_loaded(self, name: str) -> None:
         if name not in self._adapters:
@@ -211,6 +211,32 @@ def _require_unchanged(path: Path, expected: str | None) -> None:
             found=found,
             next_step="export again, or pack the adapter with `lora-export add`",
         )
+
+
+def _require_fit(path: Path, tensors: Mapping[str, np.ndarray], contract: GraphContract) -> None:
+    """Refuse tensors that ONNX Runtime, or a stacking, would trip over later: each module's must come together."""
+    by_name = {entry.name: entry for entry in contract.adapter_inputs}
+    sizes: dict[str | int, int] = {"rows": 1}
+    for name, array in tensors.items():
+        entry = by_name.get(name)
+        dims = entry.dims if entry else ()
+        fits = len(dims) == array.ndim and array.dtype.name == entry.dtype
+        if not fits or any(
+            n != (d if isinstance(d, int) else sizes.setdefault(d, n)) for d, n in zip(dims, array.shape, strict=True)
+        ):
+            raise InputRefused(
+                "The adapter was made for another graph",
+                where=f"{path}: {name} {list(array.shape)} {array.dtype}",
+                expected=f"{list(dims)} {entry.dtype}" if entry else "an adapter input of this graph",
+                next_step="pack it for this export with `lora-export add`",
+            )
+        lost = [other.name for other in contract.of_module(entry.module).values() if other.name not in tensors]
+        if lost:
+            raise InputRefused(
+                "The adapter lacks a tensor that belongs to another", where=f"{path}: {name}", expected=lost[0]
+            )
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise InputRefused("The adapter holds numbers that are not finite", where=f"{path}: {name}")
 
 
 def _read_adapter(path: Path) -> dict[str, np.ndarray]:

@@ -57,7 +57,10 @@ def read_examples(path: Path, limit: int) -> Examples:
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp"))
         rows = tuple(Row(str(file)) for file in files)
     elif path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputRefused("The data is not UTF-8 text", where=str(path), found=str(error)) from error
         parse = _json_row if path.suffix == ".jsonl" else lambda where, line: Row(line)
         rows = tuple(parse(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip())
     else:
@@ -155,7 +158,10 @@ class Batcher:
     def _pixel_values(self, rows: Sequence[Row]) -> np.ndarray:
         from PIL import Image
 
-        images = [Image.open(row.source).convert("RGB") for row in rows]
+        try:
+            images = [Image.open(row.source).convert("RGB") for row in rows]
+        except OSError as error:
+            raise InputRefused("A file is no image that Pillow reads", found=str(error)) from error
         pixels = self._processor(images, return_tensors="np")["pixel_values"]
         return np.asarray(pixels, numpy_dtype(self._pixels.dtype))
 

@@ -44,11 +44,7 @@ def bound_run(subject: Subject, inputs: Mapping[str, np.ndarray]) -> Callable[[]
     adapter_session = subject.session
     session, device = adapter_session.session, adapter_session.provider
     names = {value.name for value in session.get_inputs()}
-    held = {
-        name: to_ort_value(array, device)
-        for name, array in inputs.items()
-        if name in names
-    }
+    held = {name: to_ort_value(array, device) for name, array in inputs.items() if name in names}
     binding = session.io_binding()
     for name, value in held.items():
         binding.bind_ortvalue_input(name, value)
