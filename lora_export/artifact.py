@@ -159,6 +159,7 @@ def _manifest_from(fields: dict) -> Manifest:
         "base": SourceRecord(**fields["base"]),
         "adapters": tuple(map(adapter, fields["adapters"])),
         "contract": GraphContract.from_dict(fields["contract"]),
+        "files": dict(fields["files"]),
     }
     return Manifest(**(fields | changed))
 

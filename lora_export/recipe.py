@@ -26,7 +26,7 @@ class Recipe:
 
     parameters: tuple[str, ...]
     transposed: bool = False
-    axis: int = -1
+    axis: int = 0
 
     def to_json(self) -> str:
         return json.dumps({"parameters": self.parameters, "transposed": self.transposed, "axis": self.axis})

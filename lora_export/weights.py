@@ -68,12 +68,9 @@ class ParameterSource:
         return result
 
     def _require_finite(self, path: str, weight: torch.Tensor, result: torch.Tensor) -> None:
-        # One cheap pass: a sum is finite unless an element is not (or the sum overflows, told apart below).
-        if not result.is_floating_point() or bool(torch.isfinite(result.sum(dtype=torch.float32))):
+        if not result.is_floating_point() or all_finite(result):
             return
         n_bad = int((~torch.isfinite(result)).sum())
-        if n_bad == 0:
-            return
         stored = bool(torch.isfinite(weight).all())
         raise InputRefused(
             f"A weight overflows {str(result.dtype).removeprefix('torch.')}" if stored else "A weight is not finite",
@@ -87,14 +84,36 @@ class ParameterSource:
         if dtype not in TORCH_DTYPES:  # an integer table
             return self.parameter(recipe.parameters[0], torch.float32).numpy()
         parts = [self.parameter(path, TORCH_DTYPES[dtype]) for path in recipe.parameters]
-        parts = [part.T if recipe.transposed and part.ndim == 2 else part for part in parts]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=recipe.axis)
-        return as_numpy(whole.contiguous())
+        if recipe.transposed and parts[0].ndim == 2:
+            # Joined as they are stored and transposed once: twice as fast as joining transposed views.
+            return as_numpy(_joined(parts, 1 - recipe.axis).T.contiguous())
+        return as_numpy(_joined(parts, recipe.axis).contiguous())
 
     def small_parameters(self, dtype: str, *, without: frozenset[str]) -> dict[str, np.ndarray]:
         """All parameters of at most one axis (norms, biases), by path, but those in `without`."""
         paths = [path for path, shape in self.shapes.items() if len(shape) <= 1 and path not in without]
         return {path: self.make_weight(Recipe((path,)), dtype) for path in paths}
+
+
+def _joined(parts: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=axis)
+
+
+# The bits of an exponent that is all ones, which only infinities and NaN have; and the integer type to read them in.
+_EXPONENT_BITS = {
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F800000),
+}
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite, read off the exponents' bits a chunk at a time: several times as fast as
+    `torch.isfinite(…).all()`, and without its temporaries, which for an embedding are the peak of an export."""
+    integer, exponent = _EXPONENT_BITS[tensor.dtype]
+    bits = tensor.contiguous().view(integer).reshape(-1)
+    return all(int((chunk & exponent).max()) != exponent for chunk in bits.split(_CHUNK_ELEMENTS) if chunk.numel())
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:

@@ -77,7 +77,7 @@ def write_llama(folder: Path, shape: LlamaShape, seed: int = 0) -> Path:
     text += b" " * (-len(text) % 8)
     temporary = folder / ".model.safetensors.partial"
     rng = np.random.default_rng(seed)
-    with open(temporary, "wb") as file:
+    with temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for size in sizes.values():
             for chunk in _random_chunks(rng, math.prod(size), centre=float(len(size) == 1)):

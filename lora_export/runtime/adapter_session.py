@@ -214,29 +214,35 @@ def _require_unchanged(path: Path, expected: str | None) -> None:
 
 
 def _require_fit(path: Path, tensors: Mapping[str, np.ndarray], contract: GraphContract) -> None:
-    """Refuse tensors that ONNX Runtime, or a stacking, would trip over later: each module's must come together."""
+    """Refuse what ONNX Runtime or a stacking would trip over later: tensors unfit, missing or not finite."""
     by_name = {entry.name: entry for entry in contract.adapter_inputs}
-    sizes: dict[str | int, int] = {"rows": 1}
+    sizes = {"rows": 1}
     for name, array in tensors.items():
         entry = by_name.get(name)
-        dims = entry.dims if entry else ()
-        fits = len(dims) == array.ndim and array.dtype.name == entry.dtype
-        if not fits or any(
-            n != (d if isinstance(d, int) else sizes.setdefault(d, n)) for d, n in zip(dims, array.shape, strict=True)
-        ):
+        if entry is None or array.dtype.name != entry.dtype or not _has_shape(array, entry.dims, sizes):
             raise InputRefused(
                 "The adapter was made for another graph",
                 where=f"{path}: {name} {list(array.shape)} {array.dtype}",
-                expected=f"{list(dims)} {entry.dtype}" if entry else "an adapter input of this graph",
+                expected=f"{list(entry.dims)} {entry.dtype}" if entry else "an adapter input of this graph",
                 next_step="pack it for this export with `lora-export add`",
             )
-        lost = [other.name for other in contract.of_module(entry.module).values() if other.name not in tensors]
-        if lost:
-            raise InputRefused(
-                "The adapter lacks a tensor that belongs to another", where=f"{path}: {name}", expected=lost[0]
-            )
+        for other in contract.of_module(entry.module).values():
+            # A replaced weight may go with the stored bias, if that has its size.
+            fits = other.default is not None and other.default.shape[-1] == array.shape[-1]
+            if other.name not in tensors and not fits:
+                raise InputRefused(
+                    "The adapter lacks a tensor", where=str(path), expected=f"{other.name} beside {name}"
+                )
         if not np.isfinite(array.astype(np.float32)).all():
             raise InputRefused("The adapter holds numbers that are not finite", where=f"{path}: {name}")
+
+
+def _has_shape(array: np.ndarray, dims: Sequence[int | str], sizes: dict[str, int]) -> bool:
+    """Whether `array` has `dims`; a named size is what it was where `sizes` first met it."""
+    if array.ndim != len(dims):
+        return False
+    pairs = zip(dims, array.shape, strict=True)
+    return all(n == (dim if isinstance(dim, int) else sizes.setdefault(dim, n)) for dim, n in pairs)
 
 
 def _read_adapter(path: Path) -> dict[str, np.ndarray]:

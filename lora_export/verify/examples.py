@@ -20,6 +20,9 @@ from lora_export.runtime.arrays import numpy_dtype
 _SEED = 2106_09685
 _BUILT_IN_ROWS = 16
 _MOST_TOKENS = 96
+_TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,9 @@ def _load_processor(folder: Path, *, images: bool):
 
     loader = AutoImageProcessor if images else AutoTokenizer
     try:
+        # Without them Transformers makes up a tokenizer that knows no word.
+        if not images and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise OSError("it holds none of " + ", ".join(_TOKENIZER_FILES))
         processor = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if images:

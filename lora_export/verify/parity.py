@@ -237,6 +237,8 @@ def _row_cases(bench: _Bench, alone: Mapping[str | None, Outputs]) -> list[Parit
 def _sequence_cases(bench: _Bench) -> list[ParityCase]:
     """A → B → A → none in one session, against a fresh session for each."""
     names = list(bench.session.adapters)
+    if not names:
+        return []
     order: list[str | None] = [names[0], names[-1], names[0], None]
     label = " → ".join(name or "none" for name in order)
     values, fresh = [], []

@@ -1,0 +1,245 @@
+"""A base on disk: lazy reading, names, and what is refused before any work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BertForSequenceClassification, BertModel
+
+from lora_export.base.checkpoint import Checkpoint, Located, SafetensorsFiles, checkpoint_names, locate
+from lora_export.base.tasks import Task
+from lora_export.base.weightless import build_weightless
+from lora_export.errors import EnvironmentUnusable, InputRefused
+
+
+def opened(folder: Path) -> Checkpoint:
+    return Checkpoint.open(Located(folder, str(folder)))
+
+
+@pytest.fixture
+def sharded(bases, tmp_path) -> Path:
+    folder = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(bases["llama"]).save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def test_every_tensor_is_read_as_stored(bases):
+    checkpoint = opened(bases["llama"])
+    truth = safetensors.torch.load_file(bases["llama"] / "model.safetensors")
+    assert set(checkpoint.files.tensors) == set(truth)
+    for name, tensor in truth.items():
+        assert torch.equal(checkpoint.files.read(name), tensor)
+        assert checkpoint.files.tensors[name].shape == tuple(tensor.shape)
+    assert checkpoint.dtype == "float32"
+    assert opened(bases["llama-f16"]).dtype == "float16"
+
+
+def test_shards_read_as_one(bases, sharded):
+    whole, parts = opened(bases["llama"]), opened(sharded)
+    assert set(parts.files.tensors) == set(whole.files.tensors)
+    assert len({info.file for info in parts.files.tensors.values()}) > 2
+    for name in parts.files.tensors:
+        assert torch.equal(parts.files.read(name), whole.files.read(name))
+
+
+def test_a_missing_shard_is_refused_by_name(sharded):
+    lost = sorted(sharded.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(InputRefused, match="index names files that are not there") as refused:
+        opened(sharded)
+    assert refused.value.found == lost.name
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{",
+        "[]",
+        '{"weight_map": ["a"]}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "../model.safetensors"}}',
+        "{}",
+    ],
+)
+def test_a_damaged_index_is_refused(index, sharded):
+    shutil.copy(next(iter(sharded.glob("*.safetensors"))), sharded.parent / "model.safetensors")
+    (sharded / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(InputRefused):
+        checkpoint = opened(sharded)
+        assert checkpoint.dtype is None
+
+
+@pytest.mark.parametrize("kept", [0, 7, 1000, -1])
+def test_a_truncated_file_is_refused(kept, bases, own):
+    folder = own(bases["bert"])
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(InputRefused, match="The file is truncated or not safetensors") as refused:
+        opened(folder)
+    assert refused.value.where == str(file) and "again" in refused.value.next_step
+
+
+def test_a_tensor_stored_twice_is_refused(bases, tmp_path):
+    copies = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for copy in copies:
+        safetensors.torch.save_file({"w": torch.zeros(2)}, copy)
+    with pytest.raises(InputRefused, match="Tensor w is stored twice") as refused:
+        SafetensorsFiles.open(copies)
+    assert str(copies[0]) in refused.value.found
+
+
+def test_pickles_are_never_read(bases, own):
+    folder = own(bases["bert"])
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputRefused, match="a pickle can run code, so it is never read") as refused:
+        opened(folder)
+    assert refused.value.found == "pytorch_model.bin"
+
+
+def test_a_base_without_weights_or_config_is_refused(bases, own, tmp_path):
+    folder = own(bases["bert"])
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputRefused, match="The base has no weights"):
+        opened(folder)
+    with pytest.raises(InputRefused, match=r"config\.json is missing"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not valid JSON"), ("[]", "holds no JSON object")])
+def test_a_damaged_config_is_refused(text, message, bases, own):
+    folder = own(bases["bert"])
+    (folder / "config.json").write_text(text)
+    with pytest.raises(InputRefused, match=message):
+        opened(folder)
+
+
+def edited_config(own, base: Path, **changes: object) -> Path:
+    folder = own(base)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_code_from_the_folder_is_never_run(bases, own, tmp_path):
+    folder = edited_config(own, bases["bert"], model_type="mine", auto_map={"AutoModel": "evil.Model"})
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')")
+    with pytest.raises(InputRefused, match="trust_remote_code") as refused:
+        opened(folder)
+    assert "evil.Model" in refused.value.found
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_an_auto_map_beside_a_known_architecture_is_not_followed(bases, own, tmp_path):
+    folder = edited_config(own, bases["bert"], auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"})
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')")
+    checkpoint = opened(folder)
+    build_weightless(Task.FEATURE_EXTRACTION, checkpoint.load_config(), "float32")
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("model_type", ["mine", None, 3])
+def test_an_unknown_architecture_is_refused(model_type, bases, own):
+    with pytest.raises(InputRefused, match="Transformers does not know this base's architecture") as refused:
+        opened(edited_config(own, bases["bert"], model_type=model_type))
+    assert refused.value.found == repr(model_type)
+
+
+def test_a_quantized_base_is_refused(bases, own):
+    folder = own(bases["bert"])
+    tensors = {"w": torch.zeros(4, 4, dtype=torch.int8), "scale": torch.zeros(4)}
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputRefused, match="stored in a dtype that is not exported") as refused:
+        _ = opened(folder).dtype
+    assert refused.value.found == "I8"
+
+
+def names_of(folder: Path, task: Task, **changes: object) -> dict[str, str]:
+    config = AutoConfig.from_pretrained(folder, **changes)
+    return checkpoint_names(build_weightless(task, config, "float32"), opened(folder).files)
+
+
+def test_names_of_a_base_without_a_head_get_the_models_prefix(bases):
+    names = names_of(bases["bert"], Task.TEXT_CLASSIFICATION)
+    assert names["bert.encoder.layer.0.attention.self.query.weight"] == "encoder.layer.0.attention.self.query.weight"
+    assert "classifier.weight" not in names
+
+
+def test_names_of_a_base_with_a_head_lose_the_prefix(bases):
+    names = names_of(bases["classifier"], Task.FEATURE_EXTRACTION)
+    assert names["encoder.layer.0.attention.self.query.weight"] == "bert.encoder.layer.0.attention.self.query.weight"
+    assert not any("classifier" in name for name in names.values())
+
+
+@pytest.mark.parametrize(
+    ("base", "task", "model_class"),
+    [
+        ("bert", Task.FEATURE_EXTRACTION, BertModel),
+        ("classifier", Task.TEXT_CLASSIFICATION, BertForSequenceClassification),
+        ("classifier", Task.FEATURE_EXTRACTION, BertModel),
+        ("llama", Task.TEXT_GENERATION, AutoModelForCausalLM),
+        ("gpt2", Task.TEXT_GENERATION, AutoModelForCausalLM),
+    ],
+)
+def test_the_named_tensors_are_those_that_from_pretrained_loads(base, task, model_class, bases):
+    names, files = names_of(bases[base], task), opened(bases[base]).files
+    truth = model_class.from_pretrained(bases[base]).state_dict()
+    for path, stored in names.items():
+        assert torch.equal(files.read(stored), truth[path]), path
+    tied = {"lm_head.weight"} if task is Task.TEXT_GENERATION else set()
+    assert set(truth) - set(names) <= tied
+
+
+def test_a_tensor_of_another_shape_than_the_config_says_is_refused(bases):
+    with pytest.raises(InputRefused, match="does not have the shape its config says") as refused:
+        names_of(bases["classifier"], Task.TEXT_CLASSIFICATION, num_labels=7)
+    assert "classifier" in refused.value.where
+    assert (refused.value.expected, refused.value.found) in ((("[7]"), "[3]"), ("[7, 32]", "[3, 32]"))
+
+
+def test_legacy_names_are_renamed_as_transformers_does(bases, tmp_path):
+    """LayerNorm's `gamma` and `beta` of the first BERT checkpoints."""
+    folder = tmp_path / "old"
+    shutil.copytree(bases["bert"], folder)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    old = {
+        k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
+        for k, v in tensors.items()
+    }
+    safetensors.torch.save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
+    names = names_of(folder, Task.FEATURE_EXTRACTION)
+    assert names["encoder.layer.1.output.LayerNorm.weight"] == "encoder.layer.1.output.LayerNorm.gamma"
+
+
+# Where it is.
+
+
+def test_a_folder_is_located_as_given(bases, monkeypatch):
+    monkeypatch.chdir(bases["bert"].parent)
+    found = locate("bert", kind="base")
+    assert (found.path, found.given, found.revision) == (bases["bert"].resolve(), "bert", None)
+
+
+@pytest.mark.parametrize("given", ["./nothing/here/at/all", "nothing", "a b/c", "../x/y/z"])
+def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(given):
+    with pytest.raises(InputRefused, match="The adapter is not a folder") as refused:
+        locate(given, kind="adapter")
+    assert refused.value.found == "nothing at this path"
+
+
+def test_a_file_is_no_folder(bases):
+    with pytest.raises(InputRefused, match="The base is not a folder") as refused:
+        locate(str(bases["bert"] / "config.json"), kind="base")
+    assert refused.value.found == "a file"
+
+
+def test_a_hub_id_without_a_hub_is_an_environment_error():
+    """The tests run with HF_HUB_OFFLINE=1."""
+    with pytest.raises(EnvironmentUnusable, match="is not a folder here and the hub cannot be reached") as refused:
+        locate("nobody-9d2f/nothing", kind="base")
+    assert "HF_HOME" in refused.value.next_step

@@ -1,0 +1,76 @@
+"""Which task is exported."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoConfig
+
+from lora_export.base.tasks import CLASSIFICATION, Task, auto_class, resolve_task, text_input_names
+from lora_export.base.weightless import build_weightless
+from lora_export.errors import InputRefused
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [
+        ("BertForSequenceClassification", Task.TEXT_CLASSIFICATION),
+        ("BertForTokenClassification", Task.TOKEN_CLASSIFICATION),
+        ("ViTForImageClassification", Task.IMAGE_CLASSIFICATION),
+        ("LlamaForCausalLM", Task.TEXT_GENERATION),
+        ("GPT2LMHeadModel", Task.TEXT_GENERATION),
+        ("BertModel", Task.FEATURE_EXTRACTION),
+    ],
+)
+def test_it_follows_from_the_architecture(architecture, task):
+    assert resolve_task(None, {"architectures": [architecture]}, {}, "here") is task
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("SEQ_CLS", Task.TEXT_CLASSIFICATION),
+        ("TOKEN_CLS", Task.TOKEN_CLASSIFICATION),
+        ("CAUSAL_LM", Task.TEXT_GENERATION),
+        ("FEATURE_EXTRACTION", Task.FEATURE_EXTRACTION),
+    ],
+)
+def test_the_adapters_task_goes_before_the_architecture(kind, task):
+    assert resolve_task(None, {"architectures": ["BertModel"]}, {"a": kind, "b": None}, "here") is task
+
+
+def test_what_was_asked_for_goes_before_all():
+    config = {"architectures": ["LlamaForCausalLM"]}
+    assert resolve_task("feature-extraction", config, {"a": "CAUSAL_LM"}, "here") is Task.FEATURE_EXTRACTION
+
+
+def test_adapters_of_different_tasks_are_refused():
+    with pytest.raises(InputRefused, match="The adapters were trained for different tasks") as refused:
+        resolve_task(None, {}, {"a": "SEQ_CLS", "b": "TOKEN_CLS"}, "here")
+    assert refused.value.found == "a: SEQ_CLS, b: TOKEN_CLS"
+
+
+@pytest.mark.parametrize("kind", ["SEQ_2_SEQ_LM", "QUESTION_ANS", "XYZ"])
+def test_a_task_type_that_is_not_exported_is_refused(kind):
+    with pytest.raises(InputRefused, match=f"Adapters of PEFT task type {kind} are not exported") as refused:
+        resolve_task(None, {}, {"a": kind}, "here")
+    assert "SEQ_CLS" in refused.value.expected
+
+
+@pytest.mark.parametrize("architectures", [None, [], ["T5ForConditionalGeneration"], ["BertForMaskedLM"]])
+def test_an_architecture_without_a_task_is_refused(architectures):
+    with pytest.raises(InputRefused, match="No supported task follows from the base's architecture") as refused:
+        resolve_task(None, {"architectures": architectures}, {}, "here")
+    assert refused.value.where == "here/config.json: architectures"
+
+
+def test_every_task_has_a_transformers_class():
+    assert {auto_class(task).__name__.startswith("AutoModel") for task in Task} == {True}
+    assert set(CLASSIFICATION) < set(Task)
+
+
+def test_token_types_are_an_input_only_where_there_are_several(bases):
+    config = AutoConfig.from_pretrained(bases["bert"])
+    model = build_weightless(Task.FEATURE_EXTRACTION, config, "float32")
+    assert text_input_names(model) == ("input_ids", "attention_mask", "token_type_ids")
+    config.type_vocab_size = 1
+    assert text_input_names(model) == ("input_ids", "attention_mask")

@@ -1,0 +1,182 @@
+"""The tiny bases, adapters and exports that the tests share, by name; each is made once, when it is first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class Lazy(Mapping):
+    """Folders by name, made on first use."""
+
+    def __init__(self, root: Path, names: Mapping, make: Callable[[str, Path], None]) -> None:
+        self._root, self._names, self._make = root, names, make
+        self._made: dict[str, Path] = {}
+
+    def __getitem__(self, name: str) -> Path:
+        if name not in self._made:
+            folder = self._root / name
+            self._make(name, folder)
+            self._made[name] = folder
+        return self._made[name]
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+BASES = ("llama", "llama-f16", "gpt2", "bert", "classifier", "tagger", "albert", "vit")
+
+
+def make_base(name: str, folder: Path, bases: Mapping[str, Path]) -> None:
+    import tiny
+    import torch
+
+    if name == "llama-f16":
+        tiny.in_dtype(bases["llama"], folder, torch.float16)
+        return
+    builders = {
+        "llama": tiny.llama, "gpt2": tiny.gpt2, "bert": tiny.bert, "classifier": tiny.bert_classifier,
+        "tagger": tiny.bert_tagger, "albert": tiny.albert, "vit": tiny.vit,
+    }  # fmt: skip
+    builders[name](folder)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """How an adapter is trained: on which base, with which Transformers class, with which `LoraConfig`."""
+
+    base: str
+    model_class: str
+    options: Mapping[str, object]
+    n_labels: int | None = None
+
+
+ADAPTERS: dict[str, AdapterSpec] = {
+    "chat": AdapterSpec(
+        "llama", "LlamaForCausalLM",
+        {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    ),
+    "code": AdapterSpec(
+        "llama", "LlamaForCausalLM",
+        {"task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 6, "use_rslora": True, "target_modules": "all-linear",
+         "rank_pattern": {"down_proj": 2, "layers.1.self_attn.q_proj": 3}, "alpha_pattern": {"k_proj": 2}},
+    ),
+    "speak": AdapterSpec(
+        "llama", "LlamaForCausalLM",
+        {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "lm_head"]},
+    ),
+    "voice": AdapterSpec(
+        "llama", "LlamaForCausalLM",
+        {"task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ),
+    "words": AdapterSpec(
+        "llama", "LlamaForCausalLM",
+        {"task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ),
+    "poet": AdapterSpec(
+        "gpt2", "GPT2LMHeadModel",
+        {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+    ),
+    "topic": AdapterSpec(
+        "bert", "BertForSequenceClassification",
+        {"task_type": "SEQ_CLS", "r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}, n_labels=3,
+    ),
+    "kind": AdapterSpec(
+        "bert", "BertForSequenceClassification",
+        {"task_type": "SEQ_CLS", "r": 2, "lora_alpha": 3, "use_rslora": True, "target_modules": ["query", "key", "dense"],
+         "rank_pattern": {"key": 3}}, n_labels=5,
+    ),
+    "plain": AdapterSpec(
+        "classifier", "BertForSequenceClassification",
+        {"r": 4, "lora_alpha": 8, "target_modules": ["query", "pooler.dense", "classifier"]},
+    ),
+    "shades": AdapterSpec(
+        "classifier", "BertForSequenceClassification",
+        {"task_type": "SEQ_CLS", "r": 3, "lora_alpha": 6, "target_modules": ["query", "value"]}, n_labels=4,
+    ),
+    "tags": AdapterSpec(
+        "tagger", "BertForTokenClassification",
+        {"task_type": "TOKEN_CLS", "r": 3, "lora_alpha": 6, "target_modules": ["query", "value"]}, n_labels=6,
+    ),
+    "features": AdapterSpec(
+        "bert", "BertModel",
+        {"task_type": "FEATURE_EXTRACTION", "r": 3, "lora_alpha": 6, "target_modules": ["query", "value", "pooler.dense"]},
+    ),
+    "shared": AdapterSpec(
+        "albert", "AlbertModel",
+        {"task_type": "FEATURE_EXTRACTION", "r": 3, "lora_alpha": 6, "target_modules": ["query", "value", "ffn"]},
+    ),
+    "sights": AdapterSpec(
+        "vit", "ViTForImageClassification",
+        {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}, n_labels=5,
+    ),
+}  # fmt: skip
+
+
+def make_adapter(name: str, folder: Path, bases: Mapping[str, Path]) -> None:
+    import tiny
+
+    spec = ADAPTERS[name]
+    tiny.adapter(
+        bases[spec.base], folder, spec.model_class, n_labels=spec.n_labels,
+        save_embedding_layers=False, **spec.options,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """What one export of the catalogue is made of."""
+
+    base: str
+    adapters: tuple[str, ...]
+    mode: str
+    dtype: str | None = None
+    targets: tuple[str, ...] = ()
+    provider: str = "cpu"
+
+
+EXPORTS: dict[str, ExportSpec] = {
+    "llama-base": ExportSpec("llama", (), "merge"),
+    "llama-dynamic": ExportSpec("llama", ("chat", "code"), "dynamic"),
+    "llama-merged": ExportSpec("llama", ("chat",), "merge"),
+    "llama-sum": ExportSpec("llama", ("chat", "code"), "merge"),
+    "llama-untied": ExportSpec("llama", ("speak",), "merge"),
+    "llama-head": ExportSpec("llama", ("speak",), "dynamic"),
+    "llama-voice": ExportSpec("llama", ("voice",), "dynamic"),
+    "llama-voice-merged": ExportSpec("llama", ("voice",), "merge"),
+    "llama-words": ExportSpec("llama", ("words",), "merge"),
+    "llama-cuda-base": ExportSpec("llama", (), "merge", provider="cuda"),
+    "llama-cuda": ExportSpec("llama", ("chat",), "dynamic", provider="cuda"),
+    "llama-f16": ExportSpec("llama-f16", ("chat",), "dynamic"),
+    "llama-f16-merged": ExportSpec("llama-f16", ("chat",), "merge"),
+    "gpt2-dynamic": ExportSpec("gpt2", ("poet",), "dynamic"),
+    "gpt2-merged": ExportSpec("gpt2", ("poet",), "merge"),
+    "bert-dynamic": ExportSpec("bert", ("topic", "kind"), "dynamic"),
+    "bert-merged": ExportSpec("bert", ("kind",), "merge"),
+    "classifier-dynamic": ExportSpec("classifier", ("plain", "shades"), "dynamic"),
+    "classifier-merged": ExportSpec("classifier", ("plain",), "merge"),
+    "classifier-targets": ExportSpec("classifier", (), "dynamic", targets=("query", "pooler.dense")),
+    "tagger-dynamic": ExportSpec("tagger", ("tags",), "dynamic"),
+    "features-dynamic": ExportSpec("bert", ("features",), "dynamic"),
+    "features-merged": ExportSpec("bert", ("features",), "merge"),
+    "albert-dynamic": ExportSpec("albert", ("shared",), "dynamic"),
+    "albert-merged": ExportSpec("albert", ("shared",), "merge"),
+    "vit-dynamic": ExportSpec("vit", ("sights",), "dynamic"),
+    "vit-merged": ExportSpec("vit", ("sights",), "merge"),
+}
+
+
+def export_to(
+    folder: Path, spec: ExportSpec, bases: Mapping[str, Path], adapters: Mapping[str, Path], **options: object
+):
+    """Export `spec` to `folder` through the pipeline, as the command line does; the manifest."""
+    from lora_export.pipeline import ExportOptions, export
+    from lora_export.plan import Request
+
+    chosen = tuple((str(adapters[name]), name) for name in spec.adapters)
+    request = Request(str(bases[spec.base]), chosen, spec.mode, dtype=spec.dtype, provider=spec.provider)
+    return export(request, ExportOptions(folder, targets=spec.targets, **options))

@@ -1,0 +1,102 @@
+"""Fixtures shared by all tests: tiny bases, adapters and exports, made once a session when first asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Graphs are cached in a folder of this session, or where LORA_EXPORT_CACHE says."""
+    given = os.environ.get("LORA_EXPORT_CACHE")
+    folder = Path(given) if given else tmp_path_factory.mktemp("graph-cache")
+    os.environ["LORA_EXPORT_CACHE"] = str(folder)
+    yield folder
+    if not given:
+        del os.environ["LORA_EXPORT_CACHE"]
+
+
+@pytest.fixture(scope="session")
+def _silent_libraries() -> None:
+    import torch
+    import transformers
+
+    # Tiny matrices: a second thread only waits, and on a busy machine for long.
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # The exporter's trace log would bury a failure's own messages.
+    logging.getLogger("torch.__trace").propagate = False
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory, _silent_libraries: None):
+    """Folders of tiny bases by name (`catalogue.BASES`)."""
+    import catalogue
+
+    found = catalogue.Lazy(
+        tmp_path_factory.mktemp("bases"), catalogue.BASES, lambda name, folder: catalogue.make_base(name, folder, found)
+    )
+    return found
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory, bases):
+    """Folders of tiny PEFT adapters by name (`catalogue.ADAPTERS`)."""
+    import catalogue
+
+    root = tmp_path_factory.mktemp("adapters")
+    return catalogue.Lazy(root, catalogue.ADAPTERS, lambda name, folder: catalogue.make_adapter(name, folder, bases))
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory, bases, adapters):
+    """Exported folders by name (`catalogue.EXPORTS`); read-only, copy one before changing it (`own`)."""
+    import catalogue
+
+    def make(name: str, folder: Path) -> None:
+        catalogue.export_to(folder, catalogue.EXPORTS[name], bases, adapters)
+
+    return catalogue.Lazy(tmp_path_factory.mktemp("exports"), catalogue.EXPORTS, make)
+
+
+@pytest.fixture(scope="session")
+def traces(bases):
+    """Unoptimized graphs: `traces(base, task)` gives the graph and the weightless model. Read-only."""
+    from transformers import AutoConfig
+
+    from lora_export.base.tasks import Task
+    from lora_export.base.trace import trace
+    from lora_export.base.weightless import build_weightless
+
+    made = {}
+
+    def get(base: str, task: str):
+        if base not in made:
+            model = build_weightless(Task(task), AutoConfig.from_pretrained(bases[base]), "float32")
+            before = {name: (id(t), t.stride()) for name, t in model.state_dict(keep_vars=True).items()}
+            made[base] = trace(Task(task), model).graph, model, before
+        return made[base]
+
+    return get
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies a shared folder so that a test may damage it."""
+
+    def copy(folder: Path) -> Path:
+        target = tmp_path / folder.name
+        shutil.copytree(folder, target)
+        return target
+
+    return copy

@@ -1,0 +1,102 @@
+"""Writing: aligned tensors, exact hashes, one weight at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from lora_export.artifact import read_manifest
+from lora_export.contract import AdapterInputKind
+from lora_export.graph.bind import write_graph
+from lora_export.graph.unbound import set_recipe
+from lora_export.recipe import Recipe
+
+N = 600  # a square float32 weight of over a megabyte
+
+
+def chain(n_weights: int) -> ir.Model:
+    """x · w0 · w1 · … with every weight unbound."""
+    x = ir.Value(name="x", shape=ir.Shape(["batch", N]), type=ir.TensorType(ir.DataType.FLOAT))
+    graph = ir.Graph([x], [], nodes=[], opset_imports={"": 20}, name="chain")
+    value = x
+    for index in range(n_weights):
+        weight = ir.Value(name=f"w{index}", shape=ir.Shape([N, N]), type=ir.TensorType(ir.DataType.FLOAT))
+        set_recipe(weight, Recipe((f"p{index}",)))
+        graph.initializers[weight.name] = weight
+        node = ir.node("MatMul", [value, weight])
+        graph.append(node)
+        value = node.outputs[0]
+    value.name, value.shape, value.dtype = "y", x.shape, ir.DataType.FLOAT
+    graph.outputs.append(value)
+    return ir.Model(graph, ir_version=10)
+
+
+def test_weights_are_made_one_at_a_time(tmp_path):
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def make(recipe: Recipe, dtype: str) -> np.ndarray:
+        nonlocal most
+        most = max(most, sum(ref() is not None for ref in alive))
+        array = np.full((N, N), int(recipe.parameters[0][1:]), np.float32)
+        alive.append(weakref.ref(array))
+        return array
+
+    told = []
+    written = write_graph(chain(8), tmp_path, make, on_weight=lambda name, n: told.append((name, n)))
+    # One that is being hashed on the other thread may still be there.
+    assert most <= 2, f"{most} weights were in memory at once"
+    assert told == [(f"w{index}", 4 * N * N) for index in range(8)]
+    assert written.n_bytes == sum((tmp_path / name).stat().st_size for name in written.sha256)
+
+
+def test_hashes_are_those_of_the_files_and_tensors_start_on_pages(tmp_path):
+    written = write_graph(chain(3), tmp_path, lambda recipe, dtype: np.full((N, N), 3, dtype))
+    assert set(written.sha256) == {"model.onnx", "model.onnx.data"}
+    for name, expected in written.sha256.items():
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == expected, name
+    offsets = [int(e.value) for t in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.initializer
+               for e in t.external_data if e.key == "offset"]  # fmt: skip
+    assert len(offsets) == 3 and all(offset % 4096 == 0 for offset in offsets)
+
+
+def test_a_failing_weight_stops_the_write(tmp_path):
+    def fail(recipe: Recipe, dtype: str) -> np.ndarray:
+        raise OSError(28, "no room")
+
+    with pytest.raises(OSError, match="no room"):
+        write_graph(chain(2), tmp_path, fail)
+
+
+# ONNX's checker does not know ONNX Runtime's SimplifiedLayerNormalization, which the Llamas have.
+@pytest.mark.parametrize("name", ["bert-dynamic", "gpt2-dynamic", "gpt2-merged", "vit-dynamic"])
+def test_exports_pass_onnxs_own_checker(name, exports):
+    onnx.checker.check_model(str(exports[name] / "model.onnx"))
+    model = onnx.load(exports[name] / "model.onnx", load_external_data=False)
+    names = [tensor.name for tensor in model.graph.initializer]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", ["llama-dynamic", "bert-dynamic", "vit-merged"])
+def test_served_files_carry_no_traces_of_the_machine_that_made_them(name, exports):
+    content = (exports[name] / "model.onnx").read_bytes()
+    for trace in (b"/work/", b"/tmp/", b"site-packages", b"stack_trace", b".py"):
+        assert trace not in content, trace
+
+
+@pytest.mark.parametrize("name", ["bert-dynamic", "classifier-dynamic", "vit-dynamic", "llama-voice"])
+def test_stored_defaults_lie_where_the_manifest_says(name, exports):
+    manifest = read_manifest(exports[name])
+    data = (exports[name] / "model.onnx.data").read_bytes()
+    graph = ir.load(exports[name] / "model.onnx").graph
+    heads = [e for e in manifest.contract.adapter_inputs if e.kind in (AdapterInputKind.WEIGHT, AdapterInputKind.BIAS)]
+    assert heads
+    for entry in heads:
+        stored = entry.default
+        found = np.frombuffer(data, np.float32, stored.length // 4, stored.offset).reshape(stored.shape)
+        assert np.array_equal(found, graph.initializers[entry.name].const_value.numpy())

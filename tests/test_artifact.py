@@ -1,0 +1,101 @@
+"""The exported folder: its manifest, and how it appears."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_export.artifact import carry_files, read_manifest, require_disk, staging, write_manifest
+from lora_export.contract import GraphContract
+from lora_export.errors import EnvironmentUnusable, InputRefused, UsageProblem
+
+
+@pytest.mark.parametrize("name", ["bert-dynamic", "llama-merged", "llama-voice"])
+def test_a_manifest_survives_its_file(name, exports, tmp_path):
+    manifest = read_manifest(exports[name])
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+    assert [path.name for path in tmp_path.iterdir()] == ["lora_export.json"]
+    assert (tmp_path / "lora_export.json").read_bytes() == (exports[name] / "lora_export.json").read_bytes()
+    assert GraphContract.from_dict(json.loads(json.dumps(manifest.contract.to_dict()))) == manifest.contract
+
+
+def test_another_schema_is_refused(exports, tmp_path):
+    write_manifest(tmp_path, dataclasses.replace(read_manifest(exports["bert-merged"]), schema=99))
+    with pytest.raises(InputRefused, match="manifest is of another version") as refused:
+        read_manifest(tmp_path)
+    assert (refused.value.expected, refused.value.found) == ("schema 1", "schema 99")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "3", "{}", '{"schema": 1}', '{"schema": 1, "kind": "x"}', "\xff"],
+    ids=["empty", "cut", "list", "null", "number", "no schema", "no fields", "wrong kind", "no text"],
+)
+def test_a_damaged_manifest_is_refused(text, tmp_path):
+    (tmp_path / "lora_export.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputRefused, match="The export's manifest is damaged"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["contract", "adapters", "base", "files", "kind"])
+@pytest.mark.parametrize("value", [None, 3, [3], [[]], "text"], ids=str)
+def test_fields_of_another_type_are_refused(field, value, exports, tmp_path):
+    fields = json.loads((exports["bert-merged"] / "lora_export.json").read_text())
+    (tmp_path / "lora_export.json").write_text(json.dumps(fields | {field: value}))
+    with pytest.raises(InputRefused, match="The export's manifest is damaged"):
+        read_manifest(tmp_path)
+
+
+def test_an_adapter_is_found_by_name(exports):
+    manifest = read_manifest(exports["bert-dynamic"])
+    assert manifest.adapter("kind").name == "kind"
+    with pytest.raises(UsageProblem, match="The export has no adapter 'nobody'") as refused:
+        manifest.adapter("nobody")
+    assert refused.value.found == "topic, kind"
+
+
+def test_licences_and_tokenizers_are_carried(tmp_path):
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    for folder, names in {
+        base: ["LICENSE", "NOTICE.txt", "tokenizer.json", "chat_template.jinja", "secret.env", "modeling.py"],
+        adapter: ["LICENSE.md", "tokenizer.json", "optimizer.pt"],
+    }.items():
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text(f"{folder.name} {name}")
+    out.mkdir()
+    copied = carry_files(base, {"topic": adapter}, out)
+    assert set(copied) == {path.name for path in out.iterdir()} == {
+        "LICENSE", "NOTICE.txt", "tokenizer.json", "chat_template.jinja", "LICENSE.topic.md",
+    }  # fmt: skip
+    assert (out / "tokenizer.json").read_text() == "base tokenizer.json"
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "deep" / "er" / "out"
+    with staging(out, overwrite=False, n_bytes=1) as stage:
+        (stage / "file").write_text("x")
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["file"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    with pytest.raises(ZeroDivisionError), staging(tmp_path / "other", overwrite=False, n_bytes=1):
+        _ = 1 / 0
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_parent_that_is_a_file_is_an_environment_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    build = staging(tmp_path / "file" / "out", overwrite=False, n_bytes=1)
+    with pytest.raises(EnvironmentUnusable, match="The output folder cannot be written"), build:
+        pass
+
+
+def test_the_free_disk_is_told(tmp_path):
+    require_disk(tmp_path, 1)
+    with pytest.raises(EnvironmentUnusable, match="The disk is too small for this export") as refused:
+        require_disk(Path(tmp_path), 10**18)
+    assert refused.value.expected == "1,000,000,000,000 MB free"

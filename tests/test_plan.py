@@ -1,0 +1,80 @@
+"""From a request to a plan: labels, bases, names, and what a merge cannot hold."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from lora_export.errors import InputRefused, UsageProblem
+from lora_export.plan import Request, make_plan, resolve
+
+
+def request(bases, adapters, base: str | None, names: tuple[str, ...], mode: str = "dynamic", **options) -> Request:
+    chosen = tuple((str(adapters[name]), None) for name in names)
+    return Request(str(bases[base]) if base else None, chosen, mode, **options)
+
+
+def test_a_merge_takes_the_adapters_number_of_labels(bases, adapters):
+    plan = make_plan(request(bases, adapters, "vit", ("sights",), "merge"))
+    assert plan.config.num_labels == 5
+    dynamic = make_plan(request(bases, adapters, "vit", ("sights",)))
+    assert (dynamic.config.num_labels, dynamic.adapter_configs[0].num_labels) == (3, 5)
+
+
+def test_labels_come_from_the_adapter_only_where_they_fit(bases, adapters, own):
+    folder = own(adapters["topic"])
+    names = {"0": "sport", "1": "art", "2": "law"}
+    (folder / "config.json").write_text(json.dumps({"id2label": names}))
+    plan = make_plan(Request(str(bases["bert"]), ((str(folder), None),), "merge"))
+    assert plan.config.id2label == {0: "sport", 1: "art", 2: "law"}
+    assert plan.config.label2id == {"sport": 0, "art": 1, "law": 2}
+    (folder / "config.json").write_text(json.dumps({"id2label": {"0": "sport"}}))
+    plan = make_plan(Request(str(bases["bert"]), ((str(folder), None),), "merge"))
+    assert plan.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+
+
+def test_a_merged_graph_holds_one_head(bases, adapters):
+    with pytest.raises(InputRefused, match="Several adapters bring a module of their own") as refused:
+        make_plan(request(bases, adapters, "bert", ("topic", "kind"), "merge"))
+    assert refused.value.where == "topic (3 labels), kind (5 labels)"
+    assert "lora-export dynamic" in refused.value.next_step
+    plan = make_plan(request(bases, adapters, "classifier", ("plain", "shades"), "merge"))
+    assert plan.config.num_labels == 4, "one head and one plain adapter merge"
+
+
+def test_two_adapters_of_one_name_are_a_usage_problem(bases, adapters):
+    with pytest.raises(UsageProblem, match="Two adapters have the same name"):
+        make_plan(request(bases, adapters, "bert", ("topic", "topic")))
+
+
+def test_a_replaced_module_that_is_no_linear_is_merged_but_not_served(bases, tmp_path):
+    folder = tiny.adapter(
+        bases["llama"],
+        tmp_path / "norms",
+        "LlamaForCausalLM",
+        r=2,
+        target_modules=["q_proj"],
+        modules_to_save=["model.norm"],
+    )
+    with pytest.raises(InputRefused, match="replaces modules that are not Linear") as refused:
+        resolve(make_plan(Request(str(bases["llama"]), ((str(folder), None),), "dynamic")))
+    assert refused.value.where == "model.norm.weight"
+    resolved = resolve(make_plan(Request(str(bases["llama"]), ((str(folder), None),), "merge")))
+    found = resolved.source.parameter("model.norm.weight", torch.float32)
+    assert torch.equal(found, resolved.adapters[0].replaced["model.norm.weight"])
+
+
+def test_an_adapters_numbers_are_not_rounded_to_the_exports_dtype_before_they_are_folded(bases, adapters):
+    half = resolve(make_plan(request(bases, adapters, "llama", ("chat",), "merge", dtype="bfloat16")))
+    full = resolve(make_plan(request(bases, adapters, "llama", ("chat",), "merge")))
+    for module, pair in full.adapters[0].lora.items():
+        assert torch.equal(half.adapters[0].lora[module].a, pair.a), module
+        assert torch.equal(half.adapters[0].lora[module].b, pair.b), module
+
+
+def test_the_dtype_is_the_checkpoints_unless_named(bases, adapters):
+    assert make_plan(request(bases, adapters, "llama-f16", ("chat",))).dtype == "float16"
+    assert make_plan(request(bases, adapters, "llama-f16", ("chat",), dtype="float32")).dtype == "float32"

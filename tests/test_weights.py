@@ -1,0 +1,62 @@
+"""Where an export's numbers come from, one parameter at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from lora_export.errors import InputRefused
+from lora_export.plan import Request, make_plan, resolve
+from lora_export.recipe import Recipe
+
+
+@pytest.fixture
+def source(bases, adapters):
+    """The llama with `chat` folded in."""
+    return resolve(make_plan(Request(str(bases["llama"]), ((str(adapters["chat"]), None),), "merge"))).source
+
+
+@pytest.fixture
+def truth(bases, adapters) -> dict[str, np.ndarray]:
+    """Every parameter with `chat` folded in, float64."""
+    found = {k: t.double() for k, t in safetensors.torch.load_file(bases["llama"] / "model.safetensors").items()}
+    pair = safetensors.torch.load_file(adapters["chat"] / "adapter_model.safetensors")
+    for key in [key for key in pair if key.endswith("lora_A.weight")]:
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        found[f"{module}.weight"] += 2.0 * pair[key.replace("lora_A", "lora_B")].double() @ pair[key].double()
+    return {key: tensor.numpy() for key, tensor in found.items()}
+
+
+def test_every_parameter_is_the_checkpoints_with_the_adapter_folded_in(source, truth):
+    for path, expected in truth.items():
+        found = source.parameter(path, torch.float32)
+        np.testing.assert_allclose(found.double().numpy(), expected, atol=1e-6, err_msg=path)
+
+
+def test_a_tied_parameter_is_found_under_either_name(source, truth):
+    found = source.parameter("lm_head.weight", torch.float32).double().numpy()
+    np.testing.assert_array_equal(found, truth["model.embed_tokens.weight"])
+
+
+def test_a_recipe_transposes_each_and_then_concatenates(source, truth):
+    paths = tuple(f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv")
+    found = source.make_weight(Recipe(paths, transposed=True, axis=1), "float32")
+    expected = np.concatenate([truth[path].T for path in paths], axis=1)
+    assert found.flags.c_contiguous and found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    rows = source.make_weight(Recipe(paths[1:], axis=0), "float16")
+    assert rows.dtype == np.float16 and rows.shape == (64, 64)
+
+
+def test_bfloat16_is_an_array_too(source, truth):
+    found = source.make_weight(Recipe(("model.norm.weight",)), "bfloat16")
+    assert found.dtype.name == "bfloat16"
+    np.testing.assert_allclose(found.astype(np.float64), truth["model.norm.weight"], rtol=2**-8)
+
+
+def test_what_nobody_has_is_refused_by_name(source):
+    with pytest.raises(InputRefused, match="no adapter brings it") as refused:
+        source.parameter("model.layers.9.mlp.up_proj.weight", torch.float32)
+    assert refused.value.where.endswith("model.layers.9.mlp.up_proj.weight")

@@ -1,0 +1,195 @@
+"""Tiny random bases, adapters and a tokenizer, written to disk the way Transformers and PEFT write real ones.
+
+Weights are scaled so that every layer, head and adapter changes the output by far more than rounding does.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
+VOCABULARY = len(SPECIALS) + 256
+POSITIONS = 160
+
+
+def _generator(*names: object) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(repr(names).encode()))
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module, seed: str) -> torch.nn.Module:
+    """Weights of unit gain, norms near one, biases that matter; the same for the same `seed`."""
+    generator = _generator(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim >= 2:
+            fan_in = parameter.shape[0] if "transformer.h." in name else math.prod(parameter.shape[1:])
+            is_table = "embedding" in name or "wte" in name or "wpe" in name
+            parameter.copy_(noise * (0.5 if is_table else 1 / math.sqrt(fan_in)))
+        elif name.endswith("weight"):  # of a norm
+            parameter.copy_(1 + 0.1 * noise)
+        else:
+            parameter.copy_(0.2 * noise)
+    return model
+
+
+def save_tokenizer(folder: Path, *, classifier: bool) -> None:
+    """A byte-level tokenizer without merges: every text has tokens of its own, one a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIALS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if classifier:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+
+
+def _save(model: transformers.PreTrainedModel, folder: Path, *, classifier: bool = False, text: bool = True) -> Path:
+    randomize(model, f"{type(model).__name__}").save_pretrained(folder)
+    if text:
+        save_tokenizer(folder, classifier=classifier)
+    return folder
+
+
+def llama(folder: Path) -> Path:
+    """Two layers, four query heads on two key heads, an output head tied to the embedding."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return _save(transformers.LlamaForCausalLM(config), folder)
+
+
+def gpt2(folder: Path) -> Path:
+    """Two layers of Conv1D, whose weights are stored `[in, out]` and whose inputs are flattened."""
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_positions=POSITIONS, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2
+    )
+    return _save(transformers.GPT2LMHeadModel(config), folder)
+
+
+def bert_config(**changes: object) -> transformers.BertConfig:
+    fields = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": POSITIONS,
+    }
+    return transformers.BertConfig(**(fields | changes))
+
+
+def bert(folder: Path) -> Path:
+    """An encoder without a head: embeddings, two layers, a pooler."""
+    return _save(transformers.BertModel(bert_config()), folder, classifier=True)
+
+
+def bert_classifier(folder: Path) -> Path:
+    """The same architecture with a trained head of three classes."""
+    config = bert_config(id2label={0: "red", 1: "green", 2: "blue"}, label2id={"red": 0, "green": 1, "blue": 2})
+    return _save(transformers.BertForSequenceClassification(config), folder, classifier=True)
+
+
+def bert_tagger(folder: Path) -> Path:
+    config = bert_config(num_labels=4)
+    return _save(transformers.BertForTokenClassification(config), folder, classifier=True)
+
+
+def albert(folder: Path) -> Path:
+    """One set of weights called by both layers."""
+    config = transformers.AlbertConfig(
+        vocab_size=VOCABULARY,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=POSITIONS,
+    )
+    return _save(transformers.AlbertModel(config), folder, classifier=True)
+
+
+def vit(folder: Path) -> Path:
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=8,
+        num_labels=3,
+    )
+    _save(transformers.ViTForImageClassification(config), folder, text=False)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def in_dtype(source: Path, folder: Path, dtype: torch.dtype) -> Path:
+    """A copy of the base in `source`, its weights stored in `dtype`."""
+    architecture = transformers.AutoConfig.from_pretrained(source).architectures[0]
+    getattr(transformers, architecture).from_pretrained(source, dtype=dtype).save_pretrained(folder)
+    save_tokenizer(folder, classifier="Bert" in architecture)
+    return folder
+
+
+def adapter(
+    base: Path,
+    folder: Path,
+    model_class: str,
+    *,
+    n_labels: int | None = None,
+    strength: float = 0.5,
+    edit: Callable[[torch.nn.Module], None] = lambda model: None,
+    save_embedding_layers: bool | str = "auto",
+    **options: object,
+) -> Path:
+    """A LoRA adapter on `base` with random A and B (a fresh one has B = 0 and does nothing), saved by PEFT.
+
+    Args:
+        model_class: Name of the Transformers class to train on, e.g. "BertForSequenceClassification".
+        n_labels: Size of the head, where it is not the base's.
+        strength: Standard deviation of B's elements times the scale's inverse: how much the adapter changes.
+        edit: Called with the PEFT model before it is saved.
+        save_embedding_layers: False to leave out the whole output head, which PEFT saves beside a pair on it.
+        options: Those of `LoraConfig`.
+    """
+    sizes: Mapping = {} if n_labels is None else {"num_labels": n_labels, "ignore_mismatched_sizes": True}
+    model = getattr(transformers, model_class).from_pretrained(base, **sizes)
+    peft_model = get_peft_model(model, LoraConfig(**options))
+    generator = _generator(folder.name)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "lora_A" in name or "lora_embedding_A" in name:
+                parameter.copy_(noise / math.sqrt(parameter.shape[1]))
+            elif "lora_B" in name or "lora_embedding_B" in name:
+                parameter.copy_(noise * strength / math.sqrt(parameter.shape[1]))
+            elif "modules_to_save" in name:
+                parameter.copy_(noise / math.sqrt(parameter.shape[-1]) if parameter.ndim > 1 else 0.2 * noise)
+    edit(peft_model)
+    peft_model.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
+    return folder

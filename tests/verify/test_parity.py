@@ -1,0 +1,228 @@
+"""`check` passes what is right, and catches every way of being wrong that a converter is known for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from lora_export.artifact import sha256_of
+from lora_export.errors import InputRefused, UsageProblem
+from lora_export.pipeline import check
+from lora_export.sources import SourceOverrides
+from lora_export.verify.results import CheckReport, Verdict
+
+SOUND = [
+    "llama-dynamic", "llama-merged", "llama-voice", "gpt2-dynamic", "bert-dynamic", "bert-merged",
+    "classifier-dynamic", "tagger-dynamic", "features-dynamic", "albert-dynamic", "vit-dynamic", "llama-f16",
+]  # fmt: skip
+
+
+def checked(folder: Path, **options: object) -> CheckReport:
+    return check(folder, SourceOverrides(), provider="cpu", **options)[0]
+
+
+def groups(report: CheckReport) -> set[str]:
+    return {case.group for case in report.cases}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_exports_pass_every_case(name, exports, own):
+    report = checked(own(exports[name]))
+    assert report.verdict is Verdict.PASS, [(case.name, case.failures) for case in report.cases if case.failures]
+    expected = {"adapter"}
+    if "merged" not in name:
+        expected |= {"base", "rows", "sequence"}
+    if name.split("-")[0] in ("llama", "gpt2"):
+        expected |= {"decoding"}
+    assert groups(report) == expected
+    for case in report.cases:
+        if case.group == "adapter":
+            assert case.effect_ratio > case.effect_ratio_minimum
+
+
+def test_a_dynamic_export_is_compared_with_a_merged_one(exports, own):
+    report = checked(own(exports["llama-dynamic"]), merged=exports["llama-sum"])
+    case = next(case for case in report.cases if case.group == "merged-dynamic")
+    assert case.passed and case.name == "merged chat + code"
+
+
+def test_an_export_with_targets_and_no_adapter_is_checked(exports, own):
+    report = checked(own(exports["classifier-targets"]))
+    assert report.verdict is Verdict.PASS and "base" in groups(report)
+
+
+def test_labelled_data_gives_accuracies(exports, own, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"text {n}", "label_id": n % 3}) + "\n" for n in range(12)))
+    report = checked(own(exports["bert-dynamic"]), data={"topic": data}, n_rows=8)
+    case = next(case for case in report.cases if case.name == "topic")
+    assert case.n_rows == 8
+    assert case.accuracy_reference == case.accuracy_exported is not None
+    assert any(str(data) in line for line in report.data)
+
+
+def test_data_for_an_adapter_that_is_not_there_is_refused(exports, own, tmp_path):
+    (tmp_path / "rows.txt").write_text("a\n")
+    with pytest.raises(UsageProblem, match="has no adapter 'topics'"):
+        checked(own(exports["bert-dynamic"]), data={"topics": tmp_path / "rows.txt"})
+
+
+def test_a_base_or_adapter_that_changed_is_refused(exports, own, adapters, bases):
+    folder = own(exports["classifier-dynamic"])
+    with pytest.raises(InputRefused, match="This adapter is not the one that was exported"):
+        check(folder, SourceOverrides(None, {"plain": str(adapters["shades"])}), provider="cpu")
+    with pytest.raises(InputRefused, match="This base is not the one that was exported"):
+        check(folder, SourceOverrides(str(bases["tagger"])), provider="cpu")
+    with pytest.raises(UsageProblem, match="The export has no adapter 'nobody'"):
+        check(folder, SourceOverrides(None, {"nobody": str(adapters["shades"])}), provider="cpu")
+
+
+def test_reports_are_written_beside_the_export(exports, own):
+    folder = own(exports["classifier-merged"])
+    report, files = check(folder, SourceOverrides(), provider="cpu")
+    assert {path.relative_to(folder).as_posix() for path in files.values()} == {
+        "reports/check.html", "reports/check.json", "reports/check.md",
+    }  # fmt: skip
+    stored = json.loads(files["json"].read_text())
+    assert stored["verdict"] == report.verdict == "pass"
+    assert stored["subject"]["graph_sha256"] == sha256_of(folder / "model.onnx")
+
+
+# Mutations. The manifest's hash is rewritten, too, as if the packing itself had been wrong.
+
+Tensors = dict[str, np.ndarray]
+
+
+def rewrite(folder: Path, name: str, tensors: Tensors) -> None:
+    file = f"adapters/{name}.onnx_adapter"
+    adapter = ort.AdapterFormat()
+    adapter.set_parameters(
+        {key: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for key, v in tensors.items()}
+    )
+    adapter.export_adapter(str(folder / file))
+    manifest = json.loads((folder / "lora_export.json").read_text())
+    manifest["files"][file] = sha256_of(folder / file)
+    (folder / "lora_export.json").write_text(json.dumps(manifest))
+
+
+def tensors_of(folder: Path, name: str) -> Tensors:
+    read = ort.AdapterFormat.read_adapter(str(folder / "adapters" / f"{name}.onnx_adapter"))
+    return {key: value.numpy().copy() for key, value in read.get_parameters().items()}
+
+
+def one(tensors: Tensors, ending: str) -> str:
+    return next(key for key in sorted(tensors) if key.endswith(ending))
+
+
+def transpose_a(tensors: Tensors) -> None:
+    """A's matrix read in the other order, its shape kept."""
+    for key in tensors:
+        if key.endswith("lora_A.weight"):
+            shape = tensors[key].shape
+            tensors[key] = np.ascontiguousarray(tensors[key].transpose(0, 2, 1)).reshape(shape)
+
+
+def scaled(factor: float) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        for key in tensors:
+            if key.endswith("lora_B.weight"):
+                tensors[key] = tensors[key] * np.float32(factor)
+
+    return change
+
+
+def drop_a_module(tensors: Tensors) -> None:
+    a = one(tensors, "value.lora_A.weight")
+    del tensors[a], tensors[a.replace("lora_A", "lora_B")]
+
+
+def zero_the_head(tensors: Tensors) -> None:
+    tensors["classifier.weight"][:] = 0
+
+
+def shift_the_bias(tensors: Tensors) -> None:
+    tensors["classifier.bias"] += np.float32([0.01, 0, 0])
+
+
+def swap_layers(tensors: Tensors) -> None:
+    for key in [key for key in tensors if ".layer.0." in key]:
+        other = key.replace(".layer.0.", ".layer.1.")
+        tensors[key], tensors[other] = tensors[other], tensors[key]
+
+
+def swap_query_and_value(tensors: Tensors) -> None:
+    for key in [key for key in tensors if ".query." in key]:
+        other = key.replace(".query.", ".value.")
+        tensors[key], tensors[other] = tensors[other], tensors[key]
+
+
+def negate_one(tensors: Tensors) -> None:
+    tensors[one(tensors, "lora_B.weight")] *= -1
+
+
+MUTATIONS = [
+    transpose_a, scaled(0.5), scaled(0.99), scaled(2 / 4**0.5 / 2 * 4), scaled(0.0), drop_a_module, zero_the_head,
+    shift_the_bias, swap_layers, swap_query_and_value, negate_one,
+]  # fmt: skip
+NAMES = [
+    "A transposed", "alpha halved", "alpha 1 % off", "rsLoRA's scale", "pairs without effect", "module dropped",
+    "head zero", "head's bias shifted", "layers swapped", "query and value swapped", "one sign wrong",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutate", MUTATIONS, ids=NAMES)
+def test_a_mutated_adapter_is_caught(mutate, exports, own):
+    folder = own(exports["bert-dynamic"])
+    tensors = tensors_of(folder, "topic")
+    mutate(tensors)
+    rewrite(folder, "topic", tensors)
+    report = checked(folder)
+    assert report.verdict is Verdict.FAIL
+    failed = {case.name for case in report.cases if not case.passed}
+    assert "topic" in failed and "kind" not in failed, failed
+
+
+def test_swapped_adapter_files_are_caught(exports, own):
+    folder = own(exports["llama-dynamic"])
+    chat, code = tensors_of(folder, "chat"), tensors_of(folder, "code")
+    rewrite(folder, "chat", code)
+    rewrite(folder, "code", chat)
+    failed = {case.name for case in checked(folder).cases if not case.passed}
+    assert {"chat", "code", "8 mixed rows", "chat: padded on the left", "chat: cached steps"} <= failed
+    assert "base" not in failed
+
+
+def damage_graph(folder: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Change one stored weight of the graph in place."""
+    import onnx
+
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    offset, length = int(where["offset"]), int(where["length"])
+    data = bytearray((folder / "model.onnx.data").read_bytes())
+    array = np.frombuffer(bytes(data[offset : offset + length]), np.float32)
+    data[offset : offset + length] = change(array.copy()).astype(np.float32).tobytes()
+    (folder / "model.onnx.data").write_bytes(bytes(data))
+
+
+def test_a_graph_that_lost_its_adapter_is_caught(exports, own):
+    """A merged export whose weights are the base's: numbers near to right, the adapter gone."""
+    folder = own(exports["llama-merged"])
+    (folder / "model.onnx.data").write_bytes((exports["llama-base"] / "model.onnx.data").read_bytes())
+    report = checked(folder)
+    assert report.verdict is Verdict.FAIL
+    assert any(case.group == "adapter" and not case.passed for case in report.cases)
+
+
+@pytest.mark.parametrize("name", ["classifier.bias", "bert.embeddings.word_embeddings.weight"])
+def test_a_wrong_base_weight_is_caught(name, exports, own):
+    folder = own(exports["classifier-dynamic"])
+    damage_graph(folder, name, lambda array: array + np.float32(0.05) * (np.arange(array.size) % 3 == 0))
+    failed = {case.name for case in checked(folder).cases if not case.passed}
+    assert "base" in failed
