@@ -16,17 +16,14 @@ def main(out: Path) -> None:
     served, merged = out / "served", out / "topic-merged"
     check = json.loads((served / "reports/check.json").read_text())
     bench = json.loads((served / "reports/bench.json").read_text())
-    trained = json.loads((out / "samples.json").read_text())
     cases = {case["name"]: case for case in check["cases"] if case["group"] == "adapter"}
     sizes = check["subject"]["n_bytes"]
-    print(
-        f"{'adapter':<10} {'parity error':>13} {'effect':>8} {'accuracy: PyTorch':>18} {'ONNX Runtime':>13} {'bytes':>10}"
-    )
+    print(f"{'':<10} {'parity':>13} {'':>8} {'accuracy in':>10} {'accuracy in':>13} {'bytes':>10}")
+    print(f"{'adapter':<10} {'error':>13} {'effect':>8} {'PyTorch':>11} {'ONNX Runtime':>13} {'on disk':>10}")
     for name, case in cases.items():
         size = sizes[f"adapters/{name}.onnx_adapter"]
-        accuracies = f"{case['accuracy_reference']:>10.1%} {case['accuracy_exported']:>13.1%}"
+        accuracies = f"{case['accuracy_reference']:>11.1%} {case['accuracy_exported']:>13.1%}"
         print(f"{name:<10} {case['error']:>13.1e} {case['effect']:>8.2f} {accuracies} {size:>10,}")
-    print(f"\nbase in PyTorch: trained on {sum(count(row) for row in rows(trained)):,} examples in all")
     for workload in bench["workloads"]:
         ratios = {ratio["variant"]: ratio for ratio in workload["ratios"]}
         print(f"\nlatency at {workload['name']}:")
@@ -42,16 +39,6 @@ def main(out: Path) -> None:
     print(f"on disk: {shared:,} bytes for the graph and {adapters:,} for its {len(cases)} adapters;")
     print(f"         {alone:,} for each merged graph, {len(cases) * alone:,} for {len(cases)}")
     print(f"\nreports: {served / 'reports/check.html'}\n         {served / 'reports/bench.html'}")
-
-
-def rows(trained: dict) -> list[dict]:
-    """The adapters' rows of `samples.json`."""
-    found = trained["adapters"]
-    return list(found.values()) if isinstance(found, dict) else found
-
-
-def count(row: dict) -> int:
-    return row["n_train"]
 
 
 if __name__ == "__main__":

@@ -87,6 +87,11 @@ def _untied(resolved: Resolved) -> dict[str, str]:
             ]
             if others:
                 found[module] = others[0]
+        # A replaced embedding keeps the shared tensor's name; the head tied to it keeps the base's numbers.
+        for path in adapter.replaced:
+            if path.removesuffix(".weight") not in adapter.replaced_modules:
+                tied = [alias for alias in resolved.source.aliases.get(path, ()) if alias not in adapter.replaced]
+                found |= {alias.removesuffix(".weight"): path for alias in tied}
     if len(found) > 1 and len(set(found.values()) & {f"{module}.weight" for module in found}) > 0:
         raise InputRefused(
             "An adapter changes both sides of a tied weight",

@@ -279,7 +279,7 @@ def checkpoint_names(
     names: dict[str, str] = {}
     for stored, info in files.tensors.items():
         path, converted = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
-        if path not in state or path in replaced:
+        if path not in state:
             continue
         if converted is not None:
             raise InputRefused(
@@ -288,12 +288,13 @@ def checkpoint_names(
                 found=f"{stored} → {path}",
                 next_step="load the base in Transformers and save it again in the converted layout",
             )
-        if tuple(state[path].shape) != info.shape:
+        if tuple(state[path].shape) == info.shape:
+            names[path] = stored
+        elif path not in replaced:
             raise InputRefused(
                 "A tensor of the base does not have the shape its config says",
                 where=f"{info.file}: {stored}",
                 expected=str(list(state[path].shape)),
                 found=str(list(info.shape)),
             )
-        names[path] = stored
     return names

@@ -32,7 +32,9 @@ def cache_key(facts: Mapping[str, object]) -> str:
 
 def _code_digest() -> str:
     package = Path(__file__).parent.parent
-    files = sorted([*package.glob("base/*.py"), *package.glob("graph/*.py"), package / "recipe.py"])
+    files = sorted(
+        [*package.glob("base/*.py"), *package.glob("graph/*.py"), package / "finished_graph.py", package / "recipe.py"]
+    )
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
