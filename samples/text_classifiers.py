@@ -144,7 +144,7 @@ def train(adapter: Adapter, data: Dataset, base: Path, folder: Path, final_base:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    training.prepare(SEED)
+    training.prepare(SEED, threads=2)
     model = AutoModelForSequenceClassification.from_pretrained(
         base,
         id2label=dict(enumerate(data.labels)),

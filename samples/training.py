@@ -18,10 +18,13 @@ from torch import Tensor, nn
 Batch = Mapping[str, Tensor]
 
 
-def prepare(seed: int) -> None:
-    """Make what follows repeatable, use at most two cores, and quieten the libraries."""
+def prepare(seed: int, threads: int = 1) -> None:
+    """Make what follows repeatable and quieten the libraries.
+
+    A tiny model is best trained on one thread: a second waits more than it works.
+    """
     torch.manual_seed(seed)
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

@@ -46,7 +46,7 @@ def test_options_in_prose_exist():
 
 
 def test_scripts_that_readme_names_exist():
-    for script in set(re.findall(r"\bci/[a-z_/]+(?:\.py)?\b", README)):
+    for script in set(re.findall(r"\bci/[\w/-]+(?:\.\w+)?", README)):
         assert (ROOT / script).exists(), script
 
 
