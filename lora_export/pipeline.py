@@ -9,7 +9,6 @@ and from the folder: check (unmerged PEFT against ONNX Runtime), bench (paired l
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -224,19 +223,18 @@ def bench(
         blocks: ABBA blocks for each workload.
         max_ratio: Allowed latency relative to the base; None to report only.
     """
-    started = time.monotonic()
     manifest = read_manifest(folder)
     base, adapters = locate_sources(manifest, overrides)
     first = tuple(adapters.items())[:1]
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=folder.resolve().parent) as temporary:
-        compared = {"base": (), "merged": tuple((str(path), name) for name, path in first)}
+        compared = {"base": ()}
+        if manifest.kind is Kind.DYNAMIC and first:
+            compared["merged"] = tuple((str(path), name) for name, path in first)
         for done, (label, chosen) in enumerate(compared.items()):
             progress("exporting what to compare with", done, len(compared))
             request = Request(str(base), chosen, "merge", manifest.task, manifest.dtype, manifest.provider)
             export(request, ExportOptions(Path(temporary) / label, zeros_for_missing_head=True))
-        request = BenchRequest(
-            folder, Path(temporary) / "base", Path(temporary) / "merged", provider, tuple(shapes), blocks, max_ratio
-        )
+        merged = Path(temporary) / "merged" if "merged" in compared else None
+        request = BenchRequest(folder, Path(temporary) / "base", merged, provider, tuple(shapes), blocks, max_ratio)
         report = run_bench(request, progress)
-    report = replace(report, seconds=time.monotonic() - started)
     return report, write_reports(report, folder / REPORTS)

@@ -27,7 +27,7 @@ BASE_FILES = (
     "vocab.txt",
     "README.md",
 )
-MAX_TOKENS = 64
+MAX_TOKENS = 40
 BATCH = 32
 SEED = 7
 

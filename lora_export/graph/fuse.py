@@ -28,7 +28,8 @@ def fuse(model: ir.Model, provider: str) -> ir.Model:
         # Folding a Resize (interpolated position embeddings) evaluates it element by element in Python.
         optimize_ir(model, should_fold=lambda node: False if node.op_type == "Resize" else None)
         fuse_for_onnxruntime(model, provider)
-    pack_siblings(model)
+    if provider == "cuda":
+        pack_siblings(model)
     read_tied_weights_transposed(model)
     common_passes.RemoveUnusedNodesPass()(model)
     common_passes.TopologicalSortPass()(model)
@@ -63,8 +64,10 @@ def _operator_checked_first() -> Iterator[None]:
 def pack_siblings(model: ir.Model) -> ir.Model:
     """Turn the MatMuls that read one input with unbound weights `[in, out_i]` into one MatMul and a Split.
 
-    Query, key and value projections, or an MLP's gate and up. The packed weight's recipe concatenates the others', so
-    nothing is read here. The sum of `out_i` is the packed width.
+    Query, key and value projections, or an MLP's gate and up: one launch on a GPU instead of three. On a CPU it does
+    not pay, as taking the parts apart again is a pass over memory: 1.06 to 1.17 × the time of three MatMuls (384
+    wide, 4 × 128 tokens, two cores). The packed weight's recipe concatenates the others', so nothing is
+    read here. The sum of `out_i` is the packed width.
     """
     graph = model.graph
     values = [*graph.inputs, *(output for node in graph for output in node.outputs)]

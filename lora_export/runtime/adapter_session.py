@@ -33,18 +33,29 @@ class AdapterSession:
         folder: The exported folder.
         provider: "cpu" or "cuda"; None for CUDA if usable, else the CPU (see `provider_reason`).
         n_threads: Threads within an operator; None for ONNX Runtime's choice.
+        share_threads: Use one pool of threads, as many as cores, for all sessions opened so in this process. Sessions
+            with pools of their own take the cores from each other: an idle one's threads spin for a while.
 
     Raises:
         InputRefused: The folder is no export, or an adapter file is not the one that was exported.
         EnvironmentUnusable: The provider is not usable.
     """
 
-    def __init__(self, folder: str | Path, provider: str | None = None, *, n_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        provider: str | None = None,
+        *,
+        n_threads: int | None = None,
+        share_threads: bool = False,
+    ) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
         choice = choose_provider(provider)
         self.provider, self.provider_reason = choice.name, choice.reason
-        self.session = open_session(self.folder / GRAPH, self.provider, n_threads=n_threads)
+        self.session = open_session(
+            self.folder / GRAPH, self.provider, n_threads=n_threads, share_threads=share_threads
+        )
         self._contract = self.manifest.contract
         self._adapters: dict[str, dict[str, np.ndarray]] = {}
         self._compositions: OrderedDict[tuple[RowSpec, ...], dict[str, ort.OrtValue]] = OrderedDict()

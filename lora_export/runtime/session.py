@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +97,16 @@ def device_name(provider: str) -> str:
     return buffer.value.decode()
 
 
-def open_session(graph: Path, provider: str, *, n_threads: int | None = None) -> ort.InferenceSession:
+@functools.cache
+def _make_shared_threads() -> None:
+    """Make the thread pool that all sessions opened with `share_threads` use; a process has one."""
+    with contextlib.suppress(ort.capi.onnxruntime_pybind11_state.Fail):  # the host program has made its own
+        ort.set_global_thread_pool_sizes()
+
+
+def open_session(
+    graph: Path, provider: str, *, n_threads: int | None = None, share_threads: bool = False
+) -> ort.InferenceSession:
     """A session of `graph` on `provider`.
 
     TF32 is off, as in PyTorch's matmul, so that float32 means float32. ONNX Runtime's warnings about optional inputs
@@ -107,7 +118,10 @@ def open_session(graph: Path, provider: str, *, n_threads: int | None = None) ->
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if n_threads is not None:
+    if share_threads:
+        _make_shared_threads()
+        options.use_per_session_threads = False
+    elif n_threads is not None:
         options.intra_op_num_threads = n_threads
     wanted: list = [PROVIDERS["cpu"]]
     if provider == "cuda":

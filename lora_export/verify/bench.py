@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from lora_export.artifact import Kind, Manifest
+from lora_export.artifact import Kind, Manifest, read_manifest
 from lora_export.base.tasks import Task
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.verify.environment import environment, subject
-from lora_export.verify.latency import Subject, measure, measure_swap
+from lora_export.verify.latency import Candidate, Race, measure, measure_swap
 from lora_export.verify.results import BenchReport
 from lora_export.verify.workloads import random_inputs
 
@@ -20,6 +22,8 @@ _USUAL_SHAPES = {
     Task.IMAGE_CLASSIFICATION: ((1, 0, 0), (8, 0, 0)),
 }
 _USUAL_TEXT_SHAPES = ((1, 32, 0), (4, 128, 0), (16, 64, 0))
+_BINDING = "inputs, adapters and outputs bound on the device"
+_THREADS = "one pool shared by all sessions"
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class BenchRequest:
     Attributes:
         folder: The export.
         base: The base alone, exported the same way.
-        merged: The base with the export's first adapter folded in (equal to `base` if it has none).
+        merged: The base with a dynamic export's first adapter folded in; None if there is no such thing.
         shapes: (batch, sequence, past); empty for the task's usual ones.
         blocks: ABBA blocks for each workload.
         max_ratio: Allowed ratio to the base; None to report only.
@@ -37,7 +41,7 @@ class BenchRequest:
 
     folder: Path
     base: Path
-    merged: Path
+    merged: Path | None
     provider: str | None
     shapes: tuple[tuple[int, int, int], ...]
     blocks: int
@@ -50,61 +54,71 @@ def run_bench(request: BenchRequest, progress: Callable[[str, int, int], None]) 
     Raises:
         EnvironmentUnusable: The provider is not usable, or would not run the compute.
     """
-    memory: dict[str, float] = {}
-
-    def opened(label: str, folder: Path) -> AdapterSession:
-        before = _resident_anonymous_mb()
-        session = AdapterSession(folder, request.provider)
-        memory[label] = _resident_anonymous_mb() - before
-        return session
-
-    base = opened("base", request.base)
-    export = opened("export", request.folder)
-    manifest = export.manifest
-    merged = opened("merged", request.merged) if manifest.kind is Kind.DYNAMIC else export
+    started = time.monotonic()
+    manifest = read_manifest(request.folder)
+    folders = {"base": request.base, "export": request.folder}
+    if request.merged is not None:
+        folders["merged"] = request.merged
+    openers = {
+        name: partial(AdapterSession, folder, request.provider, share_threads=True) for name, folder in folders.items()
+    }
+    sessions, memory = _open_one_by_one(openers)
+    export = sessions["export"]
+    described = environment(export.provider, export.provider_reason, {"binding": _BINDING, "threads": _THREADS})
     task = Task(manifest.task)
     vocabulary = json.loads((request.folder / "config.json").read_text(encoding="utf-8")).get("vocab_size", 2)
     shapes = request.shapes or _USUAL_SHAPES.get(task, _USUAL_TEXT_SHAPES)
-    workloads, inputs = [], {}
-    for done, shape in enumerate(shapes):
-        inputs = random_inputs(manifest.contract, vocabulary, *shape)
-        subjects = _subjects(base, merged, export, manifest, shape[0])
-
-        def step(block: int, blocks: int, done: int = done) -> None:
-            progress("timing", done * blocks + block, len(shapes) * blocks)
-
-        workloads.append(
-            measure(subjects, inputs, shape, blocks=request.blocks, max_ratio=request.max_ratio, progress=step)
-        )
+    races = [
+        Race(shape, random_inputs(manifest.contract, vocabulary, *shape), candidates(manifest, shape[0]))
+        for shape in shapes
+    ]
+    swap = measure_swap(export, races[-1].inputs) if manifest.kind is Kind.DYNAMIC else None
+    notes = _notes(export, manifest)
+    del export
+    sessions.clear()  # the rounds open their own
+    workloads = measure(
+        openers, races, blocks=request.blocks, max_ratio=request.max_ratio, progress=partial(progress, "timing")
+    )
     progress("timing", 1, 1)
-    bound = "inputs, adapters and outputs bound on the device"
     return BenchReport(
         subject=subject(request.folder, manifest),
-        environment=environment(export.provider, export.provider_reason, {"binding": bound}),
+        environment=described,
         workloads=tuple(workloads),
-        swap=measure_swap(export, inputs) if manifest.kind is Kind.DYNAMIC else None,
+        swap=swap,
         memory_mb=memory,
-        notes=_notes(export, manifest),
-        seconds=0.0,
+        notes=notes,
+        seconds=time.monotonic() - started,
     )
 
 
-def _subjects(
-    base: AdapterSession, merged: AdapterSession, export: AdapterSession, manifest: Manifest, batch: int
-) -> list[Subject]:
-    first = manifest.adapters[0].name if manifest.adapters else None
-    found = [Subject("base", "the base alone, exported the same way", base)]
-    if first is not None:
-        found.append(Subject("merged", f"{first} folded into the weights", merged))
-    if manifest.kind is Kind.MERGED:
-        return found
-    found.append(Subject("dynamic, no adapter", "every adapter input at its default", export))
-    if first is not None:
-        found.append(Subject("dynamic", f"{first} for every row", export, first))
+def _open_one_by_one(
+    openers: Mapping[str, Callable[[], AdapterSession]],
+) -> tuple[dict[str, AdapterSession], dict[str, float]]:
+    """The sessions, and the anonymous memory that each took, megabytes."""
+    sessions, memory = {}, {}
+    for name, opener in openers.items():
+        before = _resident_anonymous_mb()
+        sessions[name] = opener()
+        memory[name] = _resident_anonymous_mb() - before
+    return sessions, memory
+
+
+def candidates(manifest: Manifest, batch: int) -> list[Candidate]:
+    """What to time of an export for a batch of this size, the base first."""
     names = [record.name for record in manifest.adapters]
+    found = [Candidate("base", "the base alone, exported the same way", "base")]
+    if manifest.kind is Kind.MERGED:
+        if names:
+            found.append(Candidate("merged", f"{' + '.join(names)} folded into the weights", "export"))
+        return found
+    if names:
+        found.append(Candidate("merged", f"{names[0]} folded into the weights", "merged"))
+    found.append(Candidate("dynamic, no adapter", "every adapter input at its default", "export"))
+    if names:
+        found.append(Candidate("dynamic", f"{names[0]} for every row", "export", names[0]))
     if batch > 1 and len(names) > 1:
         rows = [names[row % len(names)] for row in range(batch)]
-        found.append(Subject("mixed rows", f"{len(set(rows))} adapters, another in each row", export, rows))
+        found.append(Candidate("mixed rows", f"{len(set(rows))} adapters, another in each row", "export", rows))
     return found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,22 +55,25 @@ def compare(
 
     Args:
         described: What the reference is, in words.
-        without: The reference without the adapter, to see what effect it has; None where there is no adapter.
+        without: The reference without the adapter on the first batches, to see what effect it has; None where there
+            is no adapter.
     """
     expected, actual = reference.positions(), found.positions()
     if expected.shape != actual.shape:
         message = f"shapes differ: {list(expected.shape)} in the reference, {list(actual.shape)} exported"
-        return ParityCase(
-            name, group, described, float("inf"), float("inf"), None, reference.n_rows, failures=(message,)
-        )
-    error = float(np.abs(expected - actual).max(initial=0)) if np.isfinite(actual).all() else float("inf")
+        return _incomparable(name, group, described, reference, message)
+    broken = int((~np.isfinite(actual)).sum())
+    if broken:
+        message = f"{broken} exported values are NaN or infinite"
+        return _incomparable(name, group, described, reference, message)
+    error = float(np.abs(expected - actual).max(initial=0))
     scale = max(1.0, float(np.abs(expected).max(initial=0)))
     has_logits = reference.name == "logits"
     limit = gates.relative if has_logits else gates.features
     kl = mean_kl(expected, actual) if has_logits else None
     noise = error if limit is None else limit * scale
     top1 = top1_agreement(expected, actual, margin=2 * noise) if has_logits else None
-    effect = None if without is None else float(np.abs(expected - without.positions()).max(initial=0))
+    effect = None if without is None else _effect(expected, without.positions())
     effect_ratio = None if effect is None else effect / max(error, np.finfo(np.float64).tiny)
     case = ParityCase(
         name=name,
@@ -88,13 +93,18 @@ def compare(
         accuracy_reference=accuracy(reference),
         accuracy_exported=accuracy(found),
     )
-    return ParityCase(**{**case.__dict__, "failures": tuple(_failures(case, actual))})
+    return replace(case, failures=tuple(_failures(case)))
 
 
-def _failures(case: ParityCase, actual: np.ndarray):
-    if not np.isfinite(actual).all():
-        yield f"{int((~np.isfinite(actual)).sum())} exported values are NaN or infinite"
-        return
+def _incomparable(name: str, group: str, described: str, reference: Outputs, why: str) -> ParityCase:
+    return ParityCase(name, group, described, math.inf, math.inf, None, reference.n_rows, failures=(why,))
+
+
+def _effect(expected: np.ndarray, without: np.ndarray) -> float:
+    return float(np.abs(expected[: len(without)] - without).max(initial=0))
+
+
+def _failures(case: ParityCase) -> Iterator[str]:
     if case.tolerance is not None and case.error_relative > case.tolerance:
         yield f"the error is {case.error_relative:.2e} of the output's size; at most {case.tolerance:.0e} is rounding"
     if case.kl_tolerance is not None and case.kl > case.kl_tolerance:

@@ -1,9 +1,13 @@
-"""Paired latencies: every variant once forwards and once backwards in each block, ratios block by block.
+"""Paired latencies: every candidate once forwards and once backwards in each block, ratios block by block.
 
 A block runs base, a, b, …, b, a, base. A drift of the machine's speed that is linear within a block cancels in the
-ratio of the sums, so only ratios are compared, never milliseconds of different moments. The interval for the median
-ratio comes from order statistics: of n blocks, the k-th smallest and k-th largest cover the median with probability
-1 − 2·P(Binomial(n, ½) < k), whatever the distribution.
+ratio of the sums, so only ratios are compared, never milliseconds of different moments.
+
+Two things would still favour one candidate in every block, and both are taken out:
+- Sessions with threads of their own: idle ones spin for a while and take the cores from the one that is timed (1.2 ×
+  seen between two sessions of the same graph on two cores). All sessions of a measurement share their threads.
+- Where a session's memory happens to lie (2 to 5 % between sessions of the same graph). The blocks are spread over
+  rounds, each with sessions opened anew, in another order.
 """
 
 from __future__ import annotations
@@ -18,30 +22,45 @@ import numpy as np
 
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.arrays import to_ort_value
-from lora_export.verify.results import Ratio, Swap, Variant, Verdict, Workload
+from lora_export.verify.intervals import paired_ratio
+from lora_export.verify.results import Swap, Variant, Workload
 
-CONFIDENCE = 0.95
+ROUNDS = 4
 # A timed sample repeats a run until it lasts this long, so that the clock and the loop do not count.
 _SAMPLE_SECONDS = 0.02
-_WARM_UP_SECONDS = 0.3
+_WARM_UP_SECONDS = 0.15
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One variant to time: its name, what runs, the session and the adapters of the rows."""
+class Candidate:
+    """One variant to time: its name, what runs, the session it runs in (a key) and the adapters of the rows."""
 
     name: str
     description: str
-    session: AdapterSession
+    session: str
     adapters: RowAdapter | Sequence[RowAdapter] = None
 
 
-def bound_run(subject: Subject, inputs: Mapping[str, np.ndarray]) -> Callable[[], None]:
-    """A run of `subject` with inputs and outputs bound on its device; returns when the device is done.
+@dataclass(frozen=True)
+class Race:
+    """Candidates on the same inputs; the first is the base that the others are compared with.
+
+    Attributes:
+        shape: (batch, sequence, past), as labels.
+    """
+
+    shape: tuple[int, int, int]
+    inputs: Mapping[str, np.ndarray]
+    candidates: Sequence[Candidate]
+
+
+def bound_run(
+    adapter_session: AdapterSession, adapters: RowAdapter | Sequence[RowAdapter], inputs: Mapping[str, np.ndarray]
+) -> Callable[[], None]:
+    """A run with inputs, adapters and outputs bound on the session's device; returns when the device is done.
 
     Outputs are allocated once, at the sizes of a first run: a timed run allocates and copies nothing.
     """
-    adapter_session = subject.session
     session, device = adapter_session.session, adapter_session.provider
     names = {value.name for value in session.get_inputs()}
     held = {name: to_ort_value(array, device) for name, array in inputs.items() if name in names}
@@ -49,7 +68,7 @@ def bound_run(subject: Subject, inputs: Mapping[str, np.ndarray]) -> Callable[[]
     for name, value in held.items():
         binding.bind_ortvalue_input(name, value)
     batch = len(next(iter(inputs.values())))
-    adapter_session.bind_adapters(binding, subject.adapters, batch)
+    adapter_session.bind_adapters(binding, adapters, batch)
     for output in session.get_outputs():
         binding.bind_output(output.name, device, 0)
     session.run_with_iobinding(binding)
@@ -66,36 +85,58 @@ def bound_run(subject: Subject, inputs: Mapping[str, np.ndarray]) -> Callable[[]
 
 
 def measure(
-    subjects: Sequence[Subject],
-    inputs: Mapping[str, np.ndarray],
-    shape: tuple[int, int, int],
+    openers: Mapping[str, Callable[[], AdapterSession]],
+    races: Sequence[Race],
     *,
     blocks: int,
     max_ratio: float | None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Workload:
-    """Time `subjects` on `inputs`; the first is the base that the others are compared with.
+) -> list[Workload]:
+    """Time every race, one workload for each.
 
     Args:
-        shape: (batch, sequence, past), as labels.
-        blocks: Number of ABBA blocks, at least 6 (below, no 95 % interval exists).
+        openers: How to open the sessions that the candidates name, with shared threads.
+        blocks: Number of ABBA blocks for each race, at least 6 (below, no 95 % interval exists).
         max_ratio: Allowance for each ratio to the base; None to report only.
     """
-    runs = [bound_run(subject, inputs) for subject in subjects]
+    samples = [[[] for _ in race.candidates] for race in races]
+    done = 0
+    for number, n_blocks in enumerate(_spread(blocks, ROUNDS)):
+        # Each round, another session is opened first.
+        names = list(openers)
+        turn = number % len(names)
+        sessions = {name: openers[name]() for name in [*names[turn:], *names[:turn]]}
+        for race, taken in zip(races, samples, strict=True):
+            progress(done, blocks * len(races))
+            _take_blocks(race, sessions, n_blocks, taken)
+            done += n_blocks
+        sessions.clear()  # before the next round opens its own
+    return [_workload(race, taken, max_ratio) for race, taken in zip(races, samples, strict=True)]
+
+
+def _spread(blocks: int, rounds: int) -> list[int]:
+    """`blocks` over at most `rounds` rounds, as evenly as it goes."""
+    counts = [blocks // rounds + (number < blocks % rounds) for number in range(rounds)]
+    return [count for count in counts if count]
+
+
+def _take_blocks(race: Race, sessions: Mapping[str, AdapterSession], n_blocks: int, samples: list[list[float]]) -> None:
+    """Time `n_blocks` ABBA blocks; milliseconds a run are added to each candidate's `samples`."""
+    runs = [bound_run(sessions[c.session], c.adapters, race.inputs) for c in race.candidates]
     repeats = [_warm_up(run) for run in runs]
-    order = [*range(len(runs)), *reversed(range(len(runs)))]
-    samples: list[list[float]] = [[] for _ in runs]
-    for block in range(blocks):
-        progress(block, blocks)
-        for index in order:
+    for _ in range(n_blocks):
+        for index in [*range(len(runs)), *reversed(range(len(runs)))]:
             samples[index].append(_sample_ms(runs[index], repeats[index]))
-    batch = shape[0]
+
+
+def _workload(race: Race, samples: Sequence[Sequence[float]], max_ratio: float | None) -> Workload:
+    batch = race.shape[0]
     variants = tuple(
-        Variant(s.name, s.description, tuple(taken), statistics.median(taken), batch / statistics.median(taken) * 1e3)
-        for s, taken in zip(subjects, samples, strict=True)
+        Variant(c.name, c.description, tuple(taken), statistics.median(taken), batch / statistics.median(taken) * 1e3)
+        for c, taken in zip(race.candidates, samples, strict=True)
     )
     ratios = tuple(paired_ratio(variant, variants[0], max_ratio) for variant in variants[1:])
-    return Workload(*shape, variants, ratios)
+    return Workload(*race.shape, variants, ratios)
 
 
 def _warm_up(run: Callable[[], None]) -> int:
@@ -108,59 +149,13 @@ def _warm_up(run: Callable[[], None]) -> int:
 
 
 def _sample_ms(run: Callable[[], None], repeats: int) -> float:
+    """Milliseconds a run; short runs are timed several at once, behind one untimed that fills the caches."""
+    if repeats > 1:
+        run()
     start = time.perf_counter()
     for _ in range(repeats):
         run()
     return (time.perf_counter() - start) / repeats * 1e3
-
-
-def paired_ratio(variant: Variant, base: Variant, allowance: float | None) -> Ratio:
-    """The median over blocks of `variant / base`, with its interval and verdict."""
-
-    def block_sums(samples: tuple[float, ...]) -> list[float]:
-        return [first + second for first, second in zip(samples[::2], samples[1::2], strict=True)]
-
-    pairs = zip(block_sums(variant.samples_ms), block_sums(base.samples_ms), strict=True)
-    ratios = [mine / theirs for mine, theirs in pairs]
-    low, high, confidence = median_interval(ratios)
-    return Ratio(
-        variant.name,
-        base.name,
-        statistics.median(ratios),
-        low,
-        high,
-        confidence,
-        tuple(ratios),
-        allowance,
-        verdict(low, high, allowance),
-    )
-
-
-def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """`(low, high, coverage)`: the narrowest order-statistics interval for the median that covers `confidence`.
-
-    For 30 values: the 10th and 21st, 95.7 %. With fewer than 6 values no such interval exists: the extremes, with
-    what they cover.
-    """
-    ordered, n = sorted(values), len(values)
-    tail, k = 0.0, 0
-    while k < n // 2:
-        below = tail + math.comb(n, k) / 2**n
-        if 1 - 2 * below < confidence:
-            break
-        tail, k = below, k + 1
-    k = max(k, 1)
-    coverage = 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n
-    return ordered[k - 1], ordered[n - k], coverage
-
-
-def verdict(low: float, high: float, allowance: float | None) -> Verdict:
-    """Fail only if the whole interval exceeds the allowance, pass only if none of it does."""
-    if allowance is None:
-        return Verdict.NOT_GATED
-    if low > allowance:
-        return Verdict.FAIL
-    return Verdict.PASS if high <= allowance else Verdict.AMBIGUOUS
 
 
 def measure_swap(session: AdapterSession, inputs: Mapping[str, np.ndarray], n: int = 50) -> Swap | None:

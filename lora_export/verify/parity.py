@@ -24,6 +24,8 @@ from lora_export.verify.tolerances import Tolerances, tolerances
 
 _BATCH_SIZE = 8
 _MIXED_ROWS = 8
+# An effect that is not seen in so many batches is none.
+_EFFECT_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def run_check(request: CheckRequest, progress: Callable[[str, int, int], None]) 
     started = time.monotonic()
     session = AdapterSession(request.folder, request.provider)
     manifest = session.manifest
+    described = environment(session.provider, session.provider_reason, {})
     task = Task(manifest.task)
     batcher = Batcher(request.folder, task, manifest.contract)
     data = dict(request.data)
@@ -87,11 +90,11 @@ def run_check(request: CheckRequest, progress: Callable[[str, int, int], None]) 
         cases = _merged_cases(bench, batcher, data, skipped, progress)
     else:
         cases = _dynamic_cases(bench, batcher, data, skipped, progress)
-    described = [f"{name or 'default'}: {examples.description}" for name, examples in data.items()]
+    inputs = [f"{name or 'default'}: {examples.description}" for name, examples in data.items()]
     return CheckReport(
         subject=subject(request.folder, manifest),
-        environment=environment(session.provider, session.provider_reason, {}),
-        data=tuple(described or ["seeded noise in the shape of images"]),
+        environment=described,
+        data=tuple(inputs or ["seeded noise in the shape of images"]),
         cases=tuple(cases),
         skipped=tuple(skipped),
         seconds=time.monotonic() - started,
@@ -180,7 +183,7 @@ def _without(
     """The reference without the adapter; with the head that it brings, so that only the pairs' effect counts."""
     brings_head = any(record.replaced for record in records)
     with reference.without_pairs() if brings_head else reference.without_adapter():
-        return run_reference(reference, batches)
+        return run_reference(reference, batches[:_EFFECT_BATCHES])
 
 
 def _body_case(bench: _Bench, reference: Reference, record: AdapterRecord) -> ParityCase:

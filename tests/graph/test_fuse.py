@@ -110,13 +110,16 @@ def stored_bytes(folder) -> int:
     return (folder / "model.onnx.data").stat().st_size
 
 
-def test_exported_projections_are_packed(exports):
-    names = set(ir.load(exports["llama-base"] / "model.onnx").graph.initializers)
+@pytest.mark.parametrize(
+    ("name", "is_packed"), [("llama-cuda-base", True), ("llama-cuda", True), ("llama-base", False)]
+)
+def test_exported_projections_are_packed_for_cuda_only(name, is_packed, exports):
+    names = set(ir.load(exports[name] / "model.onnx").graph.initializers)
     layer = "model.layers.0"
     qkv = "+".join(f"{layer}.self_attn.{part}_proj.weight" for part in "qkv")
     gate_up = f"{layer}.mlp.gate_proj.weight+{layer}.mlp.up_proj.weight"
-    assert {qkv, gate_up} <= names
-    assert f"{layer}.self_attn.q_proj.weight" not in names
+    assert ({qkv, gate_up} <= names) is is_packed
+    assert (f"{layer}.self_attn.q_proj.weight" in names) is not is_packed
 
 
 @pytest.mark.parametrize("name", ["llama-base", "llama-dynamic", "llama-sum", "llama-head", "gpt2-merged"])
