@@ -100,7 +100,7 @@ def export_case(case: Case, out: Path) -> dict[str, Path]:
 def measure_case(case: Case, folders: dict[str, Path], blocks: int) -> list[Workload]:
     """Time all variants of `case` together, workload by workload."""
     folders = folders | {"base again": folders["base"]}
-    openers = {name: partial(AdapterSession, folder, "cpu", share_threads=True) for name, folder in folders.items()}
+    openers = {name: partial(AdapterSession, folder, "cpu", stop_spinning=True) for name, folder in folders.items()}
     manifest = read_manifest(folders["export"])
     vocabulary = json.loads((case.base / "config.json").read_text())["vocab_size"]
     races = []

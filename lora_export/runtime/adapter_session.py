@@ -33,8 +33,8 @@ class AdapterSession:
         folder: The exported folder.
         provider: "cpu" or "cuda"; None for CUDA if usable, else the CPU (see `provider_reason`).
         n_threads: Threads within an operator; None for ONNX Runtime's choice.
-        share_threads: Use one pool of threads, as many as cores, for all sessions opened so in this process. Sessions
-            with pools of their own take the cores from each other: an idle one's threads spin for a while.
+        stop_spinning: Let the CPU's threads rest as soon as a run is over. By default they wait for the next one on
+            the core for a while, which is best for one session and takes the cores from a second one.
 
     Raises:
         InputRefused: The folder is no export, or an adapter file is not the one that was exported.
@@ -47,15 +47,14 @@ class AdapterSession:
         provider: str | None = None,
         *,
         n_threads: int | None = None,
-        share_threads: bool = False,
+        stop_spinning: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
         choice = choose_provider(provider)
         self.provider, self.provider_reason = choice.name, choice.reason
-        self.session = open_session(
-            self.folder / GRAPH, self.provider, n_threads=n_threads, share_threads=share_threads
-        )
+        graph = self.folder / GRAPH
+        self.session = open_session(graph, self.provider, n_threads=n_threads, stop_spinning=stop_spinning)
         self._contract = self.manifest.contract
         self._adapters: dict[str, dict[str, np.ndarray]] = {}
         self._compositions: OrderedDict[tuple[RowSpec, ...], dict[str, ort.OrtValue]] = OrderedDict()

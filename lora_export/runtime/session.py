@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import functools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,15 +95,8 @@ def device_name(provider: str) -> str:
     return buffer.value.decode()
 
 
-@functools.cache
-def _make_shared_threads() -> None:
-    """Make the thread pool that all sessions opened with `share_threads` use; a process has one."""
-    with contextlib.suppress(ort.capi.onnxruntime_pybind11_state.Fail):  # the host program has made its own
-        ort.set_global_thread_pool_sizes()
-
-
 def open_session(
-    graph: Path, provider: str, *, n_threads: int | None = None, share_threads: bool = False
+    graph: Path, provider: str, *, n_threads: int | None = None, stop_spinning: bool = False
 ) -> ort.InferenceSession:
     """A session of `graph` on `provider`.
 
@@ -118,10 +109,9 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if share_threads:
-        _make_shared_threads()
-        options.use_per_session_threads = False
-    elif n_threads is not None:
+    if stop_spinning:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    if n_threads is not None:
         options.intra_op_num_threads = n_threads
     wanted: list = [PROVIDERS["cpu"]]
     if provider == "cuda":

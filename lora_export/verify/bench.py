@@ -23,7 +23,7 @@ _USUAL_SHAPES = {
 }
 _USUAL_TEXT_SHAPES = ((1, 32, 0), (4, 128, 0), (16, 64, 0))
 _BINDING = "inputs, adapters and outputs bound on the device"
-_THREADS = "one pool shared by all sessions"
+_THREADS = "those of an idle session rest"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def run_bench(request: BenchRequest, progress: Callable[[str, int, int], None]) 
     if request.merged is not None:
         folders["merged"] = request.merged
     openers = {
-        name: partial(AdapterSession, folder, request.provider, share_threads=True) for name, folder in folders.items()
+        name: partial(AdapterSession, folder, request.provider, stop_spinning=True) for name, folder in folders.items()
     }
     sessions, memory = _open_one_by_one(openers)
     export = sessions["export"]

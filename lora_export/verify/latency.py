@@ -4,8 +4,8 @@ A block runs base, a, b, …, b, a, base. A drift of the machine's speed that is
 ratio of the sums, so only ratios are compared, never milliseconds of different moments.
 
 Two things would still favour one candidate in every block, and both are taken out:
-- Sessions with threads of their own: idle ones spin for a while and take the cores from the one that is timed (1.2 ×
-  seen between two sessions of the same graph on two cores). All sessions of a measurement share their threads.
+- Threads of idle sessions: they spin for a while and take the cores from the one that is timed (1.2 × seen between two
+  sessions of the same graph on two cores). Sessions must be opened with `stop_spinning`.
 - Where a session's memory happens to lie (2 to 5 % between sessions of the same graph). The blocks are spread over
   rounds, each with sessions opened anew, in another order.
 """
@@ -95,7 +95,7 @@ def measure(
     """Time every race, one workload for each.
 
     Args:
-        openers: How to open the sessions that the candidates name, with shared threads.
+        openers: How to open the sessions that the candidates name; with `stop_spinning`.
         blocks: Number of ABBA blocks for each race, at least 6 (below, no 95 % interval exists).
         max_ratio: Allowance for each ratio to the base; None to report only.
     """

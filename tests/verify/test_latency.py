@@ -1,4 +1,4 @@
-"""Timing: sessions opened anew each round in another order, on one pool of threads, and every block complete."""
+"""Timing: sessions opened anew each round in another order, none taking the cores of another, no block left out."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lora_export.verify.workloads import random_inputs
 
 @pytest.fixture
 def session(exports) -> partial[AdapterSession]:
-    return partial(AdapterSession, exports["bert-dynamic"], "cpu", share_threads=True)
+    return partial(AdapterSession, exports["bert-dynamic"], "cpu", stop_spinning=True)
 
 
-def test_timed_sessions_share_their_threads(session):
-    assert not session().session.get_session_options().use_per_session_threads
-    assert AdapterSession(session.args[0], "cpu").session.get_session_options().use_per_session_threads
+def test_the_threads_of_an_idle_session_rest(session):
+    options = session().session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 def test_every_round_opens_all_sessions_anew_in_another_order(session):
