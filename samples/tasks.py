@@ -108,9 +108,9 @@ def languages() -> Classes:
 
 
 TASKS = (
-    Task("topic", topics, train=200, heldout=50),
-    Task("kind", kinds, train=280, heldout=70),
-    Task("language", languages, train=200, heldout=60),
+    Task("topic", topics, train=160, heldout=35),
+    Task("kind", kinds, train=220, heldout=50),
+    Task("language", languages, train=160, heldout=40),
 )
 
 

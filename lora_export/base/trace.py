@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
+from lora_export.base.decompose import decomposed_by_operator
 from lora_export.base.tasks import Task, text_input_names
 from lora_export.quiet import quiet
 from lora_export.recipe import RECIPE, Recipe
@@ -45,7 +46,7 @@ def trace(task: Task, model: torch.nn.Module) -> ir.Model:
 
     sample = _decoder_sample(model) if task is Task.TEXT_GENERATION else _encoder_sample(task, model)
     config = OnnxConfig(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False)
-    with quiet():
+    with quiet(), decomposed_by_operator():
         program = OnnxExporter().export(model, sample.inputs, config).program
     _unbind_parameters(program.graph, model)
     _rename_inputs_and_outputs(program.graph, sample.renamed)
