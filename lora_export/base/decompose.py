@@ -1,6 +1,6 @@
 """Make torch.onnx decompose operator by operator what it has no ONNX function for.
 
-torch.onnx decomposes an exported program by tracing it once more, as a whole, which takes half of the time of an export.
+torch.onnx decomposes an exported program by tracing it once more, as a whole, which takes half the time of an export.
 A Transformers model needs that for a few operators only, which have a one-to-one counterpart; with any other,
 and with anything that writes in place, the whole is decomposed as ever.
 """
