@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,13 @@ def main() -> None:
     # Nothing here needs a network once its inputs are on disk.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    collect_rarely()
+
+
+def collect_rarely() -> None:
+    """Let Python look for garbage cycles seldom: importing torch and Transformers makes millions of objects that stay,
+    and looking through them again and again takes a tenth of an export."""
+    gc.set_threshold(200_000, 20, 20)
 
 
 def _split(paths: Sequence[str], names: Sequence[str]) -> tuple[str | None, tuple[tuple[str, str | None], ...]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -42,36 +44,41 @@ class ParameterSource:
                 return self.stored_names[alias]
         return None
 
-    def parameter(self, path: str, dtype: torch.dtype) -> torch.Tensor:
-        """The parameter at `path` with adapters folded in, in the layout of the model.
+    def parameter(self, path: str, dtype: torch.dtype, *, transposed: bool = False) -> torch.Tensor:
+        """The parameter at `path` with adapters folded in, in the layout of the model or, a matrix, transposed.
 
         Raises:
             InputRefused: The checkpoint lacks it, or it is not finite, or overflows `dtype`.
         """
-        replaced = [adapter.replaced[path] for adapter in self.adapters if path in adapter.replaced]
-        if replaced:
-            weight = replaced[-1]
-        elif (name := self.stored_name(path)) is not None:
-            weight = self.checkpoint.files.read(name)
-        elif path in self.zeros_for:
-            return torch.zeros(self.shapes[path], dtype=dtype)
-        else:
-            raise InputRefused(
-                "The base has no tensor for a parameter of this task's model, and no adapter brings it",
-                where=f"{self.checkpoint.path}: {path}",
-                next_step="export the task the checkpoint was saved for (--task), or add the adapter with the head",
-            )
+        weight = self._unfolded(path)
         module = path.removesuffix(".weight")
         pairs = [adapter.lora[module] for adapter in self.adapters if path != module and module in adapter.lora]
-        result = fold(weight, pairs, dtype) if weight.is_floating_point() else weight
-        self._require_finite(path, weight, result)
+        is_copy = transposed and weight.ndim == 2
+        if is_copy:  # first, so that the adapters are folded into the copy
+            weight = weight.T.clone(memory_format=torch.contiguous_format)
+            pairs = [replace(pair, weight_is_in_out=not pair.weight_is_in_out) for pair in pairs]
+        result = fold(weight, pairs, dtype, in_place=is_copy) if weight.is_floating_point() else weight
+        if result.is_floating_point() and not all_finite(result):
+            self._refuse_not_finite(path, result)
         return result
 
-    def _require_finite(self, path: str, weight: torch.Tensor, result: torch.Tensor) -> None:
-        if not result.is_floating_point() or all_finite(result):
-            return
+    def _unfolded(self, path: str) -> torch.Tensor:
+        replaced = [adapter.replaced[path] for adapter in self.adapters if path in adapter.replaced]
+        if replaced:
+            return replaced[-1]
+        if (name := self.stored_name(path)) is not None:
+            return self.checkpoint.files.read(name)
+        if path in self.zeros_for:
+            return torch.zeros(self.shapes[path])
+        raise InputRefused(
+            "The base has no tensor for a parameter of this task's model, and no adapter brings it",
+            where=f"{self.checkpoint.path}: {path}",
+            next_step="export the task the checkpoint was saved for (--task), or add the adapter with the head",
+        )
+
+    def _refuse_not_finite(self, path: str, result: torch.Tensor) -> NoReturn:
         n_bad = int((~torch.isfinite(result)).sum())
-        stored = bool(torch.isfinite(weight).all())
+        stored = bool(torch.isfinite(self._unfolded(path)).all())
         raise InputRefused(
             f"A weight overflows {str(result.dtype).removeprefix('torch.')}" if stored else "A weight is not finite",
             where=f"{self.checkpoint.path}: {path}",
@@ -83,20 +90,14 @@ class ParameterSource:
         """Evaluate `recipe`: a C-contiguous array of NumPy dtype `dtype`."""
         if dtype not in TORCH_DTYPES:  # an integer table
             return self.parameter(recipe.parameters[0], torch.float32).numpy()
-        parts = [self.parameter(path, TORCH_DTYPES[dtype]) for path in recipe.parameters]
-        if recipe.transposed and parts[0].ndim == 2:
-            # Joined as they are stored and transposed once: twice as fast as joining transposed views.
-            return as_numpy(_joined(parts, 1 - recipe.axis).T.contiguous())
-        return as_numpy(_joined(parts, recipe.axis).contiguous())
+        make = partial(self.parameter, dtype=TORCH_DTYPES[dtype], transposed=recipe.transposed)
+        parts = [make(path) for path in recipe.parameters]
+        return as_numpy((parts[0] if len(parts) == 1 else torch.cat(parts, dim=recipe.axis)).contiguous())
 
     def small_parameters(self, dtype: str, *, without: frozenset[str]) -> dict[str, np.ndarray]:
         """All parameters of at most one axis (norms, biases), by path, but those in `without`."""
         paths = [path for path, shape in self.shapes.items() if len(shape) <= 1 and path not in without]
         return {path: self.make_weight(Recipe((path,)), dtype) for path in paths}
-
-
-def _joined(parts: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=axis)
 
 
 # The bits of an exponent that is all ones, which only infinities and NaN have; and the integer type to read them in.

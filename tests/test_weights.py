@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -48,6 +50,30 @@ def test_a_recipe_transposes_each_and_then_concatenates(source, truth):
     np.testing.assert_allclose(found, expected, atol=1e-6)
     rows = source.make_weight(Recipe(paths[1:], axis=0), "float16")
     assert rows.dtype == np.float16 and rows.shape == (64, 64)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_transposed_weight_that_is_not_finite_is_refused_with_its_reason(source, monkeypatch, stored):
+    """The adapters are folded into the transposed copy, and still the checkpoint is not blamed for an overflow."""
+    path = "model.layers.0.self_attn.q_proj.weight"
+    weight = source.checkpoint.files.read(path)
+    weight = torch.full_like(weight, 1e6 if stored else torch.nan)
+    monkeypatch.setattr(type(source.checkpoint.files), "read", lambda self, name: weight)
+    with pytest.raises(InputRefused, match="overflows float16" if stored else "is not finite"):
+        source.make_weight(Recipe((path,), transposed=True), "float16")
+    assert torch.equal(weight, weight) is stored
+
+
+def test_a_transposed_row_is_a_copy(source, monkeypatch):
+    """A matrix of one row is its own transpose in memory; the checkpoint's bytes must not change."""
+    path = "model.layers.0.self_attn.q_proj.weight"
+    pair = source.adapters[0].lora[path.removesuffix(".weight")]
+    row = torch.zeros(1, pair.a.shape[1])
+    one = dataclasses.replace(pair, b=pair.b[:1])
+    adapter = dataclasses.replace(source.adapters[0], lora={path.removesuffix(".weight"): one})
+    monkeypatch.setattr(type(source.checkpoint.files), "read", lambda self, name: row)
+    found = dataclasses.replace(source, adapters=(adapter,)).parameter(path, torch.float32, transposed=True)
+    assert found.abs().max() > 0 and row.abs().max() == 0
 
 
 def test_bfloat16_is_an_array_too(source, truth):

@@ -32,6 +32,9 @@ class _Stages:
 def ours(base: str, adapter: str, out: str) -> dict:
     """Merge `adapter` and export with this package, fused for CUDA."""
     stages = _Stages()
+    from lora_export.cli import collect_rarely
+
+    collect_rarely()
     from lora_export.pipeline import ExportOptions, export
     from lora_export.plan import Request
 

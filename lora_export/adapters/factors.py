@@ -68,8 +68,14 @@ def delta(pair: LoraFactors) -> torch.Tensor:
     return product.T if pair.weight_is_in_out else product
 
 
-def fold(weight: torch.Tensor, pairs: Sequence[LoraFactors], dtype: torch.dtype) -> torch.Tensor:
-    """`W0 + Σ s·B·A`, summed in float32, rounded once to `dtype`; `weight` is left as it was."""
+def fold(
+    weight: torch.Tensor, pairs: Sequence[LoraFactors], dtype: torch.dtype, *, in_place: bool = False
+) -> torch.Tensor:
+    """`W0 + Σ s·B·A`, summed in float32, rounded once to `dtype`.
+
+    Args:
+        in_place: Overwrite `weight` if it has that dtype; otherwise it is left as it was.
+    """
     if not pairs:
         return weight.to(dtype)
     factors = [
@@ -78,7 +84,7 @@ def fold(weight: torch.Tensor, pairs: Sequence[LoraFactors], dtype: torch.dtype)
         else (pair.b.float(), pair.a.float(), pair.scale)
         for pair in pairs
     ]
-    folded = torch.empty(weight.shape, dtype=dtype)
+    folded = weight if in_place and weight.dtype is dtype else torch.empty(weight.shape, dtype=dtype)
     for start in range(0, len(weight), _FOLD_ROWS):
         rows = slice(start, start + _FOLD_ROWS)
         total = weight[rows].to(torch.float32, copy=True)
