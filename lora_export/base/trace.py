@@ -105,9 +105,10 @@ def _decoder_sample(model: torch.nn.Module) -> _Sample:
         "past_key_values": cache,
         "use_cache": True,
     }
-    auto = torch.export.Dim.AUTO
-    shapes = {name: {0: auto, 1: auto} for name in ("input_ids", "attention_mask", "position_ids")}
-    shapes["past_key_values"] = [{0: auto, 2: auto}] * (2 * config.num_hidden_layers)
+    batch, sequence, past = (torch.export.Dim(name, max=2**20) for name in ("batch_size", "sequence_length", "past"))
+    shapes = {name: {0: batch, 1: sequence} for name in ("input_ids", "position_ids")}
+    shapes["attention_mask"] = {0: batch, 1: torch.export.Dim.AUTO}
+    shapes["past_key_values"] = [{0: batch, 2: past}] * (2 * config.num_hidden_layers)
     return _Sample(inputs, shapes, renamed)
 
 
