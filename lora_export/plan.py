@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_export.adapters.factors import Adapter
 from lora_export.adapters.peft_reader import AdapterFolder, open_adapter, read_adapter
-from lora_export.adapters.support import require_supported
+from lora_export.adapters.support import MERGE_IN_PEFT, require_supported
 from lora_export.base.checkpoint import Checkpoint, checkpoint_names, locate
 from lora_export.base.tasks import CLASSIFICATION, Task, resolve_task
 from lora_export.base.weightless import build_weightless, parameter_aliases
@@ -166,6 +166,8 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
     replaced = frozenset(path for adapter in merged for path in adapter.replaced)
     names = checkpoint_names(model, plan.checkpoint.files, replaced)
     source = ParameterSource(plan.checkpoint, names, parameter_aliases(model), shapes, merged, head)
+    for adapter in adapters:
+        require_same_base(adapter, source)
     return Resolved(adapters, source, model)
 
 
@@ -187,6 +189,18 @@ def require_servable(adapter: Adapter) -> None:
             expected="Linear modules, such as a classification head",
             next_step="merge this adapter into a graph of its own",
         )
+
+
+def require_same_base(adapter: Adapter, source: ParameterSource) -> None:
+    """Raise InputRefused if what the adapter's file holds of the base is not what the base holds."""
+    for path, copied in adapter.base_copies.items():
+        if not source.stores(path, copied):
+            raise InputRefused(
+                f"Adapter {adapter.name!r} brings a copy of a base's weight that is not this base's",
+                where=f"{path}, saved beside its LoRA pair",
+                expected="the base's own numbers",
+                next_step="use the base it was trained on; if that weight was trained or resized, " + MERGE_IN_PEFT,
+            )
 
 
 def head_parameters(adapters: Sequence[Adapter], model, task: Task, *, everything: bool) -> frozenset[str]:

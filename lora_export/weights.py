@@ -44,6 +44,12 @@ class ParameterSource:
                 return self.stored_names[alias]
         return None
 
+    def stores(self, path: str, tensor: torch.Tensor) -> bool:
+        """Whether the checkpoint holds exactly `tensor` at `path`, as far as its dtype tells."""
+        name = self.stored_name(path)
+        stored = None if name is None else self.checkpoint.files.read(name)
+        return stored is not None and stored.shape == tensor.shape and torch.equal(stored.to(tensor.dtype), tensor)
+
     def parameter(self, path: str, dtype: torch.dtype, *, transposed: bool = False) -> torch.Tensor:
         """The parameter at `path` with adapters folded in, in the layout of the model or, a matrix, transposed.
 

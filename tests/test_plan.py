@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import safetensors.torch
 import tiny
 import torch
 
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.plan import Request, make_plan, resolve
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 def request(bases, adapters, base: str | None, names: tuple[str, ...], mode: str = "dynamic", **options) -> Request:
@@ -78,3 +81,29 @@ def test_an_adapters_numbers_are_not_rounded_to_the_exports_dtype_before_they_ar
 def test_the_dtype_is_the_checkpoints_unless_named(bases, adapters):
     assert make_plan(request(bases, adapters, "llama-f16", ("chat",))).dtype == "float16"
     assert make_plan(request(bases, adapters, "llama-f16", ("chat",), dtype="float32")).dtype == "float32"
+
+
+@pytest.fixture
+def head_adapter(bases, tmp_path):
+    """A pair on the tied output head, saved as PEFT does by default: with a copy of the head's own weight."""
+    options = {"r": 2, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
+    return tiny.adapter(bases["llama"], tmp_path / "head", "LlamaForCausalLM", **options)
+
+
+@pytest.mark.parametrize("mode", ["merge", "dynamic"])
+def test_a_copy_of_the_bases_head_beside_its_pair_changes_nothing(bases, head_adapter, mode):
+    assert "base_model.model.lm_head.base_layer.weight" in safetensors.torch.load_file(head_adapter / WEIGHTS)
+    resolved = resolve(make_plan(Request(str(bases["llama"]), ((str(head_adapter), None),), mode)))
+    assert "lm_head" in resolved.adapters[0].lora and not resolved.adapters[0].replaced
+    model = resolved.model
+    assert model.lm_head.weight is model.model.embed_tokens.weight, "the weightless base is left as it was"
+    assert model.lm_head.weight.stride() == (0, 0)
+
+
+def test_a_copy_of_another_bases_head_is_refused(bases, head_adapter):
+    tensors = safetensors.torch.load_file(head_adapter / WEIGHTS)
+    tensors["base_model.model.lm_head.base_layer.weight"][3, 5] += 1e-3
+    safetensors.torch.save_file(tensors, head_adapter / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(InputRefused, match="is not this base's") as refused:
+        resolve(make_plan(Request(str(bases["llama"]), ((str(head_adapter), None),), "merge")))
+    assert refused.value.where.startswith("lm_head.weight")

@@ -8,7 +8,7 @@ All sums are taken in float32 and rounded once, to the dtype that is stored.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -49,6 +49,8 @@ class Adapter:
         replaced: Whole tensors of `modules_to_save`, by parameter path (`classifier.weight`).
         replaced_modules: The Linear modules among them, `[out, in]` weights, by path.
         config: Its `adapter_config.json`.
+        base_copies: What the file also holds of the base, by parameter path: PEFT saves the weight of an adapted
+            embedding or `lm_head` beside the pair.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Adapter:
     replaced: Mapping[str, torch.Tensor]
     replaced_modules: tuple[str, ...]
     config: Mapping[str, object]
+    base_copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def ranks(self) -> tuple[int, ...]:

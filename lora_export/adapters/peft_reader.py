@@ -117,6 +117,8 @@ def read_adapter(folder: AdapterFolder, base: torch.nn.Module) -> Adapter:
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
+    # PEFT puts these into the base itself, which others read after this adapter.
+    own = {path: base.get_parameter(path) for path in _base_copies(folder, base)}
     model = _load_with_peft(PeftModel, folder, base)
     try:
         lora: dict[str, LoraFactors] = {}
@@ -135,8 +137,20 @@ def read_adapter(folder: AdapterFolder, base: torch.nn.Module) -> Adapter:
         model.base_model.unload()
         for path, original in originals.items():  # where PEFT leaves the adapter's own module
             base.set_submodule(path, original)
-    _require_sound(folder, lora, replaced)
-    return Adapter(folder.name, lora, replaced, tuple(linear), folder.config)
+        copies = {path: base.get_parameter(path).detach() for path in own}
+        for path, parameter in own.items():
+            module, _, name = path.rpartition(".")
+            setattr(base.get_submodule(module), name, parameter)
+    _require_sound(folder, lora, replaced, copies)
+    return Adapter(folder.name, lora, replaced, tuple(linear), folder.config, copies)
+
+
+def _base_copies(folder: AdapterFolder, base: torch.nn.Module) -> list[str]:
+    """The base's parameters that the file also holds: PEFT's default for an adapted embedding or `lm_head`."""
+    names = (re.fullmatch(r"base_model\.model\.(.+)\.base_layer\.(weight|bias)", key) for key in folder.shapes)
+    paths = (f"{name[1]}.{name[2]}" for name in names if name)
+    known = dict(base.named_parameters(remove_duplicate=False))
+    return [path for path in paths if path in known]
 
 
 def _join(path: str, name: str) -> str:
@@ -185,8 +199,13 @@ def _load_with_peft(peft_model: type, folder: AdapterFolder, base: torch.nn.Modu
     return model
 
 
-def _require_sound(folder: AdapterFolder, lora: dict[str, LoraFactors], replaced: dict[str, torch.Tensor]) -> None:
-    n_expected, n_found = len(folder.shapes), 2 * len(lora) + len(replaced)
+def _require_sound(
+    folder: AdapterFolder,
+    lora: dict[str, LoraFactors],
+    replaced: dict[str, torch.Tensor],
+    copies: dict[str, torch.Tensor],
+) -> None:
+    n_expected, n_found = len(folder.shapes), 2 * len(lora) + len(replaced) + len(copies)
     if n_expected != n_found:
         raise InputRefused(
             "The adapter's file holds tensors that have no place on this base",
@@ -196,7 +215,7 @@ def _require_sound(folder: AdapterFolder, lora: dict[str, LoraFactors], replaced
             next_step=f"check that the base is the one it was trained on ({folder.base or 'not recorded'})",
         )
     tensors = {f"{path}.lora_{side}": getattr(pair, side.lower()) for path, pair in lora.items() for side in "AB"}
-    for name, tensor in (tensors | replaced).items():
+    for name, tensor in (tensors | replaced | copies).items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputRefused(
                 "The adapter holds numbers that are not finite",

@@ -62,7 +62,7 @@ def _refused(name: str, note: str, way_out: str, is_set: Callable[[object], bool
     return Option(name, is_set, Verdict.REFUSED, Verdict.REFUSED, note, way_out)
 
 
-_MERGE_IN_PEFT = "merge it in PEFT (merge_and_unload), save the model, and export that as a base without adapters"
+MERGE_IN_PEFT = "merge it in PEFT (merge_and_unload), save the model, and export that as a base without adapters"
 _RETRAIN = "train without it, or serve it with PEFT"
 
 OPTIONS: tuple[Option, ...] = (
@@ -100,19 +100,19 @@ OPTIONS: tuple[Option, ...] = (
         "convert it to plain LoRA with PEFT (save_pretrained(…, path_initial_model_for_weight_conversion=…))",
         lambda value: str(value).split("_niter")[0].lower() in ("pissa", "olora", "corda", "loftq", "lora_ga"),
     ),
-    _refused("bias", "the file replaces biases of the base", _MERGE_IN_PEFT, lambda value: value not in (None, "none")),
-    _refused("use_dora", "DoRA rescales each output by a learned magnitude", _MERGE_IN_PEFT),
-    _refused("lora_bias", "B has a bias of its own", _MERGE_IN_PEFT),
-    _refused("trainable_token_indices", "the file replaces rows of an embedding", _MERGE_IN_PEFT),
-    _refused("target_parameters", "the pair targets a parameter, not a module", _MERGE_IN_PEFT),
+    _refused("bias", "the file replaces biases of the base", MERGE_IN_PEFT, lambda value: value not in (None, "none")),
+    _refused("use_dora", "DoRA rescales each output by a learned magnitude", MERGE_IN_PEFT),
+    _refused("lora_bias", "B has a bias of its own", MERGE_IN_PEFT),
+    _refused("trainable_token_indices", "the file replaces rows of an embedding", MERGE_IN_PEFT),
+    _refused("target_parameters", "the pair targets a parameter, not a module", MERGE_IN_PEFT),
     _refused("layer_replication", "the adapter changes the number of layers", _RETRAIN),
     _refused("alora_invocation_tokens", "the adapter is active only after an invocation string", _RETRAIN),
     _refused("use_qalora", "A works on pooled groups of inputs", _RETRAIN),
-    _refused("use_bdlora", "A or B is block-diagonal", _MERGE_IN_PEFT),
+    _refused("use_bdlora", "A or B is block-diagonal", MERGE_IN_PEFT),
     _refused("arrow_config", "adapters are chosen per token by a router", _RETRAIN),
-    _refused("velora_config", "activations are compressed in training; not verified here", _MERGE_IN_PEFT),
-    _refused("monteclora_config", "the pair is sampled", _MERGE_IN_PEFT),
-    _refused("kasa_config", "the base's weights are truncated by SVD first", _MERGE_IN_PEFT),
+    _refused("velora_config", "activations are compressed in training; not verified here", MERGE_IN_PEFT),
+    _refused("monteclora_config", "the pair is sampled", MERGE_IN_PEFT),
+    _refused("kasa_config", "the base's weights are truncated by SVD first", MERGE_IN_PEFT),
 )
 _BY_NAME = {option.name: option for option in OPTIONS}
 
@@ -140,7 +140,7 @@ def options_in_use(config: dict) -> list[OptionUse]:
             "The adapter sets options that this version does not know, so their effect is unknown",
             where="adapter_config.json: " + ", ".join(unknown),
             found=", ".join(f"{name} = {value!r}" for name, value in unknown.items()),
-            next_step="a newer lora-export may know them; otherwise " + _MERGE_IN_PEFT,
+            next_step="a newer lora-export may know them; otherwise " + MERGE_IN_PEFT,
         )
     return [OptionUse(row, config[row.name]) for row in OPTIONS if row.name in config and row.is_set(config[row.name])]
 
@@ -158,7 +158,7 @@ def require_supported(config: dict, mode: str, adapter: str) -> None:
             where="adapter_config.json: peft_type",
             expected="LORA",
             found=repr(tuner),
-            next_step="convert it to LoRA with PEFT (save_as_lora) where PEFT can, or " + _MERGE_IN_PEFT,
+            next_step="convert it to LoRA with PEFT (save_as_lora) where PEFT can, or " + MERGE_IN_PEFT,
         )
     refused = [use for use in options_in_use(config) if use.verdict(mode) is Verdict.REFUSED]
     if refused:
