@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 import uuid
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
 from lora_export.contract import GraphContract
-from lora_export.errors import EnvironmentUnusable, InputRefused, UsageProblem
+from lora_export.errors import InputRefused, UsageProblem
 
 MANIFEST = "lora_export.json"
 GRAPH, GRAPH_DATA = "model.onnx", "model.onnx.data"
@@ -167,81 +163,6 @@ def _manifest_from(fields: dict) -> Manifest:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def refuse_existing(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder that exists, unless `overwrite` and it is an earlier export or empty.
-
-    Raises:
-        UsageProblem: It exists and `overwrite` is off.
-        InputRefused: It exists, and replacing it would delete something that is no export.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise InputRefused("The output folder exists", where=str(out), next_step="name another, or add --overwrite")
-    if not (out / MANIFEST).is_file():
-        raise InputRefused(
-            "The output folder holds something that is no export; it is not replaced, even with --overwrite",
-            where=str(out),
-            expected=f"a folder with {MANIFEST}, or none",
-            next_step="name another folder, or remove this one yourself",
-        )
-
-
-@contextlib.contextmanager
-def staging(out: Path, *, overwrite: bool, n_bytes: int) -> Iterator[Path]:
-    """A folder beside `out` to build in, renamed to `out` on success and removed on failure.
-
-    Args:
-        n_bytes: What the export will need, checked against the free disk first.
-
-    Raises:
-        InputRefused: `out` is in the way (see `refuse_existing`).
-        EnvironmentUnusable: The disk is too small, fills up, or cannot be written.
-    """
-    refuse_existing(out, overwrite=overwrite)
-    token = uuid.uuid4().hex[:8]
-    stage = out.parent / f".{out.name}.{token}.partial"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        require_disk(out.parent, n_bytes)
-        stage.mkdir()
-        yield stage
-        _publish(stage, out, token)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EnvironmentUnusable(
-                "The disk is full; nothing was published", where=str(out.parent), next_step="free some space, run again"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise EnvironmentUnusable(
-                "The output folder cannot be written", where=str(out), found=os.strerror(error.errno)
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def require_disk(folder: Path, n_bytes: int) -> None:
-    """Raise EnvironmentUnusable unless the file system of `folder` has `n_bytes` free."""
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        raise EnvironmentUnusable(
-            "The disk is too small for this export",
-            where=str(folder),
-            expected=f"{n_bytes / 1e6:,.0f} MB free",
-            found=f"{free / 1e6:,.0f} MB free",
-            next_step="free some space, or name a folder on another disk with -o",
-        )
-
-
-def _publish(stage: Path, out: Path, token: str) -> None:
-    old = out.parent / f".{out.name}.{token}.old"
-    if out.exists():
-        out.rename(old)
-    stage.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

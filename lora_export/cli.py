@@ -47,20 +47,10 @@ def collect_rarely() -> None:
     gc.set_threshold(200_000, 20, 20)
 
 
-def _split(paths: Sequence[str], names: Sequence[str]) -> tuple[str | None, tuple[tuple[str, str | None], ...]]:
-    """The base (None if the first path is an adapter) and the named adapters."""
-    first_is_adapter = (Path(paths[0]).expanduser() / "adapter_config.json").is_file()
-    base, adapters = (None, paths) if first_is_adapter else (paths[0], paths[1:])
-    if len(names) > len(adapters):
-        raise UsageProblem("More --name than adapters", found=f"{len(names)} names for {len(adapters)} adapters")
-    padded = [*names, *[None] * (len(adapters) - len(names))]
-    return base, tuple(zip(adapters, padded, strict=True))
-
-
 def _export(mode: str, paths: Sequence[str], targets: tuple[str, ...], given: dict) -> None:
     display = Display(as_json=given["as_json"], quiet=given["quiet"])
     with guarded(display):
-        base, adapters = _split(paths, given["names"])
+        base, adapters = options.base_and_adapters(paths, given["names"])
         if mode == "dynamic" and not adapters and not targets:
             raise UsageProblem("Nothing to serve: no adapter and no --targets", next_step="name at least one of them")
         display.start(f"lora-export {mode}")
@@ -71,7 +61,7 @@ def _export(mode: str, paths: Sequence[str], targets: tuple[str, ...], given: di
         display.say(f"fusing for {provider} ({reason})")
         request = Request(base, adapters, mode, given["task"], given["dtype"], provider)
         if given["dry_run"]:
-            display.result(inspection.describe_plan(request, given["out"]), cli_text.plan_text)
+            display.result(inspection.describe_plan(request, given["out"], targets), cli_text.plan_text)
             return
         choice = pipeline.ExportOptions(given["out"], given["overwrite"], not given["no_cache"], targets)
         manifest = pipeline.export(request, choice, display.progress)
@@ -128,14 +118,11 @@ def add(
     """
     display = Display(as_json=as_json, quiet=quiet)
     with guarded(display):
-        if len(names) > len(paths):
-            raise UsageProblem("More --name than adapters", found=f"{len(names)} names for {len(paths)} adapters")
+        adapters = options.named(paths, names)
         display.start("lora-export add")
         from lora_export import inspection, pipeline
         from lora_export.sources import SourceOverrides
 
-        padded = [*names, *[None] * (len(paths) - len(names))]
-        adapters = tuple(zip(paths, padded, strict=True))
         manifest = pipeline.add_adapter(out, adapters, SourceOverrides(base), display.progress)
         display.result(inspection.describe_export(out, manifest), cli_text.export_text)
 
@@ -252,9 +239,10 @@ def inspect_command(path: str, as_json: bool) -> None:
 @click.argument("inputs", nargs=-1, required=True, metavar="TEXT...")
 @click.option(
     "--adapter",
-    "adapters",
+    "blend",
     multiple=True,
     metavar="NAME[=WEIGHT]",
+    callback=options.parse_blend,
     help="Adapter to run with; repeat with weights to blend.  [default: none]",
 )
 @click.option("--max-new-tokens", default=40, show_default=True, help="Tokens to generate (decoders).")
@@ -263,7 +251,7 @@ def inspect_command(path: str, as_json: bool) -> None:
 def run(
     out: Path,
     inputs: tuple[str, ...],
-    adapters: tuple[str, ...],
+    blend: dict[str, float],
     max_new_tokens: int,
     provider: str | None,
     as_json: bool,
@@ -278,13 +266,6 @@ def run(
     with guarded(display):
         from lora_export import trial
 
-        blend = {}
-        for value in adapters:
-            name, _, weight = value.partition("=")
-            try:
-                blend[name] = float(weight or 1)
-            except ValueError:
-                raise UsageProblem("A blend's weight is no number", where=f"--adapter {value}") from None
         display.result(trial.run_trial(out, inputs, blend, provider, max_new_tokens), cli_text.trial_text)
 
 

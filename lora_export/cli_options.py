@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
+
+from lora_export.errors import UsageProblem
 
 _DTYPES = ("float32", "float16", "bfloat16")
 _TASKS = (
@@ -94,3 +96,38 @@ def together(*options: Decorator) -> Decorator:
 
 export_options = together(out, overwrite, task, dtype, fuse_for, names, no_cache, dry_run, as_json, quiet)
 examine_options = together(base, moved_adapters, run_on, as_json, quiet)
+
+
+def parse_blend(context: click.Context, option: click.Parameter, values: Sequence[str]) -> dict[str, float]:
+    """`NAME[=WEIGHT]…` as weights by adapter name."""
+    blend = {}
+    for value in values:
+        name, _, weight = value.partition("=")
+        try:
+            blend[name] = float(weight or 1)
+        except ValueError:
+            raise click.BadParameter(f"the weight of {value!r} is no number", context, option) from None
+    return blend
+
+
+def base_and_adapters(
+    paths: Sequence[str], names: Sequence[str]
+) -> tuple[str | None, tuple[tuple[str, str | None], ...]]:
+    """The base (None if the first path is an adapter) and the named adapters.
+
+    Raises:
+        UsageProblem: There are more names than adapters.
+    """
+    first_is_adapter = (Path(paths[0]).expanduser() / "adapter_config.json").is_file()
+    return (None, named(paths, names)) if first_is_adapter else (paths[0], named(paths[1:], names))
+
+
+def named(adapters: Sequence[str], names: Sequence[str]) -> tuple[tuple[str, str | None], ...]:
+    """Adapters with their `--name`, in order; None for those beyond the names.
+
+    Raises:
+        UsageProblem: There are more names than adapters.
+    """
+    if len(names) > len(adapters):
+        raise UsageProblem("More --name than adapters", found=f"{len(names)} names for {len(adapters)} adapters")
+    return tuple(zip(adapters, [*names, *[None] * (len(adapters) - len(names))], strict=True))

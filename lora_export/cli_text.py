@@ -38,6 +38,10 @@ def plan_text(value: dict) -> str:
         )
         if adapter["replaced"]:
             lines.append(f"        replaces {', '.join(adapter['replaced'])}")
+    inputs = value["inputs"]
+    if inputs["pairs"]:
+        replaced = f" and {', '.join(inputs['replaced_modules'])}" if inputs["replaced_modules"] else ""
+        lines.append(f"inputs  LoRA pairs of {inputs['pairs']} modules{replaced}")
     lines += [
         f"write   {write['folder']} ({write['state']}): {', '.join(write['files'])}",
         f"disk    {_megabytes(write['weight_bytes'])} of {_megabytes(write['disk_free_bytes'])} free",

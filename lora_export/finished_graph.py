@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
+import torch
 
 from lora_export.adapters.factors import Adapter
 from lora_export.artifact import versions
 from lora_export.base.trace import trace
 from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract, TensorSpec
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, UsageProblem
 from lora_export.graph.adapter_inputs import SiteChoice, add_adapter_inputs, attach_defaults
 from lora_export.graph.cache import cache_key, cached_graph
 from lora_export.graph.fuse import fuse
@@ -31,6 +32,25 @@ def choose_sites(adapters: Sequence[Adapter], targets: Sequence[str] = ()) -> Si
     replaced = dict.fromkeys(module for adapter in adapters for module in adapter.replaced_modules)
     lora = dict.fromkeys([*(module for adapter in adapters for module in adapter.lora), *targets])
     return SiteChoice(tuple(module for module in lora if module not in replaced), tuple(replaced))
+
+
+def target_modules(targets: Sequence[str], model) -> tuple[str, ...]:
+    """The linear modules of a weightless `model` that `targets` name, by path or by its last parts.
+
+    Raises:
+        UsageProblem: A target names no linear module.
+    """
+    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) or "Conv1D" in str(type(m))]
+    found: dict[str, None] = {}
+    for target in targets:
+        matches = [name for name in linear if name == target or name.endswith(f".{target}")]
+        if not matches:
+            raise UsageProblem(
+                f"--targets {target!r} names no linear module of the base",
+                expected="one of " + ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear})),
+            )
+        found |= dict.fromkeys(matches)
+    return tuple(found)
 
 
 def finished_graph(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
 from lora_export.adapters.peft_reader import AdapterFolder, open_adapter
 from lora_export.adapters.support import options_in_use
-from lora_export.artifact import MANIFEST, Manifest, carried_files, read_manifest, refuse_existing
-from lora_export.base.checkpoint import SAFETENSORS_DTYPES, Checkpoint, locate
+from lora_export.artifact import MANIFEST, Manifest, carried_files, read_manifest
+from lora_export.base.checkpoint import Checkpoint, locate
+from lora_export.base.stored import SAFETENSORS_DTYPES
 from lora_export.errors import InputRefused, LoraExportError
+from lora_export.finished_graph import choose_sites, target_modules
 from lora_export.plan import Plan, Request, make_plan, resolve
 from lora_export.runtime.session import choose_provider
+from lora_export.staging import refuse_existing
 
 # Peak memory besides the largest tensor: libraries, the traced graph.
 _FIXED_MEMORY_BYTES = 700_000_000
@@ -25,7 +29,7 @@ def fuse_provider(requested: str | None) -> tuple[str, str]:
     return choice.name, choice.reason
 
 
-def describe_plan(request: Request, out: Path) -> dict:
+def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = ()) -> dict:
     """What an export would do: read, folded, served, refused, written; bytes, memory and disk.
 
     Raises:
@@ -33,8 +37,10 @@ def describe_plan(request: Request, out: Path) -> dict:
     """
     plan = make_plan(request)
     resolved = resolve(plan)
+    served = resolved.adapters if request.mode == "dynamic" else ()
+    sites = choose_sites(served, target_modules(targets, resolved.model))
     item = 4 if plan.dtype == "float32" else 2
-    sizes = [item * _count(info.shape) for info in plan.checkpoint.files.tensors.values()]
+    sizes = [item * math.prod(info.shape) for info in plan.checkpoint.files.tensors.values()]
     adapters = []
     for folder, adapter in zip(plan.folders, resolved.adapters, strict=True):
         adapters.append(
@@ -60,6 +66,7 @@ def describe_plan(request: Request, out: Path) -> dict:
         "provider": request.provider,
         "read": _base_fields(plan.checkpoint),
         "adapters": adapters,
+        "inputs": {"pairs": len(sites.lora_modules), "replaced_modules": list(sites.replaced_modules)},
         "write": {
             "folder": str(out),
             "state": out_state,
@@ -79,19 +86,12 @@ def _files(plan: Plan, request: Request) -> list[str]:
     return files
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for dim in shape:
-        total *= dim
-    return total
-
-
 def _base_fields(checkpoint: Checkpoint) -> dict:
     tensors = checkpoint.files.tensors
     by_dtype: dict[str, int] = {}
     for info in tensors.values():
         name = SAFETENSORS_DTYPES.get(info.dtype, info.dtype)
-        by_dtype[name] = by_dtype.get(name, 0) + _count(info.shape)
+        by_dtype[name] = by_dtype.get(name, 0) + math.prod(info.shape)
     return {
         "what": "base",
         "path": str(checkpoint.path),
@@ -111,7 +111,7 @@ def _adapter_fields(folder: AdapterFolder) -> dict:
         "base": folder.base,
         "task_type": folder.config.get("task_type"),
         "tensors": len(folder.shapes),
-        "parameters": sum(map(_count, folder.shapes.values())),
+        "parameters": sum(map(math.prod, folder.shapes.values())),
     }
     if folder.config.get("peft_type") != "LORA":
         verdict = f"refused (tuner {folder.config.get('peft_type')})"

@@ -8,13 +8,12 @@ and from the folder: check (unmerged PEFT against ONNX Runtime), bench (paired l
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from lora_export.artifact import (
     REPORTS,
@@ -22,24 +21,24 @@ from lora_export.artifact import (
     Manifest,
     carry_files,
     read_manifest,
-    refuse_existing,
     sha256_of,
-    staging,
     write_manifest,
 )
 from lora_export.base.tasks import Task
-from lora_export.errors import InputRefused, UsageProblem
-from lora_export.finished_graph import choose_sites, describe, finished_graph
+from lora_export.errors import InputRefused
+from lora_export.finished_graph import choose_sites, describe, finished_graph, target_modules
 from lora_export.genai import write_genai_config
 from lora_export.graph.bind import write_graph
 from lora_export.plan import Plan, Request, make_plan, resolve
 from lora_export.records import hash_adapter, hash_sources, merged_record, served_record, write_config
 from lora_export.report.write import write_reports
 from lora_export.sources import SourceOverrides, locate_sources
+from lora_export.staging import refuse_existing, require_disk, staging
 from lora_export.verify.bench import BenchRequest, run_bench
 from lora_export.verify.examples import read_examples
-from lora_export.verify.parity import CheckRequest, run_check
+from lora_export.verify.parity import run_check
 from lora_export.verify.results import BenchReport, CheckReport
+from lora_export.verify.runs import CheckRequest
 
 Progress = Callable[[str, int, int], None]
 
@@ -72,6 +71,8 @@ def export(request: Request, options: ExportOptions, progress: Progress = silent
     """
     refuse_existing(options.out, overwrite=options.overwrite)
     plan = make_plan(request)
+    n_bytes = bytes_needed(plan)
+    require_disk(options.out.parent, n_bytes)
     with ThreadPoolExecutor(max_workers=1) as hashing:
         hashed = hashing.submit(hash_sources, plan)
         progress("reading adapters", 0, 1)
@@ -80,7 +81,6 @@ def export(request: Request, options: ExportOptions, progress: Progress = silent
         choice = choose_sites(resolved.adapters if request.mode == "dynamic" else (), targets)
         progress("building the graph", 0, 1)
         model, adapter_inputs = finished_graph(plan, resolved, choice, use_cache=options.use_cache)
-        n_bytes = bytes_needed(plan)
         with staging(options.out, overwrite=options.overwrite, n_bytes=n_bytes) as folder:
             meter = _Meter(progress, n_bytes)
             written = write_graph(model, folder, resolved.source.make_weight, adapter_inputs, meter)
@@ -118,26 +118,7 @@ class _Meter:
 def bytes_needed(plan: Plan) -> int:
     """Bytes that the exported weights take, before packing and metadata."""
     item = 4 if plan.dtype == "float32" else 2
-    return sum(item * torch.Size(info.shape).numel() for info in plan.checkpoint.files.tensors.values())
-
-
-def target_modules(targets: Sequence[str], model) -> tuple[str, ...]:
-    """The linear modules of a weightless `model` that `targets` name, by path or by its last parts.
-
-    Raises:
-        UsageProblem: A target names no linear module.
-    """
-    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) or "Conv1D" in str(type(m))]
-    found: dict[str, None] = {}
-    for target in targets:
-        matches = [name for name in linear if name == target or name.endswith(f".{target}")]
-        if not matches:
-            raise UsageProblem(
-                f"--targets {target!r} names no linear module of the base",
-                expected="one of " + ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear})),
-            )
-        found |= dict.fromkeys(matches)
-    return tuple(found)
+    return sum(item * math.prod(info.shape) for info in plan.checkpoint.files.tensors.values())
 
 
 def add_adapter(

@@ -11,7 +11,7 @@ from lora_export.adapters.factors import Adapter
 from lora_export.adapters.pack import pack, write_onnx_adapter
 from lora_export.adapters.peft_reader import AdapterFolder
 from lora_export.artifact import ADAPTERS, AdapterRecord, SourceRecord, sha256_of
-from lora_export.base.checkpoint import weight_files
+from lora_export.base.stored import weight_files
 from lora_export.contract import GraphContract
 from lora_export.plan import Plan, local_path
 from lora_export.weights import ParameterSource

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 
-from lora_export.artifact import carry_files, read_manifest, require_disk, staging, write_manifest
+from lora_export.artifact import carry_files, read_manifest, write_manifest
 from lora_export.contract import GraphContract
-from lora_export.errors import EnvironmentUnusable, InputRefused, UsageProblem
+from lora_export.errors import InputRefused, UsageProblem
 
 
 @pytest.mark.parametrize("name", ["bert-dynamic", "llama-merged", "llama-voice"])
@@ -73,29 +72,3 @@ def test_licences_and_tokenizers_are_carried(tmp_path):
         "LICENSE", "NOTICE.txt", "tokenizer.json", "chat_template.jinja", "LICENSE.topic.md",
     }  # fmt: skip
     assert (out / "tokenizer.json").read_text() == "base tokenizer.json"
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    out = tmp_path / "deep" / "er" / "out"
-    with staging(out, overwrite=False, n_bytes=1) as stage:
-        (stage / "file").write_text("x")
-        assert not out.exists()
-    assert [path.name for path in out.iterdir()] == ["file"]
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
-    with pytest.raises(ZeroDivisionError), staging(tmp_path / "other", overwrite=False, n_bytes=1):
-        _ = 1 / 0
-    assert not (tmp_path / "other").exists()
-
-
-def test_a_parent_that_is_a_file_is_an_environment_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    build = staging(tmp_path / "file" / "out", overwrite=False, n_bytes=1)
-    with pytest.raises(EnvironmentUnusable, match="The output folder cannot be written"), build:
-        pass
-
-
-def test_the_free_disk_is_told(tmp_path):
-    require_disk(tmp_path, 1)
-    with pytest.raises(EnvironmentUnusable, match="The disk is too small for this export") as refused:
-        require_disk(Path(tmp_path), 10**18)
-    assert refused.value.expected == "1,000,000,000,000 MB free"

@@ -101,7 +101,7 @@ def test_arguments_that_contradict_each_other(adapters, bases, exports, tmp_path
     assert "More --name than adapters" in text and "2 names for 1 adapters" in text
     text = fails(2, "dynamic", base, adapters["topic"], adapters["topic"], "-o", out)
     assert "Two adapters have the same name" in text and "--name" in text
-    assert "A blend's weight is no number" in fails(2, "run", exports["bert-dynamic"], "hi", "--adapter", "topic=much")
+    assert "is no number" in fails(2, "run", exports["bert-dynamic"], "hi", "--adapter", "topic=much")
     assert "No adapter 'nobody' is loaded" in fails(2, "run", exports["bert-dynamic"], "hi", "--adapter", "nobody")
     assert not out.exists()
 
@@ -187,6 +187,12 @@ def test_a_dry_run_tells_all_and_writes_nothing(command, bases, adapters, tmp_pa
     text = call(command, bases["bert"], adapters["topic"], "-o", out, "--dry-run", "--provider", "cpu").output
     assert f"would {command} for text-classification" in text and "nothing" in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_looks_at_targets(bases, tmp_path):
+    shared = ("dynamic", bases["bert"], "-o", tmp_path / "out", "--dry-run", "--provider", "cpu", "--targets")
+    assert "LoRA pairs of 4 modules" in call(*shared, "query", "--targets", "value").output
+    fails(2, *shared, "no_such_module")
 
 
 def test_a_dry_run_refuses_what_the_export_would(bases, adapters, tmp_path):

@@ -1,21 +1,18 @@
-"""A base checkpoint on disk: config, lazily read safetensors, and the names its tensors have in the model."""
+"""A base checkpoint on disk: its folder, its config, and the names that its tensors have in the model."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
 import torch
 
+from lora_export.base.stored import SAFETENSORS_DTYPES, SafetensorsFiles, read_json, weight_files
 from lora_export.errors import EnvironmentUnusable, InputRefused
 
 # What a base folder contributes to an export: weights, configuration, tokenizer, processor, licences.
 _WANTED_FROM_HUB = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
-SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -65,74 +62,6 @@ def locate(given: str, *, kind: str) -> Located:
     except HFValidationError as error:
         raise InputRefused(f"The {kind} is neither a folder nor a hub id", where=given, found=str(error)) from error
     return Located(folder, repo_id, folder.name)
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in `path`.
-
-    Raises:
-        InputRefused: The file is missing, is not JSON, or holds no object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputRefused(f"{path.name} is missing", where=str(path.parent)) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputRefused(f"{path.name} is not valid JSON", where=str(path), found=str(error)) from error
-    if not isinstance(value, dict):
-        raise InputRefused(f"{path.name} holds no JSON object", where=str(path), found=type(value).__name__)
-    return value
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Header of one stored tensor; `dtype` in safetensors' spelling."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class SafetensorsFiles:
-    """Tensors across one or more safetensors files, read one at a time from the memory-mapped files."""
-
-    tensors: dict[str, TensorInfo]
-    _open: dict[Path, object] = field(default_factory=dict, repr=False, compare=False)
-
-    @classmethod
-    def open(cls, files: Iterable[Path]) -> SafetensorsFiles:
-        """Read the headers of `files`.
-
-        Raises:
-            InputRefused: A file is truncated or not safetensors, or two files hold a tensor of the same name.
-        """
-        tensors: dict[str, TensorInfo] = {}
-        opened: dict[Path, object] = {}
-        for file in files:
-            try:
-                opened[file] = handle = safetensors.safe_open(file, framework="pt")
-                names = list(handle.keys())
-                for name in names:
-                    part = handle.get_slice(name)
-                    if name in tensors:
-                        raise InputRefused(
-                            f"Tensor {name} is stored twice", where=str(file), found=f"also in {tensors[name].file}"
-                        )
-                    tensors[name] = TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
-            except safetensors.SafetensorError as error:
-                raise InputRefused(
-                    "The file is truncated or not safetensors",
-                    where=str(file),
-                    found=str(error),
-                    next_step="fetch or save the file again",
-                ) from error
-        return cls(tensors, opened)
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor `name` as stored (dtype and shape of its header), backed by the mapped file."""
-        info = self.tensors[name]
-        return self._open[info.file].get_tensor(name)
 
 
 @dataclass(frozen=True)
@@ -188,50 +117,6 @@ class Checkpoint:
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True, **overrides)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a base, in the order of its index.
-
-    Raises:
-        InputRefused: There are none (only pickles, or nothing), or the index names a file that is missing.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-        missing = [name for name in names if not (folder / name).is_file() or "/" in name or "\\" in name]
-        if missing or not names:
-            raise InputRefused(
-                "The checkpoint's index names files that are not there",
-                where=str(index),
-                found=", ".join(missing) or "no weight_map",
-                next_step="fetch the missing shards",
-            )
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    if single.exists():
-        return [single]
-    refuse_pickles(folder, "model")
-    raise InputRefused(
-        "The base has no weights",
-        where=str(folder),
-        expected="model.safetensors, or model.safetensors.index.json with its shards",
-        found=", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "an empty folder",
-    )
-
-
-def refuse_pickles(folder: Path, kind: str) -> None:
-    """Raise InputRefused if `folder` holds weights only as pickles, which can run code when they are read."""
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
-    if pickles:
-        raise InputRefused(
-            f"The {kind}'s weights are pickled; a pickle can run code, so it is never read",
-            where=str(folder),
-            expected="safetensors",
-            found=", ".join(pickles),
-            next_step="load it where you trust it and save again with save_pretrained(…, safe_serialization=True)",
-        )
 
 
 def _refuse_unsafe_or_unknown(config: dict, folder: Path) -> None:

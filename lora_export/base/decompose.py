@@ -64,8 +64,8 @@ def decompose(program: ExportedProgram, implemented: frozenset) -> bool:
     """Rewrite `program` in place so that all its operators are `implemented`, if that can be done one by one.
 
     Returns:
-        False, and the program is as it was, if it has an operator with no one-to-one counterpart, a submodule, or a
-        cast as an output.
+        False, and the program is as it was, if it has an operator with no one-to-one counterpart, one that
+        writes in place or has no known shape, a submodule, or a cast as an output.
     """
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     known = implemented | _CASTS | _SAME | _ASSERTIONS | _COUNTERPARTS.keys()
@@ -74,7 +74,9 @@ def decompose(program: ExportedProgram, implemented: frozenset) -> bool:
     # An output must stay the node that the program's signature names.
     gives_output = any(user.op == "output" for node in calls if node.target in _CASTS | _SAME for user in node.users)
     writes = any(isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable for op in overloads)
-    if has_submodules or gives_output or writes or not known.issuperset(overloads):
+    rewritten = [node for node in calls if node.target in _CASTS | _COUNTERPARTS.keys()]
+    is_described = all("val" in value.meta for node in rewritten for value in (node, *node.args[:1]))
+    if has_submodules or gives_output or writes or not is_described or not known.issuperset(overloads):
         return False
     for node in calls:
         if node.target in _CASTS and _dtype(node) != _dtype(node.args[0]):

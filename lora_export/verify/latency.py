@@ -12,10 +12,11 @@ Two things would still favour one candidate in every block, and both are taken o
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,16 +101,15 @@ def measure(
         max_ratio: Allowance for each ratio to the base; None to report only.
     """
     samples = [[[] for _ in race.candidates] for race in races]
-    done = 0
+    done = itertools.count(1)
     for number, n_blocks in enumerate(_spread(blocks, ROUNDS)):
         # Each round, another session is opened first.
         names = list(openers)
         turn = number % len(names)
         sessions = {name: openers[name]() for name in [*names[turn:], *names[:turn]]}
         for race, taken in zip(races, samples, strict=True):
-            progress(done, blocks * len(races))
-            _take_blocks(race, sessions, n_blocks, taken)
-            done += n_blocks
+            for _ in _take_blocks(race, sessions, n_blocks, taken):
+                progress(next(done), blocks * len(races))
         sessions.clear()  # before the next round opens its own
     return [_workload(race, taken, max_ratio) for race, taken in zip(races, samples, strict=True)]
 
@@ -120,13 +120,16 @@ def _spread(blocks: int, rounds: int) -> list[int]:
     return [count for count in counts if count]
 
 
-def _take_blocks(race: Race, sessions: Mapping[str, AdapterSession], n_blocks: int, samples: list[list[float]]) -> None:
-    """Time `n_blocks` ABBA blocks; milliseconds a run are added to each candidate's `samples`."""
+def _take_blocks(
+    race: Race, sessions: Mapping[str, AdapterSession], n_blocks: int, samples: list[list[float]]
+) -> Iterator[int]:
+    """Time `n_blocks` ABBA blocks, yielding after each; milliseconds a run are added to each candidate's `samples`."""
     runs = [bound_run(sessions[c.session], c.adapters, race.inputs) for c in race.candidates]
     repeats = [_warm_up(run) for run in runs]
-    for _ in range(n_blocks):
+    for block in range(n_blocks):
         for index in [*range(len(runs)), *reversed(range(len(runs)))]:
             samples[index].append(_sample_ms(runs[index], repeats[index]))
+        yield block
 
 
 def _workload(race: Race, samples: Sequence[Sequence[float]], max_ratio: float | None) -> Workload:

@@ -4,66 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from lora_export.artifact import AdapterRecord, Kind
 from lora_export.base.tasks import Task
 from lora_export.contract import AdapterInputKind
-from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
-from lora_export.runtime.generate import empty_cache
+from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.verify.compare import Outputs, compare
 from lora_export.verify.decoding import decoding_cases
 from lora_export.verify.environment import environment, subject
-from lora_export.verify.examples import Batch, Batcher, Examples, built_in_examples
+from lora_export.verify.examples import Batch, Batcher, built_in_examples
 from lora_export.verify.reference import Reference
 from lora_export.verify.results import CheckReport, ParityCase
-from lora_export.verify.tolerances import Tolerances, tolerances
+from lora_export.verify.runs import Bench, CheckRequest, run_export, run_reference
+from lora_export.verify.tolerances import tolerances
 
 _BATCH_SIZE = 8
 _MIXED_ROWS = 8
 # An effect that is not seen in so many batches is none.
 _EFFECT_BATCHES = 8
-
-
-@dataclass(frozen=True)
-class CheckRequest:
-    """What to check, everything located.
-
-    Attributes:
-        base: The base's folder.
-        adapters: PEFT folders by adapter name, all that the export holds.
-        data: Examples by adapter name; the key None serves all others.
-        merged: A merged export of one of the adapters, to compare a dynamic export with.
-    """
-
-    folder: Path
-    base: Path
-    adapters: Mapping[str, Path]
-    provider: str | None
-    data: Mapping[str | None, Examples]
-    merged: Path | None = None
-
-
-@dataclass(frozen=True)
-class _Bench:
-    """One export with its session and inputs, as the cases below use it."""
-
-    request: CheckRequest
-    session: AdapterSession
-    task: Task
-    gates: Tolerances
-    own: Mapping[str | None, Sequence[Batch]]
-    mixed: Batch
-
-    def run(self, batches: Sequence[Batch], adapters: RowAdapter | Sequence[RowAdapter]) -> Outputs:
-        return run_export(self.session, batches, adapters)
-
-    def reference(self, names: Sequence[str], n_labels: int | None) -> Reference:
-        paths = [self.request.adapters[name] for name in names]
-        return Reference(self.task, self.request.base, paths, self.session.manifest.dtype, n_labels)
 
 
 def run_check(request: CheckRequest, progress: Callable[[str, int, int], None]) -> CheckReport:
@@ -84,7 +44,7 @@ def run_check(request: CheckRequest, progress: Callable[[str, int, int], None]) 
     own = {name: batcher.batches(examples, _BATCH_SIZE) for name, examples in data.items()}
     own.setdefault(None, [batcher.random_pixels(_BATCH_SIZE)] if batcher.takes_images else [])
     mixed = batcher.random_pixels(_MIXED_ROWS) if batcher.takes_images else batcher.batch(data[None].rows[:_MIXED_ROWS])
-    bench = _Bench(request, session, task, tolerances(manifest.dtype, session.provider), own, mixed)
+    bench = Bench(request, session, task, tolerances(manifest.dtype, session.provider), own, mixed)
     skipped: list[str] = []
     if manifest.kind is Kind.MERGED:
         cases = _merged_cases(bench, batcher, data, skipped, progress)
@@ -101,27 +61,7 @@ def run_check(request: CheckRequest, progress: Callable[[str, int, int], None]) 
     )
 
 
-def run_export(
-    session: AdapterSession, batches: Sequence[Batch], adapters: RowAdapter | Sequence[RowAdapter]
-) -> Outputs:
-    """The export's main output over `batches`; a decoder starts from an empty cache."""
-    name = session.manifest.contract.outputs[0].name
-    values = []
-    for batch in batches:
-        inputs = batch.inputs | empty_cache(session, len(next(iter(batch.inputs.values()))))
-        values.append(session.run(inputs, adapters, outputs=[name])[name].astype(np.float32))
-    return Outputs(name, tuple(values), tuple(b.real for b in batches), tuple(b.labels for b in batches))
-
-
-def run_reference(reference: Reference, batches: Sequence[Batch]) -> Outputs:
-    """The reference's main output over `batches`."""
-    found = [reference.run(batch.inputs) for batch in batches]
-    name = next(iter(found[0]))
-    values = tuple(outputs[name] for outputs in found)
-    return Outputs(name, values, tuple(b.real for b in batches), tuple(b.labels for b in batches))
-
-
-def _merged_cases(bench: _Bench, batcher: Batcher, data, skipped: list[str], progress) -> list[ParityCase]:
+def _merged_cases(bench: Bench, batcher: Batcher, data, skipped: list[str], progress) -> list[ParityCase]:
     records = bench.session.manifest.adapters
     names = [record.name for record in records]
     progress("checking", 0, 1)
@@ -139,7 +79,7 @@ def _merged_cases(bench: _Bench, batcher: Batcher, data, skipped: list[str], pro
     return cases
 
 
-def _dynamic_cases(bench: _Bench, batcher: Batcher, data, skipped: list[str], progress) -> list[ParityCase]:
+def _dynamic_cases(bench: Bench, batcher: Batcher, data, skipped: list[str], progress) -> list[ParityCase]:
     cases: list[ParityCase] = []
     alone: dict[str | None, Outputs] = {}
     records = bench.session.manifest.adapters
@@ -177,16 +117,14 @@ def _dynamic_cases(bench: _Bench, batcher: Batcher, data, skipped: list[str], pr
     return cases
 
 
-def _without(
-    reference: Reference, batches: Sequence[Batch], records: Sequence[AdapterRecord], bench: _Bench
-) -> Outputs:
+def _without(reference: Reference, batches: Sequence[Batch], records: Sequence[AdapterRecord], bench: Bench) -> Outputs:
     """The reference without the adapter; with the head that it brings, so that only the pairs' effect counts."""
     brings_head = any(record.replaced for record in records)
     with reference.without_pairs() if brings_head else reference.without_adapter():
         return run_reference(reference, batches[:_EFFECT_BATCHES])
 
 
-def _body_case(bench: _Bench, reference: Reference, record: AdapterRecord) -> ParityCase:
+def _body_case(bench: Bench, reference: Reference, record: AdapterRecord) -> ParityCase:
     """The base's body, seen through the head of an adapter whose pairs are off, where the base has no head."""
     with reference.without_pairs():
         expected = run_reference(reference, bench.own[None])
@@ -205,7 +143,7 @@ def _body_case(bench: _Bench, reference: Reference, record: AdapterRecord) -> Pa
     return compare("base", "base", f"PEFT with {record.name}'s head and its pairs off", expected, found, bench.gates)
 
 
-def _row_cases(bench: _Bench, alone: Mapping[str | None, Outputs]) -> list[ParityCase]:
+def _row_cases(bench: Bench, alone: Mapping[str | None, Outputs]) -> list[ParityCase]:
     """A batch with another adapter in each row, against each row alone, in PEFT and in ONNX Runtime."""
     names = list(alone)
     n_rows = len(bench.mixed.labels)
@@ -237,7 +175,7 @@ def _row_cases(bench: _Bench, alone: Mapping[str | None, Outputs]) -> list[Parit
     ]
 
 
-def _sequence_cases(bench: _Bench) -> list[ParityCase]:
+def _sequence_cases(bench: Bench) -> list[ParityCase]:
     """A → B → A → none in one session, against a fresh session for each."""
     names = list(bench.session.adapters)
     if not names:
@@ -257,7 +195,7 @@ def _sequence_cases(bench: _Bench) -> list[ParityCase]:
     return [compare(label, "sequence", "a fresh session for each", joined(fresh), joined(values), bench.gates)]
 
 
-def _merged_against_dynamic(bench: _Bench) -> ParityCase:
+def _merged_against_dynamic(bench: Bench) -> ParityCase:
     merged = AdapterSession(bench.request.merged, bench.session.provider)
     names = [record.name for record in merged.manifest.adapters]
     blend = dict.fromkeys(names, 1.0)

@@ -1,0 +1,90 @@
+"""An output folder appears whole or not at all: built beside its place and renamed into it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from lora_export.artifact import MANIFEST
+from lora_export.errors import EnvironmentUnusable, InputRefused
+
+
+def refuse_existing(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that exists, unless `overwrite` and it is an earlier export or empty.
+
+    Raises:
+        InputRefused: It exists, and `overwrite` is off or replacing it would delete something that is no export.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise InputRefused("The output folder exists", where=str(out), next_step="name another, or add --overwrite")
+    if not (out / MANIFEST).is_file():
+        raise InputRefused(
+            "The output folder holds something that is no export; it is not replaced, even with --overwrite",
+            where=str(out),
+            expected=f"a folder with {MANIFEST}, or none",
+            next_step="name another folder, or remove this one yourself",
+        )
+
+
+@contextlib.contextmanager
+def staging(out: Path, *, overwrite: bool, n_bytes: int) -> Iterator[Path]:
+    """A folder beside `out` to build in, renamed to `out` on success and removed on failure.
+
+    Args:
+        n_bytes: What the export will need, checked against the free disk first.
+
+    Raises:
+        InputRefused: `out` is in the way (see `refuse_existing`).
+        EnvironmentUnusable: The disk is too small, fills up, or cannot be written.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    token = uuid.uuid4().hex[:8]
+    stage = out.parent / f".{out.name}.{token}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        require_disk(out.parent, n_bytes)
+        stage.mkdir()
+        yield stage
+        _publish(stage, out, token)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EnvironmentUnusable(
+                "The disk is full; nothing was published", where=str(out.parent), next_step="free some space, run again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise EnvironmentUnusable(
+                "The output folder cannot be written", where=str(out), found=os.strerror(error.errno)
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def require_disk(folder: Path, n_bytes: int) -> None:
+    """Raise EnvironmentUnusable unless the file system of `folder`, which need not exist yet, has `n_bytes` free."""
+    absolute = folder.absolute()
+    existing = next(parent for parent in (absolute, *absolute.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < n_bytes:
+        raise EnvironmentUnusable(
+            "The disk is too small for this export",
+            where=str(folder),
+            expected=f"{n_bytes / 1e6:,.0f} MB free",
+            found=f"{free / 1e6:,.0f} MB free",
+            next_step="free some space, or name a folder on another disk with -o",
+        )
+
+
+def _publish(stage: Path, out: Path, token: str) -> None:
+    old = out.parent / f".{out.name}.{token}.old"
+    if out.exists():
+        out.rename(old)
+    stage.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
