@@ -56,6 +56,9 @@ class AdapterRecord:
         replaced: Linear modules (and other tensors) it replaces as a whole.
         n_labels: Size of its classification head, if it brings one.
         file: Its `.onnx_adapter`, relative to the folder; None if it is merged.
+        weight: Its weight in a merged sum.
+        convert_rank: The rank, or share of energy, that another tuner was converted to LoRA with; None for LoRA.
+        conversion_errors: What that lost, `‖ΔW − BA‖ / ‖ΔW‖` by module.
     """
 
     name: str
@@ -68,6 +71,8 @@ class AdapterRecord:
     n_labels: int | None = None
     file: str | None = None
     weight: float = 1.0
+    convert_rank: float | None = None
+    conversion_errors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

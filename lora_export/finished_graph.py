@@ -97,28 +97,39 @@ def _has_default(entry: AdapterInput, resolved: Resolved) -> bool:
 
 
 def _untied(resolved: Resolved) -> dict[str, str]:
-    """Modules whose tied weight a merged adapter changes → the path under which the rest keeps the shared tensor."""
-    found = {}
-    for adapter in resolved.source.adapters:
-        changed = [*adapter.lora, *adapter.replaced_modules]
-        for module in changed:
-            others = [
-                alias for alias in resolved.source.aliases.get(f"{module}.weight", ()) if alias != f"{module}.weight"
-            ]
-            if others:
-                found[module] = others[0]
-        # A replaced embedding keeps the shared tensor's name; the head tied to it keeps the base's numbers.
-        for path in adapter.replaced:
-            if path.removesuffix(".weight") not in adapter.replaced_modules:
-                tied = [alias for alias in resolved.source.aliases.get(path, ()) if alias not in adapter.replaced]
-                found |= {alias.removesuffix(".weight"): path for alias in tied}
-    if len(found) > 1 and len(set(found.values()) & {f"{module}.weight" for module in found}) > 0:
-        raise InputRefused(
-            "An adapter changes both sides of a tied weight",
-            where=", ".join(found),
-            next_step="merge it in PEFT, save the model untied, and export that as a base without adapters",
-        )
+    """Modules to split off a tied weight, as merged adapters change its uses differently → the path under which the
+    rest keeps the shared tensor.
+
+    1. An embedding and the heads tied to it: the heads are split off.
+    2. Linear modules tied to each other: those that change are.
+    """
+    found: dict[str, str] = {}
+    for group in {id(paths): paths for paths in resolved.source.aliases.values() if len(paths) > 1}.values():
+        changes = {path: [_signature(adapter, path) for adapter, _ in resolved.source.adapters] for path in group}
+        tables = [path for path in group if _is_embedding(resolved.model, path)]
+        unchanged = [path for path in group if not any(map(any, changes[path]))]
+        keeper = next(iter(tables or unchanged or group))
+        if any(changes[path] != changes[keeper] for path in tables):
+            raise InputRefused(
+                "An adapter changes one of several embeddings that share a weight",
+                where=", ".join(tables),
+                next_step="merge it in PEFT, save the model untied, and export that as a base without adapters",
+            )
+        split = [path for path in group if path not in tables and changes[path] != changes[keeper]]
+        found |= {path.removesuffix(".weight"): keeper for path in split}
     return found
+
+
+def _signature(adapter: Adapter, path: str) -> tuple[int, ...]:
+    """What an adapter does to a parameter, comparable between tied paths: identities of its values, () for nothing."""
+    module = path.removesuffix(".weight")
+    values = (adapter.replaced.get(path), adapter.lora.get(module), adapter.embeddings.get(module))
+    values += (adapter.token_rows.get(path), adapter.layers.get(module))
+    return tuple(id(value) for value in values) if any(value is not None for value in values) else ()
+
+
+def _is_embedding(model: torch.nn.Module, path: str) -> bool:
+    return isinstance(model.get_submodule(path.rpartition(".")[0]), torch.nn.Embedding)
 
 
 def describe(model: ir.Model, adapter_inputs: Sequence[AdapterInput]) -> GraphContract:

@@ -6,7 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
-from lora_export.adapters.peft_reader import AdapterFolder, open_adapter
+from lora_export.adapters.folder import AdapterFolder, open_adapter
 from lora_export.adapters.support import options_in_use
 from lora_export.artifact import MANIFEST, Manifest, carried_files, read_manifest
 from lora_export.base.checkpoint import Checkpoint, locate

@@ -86,11 +86,14 @@ def export(request: Request, options: ExportOptions, progress: Progress = silent
             written = write_graph(model, folder, resolved.source.make_weight, adapter_inputs, meter)
             contract = describe(model, written.adapter_inputs)
             records = []
-            for source, adapter, config in zip(plan.folders, resolved.adapters, plan.adapter_configs, strict=True):
+            for source, adapter, config, weight in zip(
+                plan.folders, resolved.adapters, plan.adapter_configs, request.weight_of_each, strict=True
+            ):
                 if request.mode == "merge":
-                    records.append(merged_record(source, adapter, config.num_labels))
+                    records.append(merged_record(source, adapter, config.num_labels, weight))
                 else:
-                    records.append(served_record(source, adapter, config.num_labels, contract, resolved.source, folder))
+                    described = (source, adapter, config.num_labels, contract, resolved.source, folder)
+                    records.append(served_record(*described, request.convert_rank))
             files = written.sha256 | write_config(plan, folder)
             files |= carry_files(plan.checkpoint.path, {f.name: f.path for f in plan.folders}, folder)
             files |= write_genai_config(folder, plan.config, contract) if plan.task is Task.TEXT_GENERATION else {}

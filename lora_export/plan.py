@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_export.adapters.factors import Adapter
-from lora_export.adapters.peft_reader import AdapterFolder, open_adapter, read_adapter
-from lora_export.adapters.support import MERGE_IN_PEFT, require_supported
+from lora_export.adapters.folder import AdapterFolder, open_adapter
+from lora_export.adapters.peft_reader import read_adapter
+from lora_export.adapters.support import require_supported
 from lora_export.base.checkpoint import Checkpoint, checkpoint_names, locate
 from lora_export.base.tasks import CLASSIFICATION, Task, resolve_task
 from lora_export.base.weightless import build_weightless, parameter_aliases
+from lora_export.completion import completed
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.weights import ParameterSource
 
@@ -26,6 +28,9 @@ class Request:
         adapters: (folder or hub id, name or None) of each adapter.
         mode: "merge" or "dynamic".
         dtype: None for the checkpoint's.
+        weights: Of each adapter in a merged sum; empty for 1 each.
+        convert_rank: Rank to convert tuners other than LoRA with, to serve them: a whole number, or a share of the
+            energy between 0 and 1; None to refuse them.
     """
 
     base: str | None
@@ -34,6 +39,12 @@ class Request:
     task: str | None = None
     dtype: str | None = None
     provider: str = "cpu"
+    weights: tuple[float, ...] = ()
+    convert_rank: float | None = None
+
+    @property
+    def weight_of_each(self) -> tuple[float, ...]:
+        return self.weights or (1.0,) * len(self.adapters)
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,14 @@ def make_plan(request: Request) -> Plan:
     """
     folders = tuple(open_adapter(locate(given, kind="adapter").path, given, name) for given, name in request.adapters)
     _refuse_equal_names(folders)
+    if len(request.weight_of_each) != len(folders):
+        raise UsageProblem(
+            "--weight is given once for each adapter, in order",
+            expected=f"{len(folders)} weights",
+            found=f"{len(request.weights)}",
+        )
     for folder in folders:
-        require_supported(folder.config, request.mode, folder.name)
+        require_supported(folder.config, request.mode, folder.name, convert_rank=request.convert_rank)
     checkpoint = Checkpoint.open(locate(_base_of(request.base, folders), kind="base"))
     peft_tasks = {folder.name: folder.config.get("task_type") for folder in folders}
     task = resolve_task(request.task, checkpoint.config, peft_tasks, str(checkpoint.path))
@@ -98,16 +115,25 @@ def _base_of(base: str | None, folders: Sequence[AdapterFolder]) -> str:
 
 
 def _config_for(config, task: Task, folder: AdapterFolder):
-    """`config` with the number of labels that the adapter's head has, read off the head's shape."""
-    if task not in CLASSIFICATION or not folder.config.get("modules_to_save"):
-        return config
+    """`config` with the number of labels and the vocabulary that the adapter's file has, read off its shapes."""
     model = build_weightless(task, config, "float32")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    names = {id(module): name for name, module in model.named_modules()}
+    table = f"{names.get(id(embedding))}.weight"
+    labels = config.num_labels
     for key, shape in folder.shapes.items():
-        expected = shapes.get(key.removeprefix("base_model.model."))
-        if expected and shape[1:] == expected[1:] and expected[0] == config.num_labels != shape[0]:
-            return with_labels(config, folder.labels, shape[0])
-    return with_labels(config, folder.labels, config.num_labels)
+        path = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        expected = shapes.get(path)
+        if not expected or shape[1:] != expected[1:] or shape[0] == expected[0]:
+            continue
+        if path == table:
+            config = copy.deepcopy(config)
+            config.get_text_config().vocab_size = shape[0]
+        elif task in CLASSIFICATION and expected[0] == config.num_labels:
+            labels = shape[0]
+    brings_head = task in CLASSIFICATION and bool(folder.config.get("modules_to_save"))
+    return with_labels(config, folder.labels, labels) if brings_head else config
 
 
 def with_labels(config, labels: dict[int, str] | None, n_labels: int):
@@ -153,22 +179,19 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
         InputRefused: An adapter does not fit the base, or holds numbers that are not finite.
     """
     model = build_weightless(plan.task, plan.config, plan.dtype)
-    adapters = tuple(
+    read = tuple(
         read_adapter(folder, _model_to_read_on(plan, config, model))
         for folder, config in zip(plan.folders, plan.adapter_configs, strict=True)
     )
-    if plan.request.mode == "dynamic":
-        for adapter in adapters:
-            require_servable(adapter)
     shapes = {path: tuple(tensor.shape) for path, tensor in model.state_dict().items()}
-    head = head_parameters(adapters, model, plan.task, everything=zeros_for_missing_head)
-    merged = adapters if plan.request.mode == "merge" else ()
-    replaced = frozenset(path for adapter in merged for path in adapter.replaced)
+    head = head_parameters(read, model, plan.task, everything=zeros_for_missing_head)
+    brought = {path for adapter in read for path in (*adapter.replaced, *adapter.base_copies)}
+    replaced = frozenset(brought) if plan.request.mode == "merge" else frozenset()
     names = checkpoint_names(model, plan.checkpoint.files, replaced)
-    source = ParameterSource(plan.checkpoint, names, parameter_aliases(model), shapes, merged, head)
-    for adapter in adapters:
-        require_same_base(adapter, source)
-    return Resolved(adapters, source, model)
+    base = ParameterSource(plan.checkpoint, names, parameter_aliases(model), shapes, zeros_for=head)
+    adapters = tuple(completed(adapter, base, plan.request.mode, plan.request.convert_rank) for adapter in read)
+    merged = tuple(zip(adapters, plan.request.weight_of_each, strict=True)) if plan.request.mode == "merge" else ()
+    return Resolved(adapters, replace(base, adapters=merged), model)
 
 
 def _model_to_read_on(plan: Plan, config, model):
@@ -176,31 +199,6 @@ def _model_to_read_on(plan: Plan, config, model):
     if config is plan.config and plan.dtype == "float32":
         return model
     return build_weightless(plan.task, config, "float32")
-
-
-def require_servable(adapter: Adapter) -> None:
-    """Raise InputRefused if the adapter replaces tensors of a module that is no Linear: those cannot be inputs."""
-    served = {f"{module}.{part}" for module in adapter.replaced_modules for part in ("weight", "bias")}
-    rest = [path for path in adapter.replaced if path not in served]
-    if rest:
-        raise InputRefused(
-            f"Adapter {adapter.name!r} replaces modules that are not Linear (modules_to_save)",
-            where=", ".join(rest[:6]),
-            expected="Linear modules, such as a classification head",
-            next_step="merge this adapter into a graph of its own",
-        )
-
-
-def require_same_base(adapter: Adapter, source: ParameterSource) -> None:
-    """Raise InputRefused if what the adapter's file holds of the base is not what the base holds."""
-    for path, copied in adapter.base_copies.items():
-        if not source.stores(path, copied):
-            raise InputRefused(
-                f"Adapter {adapter.name!r} brings a copy of a base's weight that is not this base's",
-                where=f"{path}, saved beside its LoRA pair",
-                expected="the base's own numbers",
-                next_step="use the base it was trained on; if that weight was trained or resized, " + MERGE_IN_PEFT,
-            )
 
 
 def head_parameters(adapters: Sequence[Adapter], model, task: Task, *, everything: bool) -> frozenset[str]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from lora_export.adapters.factors import Adapter
+from lora_export.adapters.folder import AdapterFolder
 from lora_export.adapters.pack import pack, write_onnx_adapter
-from lora_export.adapters.peft_reader import AdapterFolder
 from lora_export.artifact import ADAPTERS, AdapterRecord, SourceRecord, sha256_of
 from lora_export.base.stored import weight_files
 from lora_export.contract import GraphContract
@@ -40,23 +39,31 @@ def write_config(plan: Plan, folder: Path) -> dict[str, str]:
 
 
 def served_record(
-    source: AdapterFolder, adapter: Adapter, n_labels: int, contract: GraphContract, base: ParameterSource, folder: Path
+    source: AdapterFolder,
+    adapter: Adapter,
+    n_labels: int,
+    contract: GraphContract,
+    base: ParameterSource,
+    folder: Path,
+    convert_rank: float | None = None,
 ) -> AdapterRecord:
     """Pack `adapter` into `folder/adapters/` and describe it.
 
     Raises:
         InputRefused: It needs modules that the graph has no inputs for.
     """
-    tensors = pack(adapter, contract, lambda path: base.parameter(path, torch.float32))
+    tensors = pack(adapter, contract, base.base)
     file = f"{ADAPTERS}/{adapter.name}.onnx_adapter"
     (folder / ADAPTERS).mkdir(exist_ok=True)
     write_onnx_adapter(folder / file, tensors)
-    return _record(source, adapter, n_labels, file)
+    is_converted = source.config.get("peft_type") not in ("LORA", "ADALORA", "TRAINABLE_TOKENS")
+    record = _record(source, adapter, n_labels, file)
+    return replace(record, convert_rank=convert_rank if is_converted else None)
 
 
-def merged_record(source: AdapterFolder, adapter: Adapter, n_labels: int) -> AdapterRecord:
-    """Describe an adapter that was folded into the graph."""
-    return _record(source, adapter, n_labels, None)
+def merged_record(source: AdapterFolder, adapter: Adapter, n_labels: int, weight: float) -> AdapterRecord:
+    """Describe an adapter that was folded into the graph, with its weight in the sum."""
+    return replace(_record(source, adapter, n_labels, None), weight=weight)
 
 
 def _record(source: AdapterFolder, adapter: Adapter, n_labels: int, file: str | None) -> AdapterRecord:
@@ -64,10 +71,11 @@ def _record(source: AdapterFolder, adapter: Adapter, n_labels: int, file: str | 
         name=adapter.name,
         source=SourceRecord(source.given, None, {}),
         ranks=adapter.ranks,
-        scales=tuple(sorted({pair.scale for pair in adapter.lora.values()})),
-        targets=tuple(adapter.lora),
+        scales=tuple(sorted({pair.scale for pair in (*adapter.lora.values(), *adapter.embeddings.values())})),
+        targets=adapter.modules,
         replaced=tuple(adapter.replaced),
         labels=source.labels,
         n_labels=n_labels if adapter.replaced else None,
         file=file,
+        conversion_errors=dict(adapter.conversion_errors),
     )

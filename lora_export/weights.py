@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
 
 import numpy as np
 import torch
 
-from lora_export.adapters.factors import Adapter, fold
+from lora_export.adapters.factors import Adapter
+from lora_export.adapters.merging import apply_changes, change_of
 from lora_export.base.checkpoint import Checkpoint
 from lora_export.base.weightless import TORCH_DTYPES
 from lora_export.errors import InputRefused
@@ -26,7 +27,7 @@ class ParameterSource:
         stored_names: Model path → checkpoint name, for what the checkpoint holds.
         aliases: Model path → all paths of the same (tied) tensor.
         shapes: Model path → shape.
-        adapters: Adapters to fold in.
+        adapters: Adapters to fold in, each with its weight in the sum.
         zeros_for: Paths that may be missing from the checkpoint: the default of a head that the base never had.
     """
 
@@ -34,7 +35,7 @@ class ParameterSource:
     stored_names: Mapping[str, str]
     aliases: Mapping[str, tuple[str, ...]]
     shapes: Mapping[str, tuple[int, ...]]
-    adapters: Sequence[Adapter] = ()
+    adapters: Sequence[tuple[Adapter, float]] = ()
     zeros_for: frozenset[str] = frozenset()
 
     def stored_name(self, path: str) -> str | None:
@@ -56,22 +57,22 @@ class ParameterSource:
         Raises:
             InputRefused: The checkpoint lacks it, or it is not finite, or overflows `dtype`.
         """
-        weight = self._unfolded(path)
-        module = path.removesuffix(".weight")
-        pairs = [adapter.lora[module] for adapter in self.adapters if path != module and module in adapter.lora]
-        is_copy = transposed and weight.ndim == 2
-        if is_copy:  # first, so that the adapters are folded into the copy
-            weight = weight.T.clone(memory_format=torch.contiguous_format)
-            pairs = [replace(pair, weight_is_in_out=not pair.weight_is_in_out) for pair in pairs]
-        result = fold(weight, pairs, dtype, in_place=is_copy) if weight.is_floating_point() else weight
+        found = (change_of(adapter, weight, path, self.base) for adapter, weight in self.adapters)
+        changes = [change for change in found if change is not None]
+        brought = [adapter.replaced[path] for adapter, _ in self.adapters if path in adapter.replaced]
+        lacks = bool(brought) and self.stored_name(path) is None
+        weight = torch.zeros(brought[0].shape) if lacks else self.base(path)
+        result = apply_changes(weight, changes, dtype, transposed=transposed)
         if result.is_floating_point() and not all_finite(result):
             self._refuse_not_finite(path, result)
         return result
 
-    def _unfolded(self, path: str) -> torch.Tensor:
-        replaced = [adapter.replaced[path] for adapter in self.adapters if path in adapter.replaced]
-        if replaced:
-            return replaced[-1]
+    def base(self, path: str) -> torch.Tensor:
+        """The base's own parameter at `path`, as it is stored.
+
+        Raises:
+            InputRefused: The checkpoint lacks it.
+        """
         if (name := self.stored_name(path)) is not None:
             return self.checkpoint.files.read(name)
         if path in self.zeros_for:
@@ -84,7 +85,7 @@ class ParameterSource:
 
     def _refuse_not_finite(self, path: str, result: torch.Tensor) -> NoReturn:
         n_bad = int((~torch.isfinite(result)).sum())
-        stored = bool(torch.isfinite(self._unfolded(path)).all())
+        stored = self.stored_name(path) is None or bool(torch.isfinite(self.base(path)).all())
         raise InputRefused(
             f"A weight overflows {str(result.dtype).removeprefix('torch.')}" if stored else "A weight is not finite",
             where=f"{self.checkpoint.path}: {path}",

@@ -6,220 +6,213 @@ every tensor of the file must arrive, be finite, and have the shape that the bas
 
 from __future__ import annotations
 
-import json
+import copy
 import re
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import safetensors
 import torch
 
-from lora_export.adapters.factors import Adapter, LoraFactors
+from lora_export.adapters.factors import Adapter, LoraFactors, MergedLayer, TokenRows
+from lora_export.adapters.folder import WEIGHTS, AdapterFolder
+from lora_export.adapters.initialization import changes_base
+from lora_export.adapters.peft_layer import PeftLayer
 from lora_export.errors import InputRefused
 
-_WEIGHTS = "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class AdapterFolder:
-    """An adapter on disk, headers only: what can be known without a base.
-
-    Attributes:
-        config: `adapter_config.json`.
-        shapes: Shape of every tensor in the file, by PEFT key.
-    """
-
-    name: str
-    path: Path
-    given: str
-    config: dict
-    shapes: dict[str, tuple[int, ...]]
-
-    @property
-    def base(self) -> str | None:
-        return self.config.get("base_model_name_or_path") or None
-
-    @property
-    def labels(self) -> dict[int, str] | None:
-        """`id2label` of a `config.json` beside the adapter, if its trainer saved one."""
-        try:
-            raw = json.loads((self.path / "config.json").read_text(encoding="utf-8")).get("id2label")
-        except (FileNotFoundError, json.JSONDecodeError, AttributeError):
-            return None
-        return {int(key): str(value) for key, value in raw.items()} if isinstance(raw, dict) else None
-
-
-def open_adapter(path: Path, given: str, name: str | None = None) -> AdapterFolder:
-    """Read the headers of the adapter in folder `path`.
-
-    Raises:
-        InputRefused: No config, only pickled weights, truncated or foreign files, or a name unusable as a file name.
-    """
-    name = name or path.name
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise InputRefused(
-            "An adapter's name becomes a file name",
-            where=str(path),
-            expected="letters, digits, '.', '_' and '-'",
-            found=repr(name),
-            next_step="give a name with --name",
-        )
-    config_file = path / "adapter_config.json"
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputRefused(
-            "The folder holds no PEFT adapter",
-            where=str(path),
-            expected="adapter_config.json and adapter_model.safetensors",
-            found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
-        ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputRefused("adapter_config.json is not valid JSON", where=str(config_file), found=str(error)) from error
-    if not isinstance(config, dict):
-        raise InputRefused("adapter_config.json holds no JSON object", where=str(config_file))
-    return AdapterFolder(name, path, given, config, _read_shapes(path))
-
-
-def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    file = path / _WEIGHTS
-    if not file.exists():
-        pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        if pickles:
-            raise InputRefused(
-                "The adapter's weights are pickled; a pickle can run code, so it is never read",
-                where=str(path),
-                expected=_WEIGHTS,
-                found=", ".join(pickles),
-                next_step="load it where you trust it and save again with save_pretrained (safetensors is the default)",
-            )
-        raise InputRefused("The adapter has no weights", where=str(path), expected=_WEIGHTS)
-    try:
-        with safetensors.safe_open(file, framework="pt") as handle:
-            return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118 not a dict
-    except safetensors.SafetensorError as error:
-        raise InputRefused(
-            "The file is truncated or not safetensors",
-            where=str(file),
-            found=str(error),
-            next_step="fetch or save the adapter again",
-        ) from error
+_PREFIX = "base_model.model."
 
 
 def read_adapter(folder: AdapterFolder, base: torch.nn.Module) -> Adapter:
-    """The adapter in `folder`, resolved by PEFT on `base`, a weightless model that is left as it was.
+    """The adapter in `folder`, resolved by PEFT on a copy of `base`, a weightless model.
 
     Raises:
         InputRefused: A tensor does not fit the base, is left over, missing or not finite; nothing is adapted.
     """
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
-    from peft.utils import ModulesToSaveWrapper
+    from peft import get_peft_model_state_dict
 
-    # PEFT puts these into the base itself, which others read after this adapter.
-    own = {path: base.get_parameter(path) for path in _base_copies(folder, base)}
-    model = _load_with_peft(PeftModel, folder, base)
+    model = _load_with_peft(folder, _copy_of(base))
+    found = _Found()
+    for path, module in _adapted_modules(model.base_model.model):
+        found.add(path, module)
+    carried = {key: path for key, path in _base_parameters(folder, base).items() if path not in found.replaced}
+    known = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    _require_all_placed(folder, known | carried.keys())
+    _require_finite(folder)
+    brought = {path: model.get_parameter(key).detach() for key, path in carried.items()}
+    copies = {path: tensor for path, tensor in brought.items() if path.endswith(".weight")}
+    biases = {path: tensor for path, tensor in brought.items() if path not in copies}
+    return Adapter(
+        folder.name,
+        found.lora,
+        found.replaced | biases,
+        tuple(found.linear),
+        folder.config,
+        copies,
+        found.embeddings,
+        found.token_rows,
+        found.layers,
+    )
+
+
+def _copy_of(base: torch.nn.Module) -> torch.nn.Module:
+    """Modules of its own, as PEFT puts its layers and some of the adapter's tensors into them; the same tensors."""
+    return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
+
+
+def _load_with_peft(folder: AdapterFolder, base: torch.nn.Module) -> torch.nn.Module:
+    from peft import PeftConfig, PeftModel
+
     try:
-        lora: dict[str, LoraFactors] = {}
-        replaced: dict[str, torch.Tensor] = {}
-        linear: list[str] = []
-        originals: dict[str, torch.nn.Module] = {}
-        for path, module in model.base_model.model.named_modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                originals[path] = module.original_module
-                saved = module.modules_to_save["default"]
-                replaced |= {_join(path, name): tensor.detach() for name, tensor in saved.state_dict().items()}
-                linear += [_join(path, n) for n, m in saved.named_modules() if isinstance(m, torch.nn.Linear)]
-            elif isinstance(module, LoraLayer) and "default" in module.scaling:
-                lora[path] = _factors(path, module)
-    finally:
-        model.base_model.unload()
-        for path, original in originals.items():  # where PEFT leaves the adapter's own module
-            base.set_submodule(path, original)
-        copies = {path: base.get_parameter(path).detach() for path in own}
-        for path, parameter in own.items():
-            module, _, name = path.rpartition(".")
-            setattr(base.get_submodule(module), name, parameter)
-    _require_sound(folder, lora, replaced, copies)
-    return Adapter(folder.name, lora, replaced, tuple(linear), folder.config, copies)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            config = PeftConfig.from_pretrained(str(folder.path))
+            if changes_base(folder.config):
+                config.init_lora_weights = True  # needs the base's weights: done when the pair is folded or packed
+            model = PeftModel.from_pretrained(base, folder.path, config=config, low_cpu_mem_usage=True).eval()
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, re.error) as error:
+        raise InputRefused(
+            "PEFT cannot load the adapter onto this base",
+            where=str(folder.path),
+            found=" ".join(str(error).split())[:600],
+            next_step=_check_base(folder),
+        ) from error
+    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message).lower()]
+    unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing or unfilled:
+        raise InputRefused(
+            "The adapter's file lacks tensors that its config promises for this base",
+            where=str(folder.path),
+            found=" ".join(missing[0].split())[:600] if missing else ", ".join(unfilled[:6]),
+            next_step=_check_base(folder),
+        )
+    return model
 
 
-def _base_copies(folder: AdapterFolder, base: torch.nn.Module) -> list[str]:
-    """The base's parameters that the file also holds: PEFT's default for an adapted embedding or `lm_head`."""
-    names = (re.fullmatch(r"base_model\.model\.(.+)\.base_layer\.(weight|bias)", key) for key in folder.shapes)
-    paths = (f"{name[1]}.{name[2]}" for name in names if name)
+def _check_base(folder: AdapterFolder) -> str:
+    return f"check that the base is the one it was trained on ({folder.base or 'not recorded'})"
+
+
+def _base_parameters(folder: AdapterFolder, base: torch.nn.Module) -> dict[str, str]:
+    """What the file holds of the base itself, key → path in the base.
+
+    Biases (`bias="all"` or `"lora_only"`), and the weight of an adapted embedding or `lm_head`, or of a resized one.
+    """
     known = dict(base.named_parameters(remove_duplicate=False))
-    return [path for path in paths if path in known]
+    paths = {key: key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in folder.shapes}
+    return {key: path for key, path in paths.items() if path in known}
+
+
+def _require_all_placed(folder: AdapterFolder, known: set[str]) -> None:
+    left = sorted(key for key in folder.shapes if key not in known)
+    if left:
+        raise InputRefused(
+            "The adapter's file holds tensors that have no place on this base",
+            where=str(folder.path),
+            expected=f"{len(folder.shapes) - len(left)} of its {len(folder.shapes)} tensors have one",
+            found=", ".join(left[:6]) + (f" and {len(left) - 6} more" if len(left) > 6 else ""),
+            next_step=_check_base(folder),
+        )
+
+
+def _require_finite(folder: AdapterFolder) -> None:
+    with safetensors.safe_open(folder.path / WEIGHTS, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 not a dict
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise InputRefused(
+                    "The adapter holds numbers that are not finite",
+                    where=f"{folder.path}: {name}",
+                    found=f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} elements are NaN or infinite",
+                    next_step="the training diverged; use an earlier checkpoint",
+                )
+
+
+def _adapted_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """PEFT's outermost layers and wrappers in `model`, by the path of the base's module that they stand for."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not path.startswith(inside):
+            inside = (*inside, f"{path}.")
+            yield path, module
+
+
+@dataclass
+class _Found:
+    """Collects what the layers hold, by kind; see `Adapter`."""
+
+    lora: dict[str, LoraFactors] = field(default_factory=dict)
+    embeddings: dict[str, LoraFactors] = field(default_factory=dict)
+    token_rows: dict[str, TokenRows] = field(default_factory=dict)
+    layers: dict[str, MergedLayer] = field(default_factory=dict)
+    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+    linear: list[str] = field(default_factory=list)
+
+    def add(self, path: str, module: torch.nn.Module) -> None:
+        """Sort in one of PEFT's layers.
+
+        1. A wrapper or layer that holds whole tensors: `modules_to_save`, LN tuning.
+        2. Replaced rows of an embedding.
+        3. LoRA on a linear map or an embedding, plain or (linear) DoRA: our own mathematics.
+        4. Anything else: PEFT's own merge.
+        """
+        from peft.tuners.ln_tuning.layer import LNTuningLayer
+        from peft.tuners.lora import layer as lora
+        from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+        from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+        if isinstance(module, ModulesToSaveWrapper):
+            self._replace(path, module.modules_to_save["default"])
+        elif isinstance(module, LNTuningLayer):
+            self._replace(path, module.ln_tuning_layers["default"])
+        elif isinstance(module, TrainableTokensWrapper):
+            self._add_rows(path, module.token_adapter)
+        elif isinstance(module, TrainableTokensLayer):
+            self._add_rows(path, module)
+        elif type(module) is lora.Linear and _variant(module) in ("", "DoraLinearVariant", "MiCALinearVariant"):
+            self.lora[path] = _linear_factors(path, module)
+        elif type(module) is lora.Embedding and _variant(module) == "":
+            self.embeddings[path] = _embedding_factors(path, module)
+        else:
+            self.layers[path] = PeftLayer.of(module)
+
+    def _replace(self, path: str, module: torch.nn.Module) -> None:
+        self.replaced |= {_join(path, name): tensor.detach() for name, tensor in module.state_dict().items()}
+        self.linear += [_join(path, n) for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)]
+
+    def _add_rows(self, path: str, layer: torch.nn.Module) -> None:
+        indices = torch.tensor(layer.token_indices["default"], dtype=torch.long)
+        self.token_rows[f"{path}.weight"] = TokenRows(indices, layer.trainable_tokens_delta["default"].detach())
+
+
+def _variant(layer: torch.nn.Module) -> str:
+    """The name of the LoRA variant that PEFT gave the layer, empty for plain LoRA."""
+    variant = layer.lora_variant.get("default")
+    return "" if variant is None else type(variant).__name__
 
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if name else path
 
 
-def _factors(path: str, layer) -> LoraFactors:
-    base = layer.get_base_layer()
-    if not isinstance(base, torch.nn.Linear) and type(base).__name__ != "Conv1D":
-        raise InputRefused(
-            "The adapter targets a module that is no linear map",
-            where=path,
-            expected="nn.Linear or Conv1D",
-            found=type(base).__name__,
-            next_step="merge it in PEFT (merge_and_unload), save the model, and export that as a base without adapters",
-        )
+def _linear_factors(path: str, layer: torch.nn.Module) -> LoraFactors:
+    b = layer.lora_B["default"]
+    is_dora = "default" in layer.lora_magnitude_vector
     return LoraFactors(
         path,
         layer.lora_A["default"].weight.detach(),
-        layer.lora_B["default"].weight.detach(),
+        b.weight.detach(),
         float(layer.scaling["default"]),
-        weight_is_in_out=type(base).__name__ == "Conv1D",
+        weight_is_in_out=type(layer.get_base_layer()).__name__ == "Conv1D",
+        magnitude=layer.lora_magnitude_vector["default"].weight.detach() if is_dora else None,
+        bias=None if b.bias is None else b.bias.detach(),
     )
 
 
-def _load_with_peft(peft_model: type, folder: AdapterFolder, base: torch.nn.Module):
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            model = peft_model.from_pretrained(base, folder.path, low_cpu_mem_usage=True).eval()
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, re.error) as error:
-        raise InputRefused(
-            "PEFT cannot load the adapter onto this base",
-            where=str(folder.path),
-            found=" ".join(str(error).split())[:600],
-            next_step=f"check that the base is the one it was trained on ({folder.base or 'not recorded'})",
-        ) from error
-    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message).lower()]
-    if missing:
-        raise InputRefused(
-            "The adapter's file lacks tensors that its config promises for this base",
-            where=str(folder.path),
-            found=" ".join(missing[0].split())[:600],
-            next_step=f"check that the base is the one it was trained on ({folder.base or 'not recorded'})",
-        )
-    return model
-
-
-def _require_sound(
-    folder: AdapterFolder,
-    lora: dict[str, LoraFactors],
-    replaced: dict[str, torch.Tensor],
-    copies: dict[str, torch.Tensor],
-) -> None:
-    n_expected, n_found = len(folder.shapes), 2 * len(lora) + len(replaced) + len(copies)
-    if n_expected != n_found:
-        raise InputRefused(
-            "The adapter's file holds tensors that have no place on this base",
-            where=str(folder.path),
-            expected=f"{n_found} tensors ({len(lora)} pairs, {len(replaced)} replaced)",
-            found=f"{n_expected} tensors",
-            next_step=f"check that the base is the one it was trained on ({folder.base or 'not recorded'})",
-        )
-    tensors = {f"{path}.lora_{side}": getattr(pair, side.lower()) for path, pair in lora.items() for side in "AB"}
-    for name, tensor in (tensors | replaced | copies).items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputRefused(
-                "The adapter holds numbers that are not finite",
-                where=f"{folder.path}: {name}",
-                found=f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} elements are NaN or infinite",
-                next_step="the training diverged; use an earlier checkpoint",
-            )
+def _embedding_factors(path: str, layer: torch.nn.Module) -> LoraFactors:
+    a, b = layer.lora_embedding_A["default"].detach(), layer.lora_embedding_B["default"].detach()
+    return LoraFactors(path, a, b, float(layer.scaling["default"]), weight_is_in_out=True)

@@ -7,6 +7,7 @@ refused before any work and without importing PEFT. What a supported option *mea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,6 +18,7 @@ from lora_export.errors import InputRefused
 class Verdict(StrEnum):
     MERGED = "merged"
     SERVED = "served as inputs"
+    CONVERTED = "converted to LoRA with --convert-rank"
     REFUSED = "refused"
     NO_EFFECT = "no effect on inference"
 
@@ -62,6 +64,18 @@ def _refused(name: str, note: str, way_out: str, is_set: Callable[[object], bool
     return Option(name, is_set, Verdict.REFUSED, Verdict.REFUSED, note, way_out)
 
 
+def _merge_only(name: str, note: str) -> Option:
+    return Option(name, _given, Verdict.MERGED, Verdict.REFUSED, note, "merge this adapter into a graph of its own")
+
+
+# Starts that PEFT draws at random, or computes from data that the adapter does not carry.
+_UNREPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")
+
+
+def _start_of(value: object) -> str:
+    return re.sub(r"_\d+$", "", str(value).lower())
+
+
 MERGE_IN_PEFT = "merge it in PEFT (merge_and_unload), save the model, and export that as a base without adapters"
 _RETRAIN = "train without it, or serve it with PEFT"
 
@@ -80,7 +94,7 @@ OPTIONS: tuple[Option, ...] = (
     _ignored("lora_dropout", "training only"),
     _ignored("task_type", "chooses the task to export"),
     _ignored("inference_mode", "training only"),
-    _ignored("peft_type", "must be LORA"),
+    _ignored("peft_type", "the tuner; see the second table"),
     _ignored("peft_version", "provenance"),
     _ignored("auto_mapping", "provenance"),
     _ignored("base_model_name_or_path", "the base when BASE is left out"),
@@ -94,27 +108,82 @@ OPTIONS: tuple[Option, ...] = (
     _ignored("runtime_config", "training only"),
     _ignored("qalora_group_size", "used only with use_qalora"),
     _ignored("ensure_weight_tying", "tied copies are resolved by PEFT when it loads the adapter"),
-    _refused(
+    _served("bias", "trained biases of the base, as the file holds them"),
+    _served("use_dora", "each output rescaled by m / ‖W + s·B·A‖; on embeddings and convolutions only by `merge`"),
+    _served("lora_bias", "B has a bias of its own, added to the module's"),
+    _served("trainable_token_indices", "replaced rows of an embedding and of the head tied to it"),
+    _served("use_bdlora", "block-diagonal A or B, multiplied out"),
+    _served("velora_config", "changes training only"),
+    Option(
         "init_lora_weights",
-        "PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base's weights, so the pair does not fit the pristine base",
+        lambda value: _start_of(value) in _UNREPEATABLE,
+        Verdict.REFUSED,
+        Verdict.REFUSED,
+        "PiSSA and OLoRA change the base's weights: repeated on it, served at twice the rank; refused are randomized "
+        "PiSSA (pissa_niter_N), CorDA, LoftQ and LoRA-GA, whose start cannot be repeated from the base alone",
         "convert it to plain LoRA with PEFT (save_pretrained(…, path_initial_model_for_weight_conversion=…))",
-        lambda value: str(value).split("_niter")[0].lower() in ("pissa", "olora", "corda", "loftq", "lora_ga"),
     ),
-    _refused("bias", "the file replaces biases of the base", MERGE_IN_PEFT, lambda value: value not in (None, "none")),
-    _refused("use_dora", "DoRA rescales each output by a learned magnitude", MERGE_IN_PEFT),
-    _refused("lora_bias", "B has a bias of its own", MERGE_IN_PEFT),
-    _refused("trainable_token_indices", "the file replaces rows of an embedding", MERGE_IN_PEFT),
-    _refused("target_parameters", "the pair targets a parameter, not a module", MERGE_IN_PEFT),
+    _merge_only("target_parameters", "the pair targets a parameter, not a module (mixture of experts)"),
+    _merge_only("kasa_config", "the base's weights are truncated first, by singular values"),
     _refused("layer_replication", "the adapter changes the number of layers", _RETRAIN),
     _refused("alora_invocation_tokens", "the adapter is active only after an invocation string", _RETRAIN),
-    _refused("use_qalora", "A works on pooled groups of inputs", _RETRAIN),
-    _refused("use_bdlora", "A or B is block-diagonal", MERGE_IN_PEFT),
+    _refused("use_qalora", "A works on pooled groups of inputs; PEFT itself cannot merge it", _RETRAIN),
+    _refused(
+        "monteclora_config", "its sampler is saved in a form that PEFT does not load", _RETRAIN
+    ),
     _refused("arrow_config", "adapters are chosen per token by a router", _RETRAIN),
-    _refused("velora_config", "activations are compressed in training; not verified here", MERGE_IN_PEFT),
-    _refused("monteclora_config", "the pair is sampled", MERGE_IN_PEFT),
-    _refused("kasa_config", "the base's weights are truncated by SVD first", MERGE_IN_PEFT),
 )
 _BY_NAME = {option.name: option for option in OPTIONS}
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """A PEFT method, by its `peft_type`. Its own options are PEFT's business: PEFT loads and merges each layer.
+
+    Attributes:
+        name: `peft_type` in `adapter_config.json`.
+        merge: What `merge` does with it.
+        dynamic: What `dynamic` does with it.
+        note: What it does, or why it is refused.
+    """
+
+    name: str
+    merge: Verdict
+    dynamic: Verdict
+    note: str
+
+
+def _convertible(*names: str) -> tuple[Tuner, ...]:
+    note = "adds to a weight; PEFT turns the sum into a pair by a truncated SVD"
+    return tuple(Tuner(name, Verdict.MERGED, Verdict.CONVERTED, note) for name in names)
+
+
+def _merged_by_peft(note: str, *names: str) -> tuple[Tuner, ...]:
+    return tuple(Tuner(name, Verdict.MERGED, Verdict.REFUSED, note) for name in names)
+
+
+def _no_tuner(note: str, *names: str) -> tuple[Tuner, ...]:
+    return tuple(Tuner(name, Verdict.REFUSED, Verdict.REFUSED, note) for name in names)
+
+
+TUNERS: tuple[Tuner, ...] = (
+    Tuner("LORA", Verdict.MERGED, Verdict.SERVED, "by its options, above"),
+    Tuner("ADALORA", Verdict.MERGED, Verdict.SERVED, "a pair with singular values, folded into A"),
+    Tuner("TRAINABLE_TOKENS", Verdict.MERGED, Verdict.SERVED, "replaced rows of an embedding"),
+    *_convertible("LOHA", "LOKR", "VERA", "RANDLORA", "VBLORA", "GRALORA", "DELORA", "MISS", "C3A", "TINYLORA"),
+    *_convertible("UNILORA", "FOURIERFT", "WAVEFT"),
+    *_merged_by_peft("multiplies or masks a weight", "OFT", "BOFT", "HRA", "IA3", "HIRA", "ROAD", "GLORA", "SHIRA"),
+    *_merged_by_peft("adds to a weight what PEFT does not convert", "PVERA", "DEFT", "PEANUT", "SUPERTUNING"),
+    *_merged_by_peft("replaces normalizations", "LN_TUNING"),
+    *_merged_by_peft("adds to biases, which the modules must have", "BEFT"),
+    *_no_tuner("its frozen part is computed from all of the base's weights when PEFT loads it", "PSOFT", "FROD"),
+    *_no_tuner("its frozen part is computed from all of the base's weights when PEFT loads it", "ADAMSS", "OSF"),
+    *_no_tuner("PEFT itself cannot merge it", "LILY", "SHADOW"),
+    *_no_tuner("routes between adapters", "XLORA", "POLY"),
+    *_no_tuner("adds tokens or states, not weights", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING"),
+    *_no_tuner("adds tokens or states, not weights", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE"),
+)
+_TUNER_BY_NAME = {tuner.name: tuner for tuner in TUNERS}
 
 
 @dataclass(frozen=True)
@@ -145,21 +214,18 @@ def options_in_use(config: dict) -> list[OptionUse]:
     return [OptionUse(row, config[row.name]) for row in OPTIONS if row.name in config and row.is_set(config[row.name])]
 
 
-def require_supported(config: dict, mode: str, adapter: str) -> None:
+def require_supported(config: dict, mode: str, adapter: str, *, convert_rank: float | None = None) -> None:
     """Refuse an adapter that `mode` ("merge" or "dynamic") cannot do exactly; all reasons in one message.
 
+    Args:
+        convert_rank: The rank, or share of energy, to convert other tuners with; None to refuse them.
+
     Raises:
-        InputRefused: The tuner is not LoRA, or an option is refused or unknown.
+        InputRefused: The tuner or an option is refused or unknown.
     """
-    tuner = config.get("peft_type")
-    if tuner != "LORA":
-        raise InputRefused(
-            f"Adapters of this tuner are not exported (adapter {adapter!r})",
-            where="adapter_config.json: peft_type",
-            expected="LORA",
-            found=repr(tuner),
-            next_step="convert it to LoRA with PEFT (save_as_lora) where PEFT can, or " + MERGE_IN_PEFT,
-        )
+    if config.get("peft_type") != "LORA":
+        _require_tuner(config.get("peft_type"), mode, adapter, convert_rank)
+        return
     refused = [use for use in options_in_use(config) if use.verdict(mode) is Verdict.REFUSED]
     if refused:
         raise InputRefused(
@@ -171,10 +237,42 @@ def require_supported(config: dict, mode: str, adapter: str) -> None:
         )
 
 
+def tuner_verdict(config: dict, mode: str) -> tuple[Verdict, str]:
+    """What `mode` does with the tuner of `config`, and the table's note; an unknown one is refused."""
+    tuner = _TUNER_BY_NAME.get(config.get("peft_type"))
+    if tuner is None:
+        return Verdict.REFUSED, "this version does not know it"
+    return (tuner.merge if mode == "merge" else tuner.dynamic), tuner.note
+
+
+def _require_tuner(name: object, mode: str, adapter: str, convert_rank: float | None) -> None:
+    verdict, note = tuner_verdict({"peft_type": name}, mode)
+    if verdict is Verdict.CONVERTED and convert_rank is None:
+        raise InputRefused(
+            f"Adapter {adapter!r} is no LoRA; `dynamic` serves it once it is converted",
+            where="adapter_config.json: peft_type",
+            found=repr(name),
+            next_step="add --convert-rank R (the error of each module is reported), or merge it exactly",
+        )
+    if verdict is Verdict.REFUSED:
+        can_merge = tuner_verdict({"peft_type": name}, "merge")[0] is Verdict.MERGED
+        raise InputRefused(
+            f"`{mode}` does not export adapters of this tuner (adapter {adapter!r}): {note}",
+            where="adapter_config.json: peft_type",
+            expected=", ".join(t.name for t in TUNERS if tuner_verdict({"peft_type": t.name}, mode)[0] != "refused"),
+            found=repr(name),
+            next_step="merge this adapter into a graph of its own" if can_merge else _RETRAIN,
+        )
+
+
 def markdown_table() -> str:
     """The table as Markdown, for README; kept equal to it by a test."""
     rows = ["| option | `merge` | `dynamic` | |", "|---|---|---|---|"]
     for option in OPTIONS:
         note = option.note + (f"; instead: {option.way_out}" if option.way_out else "")
         rows.append(f"| `{option.name}` | {option.merge} | {option.dynamic} | {note} |")
+    rows += ["", "| tuner | `merge` | `dynamic` | |", "|---|---|---|---|"]
+    for note in dict.fromkeys((tuner.merge, tuner.dynamic, tuner.note) for tuner in TUNERS):
+        names = [f"`{t.name}`" for t in TUNERS if (t.merge, t.dynamic, t.note) == note]
+        rows.append(f"| {', '.join(names)} | {note[0]} | {note[1]} | {note[2]} |")
     return "\n".join(rows) + "\n"

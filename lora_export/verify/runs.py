@@ -13,7 +13,7 @@ from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.generate import empty_cache
 from lora_export.verify.compare import Outputs
 from lora_export.verify.examples import Batch, Examples
-from lora_export.verify.reference import Reference
+from lora_export.verify.reference import Reference, TrainedAdapter
 from lora_export.verify.tolerances import Tolerances
 
 
@@ -51,8 +51,10 @@ class Bench:
         return run_export(self.session, batches, adapters)
 
     def reference(self, names: Sequence[str], n_labels: int | None) -> Reference:
-        paths = [self.request.adapters[name] for name in names]
-        return Reference(self.task, self.request.base, paths, self.session.manifest.dtype, n_labels)
+        manifest = self.session.manifest
+        records = map(manifest.adapter, names)
+        adapters = [TrainedAdapter(self.request.adapters[r.name], r.weight, r.convert_rank) for r in records]
+        return Reference(self.task, self.request.base, adapters, manifest.dtype, n_labels)
 
 
 def run_export(

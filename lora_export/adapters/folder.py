@@ -1,0 +1,100 @@
+"""An adapter's folder on disk, headers only: what can be known without a base and before any work."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+
+from lora_export.errors import InputRefused
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter on disk, headers only: what can be known without a base.
+
+    Attributes:
+        config: `adapter_config.json`.
+        shapes: Shape of every tensor in the file, by PEFT key.
+    """
+
+    name: str
+    path: Path
+    given: str
+    config: dict
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def base(self) -> str | None:
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def labels(self) -> dict[int, str] | None:
+        """`id2label` of a `config.json` beside the adapter, if its trainer saved one."""
+        try:
+            raw = json.loads((self.path / "config.json").read_text(encoding="utf-8")).get("id2label")
+        except (FileNotFoundError, json.JSONDecodeError, AttributeError):
+            return None
+        return {int(key): str(value) for key, value in raw.items()} if isinstance(raw, dict) else None
+
+
+def open_adapter(path: Path, given: str, name: str | None = None) -> AdapterFolder:
+    """Read the headers of the adapter in folder `path`.
+
+    Raises:
+        InputRefused: No config, only pickled weights, truncated or foreign files, or a name unusable as a file name.
+    """
+    name = name or path.name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise InputRefused(
+            "An adapter's name becomes a file name",
+            where=str(path),
+            expected="letters, digits, '.', '_' and '-'",
+            found=repr(name),
+            next_step="give a name with --name",
+        )
+    config_file = path / "adapter_config.json"
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputRefused(
+            "The folder holds no PEFT adapter",
+            where=str(path),
+            expected="adapter_config.json and adapter_model.safetensors",
+            found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
+        ) from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputRefused("adapter_config.json is not valid JSON", where=str(config_file), found=str(error)) from error
+    if not isinstance(config, dict):
+        raise InputRefused("adapter_config.json holds no JSON object", where=str(config_file))
+    return AdapterFolder(name, path, given, config, _read_shapes(path))
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    file = path / WEIGHTS
+    if not file.exists():
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise InputRefused(
+                "The adapter's weights are pickled; a pickle can run code, so it is never read",
+                where=str(path),
+                expected=WEIGHTS,
+                found=", ".join(pickles),
+                next_step="load it where you trust it and save again with save_pretrained (safetensors is the default)",
+            )
+        raise InputRefused("The adapter has no weights", where=str(path), expected=WEIGHTS)
+    try:
+        with safetensors.safe_open(file, framework="pt") as handle:
+            return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118 not a dict
+    except safetensors.SafetensorError as error:
+        raise InputRefused(
+            "The file is truncated or not safetensors",
+            where=str(file),
+            found=str(error),
+            next_step="fetch or save the adapter again",
+        ) from error
