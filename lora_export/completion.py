@@ -17,12 +17,18 @@ from lora_export.errors import InputRefused
 from lora_export.weights import ParameterSource
 
 
-def completed(adapter: Adapter, base: ParameterSource, mode: str, convert_rank: float | None) -> Adapter:
+def completed(
+    adapter: Adapter, base: ParameterSource, model: torch.nn.Module, mode: str, convert_rank: float | None
+) -> Adapter:
     """`adapter` as `mode` ("merge" or "dynamic") exports it on the pristine `base`.
 
     1. A copy of a base's tensor that differs from the base's replaces it, as PEFT lets it.
     2. A start that changed the base becomes part of the pair.
-    3. `dynamic`: layers that are not pairs become pairs, LoRA's own variants at their rank, others at `convert_rank`.
+    3. `dynamic`: layers that are not pairs become pairs of `convert_rank`; replaced rows of a head that is tied to an
+       embedding become a pair, exactly.
+
+    Args:
+        model: The weightless base.
 
     Raises:
         InputRefused: It holds what `mode` cannot export; modules are named.
@@ -35,7 +41,7 @@ def completed(adapter: Adapter, base: ParameterSource, mode: str, convert_rank: 
         }
         adapter = replace(adapter, lora=lora)
     if mode == "dynamic":
-        adapter = _converted(adapter, base, convert_rank)
+        adapter = _with_head_rows_as_pairs(_converted(adapter, base, convert_rank), base, model)
         _require_servable(adapter, base)
     else:
         _require_mergeable(adapter, base)
@@ -53,14 +59,29 @@ def _with_differing_copies(adapter: Adapter, base: ParameterSource) -> Adapter:
 def _converted(adapter: Adapter, base: ParameterSource, convert_rank: float | None) -> Adapter:
     lora, errors, kept = dict(adapter.lora), {}, {}
     for module, layer in adapter.layers.items():
-        rank = layer.exact_rank or convert_rank
-        if rank is None or not layer.is_convertible:
+        if convert_rank is None or not layer.is_convertible:
             kept[module] = layer
             continue
         real = {name: base.base(f"{module}.{name}") for name in layer.parameters}
-        lora[module] = pair = layer.converted(module, real, rank)
+        lora[module] = pair = layer.converted(module, real, convert_rank)
         errors[module] = _conversion_error(layer, real, pair)
     return replace(adapter, lora=lora, layers=kept, conversion_errors=errors)
+
+
+def _with_head_rows_as_pairs(adapter: Adapter, base: ParameterSource, model: torch.nn.Module) -> Adapter:
+    """Rows `R` of a Linear at token ids `t` as a pair: A is `R − W[t]`, `[n, in]`, and B has a 1 at `[t[j], j]`."""
+    lora, kept = dict(adapter.lora), {}
+    for path, rows in adapter.token_rows.items():
+        module = path.removesuffix(".weight")
+        if not isinstance(model.get_submodule(module), torch.nn.Linear):
+            kept[path] = rows
+            continue
+        weight = base.base(path)
+        change = rows.rows.float() - weight[rows.indices].float()
+        places = torch.zeros(len(weight), len(rows.indices))
+        places[rows.indices, torch.arange(len(rows.indices))] = 1
+        lora[module] = LoraFactors(module, change, places, 1.0, weight_is_in_out=False)
+    return replace(adapter, lora=lora, token_rows=kept)
 
 
 def _conversion_error(layer: PeftLayer, real: dict[str, torch.Tensor], pair: LoraFactors) -> float:

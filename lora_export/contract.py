@@ -15,10 +15,13 @@ Dim = int | str
 class AdapterInputKind(StrEnum):
     """What an adapter input holds; the shape each kind has is given with it."""
 
-    LORA_A = "lora_A"  # [rows, in_features, rank]
-    LORA_B = "lora_B"  # [rows, rank, out_features], the scale folded in
+    LORA_A = "lora_A"  # [rows, in_features, rank]; of an embedding [rows, vocabulary, rank]
+    LORA_B = "lora_B"  # [rows, rank, out_features], the scale (and DoRA's gain) folded in
+    GAIN = "lora_magnitude"  # [rows, 1, out_features], DoRA's m / ‖W + s·B·A‖, which multiplies W x
     WEIGHT = "weight"  # [rows, in_features, out_features], a whole replaced Linear
-    BIAS = "bias"  # [rows, 1, out_features], a replaced Linear's bias
+    BIAS = "bias"  # [rows, 1, out_features], in place of the module's own
+    TOKEN_IDS = "token_ids"  # [rows, n_tokens], int64, tokens whose embedding changes; -1 is none
+    TOKEN_DELTA = "token_delta"  # [rows, n_tokens, embedding_dim], what is added to it
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class AdapterInput:
     Attributes:
         name: The input's name, `<module>.lora_A.weight` and so on.
         module: The path of the module in the base model, the name that PEFT uses.
-        default: The stored default of a replaced Linear; None for a LoRA pair, whose default has rank 0.
+        default: The stored default of a replaced Linear or bias; None where it is a constant: a pair of rank 0, a gain
+            of 1, no tokens, zeros as the bias of a module without one.
         base_has_default: Whether the default is the base checkpoint's own tensor; False when the checkpoint has no
             such tensor (an encoder without a head) and the default is zeros.
     """

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 
 import onnx_ir as ir
 import torch
@@ -30,8 +30,21 @@ _NOT_ARCHITECTURE = ("_name_or_path", "architectures", "transformers_version", "
 def choose_sites(adapters: Sequence[Adapter], targets: Sequence[str] = ()) -> SiteChoice:
     """The union of what `adapters` touch, with `targets` added; a module replaced by one adapter takes no pair."""
     replaced = dict.fromkeys(module for adapter in adapters for module in adapter.replaced_modules)
-    lora = dict.fromkeys([*(module for adapter in adapters for module in adapter.lora), *targets])
-    return SiteChoice(tuple(module for module in lora if module not in replaced), tuple(replaced))
+    pairs = [pair for adapter in adapters for pair in adapter.lora.values() if pair.module not in replaced]
+    biases = [path.removesuffix(".bias") for a in adapters for path in a.replaced if path.endswith(".bias")]
+    biases += [pair.module for pair in pairs if pair.bias is not None]
+    return SiteChoice(
+        lora_modules=_unique([*(pair.module for pair in pairs), *(t for t in targets if t not in replaced)]),
+        replaced_modules=tuple(replaced),
+        gain_modules=_unique(pair.module for pair in pairs if pair.magnitude is not None),
+        bias_modules=_unique(module for module in biases if module not in replaced),
+        embedding_modules=_unique(module for adapter in adapters for module in adapter.embeddings),
+        token_modules=_unique(path.removesuffix(".weight") for adapter in adapters for path in adapter.token_rows),
+    )
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
 
 
 def target_modules(targets: Sequence[str], model) -> tuple[str, ...]:
@@ -64,10 +77,11 @@ def finished_graph(
     traced_from = {"config": config, "labels": plan.config.num_labels, "task": plan.task, "dtype": plan.dtype}
     traced_from["versions"] = versions()
     replaced = frozenset(path for adapter in resolved.adapters for path in adapter.replaced)
+    replaced |= {f"{module}.bias" for module in choice.bias_modules}
     small = resolved.source.small_parameters(plan.dtype, without=replaced | resolved.source.zeros_for)
     untied = _untied(resolved)
     facts = traced_from | {"provider": plan.request.provider, "small": digest(small), "untied": untied}
-    facts |= {"lora": choice.lora_modules, "replaced": choice.replaced_modules, "unbound": sorted(replaced)}
+    facts |= {"sites": asdict(choice), "unbound": sorted(replaced)}
 
     def build() -> ir.Model:
         model = cached_graph(
@@ -92,8 +106,8 @@ def finished_graph(
 
 
 def _has_default(entry: AdapterInput, resolved: Resolved) -> bool:
-    is_pair = entry.kind in (AdapterInputKind.LORA_A, AdapterInputKind.LORA_B)
-    return is_pair or resolved.source.stored_name(entry.name) is not None
+    is_constant = entry.kind not in (AdapterInputKind.WEIGHT, AdapterInputKind.BIAS)
+    return is_constant or resolved.source.stored_name(entry.name) is not None
 
 
 def _untied(resolved: Resolved) -> dict[str, str]:

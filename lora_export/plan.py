@@ -189,7 +189,7 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
     replaced = frozenset(brought) if plan.request.mode == "merge" else frozenset()
     names = checkpoint_names(model, plan.checkpoint.files, replaced)
     base = ParameterSource(plan.checkpoint, names, parameter_aliases(model), shapes, zeros_for=head)
-    adapters = tuple(completed(adapter, base, plan.request.mode, plan.request.convert_rank) for adapter in read)
+    adapters = tuple(completed(adapter, base, model, plan.request.mode, plan.request.convert_rank) for adapter in read)
     merged = tuple(zip(adapters, plan.request.weight_of_each, strict=True)) if plan.request.mode == "merge" else ()
     return Resolved(adapters, replace(base, adapters=merged), model)
 

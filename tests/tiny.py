@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
@@ -153,6 +153,25 @@ def in_dtype(source: Path, folder: Path, dtype: torch.dtype) -> Path:
     architecture = transformers.AutoConfig.from_pretrained(source).architectures[0]
     getattr(transformers, architecture).from_pretrained(source, dtype=dtype).save_pretrained(folder)
     save_tokenizer(folder, classifier="Bert" in architecture)
+    return folder
+
+
+def trained(base: Path, folder: Path, model_class: str, config: PeftConfig, n_labels: int | None = None) -> Path:
+    """An adapter of any tuner on `base`, moved from its start by noise as training would, saved by PEFT.
+
+    Args:
+        model_class: Name of the Transformers class to train on.
+        n_labels: Size of the head, where it is not the base's.
+    """
+    sizes: Mapping = {} if n_labels is None else {"num_labels": n_labels, "ignore_mismatched_sizes": True}
+    torch.manual_seed(0)  # some tuners draw their frozen parts
+    model = get_peft_model(getattr(transformers, model_class).from_pretrained(base, **sizes), config)
+    generator = _generator(folder.name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
     return folder
 
 

@@ -167,11 +167,11 @@ def fold_dora(weight: torch.Tensor, pair: LoraFactors) -> torch.Tensor:
     return fold(weight, [pair], torch.float32) * (gain if pair.weight_is_in_out else gain[:, None])
 
 
-def served_pair(pair: LoraFactors, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pair as a dynamic graph takes it: A `[1, in, rank]`, B `[1, rank, out]` with the scale folded in.
+def served_pair(pair: LoraFactors, gain: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pair as a dynamic graph takes it, float32: A `[in, rank]`, B `[rank, out]` with the scale folded in.
 
-    `y += (x A) B`, so A is PEFT's transposed, and so is B; the scale is applied in float32 before the one rounding.
+    `y = (W x) ⊙ g + (x A) B`, so A is PEFT's transposed, and so is B; DoRA's `gain` `[out]` multiplies B as it
+    multiplies W. All products are taken before the one rounding, to the dtype of the graph's inputs.
     """
-    a = pair.a.float().T.unsqueeze(0)
-    b = (pair.b.float() * pair.scale).T.unsqueeze(0)
-    return a.to(dtype).contiguous(), b.to(dtype).contiguous()
+    b = (pair.b.float() * pair.scale).T
+    return pair.a.float().T, b if gain is None else b * gain

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from lora_export.adapters.factors import Adapter, fold, served_pair
+from lora_export.adapters.factors import Adapter, LoraFactors, TokenRows, dora_gain, fold, fold_dora, served_pair
 from lora_export.contract import AdapterInputKind, GraphContract
 from lora_export.errors import InputRefused
 
-_TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
 
 
@@ -20,47 +20,88 @@ def pack(
 ) -> dict[str, torch.Tensor]:
     """The tensors `adapter` feeds to a graph of `contract`, by input name, sorted; absent inputs keep their default.
 
-    1. A pair on a module with LoRA inputs: `[1, in, rank]` and `[1, rank, out]`, scale folded in.
+    1. A pair on a module with LoRA inputs: `[1, in, rank]` and `[1, rank, out]`, scale folded in; DoRA's gain
+       `[1, 1, out]`.
     2. A replaced Linear: weight `[1, in, out]`, bias `[1, 1, out]`.
     3. A pair on a module that the graph takes as a whole (another adapter replaces it): folded into the base's.
+    4. A bias, trained or added to: `[1, 1, out]`.
+    5. A pair on an embedding: `[1, vocabulary, rank]` and `[1, rank, dim]`.
+    6. Changed tokens: ids `[1, n]`, and their rows less the base's, `[1, n, dim]`.
 
     Args:
-        base_weight: Reads a parameter of the base by path, for case 3.
+        base_weight: Reads a parameter of the base by path.
 
     Raises:
         InputRefused: The adapter needs modules that the graph has no inputs for; all are named.
     """
-    missing: list[str] = []
-    tensors: dict[str, torch.Tensor] = {}
-    for module, pair in adapter.lora.items():
-        inputs = contract.of_module(module)
-        if AdapterInputKind.LORA_A in inputs:
-            a, b = inputs[AdapterInputKind.LORA_A], inputs[AdapterInputKind.LORA_B]
-            tensors[a.name], tensors[b.name] = served_pair(pair, _TORCH_DTYPES[a.dtype])
-        elif AdapterInputKind.WEIGHT in inputs:
-            entry = inputs[AdapterInputKind.WEIGHT]
-            folded = fold(base_weight(f"{module}.weight"), [pair], _TORCH_DTYPES[entry.dtype])
-            tensors[entry.name] = (folded if pair.weight_is_in_out else folded.T).unsqueeze(0).contiguous()
-        else:
-            missing.append(module)
+    packer = _Packer(contract, base_weight)
+    for pair in adapter.lora.values():
+        packer.add_linear(pair)
     for module in adapter.replaced_modules:
-        inputs = contract.of_module(module)
-        if AdapterInputKind.WEIGHT not in inputs:
-            missing.append(module)
-            continue
-        weight = inputs[AdapterInputKind.WEIGHT]
-        dtype = _TORCH_DTYPES[weight.dtype]
-        tensors[weight.name] = adapter.replaced[f"{module}.weight"].float().T.unsqueeze(0).to(dtype).contiguous()
-        if (bias := inputs.get(AdapterInputKind.BIAS)) is not None:
-            tensors[bias.name] = adapter.replaced[f"{module}.bias"].float().reshape(1, 1, -1).to(dtype).contiguous()
-    if missing:
+        packer.put(module, AdapterInputKind.WEIGHT, adapter.replaced[f"{module}.weight"].float().T)
+    for path, tensor in adapter.replaced.items():
+        if path.endswith(".bias"):
+            packer.put(path.removesuffix(".bias"), AdapterInputKind.BIAS, tensor.float().reshape(1, -1))
+    for pair in adapter.embeddings.values():
+        packer.add_pair(pair, gain=None)
+    for path, rows in adapter.token_rows.items():
+        packer.add_tokens(path, rows)
+    if packer.missing:
+        missing = list(dict.fromkeys(packer.missing))
         raise InputRefused(
             f"Adapter {adapter.name!r} needs modules that the graph has no inputs for",
             where=", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else ""),
-            expected=f"one of the {len(contract.modules)} modules that the graph serves",
+            expected=f"one of the {len(contract.modules)} modules that the graph serves, in the same way",
             next_step="export again with this adapter in the list, or name its modules with --targets",
         )
-    return dict(sorted(tensors.items()))
+    return dict(sorted(packer.tensors.items()))
+
+
+class _Packer:
+    """Collects tensors by input name, and the modules that the graph has no input for."""
+
+    def __init__(self, contract: GraphContract, base_weight: Callable[[str], torch.Tensor]) -> None:
+        self._contract, self._base_weight = contract, base_weight
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.missing: list[str] = []
+
+    def put(self, module: str, kind: AdapterInputKind, tensor: torch.Tensor) -> None:
+        """Give the module's input of `kind` the value `tensor`, without its axis of rows."""
+        entry = self._contract.of_module(module).get(kind)
+        if entry is None:
+            self.missing.append(module)
+        else:
+            self.tensors[entry.name] = tensor.unsqueeze(0).to(_TORCH_DTYPES[entry.dtype]).contiguous()
+
+    def add_linear(self, pair: LoraFactors) -> None:
+        inputs = self._contract.of_module(pair.module)
+        if AdapterInputKind.WEIGHT in inputs:
+            weight = self._base_weight(f"{pair.module}.weight")
+            folded = fold(weight, [pair], torch.float32) if pair.magnitude is None else fold_dora(weight, pair)
+            self.put(pair.module, AdapterInputKind.WEIGHT, folded if pair.weight_is_in_out else folded.T)
+        else:
+            is_dora = pair.magnitude is not None
+            self.add_pair(pair, dora_gain(self._base_weight(f"{pair.module}.weight"), pair) if is_dora else None)
+        if pair.bias is not None:
+            added = pair.scale * pair.bias.float()
+            entry = inputs.get(AdapterInputKind.BIAS)
+            if entry is not None and entry.base_has_default:
+                added = added + self._base_weight(f"{pair.module}.bias").float()
+            self.put(pair.module, AdapterInputKind.BIAS, added.reshape(1, -1))
+
+    def add_pair(self, pair: LoraFactors, gain: torch.Tensor | None) -> None:
+        a, b = served_pair(pair, gain)
+        self.put(pair.module, AdapterInputKind.LORA_A, a)
+        self.put(pair.module, AdapterInputKind.LORA_B, b)
+        if gain is not None:
+            self.put(pair.module, AdapterInputKind.GAIN, gain.reshape(1, -1))
+
+    def add_tokens(self, path: str, rows: TokenRows) -> None:
+        module = path.removesuffix(".weight")
+        self.put(module, AdapterInputKind.TOKEN_IDS, rows.indices)
+        self.put(
+            module, AdapterInputKind.TOKEN_DELTA, rows.rows.float() - self._base_weight(path)[rows.indices].float()
+        )
 
 
 def write_onnx_adapter(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -35,13 +35,6 @@ class PeftLayer:
         return cls(layer, tuple(_own_parameters(layer)))
 
     @property
-    def exact_rank(self) -> int | None:
-        """The rank of a LoRA variant's delta, at which a conversion is exact; None for another tuner."""
-        from peft.tuners.lora.layer import Linear
-
-        return self.layer.r[_ADAPTER] if type(self.layer) is Linear else None
-
-    @property
     def is_convertible(self) -> bool:
         """Whether PEFT can turn the layer's delta into a LoRA pair."""
         supports = getattr(self.layer, "supports_lora_conversion", None)

@@ -22,6 +22,8 @@ from lora_export.adapters.peft_layer import PeftLayer
 from lora_export.errors import InputRefused
 
 _PREFIX = "base_model.model."
+# PEFT's variants of a LoRA layer that are a pair at inference, or, DoRA, a pair and a magnitude.
+_PAIR_VARIANTS = ("", "DoraLinearVariant", "MiCALinearVariant", "VeloraLinearVariant", "BdLoraLinearVariant")
 
 
 def read_adapter(folder: AdapterFolder, base: torch.nn.Module) -> Adapter:
@@ -160,6 +162,7 @@ class _Found:
         3. LoRA on a linear map or an embedding, plain or (linear) DoRA: our own mathematics.
         4. Anything else: PEFT's own merge.
         """
+        from peft.tuners.adalora.layer import SVDLinear
         from peft.tuners.ln_tuning.layer import LNTuningLayer
         from peft.tuners.lora import layer as lora
         from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
@@ -173,8 +176,10 @@ class _Found:
             self._add_rows(path, module.token_adapter)
         elif isinstance(module, TrainableTokensLayer):
             self._add_rows(path, module)
-        elif type(module) is lora.Linear and _variant(module) in ("", "DoraLinearVariant", "MiCALinearVariant"):
+        elif type(module) is lora.Linear and _variant(module) in _PAIR_VARIANTS:
             self.lora[path] = _linear_factors(path, module)
+        elif type(module) is SVDLinear:
+            self.lora[path] = _adalora_factors(path, module)
         elif type(module) is lora.Embedding and _variant(module) == "":
             self.embeddings[path] = _embedding_factors(path, module)
         else:
@@ -200,17 +205,37 @@ def _join(path: str, name: str) -> str:
 
 
 def _linear_factors(path: str, layer: torch.nn.Module) -> LoraFactors:
-    b = layer.lora_B["default"]
     is_dora = "default" in layer.lora_magnitude_vector
+    bias = getattr(layer.lora_B["default"], "bias", None)
     return LoraFactors(
         path,
-        layer.lora_A["default"].weight.detach(),
-        b.weight.detach(),
+        _dense(layer.lora_A["default"]),
+        _dense(layer.lora_B["default"]),
         float(layer.scaling["default"]),
-        weight_is_in_out=type(layer.get_base_layer()).__name__ == "Conv1D",
+        weight_is_in_out=_is_in_out(layer),
         magnitude=layer.lora_magnitude_vector["default"].weight.detach() if is_dora else None,
-        bias=None if b.bias is None else b.bias.detach(),
+        bias=None if bias is None else bias.detach(),
     )
+
+
+def _dense(module: torch.nn.Module) -> torch.Tensor:
+    """The weight of A or B, multiplied out where it is block-diagonal."""
+    from peft.tuners.lora.variants import BlockDiagonalLinear
+
+    if isinstance(module, BlockDiagonalLinear):
+        return module.weight_as_blockdiagonal_matrix().detach()
+    return module.weight.detach()
+
+
+def _is_in_out(layer: torch.nn.Module) -> bool:
+    return type(layer.get_base_layer()).__name__ == "Conv1D"
+
+
+def _adalora_factors(path: str, layer: torch.nn.Module) -> LoraFactors:
+    """`B (A ∘ E)·s / (n + 1e-5)`, n the rank that AdaLoRA's budget left; Zhang et al. (arXiv 2303.10512), and PEFT."""
+    a, b = layer.lora_A["default"].detach(), layer.lora_B["default"].detach()
+    scale = float(layer.scaling["default"]) / (float(layer.ranknum["default"]) + 1e-5)
+    return LoraFactors(path, a * layer.lora_E["default"].detach(), b, scale, weight_is_in_out=_is_in_out(layer))
 
 
 def _embedding_factors(path: str, layer: torch.nn.Module) -> LoraFactors:

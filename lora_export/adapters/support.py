@@ -128,9 +128,7 @@ OPTIONS: tuple[Option, ...] = (
     _refused("layer_replication", "the adapter changes the number of layers", _RETRAIN),
     _refused("alora_invocation_tokens", "the adapter is active only after an invocation string", _RETRAIN),
     _refused("use_qalora", "A works on pooled groups of inputs; PEFT itself cannot merge it", _RETRAIN),
-    _refused(
-        "monteclora_config", "its sampler is saved in a form that PEFT does not load", _RETRAIN
-    ),
+    _refused("monteclora_config", "its sampler is saved in a form that PEFT does not load", _RETRAIN),
     _refused("arrow_config", "adapters are chosen per token by a router", _RETRAIN),
 )
 _BY_NAME = {option.name: option for option in OPTIONS}

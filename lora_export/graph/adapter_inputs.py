@@ -2,13 +2,17 @@
 
 Contract (`y`, `x` are a module's output and input, `i` a row of the batch):
 
-1. LoRA pair: `y[i] = W x[i] + (x[i] A[i]) B[i]`, A `[rows, in, rank]`, B `[rows, rank, out]`, scale folded into B.
+1. Linear: `y[i] = (W x[i]) ⊙ g[i] + (x[i] A[i]) B[i] + b[i]`: a pair A `[rows, in, rank]`, B `[rows, rank, out]`, scale
+   and gain folded into B; where an adapter is DoRA, its gain g `[rows, 1, out]`; where one has a bias of its own,
+   b `[rows, 1, out]`.
 2. Replaced Linear: `y[i] = x[i] W[i] + b[i]`, W `[rows, in, out]`, b `[rows, 1, out]`; `out` may differ from the
    base's, so nothing downstream keeps a static size for it.
+3. Embedding: a pair A `[rows, vocabulary, rank]`, B `[rows, rank, dim]`; changed tokens: ids `[rows, n]`, int64, and
+   what is added to them `[rows, n, dim]`.
 
-`rows` is 1 or the batch size. Only MatMul, Add, Mul-free shape arithmetic: stock operators on any provider. This pass
-owns the model it is given and must run before fusion, which drops the module paths. Inputs get no default here: a
-constant default would be packed by the fusions as if it were a weight (`attach_defaults` runs after them).
+`rows` is 1 or the batch size. Stock operators on any provider. This pass owns the model it is given and must run
+before fusion, which drops the module paths. Inputs get no default here: a constant default would be packed by the
+fusions as if it were a weight (`attach_defaults` runs after them).
 """
 
 from __future__ import annotations
@@ -20,227 +24,149 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.contract import AdapterInput, AdapterInputKind
-from lora_export.errors import InputRefused
+from lora_export.graph.embedding_inputs import add_embedding_pair, add_token_inputs, find_embeddings
+from lora_export.graph.linear_inputs import add_bias_input, add_pair, bias_of, has_bias, replace_linear
 from lora_export.graph.sites import Site, find_sites
 from lora_export.recipe import RECIPE, Recipe
 
 ROWS = "rows"
+_PAIR = (AdapterInputKind.LORA_A, AdapterInputKind.LORA_B)
+_TOKENS = (AdapterInputKind.TOKEN_IDS, AdapterInputKind.TOKEN_DELTA)
 
 
 @dataclass(frozen=True)
 class SiteChoice:
-    """What adapters may bring to the graph: modules with a LoRA pair, and modules replaced as a whole."""
+    """What adapters may bring to the graph, by module path.
 
-    lora_modules: tuple[str, ...]
-    replaced_modules: tuple[str, ...]
+    Attributes:
+        lora_modules: Linear modules with a pair.
+        replaced_modules: Linear modules replaced as a whole.
+        gain_modules: Those of `lora_modules` with DoRA's gain.
+        bias_modules: Modules whose bias is an input, replaced ones not counted.
+        embedding_modules: Embeddings with a pair.
+        token_modules: Embeddings with changed tokens.
+    """
+
+    lora_modules: tuple[str, ...] = ()
+    replaced_modules: tuple[str, ...] = ()
+    gain_modules: tuple[str, ...] = ()
+    bias_modules: tuple[str, ...] = ()
+    embedding_modules: tuple[str, ...] = ()
+    token_modules: tuple[str, ...] = ()
 
 
 def add_adapter_inputs(model: ir.Model, choice: SiteChoice) -> tuple[ir.Model, tuple[AdapterInput, ...]]:
     """Add the inputs of `choice` to `model` (changed in place and returned) and describe them.
 
     Raises:
-        InputRefused: A module is no linear map of this graph, or its input has an unsupported layout.
+        InputRefused: A module is not what `choice` takes it for in this graph, or its input has an unsupported layout.
     """
     graph = model.graph
-    described: list[AdapterInput] = []
+    found: dict[str, list[AdapterInput]] = {}
+
+    def register(module: str, kinds: Iterable[AdapterInputKind], values: Iterable[ir.Value], **facts: bool) -> None:
+        for kind, value in zip(kinds, values, strict=False):
+            graph.inputs.append(value)
+            dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+            entry = AdapterInput(value.name, module, kind, str(value.dtype.numpy()), dims, **facts)
+            found.setdefault(module, []).append(entry)
+
     lora_sites = find_sites(graph, choice.lora_modules)
     replaced_sites = find_sites(graph, choice.replaced_modules)
+    for module, sites in find_embeddings(graph, choice.embedding_modules).items():
+        dims, dtype = (sites[0].vocabulary, sites[0].dim), sites[0].node.inputs[0].dtype
+        pair = _pair_inputs(module, dims, dtype)
+        for site in sites:
+            add_embedding_pair(graph, site, *pair)
+        register(module, _PAIR, pair)
+    for module, sites in find_embeddings(graph, choice.token_modules).items():
+        tokens = _token_inputs(module, sites[0].dim, sites[0].node.inputs[0].dtype)
+        for site in sites:
+            add_token_inputs(graph, site, *tokens)
+        register(module, _TOKENS, tokens)
+    for module in choice.bias_modules:  # before the pairs, which go in between the product and its bias
+        sites = lora_sites.get(module) or _sites_or_none(graph, module)
+        own = bias_of(graph, module)
+        value = own[1] if own else sites[0].weight
+        bias = _graph_input(f"{module}.bias", value.dtype, [ROWS, 1, value.shape[0] if own else sites[0].out_features])
+        add_bias_input(graph, module, bias, sites[0] if sites else None)
+        register(module, (AdapterInputKind.BIAS,), (bias,), base_has_default=own is not None)
     for module, sites in lora_sites.items():
-        inputs = _lora_inputs(sites[0])
+        pair = _pair_inputs(module, (sites[0].in_features, sites[0].out_features), sites[0].weight.dtype)
+        gain = _gain_input(sites[0]) if module in choice.gain_modules else None
         for site in sites:
-            _add_pair(graph, site, *inputs)
-        described += _register(graph, module, (AdapterInputKind.LORA_A, AdapterInputKind.LORA_B), inputs)
+            add_pair(graph, site, *pair, gain)
+        register(module, (*_PAIR, AdapterInputKind.GAIN), (*pair, *([gain] if gain else [])))
     for module, sites in replaced_sites.items():
-        bias = _bias_of(sites[0])
-        inputs = _replacement_inputs(sites[0], bias)
+        inputs = _replacement_inputs(sites[0])
         for site in sites:
-            _replace_linear(graph, site, inputs)
-        described += _register(graph, module, (AdapterInputKind.WEIGHT, AdapterInputKind.BIAS), inputs)
-    return model, tuple(described)
+            replace_linear(graph, site, inputs)
+        register(module, (AdapterInputKind.WEIGHT, AdapterInputKind.BIAS), inputs)
+    return model, tuple(entry for entries in found.values() for entry in entries)
 
 
-def _register(
-    graph: ir.Graph, module: str, kinds: Iterable[AdapterInputKind], values: Iterable[ir.Value]
-) -> list[AdapterInput]:
-    described = []
-    for kind, value in zip(kinds, values, strict=False):
-        graph.inputs.append(value)
-        dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-        described.append(AdapterInput(value.name, module, kind, str(value.dtype.numpy()), dims))
-    return described
+def _sites_or_none(graph: ir.Graph, module: str) -> list[Site]:
+    """The linear sites of a module that only brings a bias; none for a normalization."""
+    return [] if bias_of(graph, module) is not None else find_sites(graph, [module])[module]
 
 
 def _graph_input(name: str, dtype: ir.DataType, dims: list) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(dims))
 
 
-def _lora_inputs(site: Site) -> tuple[ir.Value, ir.Value]:
+def _pair_inputs(module: str, dims: tuple[int, int], dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
     # One rank symbol a module: adapters differ in rank by module, and ONNX Runtime reuses buffers by symbol.
-    rank, dtype = f"{site.module}.rank", site.weight.dtype
+    rank = f"{module}.rank"
     return (
-        _graph_input(f"{site.module}.lora_A.weight", dtype, [ROWS, site.in_features, rank]),
-        _graph_input(f"{site.module}.lora_B.weight", dtype, [ROWS, rank, site.out_features]),
+        _graph_input(f"{module}.lora_A.weight", dtype, [ROWS, dims[0], rank]),
+        _graph_input(f"{module}.lora_B.weight", dtype, [ROWS, rank, dims[1]]),
     )
 
 
-def _replacement_inputs(site: Site, bias: ir.Value | None) -> tuple[ir.Value, ...]:
+def _gain_input(site: Site) -> ir.Value:
+    return _graph_input(f"{site.module}.lora_magnitude", site.weight.dtype, [ROWS, 1, site.out_features])
+
+
+def _token_inputs(module: str, dim: int, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+    n_tokens = f"{module}.n_tokens"
+    return (
+        _graph_input(f"{module}.token_ids", ir.DataType.INT64, [ROWS, n_tokens]),
+        _graph_input(f"{module}.token_delta", dtype, [ROWS, n_tokens, dim]),
+    )
+
+
+def _replacement_inputs(site: Site) -> tuple[ir.Value, ...]:
     out, dtype = f"{site.module}.out_features", site.weight.dtype
     weight = _graph_input(f"{site.module}.weight", dtype, [ROWS, site.in_features, out])
-    if bias is None:
-        return (weight,)
-    return weight, _graph_input(f"{site.module}.bias", dtype, [ROWS, 1, out])
+    return (weight, _graph_input(f"{site.module}.bias", dtype, [ROWS, 1, out])) if has_bias(site) else (weight,)
 
 
-class _Tape:
-    """Appends nodes right after a given node, keeping their order; propagates the module path for diagnostics."""
-
-    def __init__(self, graph: ir.Graph, after: ir.Node) -> None:
-        self._graph, self._last, self._scopes = graph, after, dict(after.metadata_props)
-
-    def op(self, op_type: str, inputs: list[ir.Value], shape, dtype: ir.DataType | None, **attributes) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes=attributes, metadata_props=self._scopes)
-        node.outputs[0].shape = None if shape is None else ir.Shape(shape)
-        node.outputs[0].dtype = dtype
-        self._graph.insert_after(self._last, node)
-        self._last = node
-        return node.outputs[0]
-
-    def ints(self, values: list[int]) -> ir.Value:
-        tensor = ir.tensor(np.array(values, np.int64))
-        return self.op("Constant", [], [len(values)], ir.DataType.INT64, value=tensor)
-
-
-def _batch_symbol(graph: ir.Graph) -> object:
-    return graph.inputs[0].shape[0]
-
-
-def _has_row_axis(graph: ir.Graph, value: ir.Value) -> bool:
-    return value.shape is not None and len(value.shape) == 3 and value.shape[0] == _batch_symbol(graph)
-
-
-def _with_row_axis(graph: ir.Graph, tape: _Tape, site: Site) -> ir.Value:
-    """The site's input as `[batch, tokens, in]`.
-
-    1. Already so: as it is.
-    2. Flattened (`[batch·sequence, in]`, GPT-2), pooled (`[batch, in]`), windowed or with more axes: reshaped, rows
-       being contiguous.
-    3. The batch in another place than the first axis: refused, rows are not contiguous.
-    """
-    value = site.input
-    if _has_row_axis(graph, value):
-        return value
-    batch = str(getattr(_batch_symbol(graph), "value", ""))
-    if value.shape is None or batch not in str(value.shape[0]):
-        raise InputRefused(
-            "A module's input does not start with the batch axis, so adapters cannot be told apart by row",
-            where=site.module,
-            expected="[batch, …, in_features]",
-            found=str(value.shape),
-            next_step="merge the adapter instead",
-        )
-    size = tape.op("Shape", [graph.inputs[0]], [1], ir.DataType.INT64, start=0, end=1)
-    tail = tape.ints([-1, site.in_features])
-    shape = tape.op("Concat", [size, tail], [3], ir.DataType.INT64, axis=0)
-    dims = [_batch_symbol(graph), None, site.in_features]
-    return tape.op("Reshape", [value, shape], dims, value.dtype)
-
-
-def _add_pair(graph: ir.Graph, site: Site, a: ir.Value, b: ir.Value) -> None:
-    output, users = site.output, tuple(site.output.uses())
-    is_graph_output = output.is_graph_output()
-    dims = _output_dims(site)
-    tape = _Tape(graph, site.node)
-    x = _with_row_axis(graph, tape, site)
-    # The broadcast of `rows` against the batch is the batch, which shape inference cannot know.
-    rows_and_tokens = list(x.shape[:2])
-    low = tape.op("MatMul", [x, a], [*rows_and_tokens, a.shape[2]], output.dtype or x.dtype)
-    delta = tape.op("MatMul", [low, b], [*rows_and_tokens, site.out_features], x.dtype)
-    if x is not site.input:
-        like = tape.op("Shape", [output], None, ir.DataType.INT64)
-        delta = tape.op("Reshape", [delta, like], dims, x.dtype)
-    total = tape.op("Add", [output, delta], dims, x.dtype)
-    for user, index in users:
-        user.replace_input_with(index, total)
-    if is_graph_output:
-        _move_graph_output(graph, output, total)
-
-
-def _output_dims(site: Site) -> list | None:
-    if site.output.shape is not None:
-        return list(site.output.shape)
-    if site.input.shape is None:
-        return None
-    return [*list(site.input.shape)[:-1], site.out_features]
-
-
-def _move_graph_output(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    name, old.name = old.name, f"{old.name}_without_adapter"
-    new.name, new.type = name, old.type
-    graph.outputs[list(graph.outputs).index(old)] = new
-
-
-def _bias_of(site: Site) -> ir.Value | None:
-    if site.node.op_type == "Gemm":
-        return site.node.inputs[2] if len(site.node.inputs) > 2 else None
-    add = _bias_add(site)
-    return None if add is None else next(v for v in add.inputs if v is not site.output)
-
-
-def _bias_add(site: Site) -> ir.Node | None:
-    for node, _ in site.output.uses():
-        if node.op_type == "Add" and any(v.is_initializer() and v.name == f"{site.module}.bias" for v in node.inputs):
-            return node
-    return None
-
-
-def _replace_linear(graph: ir.Graph, site: Site, inputs: tuple[ir.Value, ...]) -> None:
-    add = _bias_add(site) if site.node.op_type == "MatMul" else None
-    last = add or site.node
-    replaced, users = last.outputs[0], tuple(last.outputs[0].uses())
-    is_graph_output = replaced.is_graph_output()
-    tape = _Tape(graph, last)
-    x = _with_row_axis(graph, tape, site)
-    out = inputs[0].shape[2]
-    y = tape.op("MatMul", [x, inputs[0]], [*list(x.shape[:2]), out], x.dtype)
-    if len(inputs) == 2:
-        y = tape.op("Add", [y, inputs[1]], [*list(x.shape[:2]), out], x.dtype)
-    if x is not site.input:
-        leading = tape.op("Shape", [site.input], None, ir.DataType.INT64, start=0, end=-1)
-        shape = tape.op("Concat", [leading, tape.ints([-1])], None, ir.DataType.INT64, axis=0)
-        y = tape.op("Reshape", [y, shape], [*list(site.input.shape)[:-1], out], x.dtype)
-    for user, index in users:
-        user.replace_input_with(index, y)
-    if is_graph_output:
-        _move_graph_output(graph, replaced, y)
-    _forget_last_axis_downstream(y, site.out_features, out)
-
-
-def _forget_last_axis_downstream(value: ir.Value, static: int, symbol: object) -> None:
-    """Let what is computed from a replaced head have its variable size instead of the base's."""
-    pending, seen = [value], set()
-    while pending:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.shape is not None and len(current.shape) and current.shape[-1] == static:
-            current.shape = ir.Shape([*list(current.shape)[:-1], symbol])
-        for user, _ in current.uses():
-            pending.extend(user.outputs)
+# What each optional input is where no adapter is fed; a replaced Linear and a bias default to the base's own.
+_CONSTANTS = {
+    AdapterInputKind.LORA_A: 0,
+    AdapterInputKind.LORA_B: 0,
+    AdapterInputKind.GAIN: 1,
+    AdapterInputKind.TOKEN_IDS: -1,
+    AdapterInputKind.TOKEN_DELTA: 0,
+}
 
 
 def attach_defaults(graph: ir.Graph, adapter_inputs: Iterable[AdapterInput]) -> None:
     """Make every adapter input optional, in place (after fusion).
 
-    A LoRA input gets a rank-0 constant. A replaced Linear's input becomes an unbound initializer made of the base's
-    own tensor of the same name, which is bound like any other weight.
+    A pair gets a constant of rank 0, a gain ones, changed tokens none. A replaced Linear's input and a bias become
+    unbound initializers made of the base's own tensor of the same name, which is bound like any other weight; the bias
+    of a module without one is zeros.
     """
     by_name = {value.name: value for value in graph.inputs}
     for entry in adapter_inputs:
         value = by_name[entry.name]
-        if entry.kind in (AdapterInputKind.LORA_A, AdapterInputKind.LORA_B):
+        constant = _CONSTANTS.get(entry.kind)
+        if constant is None and not entry.base_has_default:
+            constant = 0
+        if constant is not None:
             shape = tuple(dim if isinstance(dim, int) else int(dim == ROWS) for dim in entry.dims)
-            value.const_value = ir.tensor(np.zeros(shape, value.dtype.numpy()), name=value.name)
+            value.const_value = ir.tensor(np.full(shape, constant, value.dtype.numpy()), name=value.name)
         else:
             recipe = Recipe((entry.name,), transposed=entry.kind is AdapterInputKind.WEIGHT)
             value.metadata_props[RECIPE] = recipe.to_json()

@@ -22,6 +22,15 @@ from lora_export.runtime.session import choose_provider, open_session
 # One entry of `adapters`: a name, nothing (the base), or a blend of names with weights.
 RowAdapter = str | None | Mapping[str, float]
 
+# What an adapter must bring beside an input of a kind, where the module has it.
+_COMPANIONS = {
+    AdapterInputKind.LORA_A: (AdapterInputKind.LORA_B,),
+    AdapterInputKind.LORA_B: (AdapterInputKind.LORA_A,),
+    AdapterInputKind.TOKEN_IDS: (AdapterInputKind.TOKEN_DELTA,),
+    AdapterInputKind.TOKEN_DELTA: (AdapterInputKind.TOKEN_IDS,),
+    AdapterInputKind.WEIGHT: (AdapterInputKind.BIAS,),
+}
+
 # Stacked compositions kept on the device: enough for the few that a host alternates between.
 _KEPT_COMPOSITIONS = 8
 
@@ -236,10 +245,13 @@ def _require_fit(path: Path, tensors: Mapping[str, np.ndarray], contract: GraphC
                 expected=f"{list(entry.dims)} {entry.dtype}" if entry else "an adapter input of this graph",
                 next_step="pack it for this export with `lora-export add`",
             )
-        for other in contract.of_module(entry.module).values():
+        for kind in _COMPANIONS.get(entry.kind, ()):
+            other = contract.of_module(entry.module).get(kind)
+            if other is None or other.name in tensors:
+                continue
             # A replaced weight may go with the stored bias, if that has its size.
             fits = other.default is not None and other.default.shape[-1] == array.shape[-1]
-            if other.name not in tensors and not fits:
+            if not fits:
                 raise InputRefused(
                     "The adapter lacks a tensor", where=str(path), expected=f"{other.name} beside {name}"
                 )

@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract
 from lora_export.errors import UsageProblem
-from lora_export.runtime.arrays import lowest
+from lora_export.runtime.arrays import lowest, numpy_dtype
 
 # What one row runs: adapter names with their weights, in a fixed order; empty for the base.
 RowSpec = tuple[tuple[str, float], ...]
@@ -41,12 +41,46 @@ def stack_rows(
         if AdapterInputKind.LORA_A in inputs:
             pair = inputs[AdapterInputKind.LORA_A], inputs[AdapterInputKind.LORA_B]
             stacked |= _stack_pair(*pair, adapters, rows)
-        else:
-            entries = list(inputs.values())
-            if any(entry.name in adapters[name] for row in rows for name, _ in row for entry in entries):
-                for entry in entries:
-                    stacked[entry.name] = _stack_replaced(entry, adapters, rows, defaults)
+        if AdapterInputKind.TOKEN_IDS in inputs:
+            tokens = inputs[AdapterInputKind.TOKEN_IDS], inputs[AdapterInputKind.TOKEN_DELTA]
+            stacked |= _stack_tokens(*tokens, adapters, rows)
+        whole = [inputs[kind] for kind in _WHOLE if kind in inputs]
+        if any(entry.name in adapters[name] for row in rows for name, _ in row for entry in whole):
+            for entry in whole:
+                stacked[entry.name] = _stack_whole(entry, adapters, rows, _default(entry, defaults))
     return stacked
+
+
+# Inputs that an adapter gives as a whole, in place of what the base has.
+_WHOLE = (AdapterInputKind.WEIGHT, AdapterInputKind.BIAS, AdapterInputKind.GAIN)
+
+
+def _default(entry: AdapterInput, defaults: Tensors) -> np.ndarray:
+    """What the graph takes where no adapter is fed: stored, or a constant (a gain of 1, the zeros of no bias)."""
+    if entry.name in defaults:
+        return defaults[entry.name]
+    constant = 1 if entry.kind is AdapterInputKind.GAIN else 0
+    return np.full((1, 1, entry.dims[-1]), constant, numpy_dtype(entry.dtype))
+
+
+def _stack_tokens(
+    ids: AdapterInput, delta: AdapterInput, adapters: Mapping[str, Tensors], rows: Sequence[RowSpec]
+) -> dict[str, np.ndarray]:
+    """Tokens of a blend one behind the other, as what is added to a token twice adds up."""
+    parts = [[(adapters[name], weight) for name, weight in row if ids.name in adapters[name]] for row in rows]
+    n_tokens = max(sum(tensors[ids.name].shape[1] for tensors, _ in row) for row in parts)
+    if n_tokens == 0:
+        return {}
+    stacked_ids = np.full((len(rows), n_tokens), -1, np.int64)
+    stacked = np.zeros((len(rows), n_tokens, delta.dims[2]), numpy_dtype(delta.dtype))
+    for row, part in enumerate(parts):
+        start = 0
+        for tensors, weight in part:
+            end = start + tensors[ids.name].shape[1]
+            stacked_ids[row, start:end] = tensors[ids.name][0]
+            stacked[row, start:end] = tensors[delta.name][0] * np.asarray(weight, stacked.dtype)
+            start = end
+    return {ids.name: stacked_ids, delta.name: stacked}
 
 
 def _stack_pair(
@@ -69,10 +103,10 @@ def _stack_pair(
     return {a.name: stacked_a, b.name: stacked_b}
 
 
-def _stack_replaced(
-    entry: AdapterInput, adapters: Mapping[str, Tensors], rows: Sequence[RowSpec], defaults: Tensors
+def _stack_whole(
+    entry: AdapterInput, adapters: Mapping[str, Tensors], rows: Sequence[RowSpec], default: np.ndarray
 ) -> np.ndarray:
-    values = [_blend_replaced(entry, adapters, row, defaults[entry.name]) for row in rows]
+    values = [_blend_whole(entry, adapters, row, default) for row in rows]
     widest = max(value.shape[-1] for value in values)
     # A padded class gets the lowest finite score through its bias, so that it never wins.
     fill = lowest(values[0].dtype) if entry.kind is AdapterInputKind.BIAS else 0
@@ -82,9 +116,7 @@ def _stack_replaced(
     return stacked
 
 
-def _blend_replaced(
-    entry: AdapterInput, adapters: Mapping[str, Tensors], row: RowSpec, default: np.ndarray
-) -> np.ndarray:
+def _blend_whole(entry: AdapterInput, adapters: Mapping[str, Tensors], row: RowSpec, default: np.ndarray) -> np.ndarray:
     """`W = W0 + Σ w_k (W_k − W0)`; an adapter without this tensor contributes `W0`, which is 0 if the base has none."""
     brought = [(adapters[name][entry.name], weight) for name, weight in row if entry.name in adapters[name]]
     if not brought:
@@ -113,6 +145,6 @@ def classes_by_row(
     found = {}
     for entry in contract.adapter_inputs:
         if entry.kind is AdapterInputKind.WEIGHT:
-            sizes = [_blend_replaced(entry, adapters, row, defaults[entry.name]).shape[-1] for row in rows]
+            sizes = [_blend_whole(entry, adapters, row, _default(entry, defaults)).shape[-1] for row in rows]
             found[str(entry.dims[2])] = sizes
     return found

@@ -83,7 +83,8 @@ def _dynamic_cases(bench: Bench, batcher: Batcher, data, skipped: list[str], pro
     cases: list[ParityCase] = []
     alone: dict[str | None, Outputs] = {}
     records = bench.session.manifest.adapters
-    has_own_head = all(entry.base_has_default for entry in bench.session.manifest.contract.adapter_inputs)
+    inputs = bench.session.manifest.contract.adapter_inputs
+    has_own_head = all(entry.base_has_default for entry in inputs if entry.kind is AdapterInputKind.WEIGHT)
     for done, record in enumerate(records):
         progress("checking", done, len(records) + 1)
         batches = bench.own.get(record.name) or bench.own[None]

@@ -1,0 +1,68 @@
+"""Insert nodes into a traced graph, and give a value the axis of rows that adapters are told apart by."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.errors import InputRefused
+
+
+class Tape:
+    """Appends nodes right after a given node, keeping their order; propagates the module path for diagnostics."""
+
+    def __init__(self, graph: ir.Graph, after: ir.Node) -> None:
+        self._graph, self._last, self._scopes = graph, after, dict(after.metadata_props)
+
+    def op(self, op_type: str, inputs: list[ir.Value], shape, dtype: ir.DataType | None, **attributes) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes=attributes, metadata_props=self._scopes)
+        node.outputs[0].shape = None if shape is None else ir.Shape(shape)
+        node.outputs[0].dtype = dtype
+        self._graph.insert_after(self._last, node)
+        self._last = node
+        return node.outputs[0]
+
+    def ints(self, values: list[int]) -> ir.Value:
+        tensor = ir.tensor(np.array(values, np.int64))
+        return self.op("Constant", [], [len(values)], ir.DataType.INT64, value=tensor)
+
+    def scalar(self, value: int) -> ir.Value:
+        return self.op("Constant", [], [], ir.DataType.INT64, value=ir.tensor(np.array(value, np.int64)))
+
+
+def batch_symbol(graph: ir.Graph) -> object:
+    return graph.inputs[0].shape[0]
+
+
+def with_row_axis(graph: ir.Graph, tape: Tape, value: ir.Value, features: int, module: str) -> ir.Value:
+    """`value`, a module's input or output of `features` numbers a token, as `[batch, tokens, features]`.
+
+    1. Already so: as it is.
+    2. Flattened (`[batch·sequence, in]`, GPT-2), pooled (`[batch, in]`), windowed or with more axes: reshaped, rows
+       being contiguous.
+    3. The batch in another place than the first axis: refused, rows are not contiguous.
+    """
+    if value.shape is not None and len(value.shape) == 3 and value.shape[0] == batch_symbol(graph):
+        return value
+    batch = str(getattr(batch_symbol(graph), "value", ""))
+    if value.shape is None or batch not in str(value.shape[0]):
+        raise InputRefused(
+            "A module's input does not start with the batch axis, so adapters cannot be told apart by row",
+            where=module,
+            expected="[batch, …, in_features]",
+            found=str(value.shape),
+            next_step="merge the adapter instead",
+        )
+    size = tape.op("Shape", [graph.inputs[0]], [1], ir.DataType.INT64, start=0, end=1)
+    shape = tape.op("Concat", [size, tape.ints([-1, features])], [3], ir.DataType.INT64, axis=0)
+    return tape.op("Reshape", [value, shape], [batch_symbol(graph), None, features], value.dtype)
+
+
+def put_in_place_of(graph: ir.Graph, old: ir.Value, new: ir.Value, users: tuple) -> None:
+    """Let `users` (of `old`, from before `new` was made) read `new`, which takes over the name of a graph output."""
+    for user, index in users:
+        user.replace_input_with(index, new)
+    if old.is_graph_output():
+        name, old.name = old.name, f"{old.name}_without_adapter"
+        new.name, new.type = name, old.type
+        graph.outputs[list(graph.outputs).index(old)] = new
