@@ -59,7 +59,8 @@ def _export(mode: str, paths: Sequence[str], targets: tuple[str, ...], given: di
 
         provider, reason = inspection.fuse_provider(given["provider"])
         display.say(f"fusing for {provider} ({reason})")
-        request = Request(base, adapters, mode, given["task"], given["dtype"], provider)
+        how = {"weights": given.get("weights", ()), "convert_rank": given.get("convert_rank")}
+        request = Request(base, adapters, mode, given["task"], given["dtype"], provider, **how)
         if given["dry_run"]:
             display.result(inspection.describe_plan(request, given["out"], targets), cli_text.plan_text)
             return
@@ -70,16 +71,20 @@ def _export(mode: str, paths: Sequence[str], targets: tuple[str, ...], given: di
 
 @main.command()
 @click.argument("paths", nargs=-1, required=True, metavar="[BASE] [ADAPTER]...")
+@click.option(
+    "--weight", "weights", multiple=True, type=float, help="Weight of an adapter's delta, in their order.  [default: 1]"
+)
 @options.export_options
 def merge(paths: tuple[str, ...], **given: object) -> None:
     """Fold adapters into the base's weights and write one static graph.
 
     BASE may be left out if the adapters record theirs; without an adapter, the base alone is exported. Several
-    adapters are folded in together, as the sum of their deltas.
+    adapters are folded in together, as the weighted sum of their deltas.
 
     \b
-    Example:
+    Examples:
       lora-export merge all-MiniLM-L6-v2/ adapters/topic -o topic-onnx
+      lora-export merge llama/ style tone --weight 0.7 --weight 0.3 -o blend-onnx
     """
     _export("merge", paths, (), given)
 
@@ -89,6 +94,7 @@ def merge(paths: tuple[str, ...], **given: object) -> None:
 @click.option(
     "--targets", multiple=True, help="Also give this module adapter inputs (a path, or its last parts); repeat."
 )
+@options.convert_rank
 @options.export_options
 def dynamic(paths: tuple[str, ...], targets: tuple[str, ...], **given: object) -> None:
     """Write one graph whose adapters are optional inputs, and each adapter as a file beside it.
@@ -104,26 +110,26 @@ def dynamic(paths: tuple[str, ...], targets: tuple[str, ...], **given: object) -
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("paths", nargs=-1, required=True, metavar="ADAPTER...")
 @options.names
+@options.convert_rank
 @options.base
 @options.as_json
 @options.quiet
-def add(
-    out: Path, paths: tuple[str, ...], names: tuple[str, ...], base: str | None, as_json: bool, quiet: bool
-) -> None:
+def add(out: Path, paths: tuple[str, ...], names: tuple[str, ...], convert_rank: float | None, **given: object) -> None:
     """Pack one more adapter for the dynamic export OUT, without exporting its graph again.
 
     \b
     Example:
       lora-export add served adapters/language
     """
-    display = Display(as_json=as_json, quiet=quiet)
+    display = Display(as_json=given["as_json"], quiet=given["quiet"])
     with guarded(display):
         adapters = options.named(paths, names)
         display.start("lora-export add")
         from lora_export import inspection, pipeline
         from lora_export.sources import SourceOverrides
 
-        manifest = pipeline.add_adapter(out, adapters, SourceOverrides(base), display.progress)
+        moved = SourceOverrides(given["base"])
+        manifest = pipeline.add_adapter(out, adapters, moved, convert_rank=convert_rank, progress=display.progress)
         display.result(inspection.describe_export(out, manifest), cli_text.export_text)
 
 

@@ -83,6 +83,28 @@ moved_adapters = click.option(
 )
 
 
+def parse_rank(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    """A rank as a whole number, or a share of the energy as a number between 0 and 1."""
+    try:
+        return None if value is None else int(value) if value.isdigit() and int(value) else _share(float(value))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a rank nor a share between 0 and 1", context, option) from None
+
+
+def _share(value: float) -> float:
+    if not 0 < value < 1:
+        raise ValueError
+    return value
+
+
+convert_rank = click.option(
+    "--convert-rank",
+    metavar="RANK|SHARE",
+    callback=parse_rank,
+    help="Serve tuners other than LoRA as the nearest pair of this rank, or with this share of the energy.",
+)
+
+
 def together(*options: Decorator) -> Decorator:
     """One decorator of several, listed in `--help` in the order given."""
 

@@ -16,12 +16,26 @@ def export_text(value: dict) -> str:
     for adapter in value["adapters"]:
         ranks = ", ".join(map(str, adapter["ranks"])) or "no pair"
         scales = ", ".join(f"{scale:.4g}" for scale in adapter["scales"])
-        extra = f", replaces {', '.join(adapter['replaced'])}" if adapter["replaced"] else ""
+        extra = f", replaces {_some(adapter['replaced'])}" if adapter["replaced"] else ""
+        extra += f", weight {adapter['weight']:g}" if adapter["weight"] != 1 else ""
         size = f"  {_megabytes(sizes[adapter['file']])}" if adapter["file"] in sizes else ""
         file = f"{value['path']}/{adapter['file']}" if adapter["file"] else "folded in:"
         lines.append(f"  {file} {adapter['name'] if not adapter['file'] else ''}{size}")
         lines.append(f"      rank {ranks}, scale {scales}, {adapter['targets']} modules{extra}")
+        lines += _conversion(adapter)
     return "\n".join(lines)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _conversion(adapter: dict) -> list[str]:
+    """What a conversion to LoRA lost, the worst modules first."""
+    errors = sorted(adapter["conversion_errors"].items(), key=lambda item: -item[1])
+    return [f"      converted: {module} lost {error:.1%} of its change" for module, error in errors[:6]] + (
+        [f"      converted: {len(errors) - 6} more modules lost at most {errors[6][1]:.1%}"] if len(errors) > 6 else []
+    )
 
 
 def plan_text(value: dict) -> str:
@@ -37,7 +51,10 @@ def plan_text(value: dict) -> str:
             f"read    {adapter['path']}: {adapter['pairs']} pairs of rank {adapter['ranks']}, {adapter['becomes']}"
         )
         if adapter["replaced"]:
-            lines.append(f"        replaces {', '.join(adapter['replaced'])}")
+            lines.append(f"        replaces {_some(adapter['replaced'])}")
+        if adapter["merged_by_peft"]:
+            lines.append(f"        merged by PEFT's own code: {_some(adapter['merged_by_peft'])}")
+        lines += _conversion(adapter)
     inputs = value["inputs"]
     if inputs["pairs"]:
         replaced = f" and {', '.join(inputs['replaced_modules'])}" if inputs["replaced_modules"] else ""
@@ -65,7 +82,7 @@ def inspect_text(value: dict) -> str:
         f"  dynamic: {value['dynamic']}",
     ]
     for option in value["options"]:
-        instead = f"; instead: {option['instead']}" if option["merge"] == "refused" else ""
+        instead = f"; instead: {option['instead']}" if "refused" in (option["merge"], option["dynamic"]) else ""
         verdicts = f"{option['merge']} / {option['dynamic']}"
         lines.append(f"    {option['option']} = {option['value']!r}: {verdicts} ({option['note']}{instead})")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from lora_export.adapters.folder import AdapterFolder, open_adapter
-from lora_export.adapters.support import options_in_use
+from lora_export.adapters.support import options_in_use, tuner_verdict
 from lora_export.artifact import MANIFEST, Manifest, carried_files, read_manifest
 from lora_export.base.checkpoint import Checkpoint, locate
 from lora_export.base.stored import SAFETENSORS_DTYPES
@@ -46,10 +46,12 @@ def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = ()) ->
         adapters.append(
             _adapter_fields(folder)
             | {
-                "pairs": len(adapter.lora),
+                "pairs": len(adapter.lora) + len(adapter.embeddings),
                 "ranks": list(adapter.ranks),
-                "scales": sorted({pair.scale for pair in adapter.lora.values()}),
+                "scales": sorted({pair.scale for pair in (*adapter.lora.values(), *adapter.embeddings.values())}),
                 "replaced": list(adapter.replaced),
+                "merged_by_peft": list(adapter.layers),
+                "conversion_errors": dict(adapter.conversion_errors),
                 "becomes": "folded into the weights" if request.mode == "merge" else "inputs of the graph",
             }
         )
@@ -114,8 +116,10 @@ def _adapter_fields(folder: AdapterFolder) -> dict:
         "parameters": sum(map(math.prod, folder.shapes.values())),
     }
     if folder.config.get("peft_type") != "LORA":
-        verdict = f"refused (tuner {folder.config.get('peft_type')})"
-        return fields | {"options": [], "merge": verdict, "dynamic": verdict}
+        tuner = folder.config.get("peft_type")
+        found = {mode: tuner_verdict(folder.config, mode) for mode in ("merge", "dynamic")}
+        said = {mode: f"{verdict} (tuner {tuner}: {note})" for mode, (verdict, note) in found.items()}
+        return fields | {"options": []} | said
     try:
         uses = options_in_use(folder.config)
     except InputRefused as error:
@@ -179,6 +183,8 @@ def describe_export(folder: Path, manifest: Manifest) -> dict:
                 "targets": len(record.targets),
                 "replaced": list(record.replaced),
                 "file": record.file,
+                "weight": record.weight,
+                "conversion_errors": record.conversion_errors,
             }
             for record in manifest.adapters
         ],

@@ -125,7 +125,12 @@ def bytes_needed(plan: Plan) -> int:
 
 
 def add_adapter(
-    folder: Path, adapters: Sequence[tuple[str, str | None]], overrides: SourceOverrides, progress: Progress = silent
+    folder: Path,
+    adapters: Sequence[tuple[str, str | None]],
+    overrides: SourceOverrides,
+    *,
+    convert_rank: float | None = None,
+    progress: Progress = silent,
 ) -> Manifest:
     """Pack more adapters for the dynamic export in `folder`, without exporting its graph again.
 
@@ -141,7 +146,8 @@ def add_adapter(
             next_step="export with `lora-export dynamic` to serve several",
         )
     base, _ = locate_sources(manifest, SourceOverrides(overrides.base), only_base=True)
-    plan = make_plan(Request(str(base), tuple(adapters), "dynamic", manifest.task, manifest.dtype, manifest.provider))
+    how = (manifest.task, manifest.dtype, manifest.provider)
+    plan = make_plan(Request(str(base), tuple(adapters), "dynamic", *how, convert_rank=convert_rank))
     taken = [source.name for source in plan.folders if source.name in {r.name for r in manifest.adapters}]
     if taken:
         raise InputRefused(
@@ -154,7 +160,8 @@ def add_adapter(
     try:
         for source, adapter, config in zip(plan.folders, resolved.adapters, plan.adapter_configs, strict=True):
             written.append(folder / "adapters" / f"{adapter.name}.onnx_adapter")
-            record = served_record(source, adapter, config.num_labels, manifest.contract, resolved.source, folder)
+            described = (source, adapter, config.num_labels, manifest.contract, resolved.source, folder)
+            record = served_record(*described, convert_rank)
             records.append(replace(record, source=hash_adapter(source)))
             files[record.file] = sha256_of(folder / record.file)
     except BaseException:

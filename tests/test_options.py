@@ -9,10 +9,12 @@ import peft
 import pytest
 import tiny
 from peft import LoraConfig
+from references import decoder_feeds, error, inputs_for
 
 from lora_export.errors import InputRefused
 from lora_export.pipeline import ExportOptions, check, export
 from lora_export.plan import Request
+from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.sources import SourceOverrides
 
 ALL, QUERY_VALUE = "all-linear", ["q_proj", "v_proj"]
@@ -139,3 +141,46 @@ def test_an_adapter_is_exported_exactly_or_refused_by_name(name, mode, trained, 
     assert {case.name: case.failures for case in report.cases if case.failures} == {}
     assert next(case for case in report.cases if case.group == "adapter").effect > 0.01
     assert all(error < 0.02 for error in manifest.adapters[0].conversion_errors.values())
+
+
+MIXTURES = {
+    "llama": ("dora", "embedding", "tokens", "pissa", "tied-head-and-embedding", "lora-bias-added", "block-diagonal"),
+    "classifier": ("bias-all", "lora-bias", "dora-gemm", "tokens-classifier", "embedding-positions"),
+}
+
+
+@pytest.mark.parametrize("base", MIXTURES)
+def test_adapters_of_all_kinds_share_a_batch(base, trained, bases, adapters, tmp_path) -> None:
+    """`check` runs a batch with another one in each row against each row alone, and all of them in turn."""
+    names = MIXTURES[base]
+    chosen = [(str(trained(name)), name) for name in names]
+    chosen += [(str(adapters["shades"]), "shades")] if base == "classifier" else [(str(adapters["chat"]), "chat")]
+    task = ADAPTERS[names[0]].on[2]
+    export(Request(str(bases[base]), tuple(chosen), "dynamic", task=task), ExportOptions(tmp_path / "out"))
+    report, _ = check(tmp_path / "out", SourceOverrides(), n_rows=8)
+    assert {case.name: case.failures for case in report.cases if case.failures} == {}
+    assert any(case.group == "rows" for case in report.cases)
+
+
+@pytest.mark.parametrize(
+    ("base", "blend"),
+    [
+        ("llama", {"dora": 0.5, "tokens": 0.7, "embedding": -0.4}),
+        ("llama", {"dora": 0.3, "pissa": 0.9}),
+        ("classifier", {"bias-all": 0.5, "dora-gemm": 0.25, "lora-bias": 1.5}),
+    ],
+)
+def test_a_blend_at_run_time_is_the_weighted_merge(base, blend, trained, bases, tmp_path) -> None:
+    """Both are `W0 + Σ w·(W_k − W0)`: of gains, of biases, of tokens and of pairs."""
+    task = ADAPTERS[next(iter(blend))].on[2]
+    chosen = tuple((str(trained(name)), name) for name in blend)
+    merge = Request(str(bases[base]), chosen, "merge", task=task, weights=tuple(blend.values()))
+    export(merge, ExportOptions(tmp_path / "merged"))
+    export(Request(str(bases[base]), chosen, "dynamic", task=task), ExportOptions(tmp_path / "dynamic"))
+    report, _ = check(tmp_path / "merged", SourceOverrides(), n_rows=8)
+    assert {case.name: case.failures for case in report.cases if case.failures} == {}, "differs from PEFT's sum"
+    merged, dynamic = AdapterSession(tmp_path / "merged"), AdapterSession(tmp_path / "dynamic")
+    feeds = decoder_feeds(inputs_for(base), merged.manifest.contract)
+    expected = merged.run(feeds)["logits"]
+    assert error(dynamic.run(feeds, blend)["logits"], expected) < 1e-5
+    assert error(dynamic.run(feeds)["logits"], expected) > 0.01, "the blend does nothing"

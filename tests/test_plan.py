@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -100,10 +101,20 @@ def test_a_copy_of_the_bases_head_beside_its_pair_changes_nothing(bases, head_ad
     assert model.lm_head.weight.stride() == (0, 0)
 
 
-def test_a_copy_of_another_bases_head_is_refused(bases, head_adapter):
+def test_a_copy_that_differs_replaces_the_bases_head_and_what_is_tied_to_it(bases, head_adapter):
+    """As PEFT loads it: into the base itself."""
     tensors = safetensors.torch.load_file(head_adapter / WEIGHTS)
     tensors["base_model.model.lm_head.base_layer.weight"][3, 5] += 1e-3
     safetensors.torch.save_file(tensors, head_adapter / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(InputRefused, match="is not this base's") as refused:
-        resolve(make_plan(Request(str(bases["llama"]), ((str(head_adapter), None),), "merge")))
-    assert refused.value.where.startswith("lm_head.weight")
+    request = Request(str(bases["llama"]), ((str(head_adapter), None),), "merge")
+    (adapter,) = resolve(make_plan(request)).adapters
+    assert set(adapter.replaced) == {"lm_head.weight", "model.embed_tokens.weight"}
+    with pytest.raises(InputRefused, match="replaces modules that are not Linear"):
+        resolve(make_plan(dataclasses.replace(request, mode="dynamic")))
+
+
+def test_a_weight_for_each_adapter_or_none(bases, adapters):
+    chosen = tuple((str(adapters[name]), name) for name in ("chat", "code"))
+    with pytest.raises(UsageProblem, match="once for each adapter") as refused:
+        make_plan(Request(str(bases["llama"]), chosen, "merge", weights=(0.5,)))
+    assert (refused.value.expected, refused.value.found) == ("2 weights", "1")

@@ -67,12 +67,12 @@ def test_a_transposed_weight_that_is_not_finite_is_refused_with_its_reason(sourc
 def test_a_transposed_row_is_a_copy(source, monkeypatch):
     """A matrix of one row is its own transpose in memory; the checkpoint's bytes must not change."""
     path = "model.layers.0.self_attn.q_proj.weight"
-    pair = source.adapters[0].lora[path.removesuffix(".weight")]
+    pair = source.adapters[0][0].lora[path.removesuffix(".weight")]
     row = torch.zeros(1, pair.a.shape[1])
     one = dataclasses.replace(pair, b=pair.b[:1])
-    adapter = dataclasses.replace(source.adapters[0], lora={path.removesuffix(".weight"): one})
+    adapter = dataclasses.replace(source.adapters[0][0], lora={path.removesuffix(".weight"): one})
     monkeypatch.setattr(type(source.checkpoint.files), "read", lambda self, name: row)
-    found = dataclasses.replace(source, adapters=(adapter,)).parameter(path, torch.float32, transposed=True)
+    found = dataclasses.replace(source, adapters=((adapter, 1.0),)).parameter(path, torch.float32, transposed=True)
     assert found.abs().max() > 0 and row.abs().max() == 0
 
 

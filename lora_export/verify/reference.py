@@ -95,6 +95,10 @@ class Reference:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
+        if not layers:  # summed as weights
+            with self.without_adapter():
+                yield
+            return
         for layer in layers:
             layer.enable_adapters(False)
         try:
@@ -183,12 +187,12 @@ def _vocabulary(adapter: Path, model: torch.nn.Module) -> int | None:
 
 
 def _untied(model: torch.nn.Module) -> torch.nn.Module:
-    """Give tied parameters storage of their own, so that a merge changes the one that it means."""
+    """Give tied parameters storage of their own, so that a merge changes the one that it means; the config still says
+    that they are tied, which tells PEFT to change both where an adapter is for both."""
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in seen:
                 module._parameters[name] = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
             seen.add(id(module._parameters[name]))
-    model.config.tie_word_embeddings = False
     return model

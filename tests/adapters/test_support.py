@@ -5,28 +5,30 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 
-from lora_export.adapters.support import OPTIONS, Verdict, markdown_table, options_in_use, require_supported
+from lora_export.adapters.support import (
+    OPTIONS,
+    TUNERS,
+    Verdict,
+    markdown_table,
+    options_in_use,
+    require_supported,
+)
 from lora_export.errors import InputRefused
 
-# A value that asks for something, for every option that is refused.
+# A value that asks for something, for every option that a mode refuses.
 ASKED_FOR = {
-    "init_lora_weights": "pissa",
-    "bias": "lora_only",
-    "use_dora": True,
-    "lora_bias": True,
-    "trainable_token_indices": [1, 2],
+    "init_lora_weights": "corda",
     "target_parameters": ["experts.gate_up_proj"],
     "layer_replication": [[0, 2], [1, 3]],
     "alora_invocation_tokens": [5],
     "use_qalora": True,
-    "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
-    "velora_config": {"num_groups": 2},
     "monteclora_config": {"num_samples": 2},
     "kasa_config": {"beta": 1e-4},
 }
+MERGED_ONLY = ("target_parameters", "kasa_config")
 
 
 def test_every_option_of_the_installed_peft_has_a_row():
@@ -44,12 +46,25 @@ def test_a_default_config_uses_nothing_that_is_refused():
 
 
 def test_the_table_below_covers_every_refused_option():
-    refused = {option.name for option in OPTIONS if option.merge is Verdict.REFUSED}
+    refused = {option.name for option in OPTIONS if option.dynamic is Verdict.REFUSED}
     assert refused == set(ASKED_FOR)
+    assert {option.name for option in OPTIONS if option.merge is Verdict.MERGED} & refused == set(MERGED_ONLY)
 
 
-@pytest.mark.parametrize("name", ASKED_FOR)
-@pytest.mark.parametrize("mode", ["merge", "dynamic"])
+@pytest.mark.parametrize("name", MERGED_ONLY)
+def test_what_is_only_merged_is_refused_by_dynamic_alone(name):
+    require_supported({"peft_type": "LORA", name: ASKED_FOR[name]}, "merge", "a")
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        (mode, name)
+        for mode in ("merge", "dynamic")
+        for name in ASKED_FOR
+        if mode == "dynamic" or name not in MERGED_ONLY
+    ],
+)
 def test_a_refusal_names_the_option_its_value_the_reason_and_the_way_out(name, mode):
     option = next(option for option in OPTIONS if option.name == name)
     with pytest.raises(InputRefused) as refused:
@@ -62,22 +77,22 @@ def test_a_refusal_names_the_option_its_value_the_reason_and_the_way_out(name, m
 
 
 def test_all_reasons_come_in_one_message():
-    config = {"peft_type": "LORA", "use_dora": True, "bias": "all", "use_qalora": True}
+    config = {"peft_type": "LORA", "layer_replication": [[0, 1]], "arrow_config": {"top_k": 1}, "use_qalora": True}
     with pytest.raises(InputRefused) as refused:
         require_supported(config, "merge", "a")
-    for name in ("use_dora", "bias", "use_qalora"):
+    for name in ("layer_replication", "arrow_config", "use_qalora"):
         assert name in refused.value.what and name in refused.value.where
-    assert refused.value.next_step.count("merge_and_unload") == 1, "the same way out is said once"
+    assert refused.value.next_step.count("train without it") == 1, "the same way out is said once"
 
 
-@pytest.mark.parametrize("value", ["pissa", "PiSSA", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
-def test_initializations_that_change_the_base_are_refused(value):
-    with pytest.raises(InputRefused, match="change the base's weights"):
+@pytest.mark.parametrize("value", ["pissa_niter_16", "corda", "CorDA", "loftq", "lora_ga"])
+def test_starts_that_cannot_be_repeated_are_refused(value):
+    with pytest.raises(InputRefused, match="cannot be repeated from the base alone"):
         require_supported({"peft_type": "LORA", "init_lora_weights": value}, "merge", "a")
 
 
-@pytest.mark.parametrize("value", [True, False, None, "gaussian", "eva", "orthogonal"])
-def test_initializations_that_leave_the_base_alone_are_not(value):
+@pytest.mark.parametrize("value", [True, False, None, "gaussian", "eva", "orthogonal", "pissa", "PiSSA", "olora"])
+def test_other_starts_are_not(value):
     require_supported({"peft_type": "LORA", "init_lora_weights": value}, "merge", "a")
 
 
@@ -94,12 +109,36 @@ def test_an_unknown_option_that_is_not_set_changes_nothing(value):
     require_supported({"peft_type": "LORA", "use_quantum": value}, "dynamic", "a")
 
 
-@pytest.mark.parametrize("tuner", ["IA3", "LOHA", "PREFIX_TUNING", None, 3])
-def test_other_tuners_are_refused(tuner):
-    with pytest.raises(InputRefused, match=r"Adapters of this tuner are not exported \(adapter 'a'\)") as refused:
-        require_supported({"peft_type": tuner}, "merge", "a")
-    assert (refused.value.expected, refused.value.found) == ("LORA", repr(tuner))
-    assert "save_as_lora" in refused.value.next_step
+def test_every_tuner_of_the_installed_peft_has_a_row():
+    rows = [tuner.name for tuner in TUNERS]
+    assert len(rows) == len(set(rows)), "a tuner has two rows"
+    assert {kind.value for kind in PeftType} == set(rows)
+
+
+@pytest.mark.parametrize("mode", ["merge", "dynamic"])
+@pytest.mark.parametrize("tuner", ["PREFIX_TUNING", "OSF", "LILY", "XLORA", "NEXT_YEARS", None, 3])
+def test_tuners_that_cannot_be_merged_are_refused_with_the_reason(tuner, mode):
+    note = {t.name: t.note for t in TUNERS}.get(tuner, "this version does not know it")
+    with pytest.raises(InputRefused) as refused:
+        require_supported({"peft_type": tuner}, mode, "a", convert_rank=8)
+    assert refused.value.what == f"`{mode}` does not export adapters of this tuner (adapter 'a'): {note}"
+    assert refused.value.found == repr(tuner)
+    assert refused.value.next_step == "train without it, or serve it with PEFT"
+
+
+def test_dynamic_names_the_merge_as_the_way_out_where_there_is_one():
+    with pytest.raises(InputRefused) as refused:
+        require_supported({"peft_type": "IA3"}, "dynamic", "a")
+    assert refused.value.next_step == "merge this adapter into a graph of its own"
+    assert "IA3" not in refused.value.expected and "LOHA" in refused.value.expected
+
+
+def test_a_convertible_tuner_is_served_only_when_asked():
+    require_supported({"peft_type": "LOHA"}, "merge", "a")
+    require_supported({"peft_type": "LOHA"}, "dynamic", "a", convert_rank=8)
+    with pytest.raises(InputRefused, match="serves it once it is converted") as refused:
+        require_supported({"peft_type": "LOHA"}, "dynamic", "a")
+    assert "--convert-rank R" in refused.value.next_step
 
 
 def test_options_in_use_are_those_that_are_set_in_the_tables_order():
@@ -112,5 +151,7 @@ def test_options_in_use_are_those_that_are_set_in_the_tables_order():
 
 def test_the_markdown_table_has_a_row_for_every_option():
     lines = markdown_table().splitlines()
-    assert len(lines) == 2 + len(OPTIONS)
+    assert all(any(line.startswith(f"| `{option.name}` |") for line in lines) for option in OPTIONS)
+    assert all(sum(f"`{tuner.name}`" in line for line in lines) == 1 for tuner in TUNERS)
+    lines = [line for line in lines if line]
     assert all(line.count("|") == 5 for line in lines), "a note breaks the table"

@@ -8,14 +8,14 @@ import torch
 from references import inputs_for, outputs_of, unmerged
 
 from lora_export.base.tasks import Task
-from lora_export.verify.reference import Reference
+from lora_export.verify.reference import Reference, TrainedAdapter
 
 INPUTS = inputs_for("classifier")
 
 
 @pytest.fixture
 def shades(bases, adapters) -> Reference:
-    return Reference(Task.TEXT_CLASSIFICATION, bases["classifier"], [adapters["shades"]], "float32", 4)
+    return Reference(Task.TEXT_CLASSIFICATION, bases["classifier"], [TrainedAdapter(adapters["shades"])], "float32", 4)
 
 
 def test_it_is_peft(shades, bases, adapters):
@@ -39,7 +39,13 @@ def test_without_pairs_keeps_the_head_and_comes_back(shades, bases, adapters):
 
 def test_several_adapters_add_up(bases, adapters):
     inputs = inputs_for("llama")
-    both = Reference(Task.TEXT_GENERATION, bases["llama"], [adapters["chat"], adapters["code"]], "float32", None)
+    both = Reference(
+        Task.TEXT_GENERATION,
+        bases["llama"],
+        [TrainedAdapter(adapters["chat"]), TrainedAdapter(adapters["code"])],
+        "float32",
+        None,
+    )
     expected = outputs_of(unmerged(bases["llama"], "LlamaForCausalLM", [adapters["chat"], adapters["code"]]), inputs)
     np.testing.assert_allclose(both.run(inputs)["logits"], expected, atol=1e-6)
     with both.without_adapter():
