@@ -31,8 +31,10 @@ def hash_adapter(folder: AdapterFolder) -> SourceRecord:
 
 
 def write_config(plan: Plan, folder: Path) -> dict[str, str]:
-    """Write the base's `config.json` with the labels of the exported head; sha256 by file name."""
+    """Write the base's `config.json` with the labels of the exported head and its vocabulary; sha256 by file name."""
     fields = plan.checkpoint.config | {"id2label": plan.config.id2label, "label2id": plan.config.label2id}
+    if "vocab_size" in fields:
+        fields["vocab_size"] = plan.config.vocab_size
     path = folder / "config.json"
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return {path.name: sha256_of(path)}
