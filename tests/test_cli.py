@@ -128,9 +128,9 @@ def test_inputs_that_are_refused(adapters, bases, exports, own, tmp_path):
 def test_an_unsupported_adapter_is_refused_with_its_reasons(adapters, own, bases, tmp_path):
     folder = own(adapters["chat"])
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True, "bias": "all"}))
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"layer_replication": [[0, 1]], "use_qalora": True}))
     text = fails(3, "merge", bases["llama"], folder, "-o", tmp_path / "out")
-    assert "uses what `merge` does not export" in text and "use_dora" in text and "bias" in text
+    assert "uses what `merge` does not export" in text and "layer_replication" in text and "use_qalora" in text
     assert "next:" in text
 
 
@@ -213,9 +213,9 @@ def test_inspect_says_what_things_are(what, words, exports, adapters, bases):
 def test_inspect_shows_why_an_adapter_would_be_refused(adapters, own):
     folder = own(adapters["topic"])
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"kasa_config": {"beta": 1}}))
     found = json.loads(call("inspect", folder, "--json").stdout)
-    assert found["merge"] == found["dynamic"] == "refused: use_dora"
+    assert (found["merge"], found["dynamic"]) == ("yes", "refused: kasa_config")
 
 
 def test_check_gates_by_its_exit_code(exports, own):

@@ -83,7 +83,7 @@ def test_modules_that_the_graph_lacks_are_all_named():
     with pytest.raises(InputRefused, match="Adapter 'x' needs modules that the graph has no inputs for") as refused:
         pack(Adapter("x", lora, {"head.weight": torch.zeros(2, 2)}, ("head",), {}), contract, no_base)
     assert refused.value.where == ", ".join(names[1:7]) + " and 4 more"
-    assert refused.value.expected == "one of the 1 modules that the graph serves"
+    assert refused.value.expected == "one of the 1 modules that the graph serves, in the same way"
     assert "--targets" in refused.value.next_step
 
 

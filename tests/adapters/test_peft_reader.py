@@ -158,18 +158,19 @@ def test_numbers_that_are_not_finite_are_refused(value, adapters, own, llama):
     folder = rewritten(own, adapters["chat"], lambda tensors: tensors[key][1, 2].fill_(value))
     with pytest.raises(InputRefused, match="The adapter holds numbers that are not finite") as refused:
         read(folder, llama)
-    assert refused.value.where.endswith("model.layers.0.self_attn.q_proj.lora_A")
+    assert refused.value.where.endswith("model.layers.0.self_attn.q_proj.lora_A.weight")
     assert refused.value.found == "1 of 256 elements are NaN or infinite"
 
 
-def test_a_target_that_is_no_linear_map_is_refused(bases, tmp_path, llama):
+def test_a_pair_on_an_embedding_is_one_of_one_hot_inputs(bases, tmp_path, llama):
     folder = tiny.adapter(
         bases["llama"], tmp_path / "words", "LlamaForCausalLM", r=2, target_modules=["embed_tokens", "q_proj"],
         save_embedding_layers=False,
     )  # fmt: skip
-    with pytest.raises(InputRefused, match="The adapter targets a module that is no linear map") as refused:
-        read(folder, llama)
-    assert (refused.value.where, refused.value.found) == ("model.embed_tokens", "Embedding")
+    adapter = read(folder, llama)
+    pair = adapter.embeddings["model.embed_tokens"]
+    assert (tuple(pair.a.shape), tuple(pair.b.shape), pair.weight_is_in_out) == ((2, 260), (64, 2), True)
+    assert "model.embed_tokens" not in adapter.lora and len(adapter.lora) == 2
 
 
 @pytest.mark.parametrize(
