@@ -12,7 +12,7 @@ import click
 
 from lora_export import __version__, cli_text
 from lora_export import cli_options as options
-from lora_export.cli_output import Display, exit_code_of, guarded
+from lora_export.cli_output import Display, exit_code_of, guarded, tell_github
 from lora_export.errors import UsageProblem
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -143,7 +143,7 @@ def check(out: Path, data: dict, n_rows: int, merged: Path | None, **given: obje
     """Compare the export OUT with its adapters in unmerged PEFT; exit 1 if it differs.
 
     Each adapter, the base, swaps, mixed rows, and for decoders caches, padding and greedy generation. An adapter
-    without effect fails. Writes OUT/reports/check.html, check.json and check.md.
+    without effect fails. Writes OUT/reports/check.html, .json, .junit.xml and .md.
 
     \b
     Example:
@@ -153,6 +153,7 @@ def check(out: Path, data: dict, n_rows: int, merged: Path | None, **given: obje
     with guarded(display):
         display.start("lora-export check")
         from lora_export import pipeline
+        from lora_export.report.as_json import json_value
         from lora_export.report.text import render_check_text
         from lora_export.sources import SourceOverrides
 
@@ -165,7 +166,8 @@ def check(out: Path, data: dict, n_rows: int, merged: Path | None, **given: obje
             n_rows=n_rows,
             progress=display.progress,
         )
-        display.result(report.to_dict(), lambda _: render_check_text(report) + _written(files))
+        display.result(json_value(report), lambda _: render_check_text(report) + _written(files))
+        tell_github(report, files["md"], display)
         sys.exit(exit_code_of(report.verdict))
 
 
@@ -187,7 +189,7 @@ def bench(
 ) -> None:
     """Time the export OUT against its base and its merged form, side by side in paired blocks.
 
-    Writes OUT/reports/bench.html, bench.json and bench.md.
+    Writes OUT/reports/bench.html, .json, .junit.xml and .md.
 
     \b
     Example:
@@ -197,6 +199,7 @@ def bench(
     with guarded(display):
         display.start("lora-export bench")
         from lora_export import pipeline
+        from lora_export.report.as_json import json_value
         from lora_export.report.text import render_bench_text
         from lora_export.sources import SourceOverrides
 
@@ -209,7 +212,8 @@ def bench(
             max_ratio=max_ratio,
             progress=display.progress,
         )
-        display.result(report.to_dict(), lambda _: render_bench_text(report) + _written(files))
+        display.result(json_value(report), lambda _: render_bench_text(report) + _written(files))
+        tell_github(report, files["md"], display)
         sys.exit(exit_code_of(report.verdict))
 
 

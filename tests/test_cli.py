@@ -241,9 +241,34 @@ def test_bench_reports_and_gates(exports, own):
     names = [variant["name"] for variant in found["workloads"][0]["variants"]]
     assert names == ["base", "merged", "dynamic, no adapter", "dynamic", "mixed rows"]
     assert all(len(v["samples_ms"]) == 12 for v in found["workloads"][0]["variants"])
-    assert {path.name for path in (folder / "reports").iterdir()} == {"bench.html", "bench.json", "bench.md"}
+    assert {path.name for path in (folder / "reports").iterdir()} == {
+        "bench.html", "bench.json", "bench.junit.xml", "bench.md",
+    }  # fmt: skip
     assert {path.name for path in folder.parent.iterdir()} == before, "the exports to compare with were left"
     assert "FAIL" in fails(1, *shared, "--max-ratio", "0.001")
+
+
+def test_a_failed_check_annotates_the_run_and_fills_the_job_summary(exports, own, tmp_path, monkeypatch):
+    folder = own(exports["classifier-merged"])
+    data = bytearray((folder / "model.onnx.data").read_bytes())
+    data[: len(data) // 2] = b"\xff" * (len(data) // 2)  # NaN
+    (folder / "model.onnx.data").write_bytes(bytes(data))
+    job_summary = tmp_path / "summary.md"
+    job_summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(job_summary))
+    arguments = ("check", folder, "--provider", "cpu", "--rows", 4)
+    assert "::error" not in fails(1, *arguments)
+    markdown = (folder / "reports/check.md").read_text("utf-8")
+    assert job_summary.read_text("utf-8") == f"before\n{markdown}\n"
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    assert "\n::error title=lora-export check%3A plain::" in fails(1, *arguments)
+    result = call(*arguments, "--json")
+    assert result.exit_code == 1 and result.stderr.startswith("::error title=")
+    found = json.loads(result.stdout)
+    assert found["verdict"] == "fail" and found["cases"][0]["error"] is None
+    assert job_summary.read_text("utf-8").count("Parity check failed") == 3
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "no" / "summary.md"))
+    assert "the job summary was not written" in fails(1, *arguments)
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("pass", 0), ("not gated", 0), ("fail", 1), ("ambiguous", 5)])
