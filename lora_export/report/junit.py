@@ -100,7 +100,7 @@ def _rendered(kind: str, report: Report, cases: list[_TestCase]) -> str:
         "tests": str(len(cases)),
         "failures": str(len(suite.findall("testcase/failure"))),
         "errors": "0",
-        "time": _seconds(report.seconds),
+        "time": _seconds(report.seconds, 3),
     }
     name = f"lora-export {kind}"
     suite.attrib |= {"name": name, **counts, "skipped": str(len(suite.findall("testcase/skipped")))}
@@ -122,7 +122,7 @@ def _element(kind: str, case: _TestCase) -> ET.Element:
     classname = f"lora-export.{kind}.{case.group.replace('.', '_')}"
     element = ET.Element("testcase", {"classname": _text(classname), "name": _text(case.name)})
     if case.seconds is not None:
-        element.set("time", _seconds(case.seconds))
+        element.set("time", _seconds(case.seconds, 6))
     if case.reasons:
         tag = "failure" if case.verdict is Verdict.FAIL else "skipped"
         outcome = ET.SubElement(element, tag, {"type": str(case.verdict), "message": _text(" ".join(case.reasons))})
@@ -136,6 +136,6 @@ def _text(text: str) -> str:
     return _NOT_XML.sub("\ufffd", fmt.plain(text))
 
 
-def _seconds(value: float) -> str:
-    """Plain decimals: the schema knows no exponent, and no NaN."""
-    return f"{value:.6f}" if math.isfinite(value) else "0"
+def _seconds(value: float, digits: int) -> str:
+    """Plain decimals, three for a suite: the schema knows no more, no exponent and no NaN."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "0"
