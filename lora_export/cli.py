@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import click
 
 from lora_export import __version__, cli_text
 from lora_export import cli_options as options
-from lora_export.cli_output import Display, exit_code_of, guarded, tell_github
+from lora_export.cli_output import Display, conclude, guarded
+from lora_export.cli_verify import verify_command
 from lora_export.errors import UsageProblem
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -29,6 +29,7 @@ def main() -> None:
     add       one more adapter for a dynamic export
     check     compare an export with unmerged PEFT       (exit 1 if it differs)
     bench     latency of base, merged, dynamic, mixed    (exit 1 if too slow, 5 if undecided)
+    verify    compare an export with its manifest     (exit 1 if a file differs)
     inspect   what an adapter, base or export holds
     run       try an export
 
@@ -61,9 +62,13 @@ def _export(mode: str, paths: Sequence[str], targets: tuple[str, ...], given: di
         display.say(f"fusing for {provider} ({reason})")
         request = Request(base, adapters, mode, given["task"], given["dtype"], provider)
         if given["dry_run"]:
-            display.result(inspection.describe_plan(request, given["out"], targets), cli_text.plan_text)
+            display.result(
+                inspection.describe_plan(request, given["out"], targets, given["sign_key"]), cli_text.plan_text
+            )
             return
-        choice = pipeline.ExportOptions(given["out"], given["overwrite"], not given["no_cache"], targets)
+        choice = pipeline.ExportOptions(
+            given["out"], given["overwrite"], not given["no_cache"], targets, sign_key=given["sign_key"]
+        )
         manifest = pipeline.export(request, choice, display.progress)
         display.result(inspection.describe_export(given["out"], manifest), cli_text.export_text)
 
@@ -105,12 +110,21 @@ def dynamic(paths: tuple[str, ...], targets: tuple[str, ...], **given: object) -
 @click.argument("paths", nargs=-1, required=True, metavar="ADAPTER...")
 @options.names
 @options.base
+@options.sign_key
 @options.as_json
 @options.quiet
 def add(
-    out: Path, paths: tuple[str, ...], names: tuple[str, ...], base: str | None, as_json: bool, quiet: bool
+    out: Path,
+    paths: tuple[str, ...],
+    names: tuple[str, ...],
+    base: str | None,
+    sign_key: Path | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Pack one more adapter for the dynamic export OUT, without exporting its graph again.
+
+    A signature of OUT ends with it, unless --sign-key makes it anew.
 
     \b
     Example:
@@ -121,9 +135,13 @@ def add(
         adapters = options.named(paths, names)
         display.start("lora-export add")
         from lora_export import inspection, pipeline
+        from lora_export.artifact import SIGNATURE
         from lora_export.sources import SourceOverrides
 
-        manifest = pipeline.add_adapter(out, adapters, SourceOverrides(base), display.progress)
+        was_signed = (out / SIGNATURE).exists()
+        manifest = pipeline.add_adapter(out, adapters, SourceOverrides(base), display.progress, sign_key)
+        if was_signed and sign_key is None:
+            display.say(f"removed {out / SIGNATURE}: it signed the folder without this adapter (--sign-key signs anew)")
         display.result(inspection.describe_export(out, manifest), cli_text.export_text)
 
 
@@ -153,7 +171,6 @@ def check(out: Path, data: dict, n_rows: int, merged: Path | None, **given: obje
     with guarded(display):
         display.start("lora-export check")
         from lora_export import pipeline
-        from lora_export.report.as_json import json_value
         from lora_export.report.text import render_check_text
         from lora_export.sources import SourceOverrides
 
@@ -166,9 +183,7 @@ def check(out: Path, data: dict, n_rows: int, merged: Path | None, **given: obje
             n_rows=n_rows,
             progress=display.progress,
         )
-        display.result(json_value(report), lambda _: render_check_text(report) + _written(files))
-        tell_github(report, files["md"], display)
-        sys.exit(exit_code_of(report.verdict))
+        conclude(report, render_check_text(report), files, display)
 
 
 @main.command()
@@ -199,7 +214,6 @@ def bench(
     with guarded(display):
         display.start("lora-export bench")
         from lora_export import pipeline
-        from lora_export.report.as_json import json_value
         from lora_export.report.text import render_bench_text
         from lora_export.sources import SourceOverrides
 
@@ -212,13 +226,10 @@ def bench(
             max_ratio=max_ratio,
             progress=display.progress,
         )
-        display.result(json_value(report), lambda _: render_bench_text(report) + _written(files))
-        tell_github(report, files["md"], display)
-        sys.exit(exit_code_of(report.verdict))
+        conclude(report, render_bench_text(report), files, display)
 
 
-def _written(files: dict[str, Path]) -> str:
-    return "\n" + "\n".join(f"wrote {path}" for path in files.values())
+main.add_command(verify_command)
 
 
 @main.command(name="inspect")

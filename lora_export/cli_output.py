@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, NoReturn, assert_never
 
 import click
 
@@ -93,7 +93,17 @@ class Display:
             click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
 
 
-def tell_github(report: Report, markdown: Path, display: Display) -> None:
+def conclude(report: Report, text: str, files: dict[str, Path], display: Display) -> NoReturn:
+    """Print a report (`text` is for people) and where it was written, tell GitHub, and exit with the verdict's code."""
+    from lora_export.report.as_json import json_value
+
+    written = "\n".join(f"wrote {path}" for path in files.values())
+    display.result(json_value(report), lambda _: f"{text}\n{written}")
+    _tell_github(report, files["md"], display)
+    sys.exit(exit_code_of(report.verdict))
+
+
+def _tell_github(report: Report, markdown: Path, display: Display) -> None:
     """In a job of GitHub Actions: annotate the run with what failed, and append the Markdown to the job's summary.
 
     The runner reads both streams, so where standard output is not for people the annotations go to standard error.

@@ -18,7 +18,7 @@ from lora_export.artifact import read_manifest
 from lora_export.cli import main
 from lora_export.cli_output import exit_code_of
 
-COMMANDS = ("merge", "dynamic", "add", "check", "bench", "inspect", "run")
+COMMANDS = ("merge", "dynamic", "add", "check", "bench", "verify", "inspect", "run")
 SCRIPT = Path(sys.executable).with_name("lora-export")
 
 
