@@ -21,6 +21,8 @@ def export_text(value: dict) -> str:
         file = f"{value['path']}/{adapter['file']}" if adapter["file"] else "folded in:"
         lines.append(f"  {file} {adapter['name'] if not adapter['file'] else ''}{size}")
         lines.append(f"      rank {ranks}, scale {scales}, {adapter['targets']} modules{extra}")
+    if value["signed"]:
+        lines.append(f"  {value['path']}/model.sig  a signature; `lora-export verify` checks it")
     return "\n".join(lines)
 
 

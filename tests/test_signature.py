@@ -140,6 +140,8 @@ def test_export_signs_as_its_last_act(bases, adapters, keys, tmp_path):
     assert verify(tmp_path / "out", signature_key=keys[1]).signature is SignatureState.GOOD
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert "model.sig" not in read_manifest(tmp_path / "out").files
+    assert "model.sig  a signature" in call("inspect", tmp_path / "out").output
+    assert "model.sig" not in call("inspect", bases["classifier"]).output
 
 
 @pytest.fixture
