@@ -9,6 +9,8 @@
     weights.py         the numbers: checkpoint tensors with adapters folded in
     graph/             passes over an onnx-ir model
     runtime/           ONNX Runtime sessions; `AdapterSession`
+    integrity.py       an exported folder against its manifest, its sources and its signature
+    signature.py       a folder's signature (OpenSSF model signing)
     artifact.py        the exported folder and its manifest
     adapters/          a trained adapter: reading, mathematics, packing, what is supported
     base/              a base checkpoint: reading, tasks, the weightless model, its trace

@@ -17,6 +17,7 @@ from lora_export.errors import InputRefused, UsageProblem
 MANIFEST = "lora_export.json"
 GRAPH, GRAPH_DATA = "model.onnx", "model.onnx.data"
 ADAPTERS, REPORTS = "adapters", "reports"
+SIGNATURE = "model.sig"
 SCHEMA_VERSION = 1
 
 # Everything whose version decides the bytes of an export.

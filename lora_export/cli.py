@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import click
 
 from lora_export import __version__, cli_text
 from lora_export import cli_options as options
-from lora_export.cli_output import Display, exit_code_of, guarded
+from lora_export.cli_output import Display, conclude, guarded
+from lora_export.cli_verify import verify_command
 from lora_export.errors import UsageProblem
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -29,6 +29,7 @@ def main() -> None:
     add       one more adapter for a dynamic export
     check     compare an export with unmerged PEFT       (exit 1 if it differs)
     bench     latency of base, merged, dynamic, mixed    (exit 1 if too slow, 5 if undecided)
+    verify    compare an export with its manifest     (exit 1 if a file differs)
     inspect   what an adapter, base or export holds
     run       try an export
 
@@ -62,9 +63,13 @@ def _export(mode: str, paths: Sequence[str], targets: tuple[str, ...], given: di
         how = {"weights": given.get("weights", ()), "convert_rank": given.get("convert_rank")}
         request = Request(base, adapters, mode, given["task"], given["dtype"], provider, **how)
         if given["dry_run"]:
-            display.result(inspection.describe_plan(request, given["out"], targets), cli_text.plan_text)
+            display.result(
+                inspection.describe_plan(request, given["out"], targets, given["sign_key"]), cli_text.plan_text
+            )
             return
-        choice = pipeline.ExportOptions(given["out"], given["overwrite"], not given["no_cache"], targets)
+        choice = pipeline.ExportOptions(
+            given["out"], given["overwrite"], not given["no_cache"], targets, sign_key=given["sign_key"]
+        )
         manifest = pipeline.export(request, choice, display.progress)
         display.result(inspection.describe_export(given["out"], manifest), cli_text.export_text)
 
@@ -112,10 +117,13 @@ def dynamic(paths: tuple[str, ...], targets: tuple[str, ...], **given: object) -
 @options.names
 @options.convert_rank
 @options.base
+@options.sign_key
 @options.as_json
 @options.quiet
 def add(out: Path, paths: tuple[str, ...], names: tuple[str, ...], convert_rank: float | None, **given: object) -> None:
     """Pack one more adapter for the dynamic export OUT, without exporting its graph again.
+
+    A signature of OUT ends with it, unless --sign-key makes it anew.
 
     \b
     Example:
@@ -126,10 +134,14 @@ def add(out: Path, paths: tuple[str, ...], names: tuple[str, ...], convert_rank:
         adapters = options.named(paths, names)
         display.start("lora-export add")
         from lora_export import inspection, pipeline
+        from lora_export.artifact import SIGNATURE
         from lora_export.sources import SourceOverrides
 
-        moved = SourceOverrides(given["base"])
-        manifest = pipeline.add_adapter(out, adapters, moved, convert_rank=convert_rank, progress=display.progress)
+        was_signed = (out / SIGNATURE).exists()
+        moved, how = SourceOverrides(given["base"]), {"convert_rank": convert_rank, "sign_key": given["sign_key"]}
+        manifest = pipeline.add_adapter(out, adapters, moved, progress=display.progress, **how)
+        if was_signed and given["sign_key"] is None:
+            display.say(f"removed {out / SIGNATURE}: it signed the folder without this adapter (--sign-key signs anew)")
         display.result(inspection.describe_export(out, manifest), cli_text.export_text)
 
 
@@ -149,7 +161,7 @@ def check(out: Path, data: dict, n_rows: int, merged: Path | None, **given: obje
     """Compare the export OUT with its adapters in unmerged PEFT; exit 1 if it differs.
 
     Each adapter, the base, swaps, mixed rows, and for decoders caches, padding and greedy generation. An adapter
-    without effect fails. Writes OUT/reports/check.html, check.json and check.md.
+    without effect fails. Writes OUT/reports/check.html, .json, .junit.xml and .md.
 
     \b
     Example:
@@ -171,8 +183,7 @@ def check(out: Path, data: dict, n_rows: int, merged: Path | None, **given: obje
             n_rows=n_rows,
             progress=display.progress,
         )
-        display.result(report.to_dict(), lambda _: render_check_text(report) + _written(files))
-        sys.exit(exit_code_of(report.verdict))
+        conclude(report, render_check_text(report), files, display)
 
 
 @main.command()
@@ -193,7 +204,7 @@ def bench(
 ) -> None:
     """Time the export OUT against its base and its merged form, side by side in paired blocks.
 
-    Writes OUT/reports/bench.html, bench.json and bench.md.
+    Writes OUT/reports/bench.html, .json, .junit.xml and .md.
 
     \b
     Example:
@@ -215,12 +226,10 @@ def bench(
             max_ratio=max_ratio,
             progress=display.progress,
         )
-        display.result(report.to_dict(), lambda _: render_bench_text(report) + _written(files))
-        sys.exit(exit_code_of(report.verdict))
+        conclude(report, render_bench_text(report), files, display)
 
 
-def _written(files: dict[str, Path]) -> str:
-    return "\n" + "\n".join(f"wrote {path}" for path in files.values())
+main.add_command(verify_command)
 
 
 @main.command(name="inspect")

@@ -70,6 +70,11 @@ no_cache = click.option("--no-cache", is_flag=True, help="Build the graph anew a
 dry_run = click.option(
     "--dry-run", is_flag=True, help="Say what would be read, folded, served and written; write nothing."
 )
+sign_key = click.option(
+    "--sign-key",
+    type=click.Path(path_type=Path),
+    help="Sign what is written with this private key (PEM); needs lora-export[sign].",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 quiet = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 base = click.option("--base", help="Where the base is now, if it has moved since the export.")
@@ -116,7 +121,7 @@ def together(*options: Decorator) -> Decorator:
     return decorate
 
 
-export_options = together(out, overwrite, task, dtype, fuse_for, names, no_cache, dry_run, as_json, quiet)
+export_options = together(out, overwrite, task, dtype, fuse_for, names, no_cache, sign_key, dry_run, as_json, quiet)
 examine_options = together(base, moved_adapters, run_on, as_json, quiet)
 
 

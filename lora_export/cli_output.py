@@ -8,11 +8,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import assert_never
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, assert_never
 
 import click
 
 from lora_export.errors import EnvironmentUnusable, LoraExportError
+
+if TYPE_CHECKING:
+    from lora_export.report.as_json import Report
 
 _SLOW_SECONDS = 1.0
 _BAR_WIDTH = 28
@@ -87,6 +91,35 @@ class Display:
             click.echo(json.dumps(error.to_dict(), indent=2, sort_keys=True))
         else:
             click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+
+
+def conclude(report: Report, text: str, files: dict[str, Path], display: Display) -> NoReturn:
+    """Print a report (`text` is for people) and where it was written, tell GitHub, and exit with the verdict's code."""
+    from lora_export.report.as_json import json_value
+
+    written = "\n".join(f"wrote {path}" for path in files.values())
+    display.result(json_value(report), lambda _: f"{text}\n{written}")
+    _tell_github(report, files["md"], display)
+    sys.exit(exit_code_of(report.verdict))
+
+
+def _tell_github(report: Report, markdown: Path, display: Display) -> None:
+    """In a job of GitHub Actions: annotate the run with what failed, and append the Markdown to the job's summary.
+
+    The runner reads both streams, so where standard output is not for people the annotations go to standard error.
+    """
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        from lora_export.report.github import annotations
+
+        for command in annotations(report):
+            click.echo(command, err=display.as_json or display.quiet)
+    job_summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if job_summary:
+        try:
+            with Path(job_summary).open("a", encoding="utf-8") as file:
+                file.write(markdown.read_text(encoding="utf-8") + "\n")
+        except OSError as error:
+            click.echo(f"the job summary was not written: {error}", err=True)  # the verdict stands without it
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ def export_text(value: dict) -> str:
         lines.append(f"  {file} {adapter['name'] if not adapter['file'] else ''}{size}")
         lines.append(f"      rank {ranks}, scale {scales}, {adapter['targets']} modules{extra}")
         lines += _conversion(adapter)
+    if value["signed"]:
+        lines.append(f"  {value['path']}/model.sig  a signature; `lora-export verify` checks it")
     return "\n".join(lines)
 
 

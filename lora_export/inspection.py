@@ -8,13 +8,14 @@ from pathlib import Path
 
 from lora_export.adapters.folder import AdapterFolder, open_adapter
 from lora_export.adapters.support import options_in_use, tuner_verdict
-from lora_export.artifact import MANIFEST, Manifest, carried_files, read_manifest
+from lora_export.artifact import MANIFEST, SIGNATURE, Manifest, carried_files, read_manifest
 from lora_export.base.checkpoint import Checkpoint, locate
 from lora_export.base.stored import SAFETENSORS_DTYPES
 from lora_export.errors import InputRefused, LoraExportError
 from lora_export.finished_graph import choose_sites, target_modules
 from lora_export.plan import Plan, Request, make_plan, resolve
 from lora_export.runtime.session import choose_provider
+from lora_export.signature import signer_with
 from lora_export.staging import refuse_existing
 
 # Peak memory besides the largest tensor: libraries, the traced graph.
@@ -29,12 +30,13 @@ def fuse_provider(requested: str | None) -> tuple[str, str]:
     return choice.name, choice.reason
 
 
-def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = ()) -> dict:
+def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), sign_key: Path | None = None) -> dict:
     """What an export would do: read, folded, served, refused, written; bytes, memory and disk.
 
     Raises:
         LoraExportError: What the export itself would raise before it writes.
     """
+    signed = [SIGNATURE] if sign_key is not None and signer_with(sign_key) else []
     plan = make_plan(request)
     resolved = resolve(plan)
     served = resolved.adapters if request.mode == "dynamic" else ()
@@ -72,7 +74,7 @@ def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = ()) ->
         "write": {
             "folder": str(out),
             "state": out_state,
-            "files": _files(plan, request),
+            "files": [*_files(plan, request), *signed],
             "weight_bytes": sum(sizes),
             "disk_free_bytes": shutil.disk_usage(parent).free,
         },
@@ -191,5 +193,6 @@ def describe_export(folder: Path, manifest: Manifest) -> dict:
         "inputs": {spec.name: list(spec.dims) for spec in manifest.contract.inputs},
         "outputs": {spec.name: list(spec.dims) for spec in manifest.contract.outputs},
         "adapter_inputs": len(manifest.contract.adapter_inputs),
+        "signed": (folder / SIGNATURE).is_file(),
         "bytes": {name: (folder / name).stat().st_size for name in manifest.files if (folder / name).is_file()},
     }

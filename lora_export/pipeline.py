@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lora_export.artifact import (
     REPORTS,
+    SIGNATURE,
     Kind,
     Manifest,
     carry_files,
@@ -32,6 +33,7 @@ from lora_export.graph.bind import write_graph
 from lora_export.plan import Plan, Request, make_plan, resolve
 from lora_export.records import hash_adapter, hash_sources, merged_record, served_record, write_config
 from lora_export.report.write import write_reports
+from lora_export.signature import sign, signer_with
 from lora_export.sources import SourceOverrides, locate_sources
 from lora_export.staging import refuse_existing, require_disk, staging
 from lora_export.verify.bench import BenchRequest, run_bench
@@ -54,6 +56,7 @@ class ExportOptions:
     Attributes:
         targets: Modules to give LoRA inputs besides those that the adapters touch: paths, or their last parts.
         zeros_for_missing_head: Export a head that the checkpoint lacks as zeros (a benchmark's base).
+        sign_key: Private key (PEM) to sign the folder with.
     """
 
     out: Path
@@ -61,6 +64,7 @@ class ExportOptions:
     use_cache: bool = True
     targets: tuple[str, ...] = ()
     zeros_for_missing_head: bool = False
+    sign_key: Path | None = None
 
 
 def export(request: Request, options: ExportOptions, progress: Progress = silent) -> Manifest:
@@ -70,6 +74,7 @@ def export(request: Request, options: ExportOptions, progress: Progress = silent
         LoraExportError: Refused or failed; nothing is left behind.
     """
     refuse_existing(options.out, overwrite=options.overwrite)
+    signer = signer_with(options.sign_key) if options.sign_key is not None else None
     plan = make_plan(request)
     n_bytes = bytes_needed(plan)
     require_disk(options.out.parent, n_bytes)
@@ -104,6 +109,8 @@ def export(request: Request, options: ExportOptions, progress: Progress = silent
             files = dict(sorted(files.items()))
             manifest = Manifest(kind, plan.task, plan.dtype, request.provider, base, tuple(records), contract, files)
             write_manifest(folder, manifest)
+            if signer is not None:
+                sign(folder, signer)
     return manifest
 
 
@@ -131,13 +138,17 @@ def add_adapter(
     *,
     convert_rank: float | None = None,
     progress: Progress = silent,
+    sign_key: Path | None = None,
 ) -> Manifest:
     """Pack more adapters for the dynamic export in `folder`, without exporting its graph again.
+
+    A signature of the folder as it was is removed, and made anew with `sign_key` (a private key, PEM).
 
     Raises:
         InputRefused: The export is merged, the base is not the one it was made from, an adapter's name is taken, or
             an adapter needs a module that the graph has no inputs for.
     """
+    signer = signer_with(sign_key) if sign_key is not None else None
     manifest = read_manifest(folder)
     if manifest.kind is not Kind.DYNAMIC:
         raise InputRefused(
@@ -169,7 +180,10 @@ def add_adapter(
             path.unlink(missing_ok=True)
         raise
     manifest = replace(manifest, adapters=tuple(records), files=dict(sorted(files.items())))
+    (folder / SIGNATURE).unlink(missing_ok=True)  # it speaks of the folder as it was
     write_manifest(folder, manifest)
+    if signer is not None:
+        sign(folder, signer)
     return manifest
 
 

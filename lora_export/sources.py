@@ -30,15 +30,23 @@ def locate_sources(
     """
     for name in overrides.adapters:
         manifest.adapter(name)
-    base = _locate(manifest.base, overrides.base, "base", "--base PATH")
+    base = locate_source(manifest.base, overrides.base, "base", "--base PATH")
     adapters = {}
     for record in () if only_base else manifest.adapters:
         hint = f"--adapter {record.name}=PATH"
-        adapters[record.name] = _locate(record.source, overrides.adapters.get(record.name), "adapter", hint)
+        adapters[record.name] = locate_source(record.source, overrides.adapters.get(record.name), "adapter", hint)
     return base, adapters
 
 
-def _locate(source: SourceRecord, override: str | None, kind: str, hint: str) -> Path:
+def locate_source(source: SourceRecord, override: str | None, kind: str, hint: str) -> Path:
+    """The folder of a base or adapter (`kind`), each file of it compared with its recorded hash.
+
+    Args:
+        hint: The option that says where it is now, for messages.
+
+    Raises:
+        InputRefused: It is not where it was, or is not the one that was exported.
+    """
     given = override or (f"{source.given}@{source.revision}" if source.revision else source.given)
     try:
         path = locate(given, kind=kind).path

@@ -19,7 +19,7 @@ from lora_export.artifact import read_manifest
 from lora_export.cli import main
 from lora_export.cli_output import exit_code_of
 
-COMMANDS = ("merge", "dynamic", "add", "check", "bench", "inspect", "run")
+COMMANDS = ("merge", "dynamic", "add", "check", "bench", "verify", "inspect", "run")
 SCRIPT = Path(sys.executable).with_name("lora-export")
 
 
@@ -128,7 +128,9 @@ def test_inputs_that_are_refused(adapters, bases, exports, own, tmp_path):
 def test_an_unsupported_adapter_is_refused_with_its_reasons(adapters, own, bases, tmp_path):
     folder = own(adapters["chat"])
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"layer_replication": [[0, 1]], "use_qalora": True}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config | {"layer_replication": [[0, 1]], "use_qalora": True})
+    )
     text = fails(3, "merge", bases["llama"], folder, "-o", tmp_path / "out")
     assert "uses what `merge` does not export" in text and "layer_replication" in text and "use_qalora" in text
     assert "next:" in text
@@ -242,9 +244,34 @@ def test_bench_reports_and_gates(exports, own):
     names = [variant["name"] for variant in found["workloads"][0]["variants"]]
     assert names == ["base", "merged", "dynamic, no adapter", "dynamic", "mixed rows"]
     assert all(len(v["samples_ms"]) == 12 for v in found["workloads"][0]["variants"])
-    assert {path.name for path in (folder / "reports").iterdir()} == {"bench.html", "bench.json", "bench.md"}
+    assert {path.name for path in (folder / "reports").iterdir()} == {
+        "bench.html", "bench.json", "bench.junit.xml", "bench.md",
+    }  # fmt: skip
     assert {path.name for path in folder.parent.iterdir()} == before, "the exports to compare with were left"
     assert "FAIL" in fails(1, *shared, "--max-ratio", "0.001")
+
+
+def test_a_failed_check_annotates_the_run_and_fills_the_job_summary(exports, own, tmp_path, monkeypatch):
+    folder = own(exports["classifier-merged"])
+    data = bytearray((folder / "model.onnx.data").read_bytes())
+    data[: len(data) // 2] = b"\xff" * (len(data) // 2)  # NaN
+    (folder / "model.onnx.data").write_bytes(bytes(data))
+    job_summary = tmp_path / "summary.md"
+    job_summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(job_summary))
+    arguments = ("check", folder, "--provider", "cpu", "--rows", 4)
+    assert "::error" not in fails(1, *arguments)
+    markdown = (folder / "reports/check.md").read_text("utf-8")
+    assert job_summary.read_text("utf-8") == f"before\n{markdown}\n"
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    assert "\n::error title=lora-export check%3A plain::" in fails(1, *arguments)
+    result = call(*arguments, "--json")
+    assert result.exit_code == 1 and result.stderr.startswith("::error title=")
+    found = json.loads(result.stdout)
+    assert found["verdict"] == "fail" and found["cases"][0]["error"] is None
+    assert job_summary.read_text("utf-8").count("Parity check failed") == 3
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "no" / "summary.md"))
+    assert "the job summary was not written" in fails(1, *arguments)
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("pass", 0), ("not gated", 0), ("fail", 1), ("ambiguous", 5)])

@@ -1,9 +1,10 @@
-"""The report for programs, and what its files are called."""
+"""The report for programs, its published schema, and what its files are called."""
 
 from __future__ import annotations
 
 import json
 import math
+from importlib.resources import files
 
 from lora_export.verify.results import BenchReport, CheckReport
 
@@ -15,12 +16,22 @@ def file_name(report: Report, suffix: str) -> str:
     return f"{'check' if isinstance(report, CheckReport) else 'bench'}.{suffix}"
 
 
+def json_value(report: Report) -> dict:
+    """The report as `report_schema` describes it: numbers that JSON lacks (NaN, infinities) become null."""
+    return _strict(report.to_dict())
+
+
 def render_json(report: Report) -> str:
-    """Strict JSON with sorted keys; numbers that JSON lacks (NaN, infinities) become null."""
-    return json.dumps(_strict(report.to_dict()), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    """Strict JSON with sorted keys."""
+    return json.dumps(json_value(report), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _strict(value: object) -> object:
+def report_schema() -> dict:
+    """The JSON Schema (draft 2020-12) of `check.json` and `bench.json`; its `$id` ends with the reports' `schema`."""
+    return json.loads(files("lora_export.report").joinpath("schema/report-1.schema.json").read_text("utf-8"))
+
+
+def _strict(value):
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str):

@@ -85,7 +85,7 @@ def _templates() -> Templates:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.globals["marks"] = summary.MARKS
+    templates.globals |= {"marks": summary.MARKS, "missing": fmt.MISSING}
     return templates
 
 

@@ -7,6 +7,7 @@ import re
 
 from lora_export.report import format as fmt
 from lora_export.report import summary
+from lora_export.report.as_json import Report
 from lora_export.report.bench_tables import latency_table, memory_table, ratio_table
 from lora_export.report.check_tables import case_table
 from lora_export.report.provenance import environment_facts, subject_facts
@@ -20,7 +21,7 @@ _SYNTAX = re.compile(r"([\\`*_{}\[\]|~#])")
 def render_check_markdown(report: CheckReport) -> str:
     """The check as Markdown, verdict first."""
     blocks = [
-        _opening(report.verdict, summary.check_headline(report), summary.check_summary(report)),
+        _opening(report, summary.check_headline(report), summary.check_summary(report)),
         _findings(summary.check_findings(report)),
         _table(case_table(report)),
         _bullets("Not compared", report.skipped),
@@ -33,7 +34,7 @@ def render_check_markdown(report: CheckReport) -> str:
 def render_bench_markdown(report: BenchReport) -> str:
     """The bench as Markdown, verdict first."""
     blocks = [
-        _opening(report.verdict, summary.bench_headline(report), summary.bench_summary(report)),
+        _opening(report, summary.bench_headline(report), summary.bench_summary(report)),
         _findings(summary.bench_findings(report)),
         _table(ratio_table(report)),
         *(_table(latency_table(workload)) for workload in report.workloads),
@@ -53,8 +54,10 @@ def _escaped(text: str) -> str:
     return _SYNTAX.sub(r"\\\1", html.escape(fmt.plain(text), quote=False))
 
 
-def _opening(verdict: Verdict, headline: str, sentence: str) -> str:
-    return f"## {MARKS[verdict]} {headline}\n\n**{str(verdict).capitalize()}.** {_escaped(sentence)}"
+def _opening(report: Report, headline: str, sentence: str) -> str:
+    scope = f"\n\n> **{_escaped(report.scope)}**" if report.scope else ""
+    verdict = report.verdict
+    return f"## {MARKS[verdict]} {headline}\n\n**{str(verdict).capitalize()}.** {_escaped(sentence)}{scope}"
 
 
 def _bullets(title: str, sentences: tuple[str, ...]) -> str:

@@ -123,7 +123,7 @@ def bench_figures(report: BenchReport) -> tuple[tuple[str, str], ...]:
 
 def bench_findings(report: BenchReport) -> tuple[Finding, ...]:
     return tuple(
-        Finding(f"{ratio_name(ratio)}, {workload.name}", ratio.verdict, (_ratio_sentence(ratio),))
+        Finding(f"{ratio_name(ratio)}, {workload.name}", ratio.verdict, (ratio_sentence(ratio),))
         for verdict in (Verdict.FAIL, Verdict.AMBIGUOUS)
         for workload in report.workloads
         for ratio in workload.ratios
@@ -131,7 +131,7 @@ def bench_findings(report: BenchReport) -> tuple[Finding, ...]:
     )
 
 
-def _ratio_sentence(ratio: Ratio) -> str:
+def ratio_sentence(ratio: Ratio) -> str:
     interval = f"its {fmt.share(ratio.confidence)} interval is {fmt.interval(ratio.low, ratio.high)}"
     sentence = f"The median ratio is {fmt.ratio(ratio.median)}; {interval}"
     if ratio.allowance is None:

@@ -6,6 +6,7 @@ import textwrap
 
 from lora_export.report import format as fmt
 from lora_export.report import summary
+from lora_export.report.as_json import Report
 from lora_export.report.bench_tables import latency_table, memory_table, ratio_table, swap_table
 from lora_export.report.check_tables import case_table
 from lora_export.report.provenance import environment_facts, size_table, subject_facts
@@ -21,7 +22,7 @@ _LEAST_NAME_WIDTH = 12
 def render_check_text(report: CheckReport) -> str:
     """The check as text, verdict first; ends with a line break."""
     blocks = [
-        _opening(report.verdict, summary.check_headline(report), summary.check_summary(report)),
+        _opening(report, summary.check_headline(report), summary.check_summary(report)),
         _table(case_table(report)),
         _findings(summary.check_findings(report)),
         _bullets("Not compared", report.skipped),
@@ -35,7 +36,7 @@ def render_bench_text(report: BenchReport) -> str:
     """The bench as text, verdict first; ends with a line break."""
     swap = swap_table(report)
     blocks = [
-        _opening(report.verdict, summary.bench_headline(report), summary.bench_summary(report)),
+        _opening(report, summary.bench_headline(report), summary.bench_summary(report)),
         _table(ratio_table(report)),
         *(_table(latency_table(workload)) for workload in report.workloads),
         _table(swap) if swap.rows else summary.swap_sentence(report),
@@ -52,8 +53,9 @@ def _joined(blocks: list[str]) -> str:
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _opening(verdict: Verdict, headline: str, sentence: str) -> str:
-    return "\n".join([f"{MARKS[verdict]} {verdict.upper()}: {headline}", *_wrapped(sentence)])
+def _opening(report: Report, headline: str, sentence: str) -> str:
+    scope = _wrapped(f"! {report.scope}") if report.scope else []
+    return "\n".join([f"{MARKS[report.verdict]} {report.verdict.upper()}: {headline}", *_wrapped(sentence), *scope])
 
 
 def _wrapped(text: str, first: str = "", rest: str | None = None) -> list[str]:

@@ -7,20 +7,23 @@ from pathlib import Path
 
 from lora_export.report.as_json import Report, file_name, render_json
 from lora_export.report.html import render_bench_html, render_check_html
+from lora_export.report.junit import render_bench_junit, render_check_junit
 from lora_export.report.markdown import render_bench_markdown, render_check_markdown
 from lora_export.verify.results import CheckReport
 
 
 def write_reports(report: Report, folder: Path) -> dict[str, Path]:
-    """Write `check.*` or `bench.*`; returns the paths by suffix ("html", "md", "json").
+    """Write `check.*` or `bench.*`; returns the paths by suffix ("html", "md", "junit.xml", "json").
 
     All are rendered before any is written, so a report that cannot be rendered leaves the folder as it was.
     """
     if isinstance(report, CheckReport):
-        page, markdown = render_check_html(report), render_check_markdown(report)
+        contents = {"html": render_check_html(report), "md": render_check_markdown(report)}
+        contents["junit.xml"] = render_check_junit(report)
     else:
-        page, markdown = render_bench_html(report), render_bench_markdown(report)
-    contents = {"html": page, "md": markdown, "json": render_json(report)}
+        contents = {"html": render_bench_html(report), "md": render_bench_markdown(report)}
+        contents["junit.xml"] = render_bench_junit(report)
+    contents["json"] = render_json(report)
     folder.mkdir(parents=True, exist_ok=True)
     return {suffix: _write(folder / file_name(report, suffix), text) for suffix, text in contents.items()}
 

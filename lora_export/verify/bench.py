@@ -126,8 +126,6 @@ def _notes(export: AdapterSession, manifest: Manifest) -> tuple[str, ...]:
     notes = []
     if manifest.provider != export.provider:
         notes.append(f"The graph is fused for {manifest.provider} and ran on {export.provider}: not its best speed.")
-    if export.provider == "cpu":
-        notes.append("Measured on a CPU: says nothing about a GPU.")
     return tuple(notes)
 
 

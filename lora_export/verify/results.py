@@ -44,6 +44,14 @@ class Subject:
     n_bytes: dict[str, int]  # by file name, adapters included
 
 
+def scope_of(what: str, subject: Subject, environment: Environment) -> str | None:
+    """What a result taken on the CPU does not say, as a label; None for a GPU's. `what` is "parity" or "latency"."""
+    if environment.provider != "cpu":
+        return None
+    fused = "" if subject.fused_for == "cpu" else f"; the graph is fused for {subject.fused_for.upper()}"
+    return f"{what} only on CPU: says nothing about the GPU{fused}"
+
+
 @dataclass(frozen=True)
 class ParityCase:
     """One comparison of ONNX Runtime with its reference.
@@ -111,9 +119,14 @@ class CheckReport:
         """Fail if any case failed, or if nothing was compared."""
         return Verdict.PASS if self.cases and all(case.passed for case in self.cases) else Verdict.FAIL
 
+    @property
+    def scope(self) -> str | None:
+        return scope_of("parity", self.subject, self.environment)
+
     def to_dict(self) -> dict:
         cases = [asdict(case) | {"passed": case.passed} for case in self.cases]
-        return asdict(self) | {"report": "check", "verdict": self.verdict, "cases": cases}
+        derived = {"report": "check", "verdict": self.verdict, "scope": self.scope}
+        return asdict(self) | derived | {"cases": cases}
 
 
 @dataclass(frozen=True)
@@ -208,6 +221,11 @@ class BenchReport:
                 return verdict
         return Verdict.NOT_GATED
 
+    @property
+    def scope(self) -> str | None:
+        return scope_of("latency", self.subject, self.environment)
+
     def to_dict(self) -> dict:
         workloads = [asdict(workload) | {"name": workload.name} for workload in self.workloads]
-        return asdict(self) | {"report": "bench", "verdict": self.verdict, "workloads": workloads}
+        derived = {"report": "bench", "verdict": self.verdict, "scope": self.scope}
+        return asdict(self) | derived | {"workloads": workloads}

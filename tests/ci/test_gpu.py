@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 QUESTIONS = ROOT / "ci/gpu_questions.py"
 
 
-@pytest.mark.parametrize("script", ["ci/gpu", "ci/demo", "ci/test", "ci/setup", ".ci/run"])
+@pytest.mark.parametrize("script", ["ci/gpu", "ci/demo", "ci/test", "ci/setup", "ci/report_accessibility", ".ci/run"])
 def test_scripts_parse(script):
     assert subprocess.run(["bash", "-n", ROOT / script], capture_output=True).returncode == 0
 
@@ -28,6 +30,55 @@ def test_questions_are_answered_on_the_cpu(tmp_path):
     assert answers["operand rank, µs"]["[1, in, rank] / 2-D"] > 0
     assert answers["adapter copies, µs"]["bound"] > 0
     assert answers["placement"] == {"CPUExecutionProvider": {"MatMul": 2}}
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Path:
+    """A Python that trains and exports nothing: it notes what the script asks for; `check` exits with $CHECK."""
+    stub = tmp_path / "python"
+    stub.write_text("""#!/usr/bin/env bash
+echo "$*" >> "$LOG"
+case "$*" in
+  samples/tiny_decoder.py*) mkdir -p "$WORK/decoder-adapters/"{legal,shout} ;;
+  "-m lora_export.cli check "*) mkdir -p "$4/reports"; echo "{}" > "$4/reports/check.json"; exit "$CHECK" ;;
+  "-m lora_export.cli bench "*) echo "{}" > "$4/reports/bench.json" ;;
+  ci/gpu_questions.py*) exit "$QUESTIONS" ;;
+esac
+""")
+    stub.chmod(0o755)
+    return stub
+
+
+def run_script(stub: Path, *, check: int = 0, questions: int = 0) -> tuple[int, list[str]]:
+    """Exit code of ci/gpu and what it ran."""
+    folder = stub.parent
+    variables = {"PYTHON": stub, "WORK": folder / "work", "RESULTS": folder / "results", "LOG": folder / "log"}
+    variables |= {"CHECK": check, "QUESTIONS": questions}
+    environment = os.environ | {name: str(value) for name, value in variables.items()}
+    done = subprocess.run(["bash", ROOT / "ci/gpu"], env=environment, capture_output=True)
+    return done.returncode, (folder / "log").read_text().splitlines()
+
+
+def test_the_script_checks_and_times_every_export_on_cuda(stub):
+    code, log = run_script(stub)
+    assert code == 0
+    for command in ("check", "bench"):
+        calls = [line for line in log if line.startswith(f"-m lora_export.cli {command} ")]
+        assert len(calls) == 6 and all("--provider cuda" in call for call in calls)
+    exported = [line for line in log if re.search(r"cli (dynamic|merge) .*--provider cuda --dtype float(32|16)", line)]
+    assert len(exported) == 6
+    assert len(list((stub.parent / "results").glob("*-cuda.json"))) == 12
+
+
+def test_the_script_s_exit_codes(stub):
+    code, log = run_script(stub, check=1)
+    assert code == 1 and sum("cli bench" in line for line in log) == 6, "a failed check ends nothing but the verdict"
+    (stub.parent / "log").unlink()
+    code, log = run_script(stub, check=4)
+    assert code == 4 and not any("cli bench" in line for line in log)
+    (stub.parent / "log").unlink()
+    code, log = run_script(stub, questions=4)
+    assert code == 4 and not any("lora_export.cli" in line for line in log)
 
 
 @pytest.mark.skipif(cuda_problem() is None, reason="CUDA is usable here")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -31,7 +32,7 @@ def hostile() -> str:
 @pytest.fixture
 def environment() -> Environment:
     return Environment(
-        provider="CPUExecutionProvider",
+        provider="cpu",
         provider_reason="no GPU was found",
         device="CPU",
         cpu="AMD EPYC 7763 64-Core Processor",
@@ -52,7 +53,7 @@ def subject() -> Subject:
         task="text-classification",
         dtype="float32",
         base="sentence-transformers/all-MiniLM-L6-v2",
-        fused_for="CPU",
+        fused_for="cpu",
         adapters=("topic", "kind", HOSTILE),
         graph_sha256="9f2c" * 16,
         n_bytes={
@@ -112,6 +113,12 @@ def failing_check(passing_check: CheckReport, subject: Subject, environment: Env
         failures=("ONNX Runtime returned NaN in 12 of 256 rows.",),
     )  # fmt: skip
     return CheckReport(subject, environment, (), (*passing_check.cases, swapped, broken), (), seconds=131.0)
+
+
+@pytest.fixture
+def gpu_check(passing_check: CheckReport, environment: Environment, subject: Subject) -> CheckReport:
+    on_gpu = replace(environment, provider="cuda", provider_reason="asked for", device="NVIDIA H100")
+    return replace(passing_check, environment=on_gpu, subject=replace(subject, fused_for="cuda"))
 
 
 @pytest.fixture

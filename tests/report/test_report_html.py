@@ -131,6 +131,15 @@ def test_verdict_in_words(
         assert f"{word} {headline}" in text
 
 
+def test_a_cpu_run_is_labelled_at_the_top(
+    passing_check: CheckReport, gpu_check: CheckReport, gated_bench: BenchReport
+) -> None:
+    for report in (passing_check, gated_bench):
+        text = Page(_render(report)).text
+        assert text.index(report.scope) < text.index("Duration")
+    assert "only on CPU" not in _render(gpu_check)
+
+
 def test_names_are_escaped(page: str, hostile: str) -> None:
     assert "<b>" not in page
     assert " ".join(hostile.split()) in Page(page).text

@@ -55,10 +55,13 @@ def test_undecodable_name_is_written(passing_check: CheckReport, tmp_path: Path)
 
 def test_file_names(passing_check: CheckReport, gated_bench: BenchReport, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "reports"
-    assert write_reports(passing_check, folder) == {s: folder / f"check.{s}" for s in ("html", "md", "json")}
+    assert write_reports(passing_check, folder) == {
+        s: folder / f"check.{s}" for s in ("html", "md", "junit.xml", "json")
+    }
     assert write_reports(gated_bench, folder)["html"] == folder / file_name(gated_bench, "html")
     assert sorted(path.name for path in folder.iterdir()) == [
-        "bench.html", "bench.json", "bench.md", "check.html", "check.json", "check.md",
+        "bench.html", "bench.json", "bench.junit.xml", "bench.md",
+        "check.html", "check.json", "check.junit.xml", "check.md",
     ]  # fmt: skip
 
 
@@ -79,7 +82,7 @@ def test_report_that_cannot_be_rendered_leaves_the_folder(
     with pytest.raises(ValueError, match="cannot be rendered"):
         write_reports(passing_check, tmp_path)
     assert (tmp_path / "check.html").read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_failed_write_leaves_no_temporary(

@@ -89,6 +89,24 @@ def test_bench_text_says_what_swaps_cost(gated_bench: BenchReport, ungated_bench
     assert "Changing the adapter was not measured." in render_bench_text(ungated_bench)
 
 
+@pytest.mark.parametrize(("name", "what"), [("passing_check", "parity"), ("gated_bench", "latency")])
+@pytest.mark.parametrize(("fused_for", "more"), [("cpu", ""), ("cuda", "; the graph is fused for CUDA")])
+def test_a_cpu_run_is_labelled_before_its_numbers(
+    name: str, what: str, fused_for: str, more: str, request: pytest.FixtureRequest
+) -> None:
+    report = request.getfixturevalue(name)
+    report = replace(report, subject=replace(report.subject, fused_for=fused_for))
+    label = f"{what} only on CPU: says nothing about the GPU{more}"
+    assert report.scope == label
+    assert _text(report).splitlines().index(f"! {label}") < 5
+    assert f"\n\n> **{label}**\n\n" in _markdown(report)
+
+
+def test_a_gpu_run_is_not_labelled(gpu_check: CheckReport) -> None:
+    assert gpu_check.scope is None
+    assert "only on CPU" not in _text(gpu_check) + _markdown(gpu_check)
+
+
 def _cells(markdown: str) -> set[tuple[str, ...]]:
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     return {tuple(cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]) for line in lines}

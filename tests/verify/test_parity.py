@@ -86,7 +86,7 @@ def test_reports_are_written_beside_the_export(exports, own):
     folder = own(exports["classifier-merged"])
     report, files = check(folder, SourceOverrides(), provider="cpu")
     assert {path.relative_to(folder).as_posix() for path in files.values()} == {
-        "reports/check.html", "reports/check.json", "reports/check.md",
+        "reports/check.html", "reports/check.json", "reports/check.junit.xml", "reports/check.md",
     }  # fmt: skip
     stored = json.loads(files["json"].read_text())
     assert stored["verdict"] == report.verdict == "pass"

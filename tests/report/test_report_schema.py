@@ -1,0 +1,132 @@
+"""The published schema: reports of every kind are valid, broken ones are not, and it names every field there is."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from lora_export.report import check_tables
+from lora_export.report.as_json import json_value, render_json, report_schema
+from lora_export.verify import results
+
+REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench", "gpu_check")
+SCHEMA = report_schema()
+VALIDATOR = Draft202012Validator(SCHEMA, format_checker=Draft202012Validator.FORMAT_CHECKER)
+
+
+def test_the_schema_is_one() -> None:
+    Draft202012Validator.check_schema(SCHEMA)
+    assert SCHEMA["$id"] == "urn:lora-export:report:1"
+    assert SCHEMA["$defs"]["check"]["properties"]["schema"] == {"const": 1}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_reports_are_valid(name: str, request: pytest.FixtureRequest) -> None:
+    VALIDATOR.validate(json.loads(render_json(request.getfixturevalue(name))))
+
+
+@pytest.mark.parametrize(
+    ("definition", "kind", "derived"),
+    [
+        ("environment", results.Environment, set()),
+        ("subject", results.Subject, set()),
+        ("case", results.ParityCase, {"passed"}),
+        ("variant", results.Variant, set()),
+        ("ratio", results.Ratio, set()),
+        ("workload", results.Workload, {"name"}),
+        ("swap", results.Swap, set()),
+        ("check", results.CheckReport, {"report", "verdict", "scope"}),
+        ("bench", results.BenchReport, {"report", "verdict", "scope"}),
+    ],
+)
+def test_every_field_is_described_and_required(definition: str, kind: type, derived: set[str]) -> None:
+    described = SCHEMA["$defs"][definition]
+    fields = {field.name for field in dataclasses.fields(kind)} | derived
+    assert set(described["properties"]) == set(described["required"]) == fields
+    assert described["additionalProperties"] is False
+
+
+def test_groups_of_cases_are_those_with_a_heading() -> None:
+    assert set(SCHEMA["$defs"]["case"]["properties"]["group"]["enum"]) == set(check_tables._GROUPS)
+
+
+def _set(*path: object) -> Callable[[dict], None]:
+    """An edit: all but the last entry of `path` lead to the place, the last is the value."""
+
+    def edit(report: dict) -> None:
+        *way, key, value = path
+        for step in way:
+            report = report[step]
+        report[key] = value
+
+    return edit
+
+
+def _drop(*path: object) -> Callable[[dict], None]:
+    def edit(report: dict) -> None:
+        for step in path[:-1]:
+            report = report[step]
+        del report[path[-1]]
+
+    return edit
+
+
+BROKEN = {
+    "no kind": ("passing_check", _drop("report")),
+    "another kind": ("passing_check", _set("report", "latency")),
+    "another version": ("passing_check", _set("schema", 2)),
+    "version as text": ("gated_bench", _set("schema", "1")),
+    "a field too many": ("passing_check", _set("score", 7)),
+    "a bench called check": ("gated_bench", _set("report", "check")),
+    "a check that says pass over a failed case": ("failing_check", _set("verdict", "pass")),
+    "a check that says pass over no case": ("empty_check", _set("verdict", "pass")),
+    "a check that says fail over passed cases": ("passing_check", _set("verdict", "fail")),
+    "an ambiguous check": ("passing_check", _set("verdict", "ambiguous")),
+    "passed in spite of failures": ("failing_check", _set("cases", -1, "passed", True)),
+    "failed without a reason": ("passing_check", _set("cases", 0, "passed", False)),
+    "a case without its error": ("passing_check", _drop("cases", 0, "error")),
+    "an error as text": ("passing_check", _set("cases", 0, "error", "1e-6")),
+    "top-1 in percent": ("passing_check", _set("cases", 0, "top1", 99.9)),
+    "a group nobody knows": ("passing_check", _set("cases", 0, "group", "others")),
+    "a hash cut short": ("passing_check", _set("subject", "graph_sha256", "9f2c")),
+    "no provider": ("passing_check", _drop("environment", "provider")),
+    "a time that is none": ("gated_bench", _set("environment", "started_at", "yesterday")),
+    "a verdict nobody knows": ("gated_bench", _set("workloads", 0, "ratios", 0, "verdict", "maybe")),
+    "samples that are no list": ("gated_bench", _set("workloads", 0, "variants", 0, "samples_ms", 1.5)),
+    "a batch of none": ("gated_bench", _set("workloads", 0, "batch", 0)),
+    "a swap without its count": ("gated_bench", _drop("swap", "n")),
+    "memory as text": ("gated_bench", _set("memory_mb", "merged", "212 MB")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_reports_are_not_valid(name: str, request: pytest.FixtureRequest) -> None:
+    source, edit = BROKEN[name]
+    report = copy.deepcopy(json_value(request.getfixturevalue(source)))
+    VALIDATOR.validate(report)
+    edit(report)
+    assert not VALIDATOR.is_valid(report)
+
+
+@pytest.mark.parametrize("name", ["bert-dynamic", "llama-dynamic", "classifier-merged"])
+def test_reports_of_real_exports_are_valid(name: str, exports, own, request: pytest.FixtureRequest) -> None:
+    """What check and bench write of a real export, in every file that a program reads."""
+    from lora_export.pipeline import bench, check
+    from lora_export.sources import SourceOverrides
+
+    folder = own(exports[name])
+    checked, check_files = check(folder, SourceOverrides(), provider="cpu", n_rows=4)
+    benched, bench_files = bench(folder, SourceOverrides(), provider="cpu", shapes=[(2, 4, 0)], blocks=6)
+    for report, files in ((checked, check_files), (benched, bench_files)):
+        found = json.loads(files["json"].read_text("utf-8"))
+        VALIDATOR.validate(found)
+        assert found == json_value(report)
+        assert found["scope"] in ("parity only on CPU: says nothing about the GPU",
+                                  "latency only on CPU: says nothing about the GPU")  # fmt: skip
+        for suffix in ("html", "md", "junit.xml"):
+            assert found["scope"] in files[suffix].read_text("utf-8"), suffix
