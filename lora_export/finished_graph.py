@@ -62,6 +62,7 @@ def finished_graph(
     """
     config = {key: value for key, value in plan.config.to_dict().items() if key not in _NOT_ARCHITECTURE}
     traced_from = {"config": config, "labels": plan.config.num_labels, "task": plan.task, "dtype": plan.dtype}
+    traced_from["class"] = type(resolved.model).__name__
     traced_from["versions"] = versions()
     replaced = frozenset(path for adapter in resolved.adapters for path in adapter.replaced)
     small = resolved.source.small_parameters(plan.dtype, without=replaced | resolved.source.zeros_for)

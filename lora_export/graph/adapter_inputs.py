@@ -110,12 +110,14 @@ class _Tape:
         return self.op("Constant", [], [len(values)], ir.DataType.INT64, value=tensor)
 
 
-def _batch_symbol(graph: ir.Graph) -> object:
-    return graph.inputs[0].shape[0]
+def _batch_input(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """The graph input whose rows `value` holds: a dual encoder has texts and images, each with a batch of its own."""
+    leading = "" if value.shape is None or not len(value.shape) else str(value.shape[0])
+    return next((entry for entry in graph.inputs if str(entry.shape[0]) in leading), graph.inputs[0])
 
 
-def _has_row_axis(graph: ir.Graph, value: ir.Value) -> bool:
-    return value.shape is not None and len(value.shape) == 3 and value.shape[0] == _batch_symbol(graph)
+def _has_row_axis(batch: object, value: ir.Value) -> bool:
+    return value.shape is not None and len(value.shape) == 3 and value.shape[0] == batch
 
 
 def _with_row_axis(graph: ir.Graph, tape: _Tape, site: Site) -> ir.Value:
@@ -127,9 +129,10 @@ def _with_row_axis(graph: ir.Graph, tape: _Tape, site: Site) -> ir.Value:
     3. The batch in another place than the first axis: refused, rows are not contiguous.
     """
     value = site.input
-    if _has_row_axis(graph, value):
+    rows = _batch_input(graph, value)
+    if _has_row_axis(rows.shape[0], value):
         return value
-    batch = str(getattr(_batch_symbol(graph), "value", ""))
+    batch = str(getattr(rows.shape[0], "value", ""))
     if value.shape is None or batch not in str(value.shape[0]):
         raise InputRefused(
             "A module's input does not start with the batch axis, so adapters cannot be told apart by row",
@@ -138,10 +141,10 @@ def _with_row_axis(graph: ir.Graph, tape: _Tape, site: Site) -> ir.Value:
             found=str(value.shape),
             next_step="merge the adapter instead",
         )
-    size = tape.op("Shape", [graph.inputs[0]], [1], ir.DataType.INT64, start=0, end=1)
+    size = tape.op("Shape", [rows], [1], ir.DataType.INT64, start=0, end=1)
     tail = tape.ints([-1, site.in_features])
     shape = tape.op("Concat", [size, tail], [3], ir.DataType.INT64, axis=0)
-    dims = [_batch_symbol(graph), None, site.in_features]
+    dims = [rows.shape[0], None, site.in_features]
     return tape.op("Reshape", [value, shape], dims, value.dtype)
 
 

@@ -9,10 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lora_export.base.tasks import Task, auto_class
+from lora_export.base.tasks import Task, model_class
 from lora_export.base.weightless import TORCH_DTYPES
 from lora_export.quiet import quiet
 from lora_export.weights import as_numpy
+
+_OUTPUTS = (
+    "logits", "logits_per_image", "logits_per_text", "text_embeds", "image_embeds",
+    "last_hidden_state", "pooler_output",
+)  # fmt: skip
 
 
 class Reference:
@@ -25,10 +30,12 @@ class Reference:
 
     def __init__(self, task: Task, base: Path, adapters: Sequence[Path], dtype: str, n_labels: int | None) -> None:
         from peft import PeftModel
+        from transformers import AutoConfig
 
         sizes = {} if n_labels is None else {"num_labels": n_labels, "ignore_mismatched_sizes": True}
         with quiet():
-            model = auto_class(task).from_pretrained(
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+            model = model_class(task, config).from_pretrained(
                 base, dtype=TORCH_DTYPES[dtype], trust_remote_code=False, local_files_only=True, **sizes
             )
             if adapters:
@@ -41,12 +48,12 @@ class Reference:
         self._dtype = TORCH_DTYPES[dtype]
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs (`logits`, or `last_hidden_state`) in float32, `[batch, …]`, without a cache."""
+        """Outputs (`logits`, `last_hidden_state`, …) in float32, `[batch, …]`, without a cache."""
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
         tensors = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         with torch.no_grad():
             found = self._model(**tensors)
-        names = [name for name in ("logits", "last_hidden_state", "pooler_output") if found.get(name) is not None]
+        names = [name for name in _OUTPUTS if found.get(name) is not None]
         return {name: as_numpy(found[name].float()) for name in names}
 
     @contextlib.contextmanager
@@ -69,15 +76,3 @@ class Reference:
         """The base alone, its own head included."""
         with self._model.disable_adapter():
             yield
-
-    def greedy(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations, each prompt alone, by full forward passes: no cache, no padding, no shared code."""
-        return [self._greedy_one(list(prompt), max_new_tokens) for prompt in prompts]
-
-    def _greedy_one(self, tokens: list[int], max_new_tokens: int) -> list[int]:
-        start = len(tokens)
-        for _ in range(max_new_tokens):
-            with torch.no_grad():
-                logits = self._model(input_ids=torch.tensor([tokens])).logits
-            tokens.append(int(logits[0, -1].float().argmax()))
-        return tokens[start:]
