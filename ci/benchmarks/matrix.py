@@ -68,13 +68,18 @@ def run_cells(architectures: Sequence[str], options: Sequence[AdapterOption], fo
     for name in architectures:
         base = make_base(CATALOGUE[name], folder / name / "base")
         for option in options:
-            if option.only and name not in option.only:
-                continue
-            if option.config(CATALOGUE[name], _RANKS[0]) is not None:
-                yield from _both_modes(name, option, base, folder / name / option.name)
+            if applies(option, name):
+                yield from run_option(name, option, base, folder / name / option.name)
 
 
-def _both_modes(name: str, option: AdapterOption, base: Path, folder: Path) -> Iterator[Cell]:
+def applies(option: AdapterOption, architecture: str) -> bool:
+    """Whether the table has a cell for `option` on `architecture`."""
+    is_chosen = not option.only or architecture in option.only
+    return is_chosen and option.config(CATALOGUE[architecture], _RANKS[0]) is not None
+
+
+def run_option(name: str, option: AdapterOption, base: Path, folder: Path) -> Iterator[Cell]:
+    """Architecture `name` with `option`, in either mode, in `folder`."""
     for mode in MODES:
         started = time.monotonic()
         expected = option.expected(name, mode)
