@@ -34,7 +34,7 @@ def run_trial(
     missing = [name for name in inputs if batcher.takes_images and not Path(name).is_file()]
     if missing:
         raise InputRefused("There is no such image file", where=missing[0])
-    if task is Task.ZERO_SHOT_IMAGE_CLASSIFICATION:
+    if {"input_ids", "pixel_values"} <= {spec.name for spec in manifest.contract.inputs}:
         raise UsageProblem(
             "`run` takes texts or images, and this graph takes both",
             where=str(folder),

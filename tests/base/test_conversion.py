@@ -12,11 +12,14 @@ import safetensors.torch
 import torch
 import transformers
 
+from lora_export.artifact import read_manifest
 from lora_export.base.checkpoint import Checkpoint, Located, checkpoint_names
 from lora_export.base.conversion import Converted
 from lora_export.base.tasks import Task
 from lora_export.base.weightless import build_weightless
 from lora_export.errors import InputRefused
+from lora_export.pipeline import ExportOptions, export
+from lora_export.plan import Request
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24, "vocab_size": 40}
 # Twelve experts, so that the order of names is not the order of numbers.
@@ -108,6 +111,15 @@ def test_only_the_tensors_of_the_parameter_are_read(stored, monkeypatch):
     checkpoint.read(names["model.layers.1.mlp.experts.gate_up_proj"])
     expected = {f"model.layers.1.block_sparse_moe.experts.{j}.w{i}.weight" for j in range(12) for i in (1, 3)}
     assert set(read) == expected and len(read) == len(expected)
+
+
+def test_an_export_does_not_depend_on_the_layout(stored, tmp_path):
+    whole = in_one_file(stored("mixtral"), tmp_path / "whole", truth_of("mixtral", stored("mixtral")))
+    for name, folder in (("parts", stored("mixtral")), ("whole", whole)):
+        export(Request(str(folder), (), "merge"), ExportOptions(tmp_path / name / "out"))
+    files = [read_manifest(tmp_path / name / "out").files for name in ("parts", "whole")]
+    assert files[0]["model.onnx.data"] == files[1]["model.onnx.data"]
+    assert files[0]["model.onnx"] == files[1]["model.onnx"]
 
 
 def test_a_missing_expert_is_refused_by_shape(stored, tmp_path):
