@@ -69,7 +69,10 @@ def whole_head(architecture: Architecture, rank: int) -> peft.LoraConfig | None:
 
 
 def tokens(architecture: Architecture, rank: int) -> peft.LoraConfig | None:
-    return None if architecture.config in IMAGES else lora(architecture, rank, trainable_token_indices=[5, 9, 30])
+    """Rows of the embedding, which PEFT finds by itself but in CLIP."""
+    indices = [5, 9, 30]
+    found = {"token_embedding": indices} if architecture.config.startswith("CLIP") else indices
+    return None if architecture.config in IMAGES else lora(architecture, rank, trainable_token_indices=found)
 
 
 # PEFT turns the routers and experts that "all-linear" finds in these into target_parameters.

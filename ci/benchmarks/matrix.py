@@ -1,7 +1,7 @@
 """Every architecture with every adapter option, merged and dynamic: exported from a tiny random base, and checked.
 
     python ci/benchmarks/matrix.py                                        # all of it; writes results/matrix.json
-    python ci/benchmarks/matrix.py --architecture llama --option rslora   # some of it; only prints
+    python ci/benchmarks/matrix.py --architecture llama --option rslora   # some of it; only prints, unless --record
 
 A cell passes if all gates of `check` do, and is refused if the export exits with 3 and names the option. The exit code
 is 1 if a cell did not become what the tables (`architectures.py`, `adapter_options.py`) expect of it.
@@ -9,6 +9,7 @@ is 1 if a cell did not become what the tables (`architectures.py`, `adapter_opti
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from lora_export.plan import Request
 from lora_export.sources import SourceOverrides
 from lora_export.verify.results import CheckReport, Verdict
 
+RESULT = RESULTS / "matrix.json"
 MODES = ("merge", "dynamic")
 _RANKS = (3, 6)
 
@@ -153,10 +155,20 @@ def _shown(cell: Cell) -> str:
     return REFUSED if cell.found == REFUSED else f"{cell.largest_error:.0e}"
 
 
+def recorded(cells: Sequence[Cell], *, keep_others: bool) -> list[dict]:
+    """`cells` as JSON values in the table's order, among those of the last record if they are kept."""
+    fields = json.loads(RESULT.read_text(encoding="utf-8"))["cells"] if keep_others and RESULT.is_file() else []
+    found = {(cell["architecture"], cell["option"], cell["mode"]): cell for cell in fields}
+    found |= {(cell.architecture, cell.option, cell.mode): asdict(cell) for cell in cells}
+    order = [(name, option.name, mode) for name in CATALOGUE for option in OPTIONS for mode in MODES]
+    return [found[key] for key in order if key in found]
+
+
 @click.command()
 @click.option("--architecture", "architectures", multiple=True, help="Part of an architecture's name; repeatable.")
 @click.option("--option", "options", multiple=True, type=click.Choice([option.name for option in OPTIONS]))
-def main(architectures: tuple[str, ...], options: tuple[str, ...]) -> None:
+@click.option("--record", is_flag=True, help="Write a part of the matrix, too: its cells in results/matrix.json.")
+def main(architectures: tuple[str, ...], options: tuple[str, ...], record: bool) -> None:
     """Run the matrix, or the part of it that is named."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -175,9 +187,10 @@ def main(architectures: tuple[str, ...], options: tuple[str, ...]) -> None:
             if not cell.as_expected:
                 click.echo(f"    {cell.message}")
     click.echo("\n" + markdown(cells))
-    if not architectures and not options:
-        write_json(RESULTS / "matrix.json", {"versions": versions(), "cells": [asdict(cell) for cell in cells]})
-        click.echo(f"wrote {RESULTS / 'matrix.json'}")
+    is_whole = not architectures and not options
+    if is_whole or record:
+        write_json(RESULT, {"versions": versions(), "cells": recorded(cells, keep_others=not is_whole)})
+        click.echo(f"wrote {RESULT}")
     if not all(cell.as_expected for cell in cells):
         raise SystemExit(1)
 

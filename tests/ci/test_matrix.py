@@ -123,3 +123,16 @@ def test_the_table_shows_errors_refusals_and_surprises():
         "|---|---|---|",
         "| BERT | 1e-06, 2e-06 | refused, **dynamic served** |",
     ]
+
+
+def test_a_part_is_recorded_among_the_rest_in_the_tables_order(tmp_path, monkeypatch):
+    def cell(name: str, option: str, cases: int) -> matrix.Cell:
+        return matrix.Cell(name, option, "merge", MERGED, MERGED, cases, 1e-6, 1.0)
+
+    monkeypatch.setattr(matrix, "RESULT", tmp_path / "matrix.json")
+    whole = matrix.recorded([cell("ViT", "lora", 1), cell("BERT", "rslora", 2)], keep_others=False)
+    matrix.write_json(matrix.RESULT, {"cells": whole})
+    part = matrix.recorded([cell("ViT", "lora", 3), cell("BERT", "lora", 4)], keep_others=True)
+    found = [(entry["architecture"], entry["option"], entry["cases"]) for entry in part]
+    assert found == [("BERT", "lora", 4), ("BERT", "rslora", 2), ("ViT", "lora", 3)]
+    assert len(matrix.recorded([cell("ViT", "lora", 3)], keep_others=False)) == 1
