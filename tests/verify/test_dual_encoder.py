@@ -53,6 +53,14 @@ def test_rows_have_adapters_of_their_own_in_both_halves(exports, bases, adapters
     assert np.abs(found["image_embeds"][2] - apart["image_embeds"][2]).max() > 0.01
 
 
+def test_adapters_by_row_need_as_many_images_as_texts(exports):
+    session = AdapterSession(exports["clip-dynamic"], "cpu")
+    with pytest.raises(UsageProblem, match="need as many rows in every input") as refused:
+        session.run(inputs(3, 1), ["pairs", None, "styles"])
+    assert "input_ids: 3" in refused.value.found and "pixel_values: 1" in refused.value.found
+    assert session.run(inputs(3, 1), ["pairs"] * 3)["logits_per_image"].shape == (1, 3)
+
+
 @pytest.mark.parametrize("name", ["clip-dynamic", "clip-merged"])
 def test_a_sound_export_passes(name, exports, own):
     report, _ = check(own(exports[name]), SourceOverrides(), provider="cpu")
