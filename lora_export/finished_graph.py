@@ -75,6 +75,7 @@ def finished_graph(
     """
     config = {key: value for key, value in plan.config.to_dict().items() if key not in _NOT_ARCHITECTURE}
     traced_from = {"config": config, "labels": plan.config.num_labels, "task": plan.task, "dtype": plan.dtype}
+    traced_from["class"] = type(resolved.model).__name__
     traced_from["versions"] = versions()
     replaced = frozenset(path for adapter in resolved.adapters for path in adapter.replaced)
     replaced |= {f"{module}.bias" for module in choice.bias_modules}

@@ -43,6 +43,8 @@ def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), si
     sites = choose_sites(served, target_modules(targets, resolved.model))
     item = 4 if plan.dtype == "float32" else 2
     sizes = [item * math.prod(info.shape) for info in plan.checkpoint.files.tensors.values()]
+    # A parameter made of several stored tensors (merged experts) is larger than each of them.
+    largest = max((item * math.prod(shape) for shape in resolved.source.shapes.values()), default=0)
     adapters = []
     for folder, adapter in zip(plan.folders, resolved.adapters, strict=True):
         adapters.append(
@@ -78,7 +80,7 @@ def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), si
             "weight_bytes": sum(sizes),
             "disk_free_bytes": shutil.disk_usage(parent).free,
         },
-        "memory_bytes": _FIXED_MEMORY_BYTES + 3 * max(sizes, default=0),
+        "memory_bytes": _FIXED_MEMORY_BYTES + 3 * largest,
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_export.artifact import Manifest
 from lora_export.base.tasks import Task
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, UsageProblem
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.generate import generate
 from lora_export.verify.examples import Batcher, Row, load_tokenizer
@@ -34,6 +34,12 @@ def run_trial(
     missing = [name for name in inputs if batcher.takes_images and not Path(name).is_file()]
     if missing:
         raise InputRefused("There is no such image file", where=missing[0])
+    if {"input_ids", "pixel_values"} <= {spec.name for spec in manifest.contract.inputs}:
+        raise UsageProblem(
+            "`run` takes texts or images, and this graph takes both",
+            where=str(folder),
+            next_step="run it from Python with AdapterSession",
+        )
     batch = batcher.batch([Row(text) for text in inputs])
     outputs = session.run(batch.inputs, adapters)
     labels = _labels(manifest, blend)

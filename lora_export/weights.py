@@ -14,6 +14,7 @@ import torch
 from lora_export.adapters.factors import Adapter
 from lora_export.adapters.merging import apply_changes, change_of
 from lora_export.base.checkpoint import Checkpoint
+from lora_export.base.conversion import Converted
 from lora_export.base.weightless import TORCH_DTYPES
 from lora_export.errors import InputRefused
 from lora_export.recipe import Recipe
@@ -24,7 +25,7 @@ class ParameterSource:
     """Every parameter of the exported model, by its path, made on request.
 
     Attributes:
-        stored_names: Model path → checkpoint name, for what the checkpoint holds.
+        stored_names: Model path → checkpoint name or conversion, for what the checkpoint holds.
         aliases: Model path → all paths of the same (tied) tensor.
         shapes: Model path → shape.
         adapters: Adapters to fold in, each with its weight in the sum.
@@ -32,14 +33,14 @@ class ParameterSource:
     """
 
     checkpoint: Checkpoint
-    stored_names: Mapping[str, str]
+    stored_names: Mapping[str, str | Converted]
     aliases: Mapping[str, tuple[str, ...]]
     shapes: Mapping[str, tuple[int, ...]]
     adapters: Sequence[tuple[Adapter, float]] = ()
     zeros_for: frozenset[str] = frozenset()
 
-    def stored_name(self, path: str) -> str | None:
-        """The checkpoint's name for `path` or a tensor it is tied to; None if the checkpoint has neither."""
+    def stored_name(self, path: str) -> str | Converted | None:
+        """How the checkpoint holds `path` or a tensor it is tied to; None if it has neither."""
         for alias in (path, *self.aliases.get(path, ())):
             if alias in self.stored_names:
                 return self.stored_names[alias]
@@ -48,7 +49,7 @@ class ParameterSource:
     def stores(self, path: str, tensor: torch.Tensor) -> bool:
         """Whether the checkpoint holds exactly `tensor` at `path`, as far as its dtype tells."""
         name = self.stored_name(path)
-        stored = None if name is None else self.checkpoint.files.read(name)
+        stored = None if name is None else self.checkpoint.read(name)
         return stored is not None and stored.shape == tensor.shape and torch.equal(stored.to(tensor.dtype), tensor)
 
     def parameter(self, path: str, dtype: torch.dtype, *, transposed: bool = False) -> torch.Tensor:
@@ -74,7 +75,7 @@ class ParameterSource:
             InputRefused: The checkpoint lacks it.
         """
         if (name := self.stored_name(path)) is not None:
-            return self.checkpoint.files.read(name)
+            return self.checkpoint.read(name)
         if path in self.zeros_for:
             return torch.zeros(self.shapes[path])
         raise InputRefused(

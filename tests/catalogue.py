@@ -28,7 +28,7 @@ class Lazy(Mapping):
         return len(self._names)
 
 
-BASES = ("llama", "llama-f16", "gpt2", "bert", "classifier", "tagger", "albert", "vit")
+BASES = ("llama", "llama-f16", "gpt2", "bert", "classifier", "tagger", "albert", "vit", "clip")
 
 
 def make_base(name: str, folder: Path, bases: Mapping[str, Path]) -> None:
@@ -40,7 +40,7 @@ def make_base(name: str, folder: Path, bases: Mapping[str, Path]) -> None:
         return
     builders = {
         "llama": tiny.llama, "gpt2": tiny.gpt2, "bert": tiny.bert, "classifier": tiny.bert_classifier,
-        "tagger": tiny.bert_tagger, "albert": tiny.albert, "vit": tiny.vit,
+        "tagger": tiny.bert_tagger, "albert": tiny.albert, "vit": tiny.vit, "clip": tiny.clip,
     }  # fmt: skip
     builders[name](folder)
 
@@ -114,6 +114,14 @@ ADAPTERS: dict[str, AdapterSpec] = {
         "vit", "ViTForImageClassification",
         {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}, n_labels=5,
     ),
+    "pairs": AdapterSpec(
+        "clip", "CLIPModel",
+        {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "fc1", "text_projection"]},
+    ),
+    "styles": AdapterSpec(
+        "clip", "CLIPModel",
+        {"r": 5, "lora_alpha": 5, "target_modules": ["q_proj", "visual_projection"]},
+    ),
 }  # fmt: skip
 
 
@@ -167,6 +175,8 @@ EXPORTS: dict[str, ExportSpec] = {
     "albert-merged": ExportSpec("albert", ("shared",), "merge"),
     "vit-dynamic": ExportSpec("vit", ("sights",), "dynamic"),
     "vit-merged": ExportSpec("vit", ("sights",), "merge"),
+    "clip-dynamic": ExportSpec("clip", ("pairs", "styles"), "dynamic"),
+    "clip-merged": ExportSpec("clip", ("pairs",), "merge"),
 }
 
 

@@ -14,6 +14,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole-matrix", action="store_true", help="run every cell of ci/benchmarks/matrix.py instead of a few"
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Graphs are cached in a folder of this session, or where LORA_EXPORT_CACHE says."""

@@ -148,6 +148,33 @@ def vit(folder: Path) -> Path:
     return folder
 
 
+def clip(folder: Path) -> Path:
+    """A text and an image encoder of different widths, and their projections to 16 numbers."""
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 96,
+        "bos_token_id": 1,
+        "eos_token_id": 1,  # [CLS], the first token: any that every text has
+        "pad_token_id": 0,
+    }
+    image = {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 40,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    config = transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=16)
+    _save(transformers.CLIPModel(config), folder, classifier=True)
+    transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(folder)
+    return folder
+
+
 def in_dtype(source: Path, folder: Path, dtype: torch.dtype) -> Path:
     """A copy of the base in `source`, its weights stored in `dtype`."""
     architecture = transformers.AutoConfig.from_pretrained(source).architectures[0]

@@ -1,7 +1,4 @@
-"""Which architectures export exactly: a tiny random base of each with two adapters, merged and dynamic, checked.
-
-    python ci/benchmarks/architectures.py                 # all, a few minutes; writes results/architectures.json
-    python ci/benchmarks/architectures.py llama vit       # some
+"""Tiny random bases of the architectures that are exported, and how PEFT adapts each; `matrix.py` runs them.
 
 Weights are random and scaled up, so that attention is not uniform and an adapter has an effect. Windows are
 8 tokens long, shorter than the texts.
@@ -9,92 +6,145 @@ Weights are random and scaled up, so that attention is not uniform and an adapte
 
 from __future__ import annotations
 
-import json
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import click
-import peft
 import tokenizers
 import torch
 import transformers
 
-from lora_export.artifact import versions
-from lora_export.pipeline import ExportOptions, check, export
-from lora_export.plan import Request
-from lora_export.sources import SourceOverrides
 from lora_export.verify.examples import built_in_examples
 
-RESULTS = Path(__file__).parent / "results" / "architectures.json"
 SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128}
 TEXT = SMALL | {"vocab_size": 600, "max_position_embeddings": 512}
 GROUPED = TEXT | {"num_key_value_heads": 2}
 WINDOWED = GROUPED | {"head_dim": 16, "sliding_window": 8}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# CLIP reads the embedding of the text's end, or of the highest token where eos_token_id is 2.
+CLIP_TEXT = TEXT | {"max_position_embeddings": 77, "projection_dim": 32, "eos_token_id": 2}
+CLIP_IMAGE = SMALL | {"image_size": 32, "patch_size": 8, "projection_dim": 32}
 ALTERNATING = WINDOWED | {"layer_types": ["sliding_attention", "full_attention"]}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A tiny base: the Transformers config and auto class, PEFT's task type and targets, and the config's fields."""
+    """A tiny base and its usual adapter.
+
+    Attributes:
+        config: The Transformers config class, with its `fields`.
+        auto: The auto class.
+        task_type: PEFT's task type, where it has one.
+        targets: The usual adapter's targets.
+        packed: Projections that hold several in one weight (query, key and value), where the architecture has any.
+        head: What an adapter may bring whole (modules_to_save).
+        task: `--task`, where nothing else tells it.
+    """
 
     config: str
     auto: str
     task_type: str | None
     targets: str | list[str]
     fields: dict = field(default_factory=dict)
+    packed: tuple[str, ...] = ()
+    head: str | None = None
+    task: str | None = None
 
 
 LM, SEQUENCE, TOKEN = "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def _decoder(config: str, targets: str | list[str], fields: dict, packed: tuple[str, ...] = ()) -> Architecture:
+    return Architecture(config, LM, "CAUSAL_LM", targets, fields, packed, head="lm_head")
+
+
+def _classifier(config: str, targets: list[str], fields: dict) -> Architecture:
+    return Architecture(config, SEQUENCE, "SEQ_CLS", targets, fields, head="classifier")
+
+
 CATALOGUE = {
-    "BERT": Architecture("BertConfig", SEQUENCE, "SEQ_CLS", ["query", "dense"], TEXT),
-    "BERT, features": Architecture("BertConfig", "AutoModel", "FEATURE_EXTRACTION", ["query", "value"], TEXT),
-    "RoBERTa": Architecture("RobertaConfig", SEQUENCE, "SEQ_CLS", ["query", "dense"], TEXT | {"type_vocab_size": 1}),
-    "DistilBERT": Architecture(
+    "BERT": _classifier("BertConfig", ["query", "dense"], TEXT),
+    "BERT, features": Architecture(
+        "BertConfig", "AutoModel", "FEATURE_EXTRACTION", ["query", "value"], TEXT, head="pooler"
+    ),
+    "RoBERTa": _classifier("RobertaConfig", ["query", "dense"], TEXT | {"type_vocab_size": 1}),
+    "DistilBERT": _classifier(
         "DistilBertConfig",
-        SEQUENCE,
-        "SEQ_CLS",
         ["q_lin", "lin1"],
         {"dim": 64, "n_heads": 4, "n_layers": 2, "hidden_dim": 128, "vocab_size": 600},
     ),
     "ModernBERT": Architecture(
-        "ModernBertConfig", TOKEN, "TOKEN_CLS", ["Wqkv", "Wi"], TEXT | {"pad_token_id": 0, "local_attention": 8}
+        "ModernBertConfig",
+        TOKEN,
+        "TOKEN_CLS",
+        ["Wqkv", "Wi"],
+        TEXT | {"pad_token_id": 0, "local_attention": 8},
+        packed=("Wqkv", "Wi"),
+        head="classifier",
     ),
-    "ALBERT": Architecture("AlbertConfig", SEQUENCE, "SEQ_CLS", ["query", "value"], TEXT | {"embedding_size": 32}),
-    "DeBERTa-v2": Architecture("DebertaV2Config", SEQUENCE, "SEQ_CLS", ["query_proj", "value_proj"], TEXT),
-    "GPT-2": Architecture(
-        "GPT2Config", LM, "CAUSAL_LM", ["c_attn", "c_fc"], {"n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 600}
+    "ALBERT": _classifier("AlbertConfig", ["query", "value"], TEXT | {"embedding_size": 32}),
+    "DeBERTa-v2": _classifier("DebertaV2Config", ["query_proj", "value_proj"], TEXT),
+    "GPT-2": _decoder(
+        "GPT2Config",
+        ["c_attn", "c_fc"],
+        {"n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 600},
+        packed=("c_attn",),
     ),
-    "OPT": Architecture(
+    "OPT": _decoder(
         "OPTConfig",
-        LM,
-        "CAUSAL_LM",
         "all-linear",
         {"hidden_size": 64, "word_embed_proj_dim": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
         | {"ffn_dim": 128, "vocab_size": 600},
     ),
-    "GPT-NeoX": Architecture("GPTNeoXConfig", LM, "CAUSAL_LM", "all-linear", TEXT),
-    "Llama": Architecture("LlamaConfig", LM, "CAUSAL_LM", "all-linear", GROUPED | {"tie_word_embeddings": True}),
+    "GPT-NeoX": _decoder("GPTNeoXConfig", "all-linear", TEXT, packed=("query_key_value",)),
+    "Llama": _decoder("LlamaConfig", "all-linear", GROUPED | {"tie_word_embeddings": True}),
     "Llama, classifier": Architecture(
-        "LlamaConfig", SEQUENCE, "SEQ_CLS", ["q_proj", "v_proj"], GROUPED | {"pad_token_id": 0}
+        "LlamaConfig", SEQUENCE, "SEQ_CLS", ["q_proj", "v_proj"], GROUPED | {"pad_token_id": 0}, head="score"
     ),
-    "Qwen2": Architecture("Qwen2Config", LM, "CAUSAL_LM", "all-linear", GROUPED),
-    "Qwen3": Architecture("Qwen3Config", LM, "CAUSAL_LM", "all-linear", GROUPED | {"head_dim": 16}),
-    "Mistral": Architecture("MistralConfig", LM, "CAUSAL_LM", "all-linear", WINDOWED),
-    "Gemma 2": Architecture("Gemma2Config", LM, "CAUSAL_LM", "all-linear", ALTERNATING),
-    "Gemma 3": Architecture("Gemma3TextConfig", LM, "CAUSAL_LM", "all-linear", ALTERNATING),
-    "Phi-3": Architecture("Phi3Config", LM, "CAUSAL_LM", "all-linear", GROUPED | {"pad_token_id": 0}),
+    "Qwen2": _decoder("Qwen2Config", "all-linear", GROUPED),
+    "Qwen3": _decoder("Qwen3Config", "all-linear", GROUPED | {"head_dim": 16}),
+    "Mistral": _decoder("MistralConfig", "all-linear", WINDOWED),
+    "Gemma 2": _decoder("Gemma2Config", "all-linear", ALTERNATING),
+    "Gemma 3": _decoder("Gemma3TextConfig", "all-linear", ALTERNATING),
+    "Phi-3": _decoder("Phi3Config", "all-linear", GROUPED | {"pad_token_id": 0}, packed=("qkv_proj", "gate_up_proj")),
+    "Mixtral": _decoder("MixtralConfig", ATTENTION, GROUPED | {"num_local_experts": 4}),
+    "Qwen2-MoE": _decoder(
+        "Qwen2MoeConfig",
+        [*ATTENTION, "gate_proj", "up_proj", "down_proj", "shared_expert_gate"],
+        GROUPED | EXPERTS | {"shared_expert_intermediate_size": 48},
+    ),
+    "Qwen3-MoE": _decoder("Qwen3MoeConfig", ATTENTION, GROUPED | EXPERTS | {"head_dim": 16}),
     "ViT": Architecture(
         "ViTConfig",
         "AutoModelForImageClassification",
         None,
         ["q_proj", "v_proj"],
         SMALL | {"image_size": 32, "patch_size": 8},
+        head="classifier",
+    ),
+    "CLIP": Architecture(
+        "CLIPConfig",
+        "AutoModelForZeroShotImageClassification",
+        None,
+        ["q_proj", "v_proj", "fc1", "text_projection", "visual_projection"],
+        {"text_config": CLIP_TEXT, "vision_config": CLIP_IMAGE, "projection_dim": 32},
+    ),
+    "CLIP, text": Architecture(
+        "CLIPTextConfig", "CLIPTextModelWithProjection", None, ["q_proj", "v_proj"], CLIP_TEXT, head="text_projection"
+    ),
+    "CLIP, images": Architecture(
+        "CLIPVisionConfig",
+        "CLIPVisionModelWithProjection",
+        None,
+        ["q_proj", "v_proj"],
+        CLIP_IMAGE,
+        head="visual_projection",
     ),
 }
+IMAGES = ("ViTConfig", "CLIPVisionConfig")
 
 
-def save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path, *, longest: int) -> None:
     """Train and save a byte-pair tokenizer of 600 entries on the built-in examples."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -102,76 +152,20 @@ def save_tokenizer(folder: Path) -> None:
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator([row.source for row in built_in_examples(64).rows], trainer)
     names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    saved = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=longest, **names)
+    saved.save_pretrained(folder)
 
 
-def make(architecture: Architecture, folder: Path) -> tuple[Path, list[Path]]:
-    """The base and two adapters (ranks 3 and 6) of `architecture`, saved under `folder`."""
+def make_base(architecture: Architecture, folder: Path) -> Path:
+    """Save the base of `architecture` to `folder`, as Transformers does, with a tokenizer where it reads text."""
     torch.manual_seed(0)
     config = getattr(transformers, architecture.config)(num_labels=3, **architecture.fields)
     auto = getattr(transformers, architecture.auto)
-    base = auto.from_config(config).eval()
+    base = (auto.from_config(config) if architecture.auto.startswith("Auto") else auto(config)).eval()
     for parameter in base.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(3)
-    base.save_pretrained(folder / "base")
-    if architecture.config != "ViTConfig":
-        save_tokenizer(folder / "base")
-    adapters = []
-    for rank in (3, 6):
-        options = peft.LoraConfig(
-            r=rank,
-            target_modules=architecture.targets,
-            task_type=architecture.task_type,
-            modules_to_save=["classifier"] if architecture.config == "ViTConfig" else None,
-        )
-        model = peft.get_peft_model(auto.from_pretrained(folder / "base"), options)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-        adapters.append(folder / f"rank-{rank}")
-        model.save_pretrained(adapters[-1])
-    return folder / "base", adapters
-
-
-def examine(architecture: Architecture, folder: Path) -> dict[str, dict]:
-    """Export merged and dynamic and check both; per export: verdict, largest error, smallest effect, failures."""
-    base, adapters = make(architecture, folder)
-    task = "image-classification" if architecture.config == "ViTConfig" else None
-    found = {}
-    for mode in ("merge", "dynamic"):
-        chosen = tuple((str(path), None) for path in (adapters[:1] if mode == "merge" else adapters))
-        export(Request(str(base), chosen, mode, task, None, "cpu"), ExportOptions(folder / mode))
-        merged = folder / "merge" if mode == "dynamic" else None
-        report, _ = check(folder / mode, SourceOverrides(), provider="cpu", merged=merged)
-        found[mode] = {
-            "verdict": report.verdict,
-            "cases": len(report.cases),
-            "largest_error": max(case.error for case in report.cases if case.error == case.error),
-            "smallest_effect": min(case.effect for case in report.cases if case.effect is not None),
-            "failures": [f"{case.name}: {text}" for case in report.cases for text in case.failures],
-        }
-    return found
-
-
-@click.command()
-@click.argument("names", nargs=-1)
-def main(names: tuple[str, ...]) -> None:
-    """Examine the architectures whose names contain one of NAMES (all without one)."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    wanted = [key for key in CATALOGUE if not names or any(name.lower() in key.lower() for name in names)]
-    results = {}
-    for name in wanted:
-        with tempfile.TemporaryDirectory() as folder:
-            results[name] = examine(CATALOGUE[name], Path(folder))
-        for mode, row in results[name].items():
-            numbers = f"error {row['largest_error']:.1e}, effect {row['smallest_effect']:.1e}, {row['cases']} cases"
-            click.echo(f"{name:<18} {mode:<8} {row['verdict']:<5} {numbers} {'; '.join(row['failures'])}")
-    if not names:
-        RESULTS.write_text(json.dumps({"versions": versions(), "results": results}, indent=2) + "\n", encoding="utf-8")
-        click.echo(f"wrote {RESULTS}")
-
-
-if __name__ == "__main__":
-    main()
+    base.save_pretrained(folder)
+    if architecture.config not in IMAGES:
+        save_tokenizer(folder, longest=getattr(config.get_text_config(), "max_position_embeddings", 512))
+    return folder

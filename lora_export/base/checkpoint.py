@@ -1,4 +1,4 @@
-"""A base checkpoint on disk: its folder, its config, and the names that its tensors have in the model."""
+"""A base checkpoint on disk: its folder, its config, and what it holds of a model's parameters."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from lora_export.base.conversion import Converted, stored_parameters
 from lora_export.base.stored import SAFETENSORS_DTYPES, SafetensorsFiles, read_json, weight_files
 from lora_export.errors import EnvironmentUnusable, InputRefused
 
@@ -112,6 +113,10 @@ class Checkpoint:
             )
         return SAFETENSORS_DTYPES[most]
 
+    def read(self, stored: str | Converted) -> torch.Tensor:
+        """The tensor that `checkpoint_names` gave for a parameter, in the dtype it is stored in."""
+        return self.files.read(stored) if isinstance(stored, str) else stored.read(self.files)
+
     def load_config(self, **overrides):
         """The `PretrainedConfig`, from the folder alone, never running code that it carries."""
         from transformers import AutoConfig
@@ -142,44 +147,31 @@ def _refuse_unsafe_or_unknown(config: dict, folder: Path) -> None:
 
 def checkpoint_names(
     model: torch.nn.Module, files: SafetensorsFiles, replaced: frozenset[str] = frozenset()
-) -> dict[str, str]:
-    """Stored name of every tensor of `model` that the checkpoint holds: model path → checkpoint name.
+) -> dict[str, str | Converted]:
+    """How the checkpoint holds every tensor of `model` that it holds: model path → stored name, or conversion.
 
-    Renamings (legacy names, a base model's prefix added or stripped) are Transformers' own.
+    Renamings (legacy names, a base model's prefix added or stripped) and conversions (merged experts) are
+    Transformers' own. `Checkpoint.read` takes either.
 
     Args:
         replaced: Model paths that the checkpoint need not fit: an adapter brings its own (a head of another size).
 
     Raises:
-        InputRefused: A stored tensor only becomes a model tensor by conversion (merged experts), or its shape is not
-            the model's.
+        InputRefused: A tensor's shape, stored or converted, is not the model's, or a conversion fails.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    state = model.state_dict(keep_vars=True)
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    names: dict[str, str] = {}
-    for stored, info in files.tensors.items():
-        path, converted = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
-        if path not in state:
-            continue
-        if converted is not None:
-            raise InputRefused(
-                "The checkpoint stores tensors that Transformers converts when it loads them; this is not exported",
-                where=f"{info.file}: {stored}",
-                found=f"{stored} → {path}",
-                next_step="load the base in Transformers and save it again in the converted layout",
-            )
-        if tuple(state[path].shape) == info.shape:
+    shapes = {path: tuple(tensor.shape) for path, tensor in model.state_dict(keep_vars=True).items()}
+    names: dict[str, str | Converted] = {}
+    for path, stored in stored_parameters(model, files):
+        first = stored if isinstance(stored, str) else next(iter(stored.sources.values()))[0]
+        info = files.tensors[first]
+        shape = info.shape if isinstance(stored, str) else stored.shape
+        if shapes[path] == shape:
             names[path] = stored
         elif path not in replaced:
             raise InputRefused(
                 "A tensor of the base does not have the shape its config says",
-                where=f"{info.file}: {stored}",
-                expected=str(list(state[path].shape)),
-                found=str(list(info.shape)),
+                where=f"{info.file}: {first}" + ("" if isinstance(stored, str) else f" … → {path}"),
+                expected=str(list(shapes[path])),
+                found=str(list(shape)),
             )
     return names

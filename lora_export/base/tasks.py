@@ -18,6 +18,7 @@ class Task(StrEnum):
     TOKEN_CLASSIFICATION = "token-classification"
     IMAGE_CLASSIFICATION = "image-classification"
     TEXT_GENERATION = "text-generation"
+    ZERO_SHOT_IMAGE_CLASSIFICATION = "zero-shot-image-classification"
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class _Entry:
     peft_task_type: str | None
 
 
+_WITH_PROJECTION = "WithProjection"
 _TABLE = {
     Task.TEXT_CLASSIFICATION: _Entry("AutoModelForSequenceClassification", ("ForSequenceClassification",), "SEQ_CLS"),
     Task.TOKEN_CLASSIFICATION: _Entry("AutoModelForTokenClassification", ("ForTokenClassification",), "TOKEN_CLS"),
     Task.IMAGE_CLASSIFICATION: _Entry("AutoModelForImageClassification", ("ForImageClassification",), None),
     Task.TEXT_GENERATION: _Entry("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel"), "CAUSAL_LM"),
-    Task.FEATURE_EXTRACTION: _Entry("AutoModel", ("Model",), "FEATURE_EXTRACTION"),
+    Task.ZERO_SHOT_IMAGE_CLASSIFICATION: _Entry("AutoModelForZeroShotImageClassification", ("CLIPModel",), None),
+    Task.FEATURE_EXTRACTION: _Entry("AutoModel", ("Model", _WITH_PROJECTION), "FEATURE_EXTRACTION"),
 }
 CLASSIFICATION = (Task.TEXT_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.IMAGE_CLASSIFICATION)
 
@@ -87,6 +90,25 @@ def auto_class(task: Task) -> type:
     import transformers
 
     return getattr(transformers, _TABLE[task].auto_class)
+
+
+def model_class(task: Task, config) -> type:
+    """The class of `task` for a `PretrainedConfig`: the auto class, or the encoder with a projection that it names.
+
+    No auto class leads to CLIP's encoders with their projections (`CLIPTextModelWithProjection`).
+    """
+    import transformers
+
+    name = (getattr(config, "architectures", None) or [""])[0]
+    named = getattr(transformers, name, None) if name.endswith(_WITH_PROJECTION) else None
+    if task is Task.FEATURE_EXTRACTION and getattr(named, "config_class", None) is type(config):
+        return named
+    return auto_class(task)
+
+
+def is_dual_encoder(model) -> bool:
+    """Whether `model` (a `PreTrainedModel`) takes texts and images and compares them, as CLIP does."""
+    return hasattr(model, "get_text_features") and hasattr(model, "get_image_features")
 
 
 def text_input_names(model) -> tuple[str, ...]:

@@ -7,19 +7,22 @@ The traced graph's initializers carry the model's parameter paths as names, its 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
 
 from lora_export.base.decompose import decomposed_by_operator
-from lora_export.base.tasks import Task, text_input_names
+from lora_export.base.tasks import Task, is_dual_encoder, text_input_names
 from lora_export.quiet import quiet
 from lora_export.recipe import RECIPE, Recipe
 
 # Sample sizes of the trace. Different from each other and from usual model sizes, so that none is taken for another.
 _BATCH, _SEQUENCE, _PAST = 2, 7, 5
+_IMAGES = 3
+# What a dual encoder gives besides the hidden states of its two halves.
+_DUAL_OUTPUTS = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ def trace(task: Task, model: torch.nn.Module) -> ir.Model:
     config = OnnxConfig(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False)
     with quiet(), decomposed_by_operator():
         program = OnnxExporter().export(model, sample.inputs, config).program
+    if is_dual_encoder(model):
+        _keep_outputs(program, _DUAL_OUTPUTS)
     _unbind_parameters(program.graph, model)
     _rename_inputs_and_outputs(program.graph, sample.renamed)
     _name_axes(program.graph)
@@ -55,17 +60,31 @@ def trace(task: Task, model: torch.nn.Module) -> ir.Model:
 
 
 def _encoder_sample(task: Task, model: torch.nn.Module) -> _Sample:
-    batch = torch.export.Dim("batch_size", max=2**20)
+    if is_dual_encoder(model):
+        # One image may be compared with many texts, so their numbers are independent.
+        texts, images = _text_sample(model, "text_batch_size"), _image_sample(model, "image_batch_size", _IMAGES)
+        return _Sample(texts.inputs | images.inputs, texts.dynamic_shapes | images.dynamic_shapes, {})
     if task is Task.IMAGE_CLASSIFICATION or model.main_input_name == "pixel_values":
-        size = model.config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        pixels = torch.zeros(_BATCH, getattr(model.config, "num_channels", 3), height, width, dtype=model.dtype)
-        return _Sample({"pixel_values": pixels}, {"pixel_values": {0: batch}}, {})
-    longest = getattr(model.config, "max_position_embeddings", None) or 2**20
+        return _image_sample(model, "batch_size", _BATCH)
+    return _text_sample(model, "batch_size")
+
+
+def _image_sample(model: torch.nn.Module, batch: str, n_images: int) -> _Sample:
+    config = getattr(model.config, "vision_config", model.config)
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = torch.zeros(n_images, getattr(config, "num_channels", 3), height, width, dtype=model.dtype)
+    return _Sample({"pixel_values": pixels}, {"pixel_values": {0: torch.export.Dim(batch, max=2**20)}}, {})
+
+
+def _text_sample(model: torch.nn.Module, batch: str) -> _Sample:
+    config = getattr(model.config, "text_config", model.config)
+    longest = getattr(config, "max_position_embeddings", None) or 2**20
+    rows = torch.export.Dim(batch, max=2**20)
     sequence = torch.export.Dim("sequence_length", max=_longest_sequence(model, longest))
     tokens = torch.ones(_BATCH, _SEQUENCE, dtype=torch.long)
     inputs = {name: tokens.clone() for name in text_input_names(model)}
-    shapes = {name: {0: batch, 1: sequence} for name in inputs}
+    shapes = {name: {0: rows, 1: sequence} for name in inputs}
     if getattr(model.config, "use_cache", None) is not None:
         inputs["use_cache"] = False
     return _Sample(inputs, shapes, {})
@@ -121,6 +140,11 @@ def _unbind_parameters(graph: ir.Graph, model: torch.nn.Module) -> None:
             value.metadata_props[RECIPE] = Recipe((name,)).to_json()
 
 
+def _keep_outputs(program: ir.Model, names: Sequence[str]) -> None:
+    by_name = {value.name: value for value in program.graph.outputs}
+    program.graph.outputs[:] = [by_name[name] for name in names]
+
+
 def _rename_inputs_and_outputs(graph: ir.Graph, renamed: dict[str, str]) -> None:
     for value in (*graph.inputs, *graph.outputs):
         value.name = renamed.get(value.name, value.name)
@@ -130,6 +154,7 @@ def _name_axes(graph: ir.Graph) -> None:
     """Give the trace's symbols (`s44`) the names of the axes they stand for, everywhere in the graph."""
     axes = {"pixel_values": ("batch_size",), "attention_mask": ("batch_size", "total_sequence_length")}
     decoder = any(value.name.startswith("past_key_values") for value in graph.inputs)
+    dual = {"input_ids", "pixel_values"} <= {value.name for value in graph.inputs}
     names: dict[str, str] = {}
     # input_ids first: where the trace unified two axes, the first name given stays.
     for value in sorted(graph.inputs, key=lambda value: value.name != "input_ids"):
@@ -139,6 +164,8 @@ def _name_axes(graph: ir.Graph) -> None:
             labels = dict(enumerate(axes[value.name]))
         else:
             labels = {0: "batch_size", 1: "sequence_length"}
+        if dual:
+            labels[0] = "image_batch_size" if value.name == "pixel_values" else "text_batch_size"
         for axis, label in labels.items():
             dim = value.shape[axis]
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_export.base.tasks import Task, auto_class
+from lora_export.base.tasks import Task, model_class
 from lora_export.errors import InputRefused
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -23,9 +23,11 @@ def build_weightless(task: Task, config, dtype: str) -> torch.nn.Module:
     Raises:
         InputRefused: Transformers has no such model for the task.
     """
+    kind = model_class(task, config)
     try:
         with torch.device("meta"):
-            model = auto_class(task).from_config(config, dtype=TORCH_DTYPES[dtype])
+            build = getattr(kind, "from_config", None) or kind._from_config
+            model = build(config, dtype=TORCH_DTYPES[dtype])
     except ValueError as error:
         raise InputRefused(
             f"Transformers has no {task} model for this base",

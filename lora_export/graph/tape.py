@@ -30,8 +30,10 @@ class Tape:
         return self.op("Constant", [], [], ir.DataType.INT64, value=ir.tensor(np.array(value, np.int64)))
 
 
-def batch_symbol(graph: ir.Graph) -> object:
-    return graph.inputs[0].shape[0]
+def _batch_input(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """The graph input whose rows `value` holds: a dual encoder has texts and images, each with a batch of its own."""
+    leading = "" if value.shape is None or not len(value.shape) else str(value.shape[0])
+    return next((entry for entry in graph.inputs if str(entry.shape[0]) in leading), graph.inputs[0])
 
 
 def with_row_axis(graph: ir.Graph, tape: Tape, value: ir.Value, features: int, module: str) -> ir.Value:
@@ -42,9 +44,10 @@ def with_row_axis(graph: ir.Graph, tape: Tape, value: ir.Value, features: int, m
        being contiguous.
     3. The batch in another place than the first axis: refused, rows are not contiguous.
     """
-    if value.shape is not None and len(value.shape) == 3 and value.shape[0] == batch_symbol(graph):
+    rows = _batch_input(graph, value)
+    if value.shape is not None and len(value.shape) == 3 and value.shape[0] == rows.shape[0]:
         return value
-    batch = str(getattr(batch_symbol(graph), "value", ""))
+    batch = str(getattr(rows.shape[0], "value", ""))
     if value.shape is None or batch not in str(value.shape[0]):
         raise InputRefused(
             "A module's input does not start with the batch axis, so adapters cannot be told apart by row",
@@ -53,9 +56,9 @@ def with_row_axis(graph: ir.Graph, tape: Tape, value: ir.Value, features: int, m
             found=str(value.shape),
             next_step="merge the adapter instead",
         )
-    size = tape.op("Shape", [graph.inputs[0]], [1], ir.DataType.INT64, start=0, end=1)
+    size = tape.op("Shape", [rows], [1], ir.DataType.INT64, start=0, end=1)
     shape = tape.op("Concat", [size, tape.ints([-1, features])], [3], ir.DataType.INT64, axis=0)
-    return tape.op("Reshape", [value, shape], [batch_symbol(graph), None, features], value.dtype)
+    return tape.op("Reshape", [value, shape], [rows.shape[0], None, features], value.dtype)
 
 
 def put_in_place_of(graph: ir.Graph, old: ir.Value, new: ir.Value, users: tuple) -> None:

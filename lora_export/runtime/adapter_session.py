@@ -121,11 +121,13 @@ class AdapterSession:
             lowest finite number.
 
         Raises:
-            UsageProblem: An unknown adapter, the number of entries is not the batch size, or an input is missing.
+            UsageProblem: An unknown adapter, the number of entries is not the batch size, an input is missing, or
+                inputs differ in rows (texts and images) where adapters do.
         """
         self._require_inputs(inputs)
         batch = len(next(iter(inputs.values())))
         rows = self._rows(adapters, batch)
+        _require_equal_rows(inputs, rows)
         # Held until the run is over: on the CPU a binding reads the arrays' own memory.
         held = {name: to_ort_value(array, self.provider) for name, array in inputs.items()}
         binding = self.session.io_binding()
@@ -229,6 +231,17 @@ def _require_unchanged(path: Path, expected: str | None) -> None:
             expected=f"sha256 {expected}",
             found=found,
             next_step="export again, or pack the adapter with `lora-export add`",
+        )
+
+
+def _require_equal_rows(inputs: Mapping[str, np.ndarray], rows: Sequence[RowSpec]) -> None:
+    """A dual encoder's texts and images may differ in number, but not where each row has an adapter of its own."""
+    sizes = {name: len(array) for name, array in inputs.items()}
+    if len(rows) > 1 and len(set(sizes.values())) > 1:
+        raise UsageProblem(
+            "Adapters that differ by row need as many rows in every input",
+            found=", ".join(f"{name}: {size}" for name, size in sizes.items()),
+            next_step="name one adapter for the whole batch, or repeat the shorter input",
         )
 
 

@@ -20,6 +20,7 @@ from lora_export.verify.workloads import random_inputs
 _USUAL_SHAPES = {
     Task.TEXT_GENERATION: ((1, 128, 0), (4, 1, 128)),
     Task.IMAGE_CLASSIFICATION: ((1, 0, 0), (8, 0, 0)),
+    Task.ZERO_SHOT_IMAGE_CLASSIFICATION: ((1, 32, 0), (8, 64, 0)),
 }
 _USUAL_TEXT_SHAPES = ((1, 32, 0), (4, 128, 0), (16, 64, 0))
 _BINDING = "inputs, adapters and outputs bound on the device"

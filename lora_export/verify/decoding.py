@@ -40,10 +40,13 @@ def decoding_cases(
         found = Outputs("logits", (values,), (batch.real,))
         return compare(f"{label}: {suffix}", "decoding", described, outputs, found, gates)
 
+    cached = case("cached steps", stepped)
+    scale = max(1.0, float(np.abs(expected[batch.real]).max()))
+    noise = cached.error if gates.relative is None else gates.relative * scale
     return [
         case("padded on the left", whole),
-        case("cached steps", stepped),
-        _greedy_case(label, adapter, session, reference, batch, gates),
+        cached,
+        _greedy_case(label, adapter, session, reference, batch, gates, noise),
     ]
 
 
@@ -72,14 +75,18 @@ def _greedy_case(
     reference: Reference,
     batch: Batch,
     gates: Tolerances,
+    noise: float,
 ) -> ParityCase:
-    """Greedy continuations in one left-padded batch with a cache, against each prompt alone in PyTorch."""
+    """Greedy continuations in one left-padded batch with a cache: each token must be PyTorch's best after those before.
+
+    A token within twice the `noise` of PyTorch's best is a tie and agrees; what follows it is judged after it, so one
+    tie does not make the rest of a row wrong.
+    """
     rows = zip(batch.inputs["input_ids"], batch.real, strict=True)
     prompts = [ids[real][:_PROMPT_TOKENS].tolist() for ids, real in rows]
-    expected = reference.greedy(prompts, _GREEDY_TOKENS)
     found = generate(session, prompts, adapter, max_new_tokens=_GREEDY_TOKENS)
-    same = [sum(a == b for a, b in zip(x, y, strict=True)) for x, y in zip(expected, found, strict=True)]
-    agreement = sum(same) / (len(prompts) * _GREEDY_TOKENS)
+    behind = np.concatenate([_behind(reference, *pair) for pair in zip(prompts, found, strict=True)])
+    agreement = float((behind <= 2 * noise).mean())
     failures = ()
     if agreement < gates.top1:
         failures = (f"{agreement:.1%} of {_GREEDY_TOKENS} greedy tokens agree; {gates.top1:.1%} are expected",)
@@ -95,3 +102,10 @@ def _greedy_case(
         top1_tolerance=gates.top1,
         failures=failures,
     )
+
+
+def _behind(reference: Reference, prompt: list[int], continuation: list[int]) -> np.ndarray:
+    """How far each token's logit is below the reference's best, `[tokens]`, in one forward pass without padding."""
+    tokens = np.array([prompt + continuation], np.int64)
+    logits = reference.run({"input_ids": tokens})["logits"][0, len(prompt) - 1 : -1]
+    return logits.max(axis=-1) - logits[np.arange(len(continuation)), continuation]

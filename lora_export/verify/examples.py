@@ -130,7 +130,7 @@ class Batcher:
         self._task, self._folder = task, folder
         self._names = [spec.name for spec in contract.inputs]
         self._pixels = next((spec for spec in contract.inputs if spec.name == "pixel_values"), None)
-        self._processor = _load_processor(folder, images=self._pixels is not None)
+        self._processor = _load_processor(folder, images=self.takes_images)
 
     def batches(self, examples: Examples, batch_size: int) -> list[Batch]:
         """The examples in batches; texts padded to the longest in the batch (on the right)."""
@@ -140,7 +140,7 @@ class Batcher:
     def batch(self, rows: Sequence[Row], *, padding_side: str = "right") -> Batch:
         """One batch. Decoders get `position_ids` from the mask, and no past."""
         labels = tuple(row.label for row in rows)
-        if self._pixels is not None:
+        if self.takes_images:
             return Batch({"pixel_values": self._pixel_values(rows)}, None, labels)
         encoded = self._processor(
             [row.source for row in rows],
@@ -148,7 +148,7 @@ class Batcher:
             padding=True,
             padding_side=padding_side,
             truncation=True,
-            max_length=_MOST_TOKENS,
+            max_length=min(_MOST_TOKENS, self._processor.model_max_length),
             # A tokenizer may leave them out where its config does not name them; the model then takes zeros.
             return_token_type_ids="token_type_ids" in self._names,
         )
@@ -156,6 +156,8 @@ class Batcher:
         mask = np.asarray(encoded["attention_mask"], np.int64)
         if "position_ids" in self._names:
             inputs["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)
+        if self._pixels is not None:  # a dual encoder: images beside the texts, seeded noise
+            inputs |= self.random_pixels(len(rows)).inputs
         return Batch(inputs, mask.astype(bool), labels)
 
     def _pixel_values(self, rows: Sequence[Row]) -> np.ndarray:
@@ -176,7 +178,8 @@ class Batcher:
 
     @property
     def takes_images(self) -> bool:
-        return self._pixels is not None
+        """Whether a row is an image; a dual encoder's is a text, with an image beside it."""
+        return self._pixels is not None and "input_ids" not in self._names
 
 
 def _load_processor(folder: Path, *, images: bool):

@@ -76,6 +76,7 @@ def _merged_cases(bench: Bench, batcher: Batcher, data, skipped: list[str], prog
     cases = [compare(label, group, described, expected, bench.run(batches, None), bench.gates, without=without)]
     if bench.task is Task.TEXT_GENERATION:
         cases += decoding_cases(label, None, bench.session, reference, batcher, data[None], bench.gates)
+    cases += _similarity_cases(label, None, bench, reference)
     return cases
 
 
@@ -98,6 +99,7 @@ def _dynamic_cases(bench: Bench, batcher: Batcher, data, skipped: list[str], pro
             cases += decoding_cases(
                 record.name, record.name, bench.session, reference, batcher, data[None], bench.gates
             )
+        cases += _similarity_cases(record.name, record.name, bench, reference)
         if not has_own_head and done == 0:
             cases.append(_body_case(bench, reference, record))
     progress("checking", len(records), len(records) + 1)
@@ -107,6 +109,7 @@ def _dynamic_cases(bench: Bench, batcher: Batcher, data, skipped: list[str], pro
         expected = run_reference(reference, bench.own[None])
         found = bench.run(bench.own[None], None)
         cases.append(compare("base", "base", "the base in PyTorch", expected, found, bench.gates))
+        cases += _similarity_cases("base", None, bench, reference)
     else:
         skipped.append("The base's own scores: its checkpoint has no head, so rows without an adapter score zero.")
     cases += _row_cases(bench, alone)
@@ -123,6 +126,19 @@ def _without(reference: Reference, batches: Sequence[Batch], records: Sequence[A
     brings_head = any(record.replaced for record in records)
     with reference.without_pairs() if brings_head else reference.without_adapter():
         return run_reference(reference, batches[:_EFFECT_BATCHES])
+
+
+def _similarity_cases(label: str, adapter: str | None, bench: Bench, reference: Reference) -> list[ParityCase]:
+    """A dual encoder's scores, one image against many texts: what it computes across rows, and with unequal batches."""
+    name = "logits_per_image"
+    if all(spec.name != name for spec in bench.session.manifest.contract.outputs):
+        return []
+    inputs = bench.mixed.inputs | {"pixel_values": bench.mixed.inputs["pixel_values"][:1]}
+    expected = Outputs("logits", (reference.run(inputs)[name],), (None,))
+    values = bench.session.run(inputs, adapter, outputs=[name])[name].astype(np.float32)
+    found = Outputs("logits", (values,), (None,))
+    group = "adapter" if adapter else "base"
+    return [compare(f"{label}: texts for an image", group, "PEFT, unmerged", expected, found, bench.gates)]
 
 
 def _body_case(bench: Bench, reference: Reference, record: AdapterRecord) -> ParityCase:

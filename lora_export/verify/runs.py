@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.generate import empty_cache
 from lora_export.verify.compare import Outputs
 from lora_export.verify.examples import Batch, Examples
-from lora_export.verify.reference import Reference, TrainedAdapter
+from lora_export.verify.reference import Reference
 from lora_export.verify.tolerances import Tolerances
+from lora_export.verify.trained import TrainedAdapter
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,40 @@ class Bench:
         return Reference(self.task, self.request.base, adapters, manifest.dtype, n_labels)
 
 
+# What the rows of a batch are compared by: the first of these that a model gives; of a dual encoder, two embeddings.
+_MAIN_OUTPUTS = (
+    ("logits",),
+    ("text_embeds", "image_embeds"),
+    ("text_embeds",),
+    ("image_embeds",),
+    ("last_hidden_state",),
+)
+
+
+def main_outputs(names: Iterable[str]) -> tuple[str, ...]:
+    """The main output among `names`, or the two of a dual encoder."""
+    given = tuple(names)
+    return next((group for group in _MAIN_OUTPUTS if set(group) <= set(given)), given[:1])
+
+
 def run_export(
     session: AdapterSession, batches: Sequence[Batch], adapters: RowAdapter | Sequence[RowAdapter]
 ) -> Outputs:
     """The export's main output over `batches`; a decoder starts from an empty cache."""
-    name = session.manifest.contract.outputs[0].name
-    values = []
+    names = main_outputs(spec.name for spec in session.manifest.contract.outputs)
+    found = []
     for batch in batches:
         inputs = batch.inputs | empty_cache(session, len(next(iter(batch.inputs.values()))))
-        values.append(session.run(inputs, adapters, outputs=[name])[name].astype(np.float32))
-    return Outputs(name, tuple(values), tuple(b.real for b in batches), tuple(b.labels for b in batches))
+        found.append(session.run(inputs, adapters, outputs=names))
+    return _joined(names, found, batches)
 
 
 def run_reference(reference: Reference, batches: Sequence[Batch]) -> Outputs:
     """The reference's main output over `batches`."""
     found = [reference.run(batch.inputs) for batch in batches]
-    name = next(iter(found[0]))
-    values = tuple(outputs[name] for outputs in found)
-    return Outputs(name, values, tuple(b.real for b in batches), tuple(b.labels for b in batches))
+    return _joined(main_outputs(found[0]), found, batches)
+
+
+def _joined(names: Sequence[str], found: Sequence[Mapping[str, np.ndarray]], batches: Sequence[Batch]) -> Outputs:
+    values = tuple(np.concatenate([run[name].astype(np.float32) for name in names], axis=-1) for run in found)
+    return Outputs(" and ".join(names), values, tuple(b.real for b in batches), tuple(b.labels for b in batches))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 from transformers import AutoConfig
 
-from lora_export.base.tasks import CLASSIFICATION, Task, auto_class, resolve_task, text_input_names
+from lora_export.base.tasks import CLASSIFICATION, Task, auto_class, model_class, resolve_task, text_input_names
 from lora_export.base.weightless import build_weightless
 from lora_export.errors import InputRefused
 
@@ -19,6 +20,9 @@ from lora_export.errors import InputRefused
         ("LlamaForCausalLM", Task.TEXT_GENERATION),
         ("GPT2LMHeadModel", Task.TEXT_GENERATION),
         ("BertModel", Task.FEATURE_EXTRACTION),
+        ("CLIPModel", Task.ZERO_SHOT_IMAGE_CLASSIFICATION),
+        ("CLIPTextModelWithProjection", Task.FEATURE_EXTRACTION),
+        ("CLIPVisionModelWithProjection", Task.FEATURE_EXTRACTION),
     ],
 )
 def test_it_follows_from_the_architecture(architecture, task):
@@ -66,6 +70,21 @@ def test_an_architecture_without_a_task_is_refused(architectures):
 def test_every_task_has_a_transformers_class():
     assert {auto_class(task).__name__.startswith("AutoModel") for task in Task} == {True}
     assert set(CLASSIFICATION) < set(Task)
+
+
+@pytest.mark.parametrize("half", ["Text", "Vision"])
+def test_an_encoder_named_with_its_projection_keeps_it(half):
+    named = f"CLIP{half}ModelWithProjection"
+    config = getattr(transformers, f"CLIP{half}Config")(architectures=[named])
+    assert model_class(Task.FEATURE_EXTRACTION, config) is getattr(transformers, named)
+    config.architectures = [f"CLIP{half}Model"]
+    assert model_class(Task.FEATURE_EXTRACTION, config) is transformers.AutoModel
+
+
+@pytest.mark.parametrize("name", ["CLIPTextModelWithProjection", "NoSuchModelWithProjection", "os", ""])
+def test_a_named_class_of_another_config_is_not_taken(name):
+    config = transformers.BertConfig(architectures=[name])
+    assert model_class(Task.FEATURE_EXTRACTION, config) is transformers.AutoModel
 
 
 def test_token_types_are_an_input_only_where_there_are_several(bases):

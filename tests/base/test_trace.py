@@ -52,6 +52,21 @@ def test_an_image_model(traces):
     assert dims(graph.outputs) == {"logits": ["batch_size", 3]}
 
 
+def test_a_dual_encoder_has_a_batch_of_texts_and_a_batch_of_images(traces):
+    graph, *_ = traces("clip", Task.ZERO_SHOT_IMAGE_CLASSIFICATION)
+    assert dims(graph.inputs) == {
+        "input_ids": ["text_batch_size", "sequence_length"],
+        "attention_mask": ["text_batch_size", "sequence_length"],
+        "pixel_values": ["image_batch_size", 3, 16, 16],
+    }
+    assert dims(graph.outputs) == {
+        "logits_per_image": ["image_batch_size", "text_batch_size"],
+        "logits_per_text": ["text_batch_size", "image_batch_size"],
+        "text_embeds": ["text_batch_size", 16],
+        "image_embeds": ["image_batch_size", 16],
+    }
+
+
 @pytest.mark.parametrize(
     ("base", "task"),
     [("llama", Task.TEXT_GENERATION), ("bert", Task.FEATURE_EXTRACTION), ("vit", Task.IMAGE_CLASSIFICATION)],

@@ -8,7 +8,8 @@ import torch
 from references import inputs_for, outputs_of, unmerged
 
 from lora_export.base.tasks import Task
-from lora_export.verify.reference import Reference, TrainedAdapter
+from lora_export.verify.reference import Reference
+from lora_export.verify.trained import TrainedAdapter
 
 INPUTS = inputs_for("classifier")
 

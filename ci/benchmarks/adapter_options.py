@@ -1,0 +1,94 @@
+"""What an adapter can be: one row an option, the columns of `matrix.py`. To cover another option, append a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import peft
+from architectures import IMAGES, Architecture
+
+MERGED, SERVED, REFUSED = "merged", "served", "refused"
+
+
+@dataclass(frozen=True)
+class AdapterOption:
+    """An option, and what must come of it.
+
+    Attributes:
+        config: The PEFT config of an architecture's adapter of some rank; None where the architecture has none.
+        merge: What `merge` must do: MERGED or REFUSED.
+        dynamic: What `dynamic` must do: SERVED or REFUSED.
+        named: What a refusal must name: the option's key in `adapter_config.json`.
+        exceptions: (merge, dynamic) of single architectures, by name.
+        only: The architectures it is run on, by name; empty for all.
+        dtype: `--dtype`.
+    """
+
+    name: str
+    config: Callable[[Architecture, int], peft.PeftConfig | None]
+    merge: str = MERGED
+    dynamic: str = SERVED
+    named: str = ""
+    exceptions: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
+    dtype: str | None = None
+
+    def expected(self, architecture: str, mode: str) -> str:
+        merge, dynamic = self.exceptions.get(architecture, (self.merge, self.dynamic))
+        return merge if mode == "merge" else dynamic
+
+
+def lora(architecture: Architecture, rank: int, **changes: object) -> peft.LoraConfig:
+    """LoRA on the architecture's usual targets, with `changes`."""
+    fields = {"r": rank, "target_modules": architecture.targets, "task_type": architecture.task_type}
+    return peft.LoraConfig(**(fields | changes))
+
+
+def with_options(**changes: object) -> Callable[[Architecture, int], peft.LoraConfig]:
+    return lambda architecture, rank: lora(architecture, rank, **changes)
+
+
+def packed(architecture: Architecture, rank: int) -> peft.LoraConfig | None:
+    return lora(architecture, rank, target_modules=list(architecture.packed)) if architecture.packed else None
+
+
+def all_linear(architecture: Architecture, rank: int) -> peft.LoraConfig:
+    """Every linear map but a classifier's, which PEFT saves whole for a classification."""
+    heads = ".*(classifier|score)" if (architecture.task_type or "").endswith("CLS") else None
+    return lora(architecture, rank, target_modules="all-linear", exclude_modules=heads)
+
+
+def patterns(architecture: Architecture, rank: int) -> peft.LoraConfig:
+    """Another rank in the first layer, another scale in the second."""
+    return lora(architecture, rank, rank_pattern={r".*\.0\..*": rank + 2}, alpha_pattern={r".*\.1\..*": 5})
+
+
+def whole_head(architecture: Architecture, rank: int) -> peft.LoraConfig | None:
+    return lora(architecture, rank, modules_to_save=[architecture.head]) if architecture.head else None
+
+
+def tokens(architecture: Architecture, rank: int) -> peft.LoraConfig | None:
+    """Rows of the embedding, which PEFT finds by itself but in CLIP."""
+    indices = [5, 9, 30]
+    found = {"token_embedding": indices} if architecture.config.startswith("CLIP") else indices
+    return None if architecture.config in IMAGES else lora(architecture, rank, trainable_token_indices=found)
+
+
+# PEFT turns the routers and experts that "all-linear" finds in these into target_parameters.
+_EXPERTS_REFUSED = dict.fromkeys(("Mixtral", "Qwen3-MoE"), (REFUSED, REFUSED))
+OPTIONS = (
+    AdapterOption("lora", lora),
+    AdapterOption("all linear", all_linear, named="target_parameters", exceptions=_EXPERTS_REFUSED),
+    AdapterOption("packed", packed),
+    AdapterOption("rslora", with_options(use_rslora=True)),
+    AdapterOption("rank_pattern", patterns),
+    AdapterOption("modules_to_save", whole_head),
+    # Not where a router chooses experts: at a tie of random weights one rounding sends a token to another expert.
+    AdapterOption("float16", lora, dtype="float16", only=("BERT", "ModernBERT", "GPT-2", "Llama", "Gemma 3", "ViT")),
+    AdapterOption("dora", with_options(use_dora=True), REFUSED, REFUSED, "use_dora"),
+    AdapterOption("bias", with_options(bias="all"), REFUSED, REFUSED, "bias"),
+    AdapterOption("lora_bias", with_options(lora_bias=True), REFUSED, REFUSED, "lora_bias"),
+    AdapterOption("trainable_tokens", tokens, REFUSED, REFUSED, "trainable_token_indices"),
+    AdapterOption("pissa", with_options(init_lora_weights="pissa"), REFUSED, REFUSED, "init_lora_weights"),
+)
