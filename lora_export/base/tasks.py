@@ -89,6 +89,11 @@ def auto_class(task: Task) -> type:
     return getattr(transformers, _TABLE[task].auto_class)
 
 
+def peft_task_type(task: Task) -> str | None:
+    """PEFT's name of `task`; None where PEFT has none."""
+    return _TABLE[task].peft_task_type
+
+
 def text_input_names(model) -> tuple[str, ...]:
     """The encoder inputs of `model` (a `PreTrainedModel`): `token_type_ids` only where it has more than one type."""
     names = ["input_ids", "attention_mask"]
