@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
+from lora_export.adapters.peft_writer import PREFIX, WEIGHTS
 from lora_export.artifact import REPORTS, carried_files, sha256_of, versions
 from lora_export.base.checkpoint import Checkpoint, locate
 from lora_export.base.stored import weight_files
 from lora_export.base.tasks import CLASSIFICATION, peft_task_type, resolve_task
 from lora_export.extraction.differences import Difference, Kind, Pair, find_differences, open_pair
-from lora_export.extraction.peft_folder import PREFIX, WEIGHTS, TensorFile, pair_tensors, prove_loads, write_config
+from lora_export.extraction.peft_folder import TensorFile, pair_tensors, prove_loads, write_config
 from lora_export.extraction.placement import PairPlan, Placement, place
 from lora_export.extraction.results import ExtractReport, LeftOut, ModuleResult, WholeResult
 from lora_export.extraction.svd import RankChoice, Spectrum, decompose, frobenius, remaining_error
@@ -193,10 +194,11 @@ def _factor(pair: Pair, plan: PairPlan, request: ExtractRequest) -> tuple[Module
 
 
 def _known_curve(delta: torch.Tensor, spectrum: Spectrum) -> tuple[float, ...]:
-    """The curve to four digits; at full rank, where only rounding is left, the measured error."""
-    curve = list(spectrum.curve())
+    """The curve to four digits, where all of it is known not below the rounding, which full rank's factors measure."""
+    curve = spectrum.curve()
     if spectrum.complete:
-        curve[-1] = remaining_error(delta, *spectrum.factors(len(curve) - 1)) / spectrum.norm
+        rounding = remaining_error(delta, *spectrum.factors(len(curve) - 1)) / spectrum.norm
+        curve = tuple(max(error, rounding) for error in curve)
     return tuple(float(f"{error:.4g}") for error in curve)
 
 

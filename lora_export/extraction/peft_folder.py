@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
+from lora_export.adapters import peft_writer
+from lora_export.adapters.peft_writer import PREFIX, WEIGHTS
 from lora_export.errors import LoraExportError
-from lora_export.extraction.placement import PairPlan, Placement, exact_names
+from lora_export.extraction.placement import PairPlan, Placement
 from lora_export.weights import as_numpy
 
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 _DTYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL",
 }  # fmt: skip
@@ -74,36 +73,21 @@ def write_config(
     base: str,
     task_type: str | None,
 ) -> None:
-    """`adapter_config.json` by PEFT's `LoraConfig`, alpha equal to the rank everywhere, so that every scale is 1.
+    """`adapter_config.json`, alpha equal to the rank everywhere, so that every scale is 1.
 
     Args:
         ranks: Rank by module.
         modules: All modules of the model.
         base: What to record as `base_model_name_or_path`.
     """
-    from peft import LoraConfig
-
-    everything = list(modules)
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    exact = exact_names(ranks, everything)
-    # PEFT matches a pattern's keys as ends of paths too, in this order.
-    others = {f"^{name}" if isinstance(exact, str) else name: r for name, r in sorted(ranks.items()) if r != rank}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-        target_modules=exact,
-        modules_to_save=sorted(placement.wholes) or None,
-        fan_in_fan_out=any(p.transposed and not p.is_embedding for p in placement.pairs),
-        lora_bias=placement.has_bias,
-        task_type=task_type,
-        base_model_name_or_path=base,
-        inference_mode=True,
-    )
-    if not isinstance(exact, str):
-        config.target_modules = sorted(exact)  # PEFT makes it a set, whose order is another in every run
-    config.save_pretrained(str(folder))
+    options = {
+        "modules_to_save": sorted(placement.wholes) or None,
+        "fan_in_fan_out": any(plan.transposed and not plan.is_embedding for plan in placement.pairs),
+        "lora_bias": placement.has_bias,
+        "task_type": task_type,
+        "base_model_name_or_path": base,
+    }
+    peft_writer.write_config(folder, ranks, ranks, list(modules), options)
 
 
 def prove_loads(folder: Path, model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -12,7 +12,6 @@ The user may leave the kinds of cases 2, 3 and 5 out; that is reported. What bel
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -157,15 +156,3 @@ def _pair_of_zeros(pair: Pair, wholes: dict[str, str]) -> PairPlan:
         where=", ".join(wholes),
         next_step="export the fine-tune as a base of its own",
     )
-
-
-def exact_names(modules: Iterable[str], everything: Collection[str]) -> list[str] | str:
-    """`target_modules` that PEFT matches to exactly `modules`: the list, or a regular expression.
-
-    PEFT takes a list's entries as ends of paths, so a module whose path is the end of another needs the expression.
-    """
-    modules = list(modules)
-    chosen = set(modules)
-    if any(path.endswith(f".{name}") and path not in chosen for name in modules for path in everything):
-        return "|".join(re.escape(name) for name in modules)
-    return modules

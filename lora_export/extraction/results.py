@@ -16,8 +16,8 @@ class ModuleResult:
         rank: Of the pair; `full_rank` is the most that it could have.
         norm: `‖ΔW‖_F`.
         error: `‖ΔW − BA‖_F / ‖ΔW‖_F`, measured on the factors as stored.
-        curve: Relative error for rank 0, 1, …, as far as singular values are known; where all are, the last entry is
-            measured on float32 factors of full rank: rounding.
+        curve: Relative error for rank 0, 1, …, as far as singular values are known; where all are, not below the
+            rounding of float32, measured on the factors of full rank.
         complete: Whether all singular values are known.
     """
 

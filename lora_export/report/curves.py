@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_LEFT, _RIGHT, _TOP, _HEIGHT, _AXIS_HEIGHT = 8.0, 98.0, 14, 320, 52
+_LEFT, _RIGHT, _TOP, _HEIGHT, _AXIS_HEIGHT = 8.0, 98.0, 26, 320, 52
 _MOST_DECADES = 8
 
 
@@ -44,7 +44,7 @@ def curve_plot(key: str, title: str, description: str, curves: Sequence[Curve], 
 
     _grid(root, right, low, high, across, down)
     _text(root, x_title, "50%", _TOP + _HEIGHT + 44, "axis middle")
-    _text(root, y_title, f"{_LEFT}%", _TOP - 3, "axis")
+    _text(root, y_title, f"{_LEFT}%", _TOP - 12, "axis")
     place = {"x": f"{_LEFT}%", "y": str(_TOP), "width": f"{_RIGHT - _LEFT}%", "height": str(_HEIGHT)}
     inner = ET.SubElement(root, "svg", place | {"viewBox": "0 0 1000 1000", "preserveAspectRatio": "none"})
     for curve in curves:

@@ -16,6 +16,11 @@ _DESCRIPTION = (
 )
 
 
+def remaining(error: float) -> str:
+    """A relative error: 45.1%, and below a thousandth 3.2e-07."""
+    return fmt.share(error) if error >= 1e-3 else fmt.scientific(error)
+
+
 def extract_summary(report: ExtractReport) -> str:
     """What was extracted and how near it is, in one sentence or two."""
     differ = report.n_tensors - report.n_equal
@@ -23,15 +28,13 @@ def extract_summary(report: ExtractReport) -> str:
     if report.modules:
         worst = max(report.modules, key=lambda module: module.error)
         sentence += (
-            f"{fmt.counted(len(report.modules), 'LoRA pair')} ({report.asked}) leave {fmt.scientific(report.error)} of "
-            f"the difference, {fmt.scientific(worst.error)} at worst ({fmt.plain(worst.module)}). "
+            f"{fmt.counted(len(report.modules), 'LoRA pair')} ({report.asked}) leave {remaining(report.error)} of "
+            f"the difference, {remaining(worst.error)} at worst ({fmt.plain(worst.module)}). "
         )
     if report.wholes:
-        sentence += (
-            f"{fmt.counted(len(report.wholes), 'module')} {'is' if len(report.wholes) == 1 else 'are'} saved whole. "
-        )
+        sentence += f"{fmt.counted(len(report.wholes), 'module')} saved whole. "
     if report.left_out:
-        sentence += f"{fmt.counted(len(report.left_out), 'parameter')} stay the base's, as asked. "
+        sentence += f"{fmt.counted(len(report.left_out), 'parameter')} left as the base has them. "
     return sentence.strip()
 
 
@@ -39,7 +42,7 @@ def extract_figures(report: ExtractReport) -> tuple[tuple[str, str], ...]:
     ranks = sorted({module.rank for module in report.modules})
     shown = "none" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     return (
-        ("Remaining error", fmt.scientific(report.error)),
+        ("Remaining error", remaining(report.error)),
         ("Ranks", shown),
         ("Adapter", fmt.byte_size(report.n_bytes)),
         ("Fine-tune", fmt.byte_size(report.n_bytes_tuned)),
@@ -77,7 +80,7 @@ def pair_table(report: ExtractReport) -> Table:
                 Cell(str(module.rank)),
                 Cell(str(module.full_rank)),
                 Cell(f"{module.norm:.3g}"),
-                Cell(fmt.scientific(module.error), bar=fraction(module.error, most)),
+                Cell(remaining(module.error), bar=fraction(module.error, most)),
             )
         )
         for module in report.modules
@@ -93,7 +96,7 @@ def whole_table(report: ExtractReport) -> Table:
 
 def left_out_table(report: ExtractReport) -> Table:
     columns = (Column("Parameter", numeric=False), Column("Kind", numeric=False), Column("‖ΔW‖ ÷ ‖W0‖"))
-    rows = tuple(Row((Cell(x.parameter), Cell(x.kind), Cell(fmt.scientific(x.change)))) for x in report.left_out)
+    rows = tuple(Row((Cell(x.parameter), Cell(x.kind), Cell(remaining(x.change)))) for x in report.left_out)
     return Table("Left out: the base's values stay", columns, rows)
 
 
