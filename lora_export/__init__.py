@@ -8,6 +8,7 @@
     finished_graph.py  a plan's graph: traced, given adapter inputs, fused, cached
     extraction/        what of a fine-tune differs from its base, as low-rank pairs
     plan.py            what was asked for, checked before any work
+    foreign.py         adapters that PEFT did not save, as PEFT folders
     weights.py         the numbers: checkpoint tensors with adapters folded in
     graph/             passes over an onnx-ir model
     runtime/           ONNX Runtime sessions; `AdapterSession`

@@ -29,7 +29,7 @@ def main() -> None:
     if not build.is_current():
         build.run(make)
     found = read_json(build.out / "full.json")
-    rows = [["topic-full", len(found["classes"]), f"{found['accuracy_pytorch']:.1%}", f"{found['seconds']:.0f} s"]]
+    rows = [["topic-full", str(len(found["classes"])), f"{found['accuracy_pytorch']:.1%}", f"{found['seconds']:.0f} s"]]
     print_table(["fine-tune", "classes", "accuracy", "training"], rows)
 
 
