@@ -228,7 +228,7 @@ def _write_wholes(found: _Found, file: TensorFile) -> tuple[WholeResult, ...]:
 def _left_out(pair: Pair, difference: Difference) -> LeftOut:
     norm = frobenius(pair.read_base(difference.path).float().reshape(1, -1))
     change = frobenius(pair.delta(difference.path).reshape(1, -1))
-    return LeftOut(difference.path, difference.kind, change / norm if norm else math.inf)
+    return LeftOut(difference.path, difference.kind, change / norm if norm else None)
 
 
 def _notes(pair: Pair) -> tuple[str, ...]:

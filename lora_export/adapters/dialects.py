@@ -62,6 +62,10 @@ class ForeignAdapter:
     tensors: Mapping[str, Mapping[str, torch.Tensor]]
     mlx: Mapping[str, object]
 
+    def rank(self, name: str) -> int:
+        """The rank of one pair, as the file has it."""
+        return self.tensors[name]["a"].shape[1 if self.dialect is Dialect.MLX else 0]
+
 
 def recognise(keys: list[str]) -> Dialect | None:
     """The format that a file with these keys is written in; None for PEFT's own and for anything else."""

@@ -12,7 +12,6 @@ from lora_export.base.checkpoint import Checkpoint, checkpoint_names
 from lora_export.base.tasks import CLASSIFICATION, Task
 from lora_export.base.weightless import build_weightless, parameter_aliases
 from lora_export.errors import InputRefused
-from lora_export.weights import all_finite
 
 # Configuration that changes no output: names and provenance, training, generation, what the checkpoint is stored in.
 _WITHOUT_EFFECT = (
@@ -206,7 +205,7 @@ def _equal(base: torch.Tensor, tuned: torch.Tensor) -> bool:
 
 
 def _require_finite(checkpoint: Checkpoint, path: str, tensor: torch.Tensor) -> None:
-    if tensor.is_floating_point() and not all_finite(tensor):
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise InputRefused(
             "A weight is not finite",
             where=f"{checkpoint.path}: {path}",

@@ -47,11 +47,11 @@ class WholeResult:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A parameter that differs and stays the base's: `change` is `‖ΔW‖_F / ‖W0‖_F` (infinite if the base's is zero)."""
+    """A parameter that differs and stays the base's: `change` is `‖ΔW‖_F / ‖W0‖_F`, None of a base's zeros."""
 
     parameter: str
     kind: str
-    change: float
+    change: float | None
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,10 @@ def whole_table(report: ExtractReport) -> Table:
 
 def left_out_table(report: ExtractReport) -> Table:
     columns = (Column("Parameter", numeric=False), Column("Kind", numeric=False), Column("‖ΔW‖ ÷ ‖W0‖"))
-    rows = tuple(Row((Cell(x.parameter), Cell(x.kind), Cell(remaining(x.change)))) for x in report.left_out)
+    rows = tuple(
+        Row((Cell(x.parameter), Cell(x.kind), Cell(fmt.MISSING if x.change is None else remaining(x.change))))
+        for x in report.left_out
+    )
     return Table("Left out: the base's values stay", columns, rows)
 
 

@@ -308,3 +308,15 @@ def test_mlx_settings_that_do_not_fit_are_refused(bases, adapters, tmp_path):
 
 def test_a_peft_folder_is_left_as_it_is(adapters):
     assert peft_folder(str(adapters["chat"]), None, None) == adapters["chat"]
+
+
+def test_inspect_names_the_format(bases, adapters, tmp_path):
+    from lora_export.cli_text import inspect_text
+    from lora_export.inspection import inspect_path
+
+    pairs = pairs_of(adapters["chat"])
+    kohya = inspect_path(str(write_kohya(tmp_path / "k", pairs, None)))
+    assert (kohya["format"], kohya["ranks"], len(kohya["modules"])) == ("kohya", [4], 4)
+    assert "in the format kohya, not PEFT's" in inspect_text(kohya) and "4 modules of rank 4" in inspect_text(kohya)
+    mlx = inspect_path(str(write_mlx(tmp_path / "mlx", pairs, 2.0, 4, bases["llama"])))
+    assert (mlx["format"], mlx["ranks"], mlx["base"]) == ("MLX", [4], str(bases["llama"]))
