@@ -122,9 +122,9 @@ def _weights_and_settings(path: Path) -> tuple[Path | None, dict]:
         return mlx, settings
     if config.is_file():
         return None, {}
-    for gguf in path.glob("*.gguf"):
-        refuse_unreadable(gguf)
     found = sorted(path.glob("*.safetensors"))
+    if not found and (gguf := next(path.glob("*.gguf"), None)) is not None:
+        refuse_unreadable(gguf)
     if len(found) > 1 and (path / "config.json").is_file():
         return None, {}  # a base, in shards
     if len(found) > 1:

@@ -93,7 +93,7 @@ class Pair:
 
     def delta(self, path: str) -> torch.Tensor:
         """`W1 − W0` in float32, in the layout that is stored."""
-        return self.read_tuned(path).float() - self.read_base(path).float()
+        return self.read_tuned(path).to(torch.float32, copy=True).sub_(self.read_base(path))
 
     def is_head(self, path: str) -> bool:
         """Whether `path` is outside the body of a classifier."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-EXACT_SIZE = 1024
+EXACT_SIZE = 768
 _OVERSAMPLING, _POWER_ITERATIONS = 16, 4
 _FIRST_GUESS = 64
 _ROWS = 1024

@@ -288,6 +288,9 @@ def test_what_is_no_plain_pair_is_refused(bases, trained, tmp_path):
     ):
         (tmp_path / f"mine.{ending}").write_bytes(b"x")
         assert words in refused(tmp_path / f"mine.{ending}", base)
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "mine.gguf").rename(tmp_path / "gguf/mine.gguf")
+    assert "GGUF adapters are not read" in refused(tmp_path / "gguf", base)
     folder = kohya("several").parent
     (folder / "second.safetensors").write_bytes((folder / "mine.safetensors").read_bytes())
     assert "several files that may be the adapter" in refused(folder, base)

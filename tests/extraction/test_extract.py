@@ -301,3 +301,20 @@ def test_peft_saves_the_file_it_loads_with_the_same_keys(bases, tmp_path):
     )
     ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_parameter_of_no_module_is_refused_unless_it_is_left_out(bases):
+    from lora_export.base.checkpoint import Checkpoint, locate
+    from lora_export.extraction.differences import Difference, Kind, open_pair
+    from lora_export.extraction.placement import place
+
+    base = Checkpoint.open(locate(str(bases["llama"]), kind="base"))
+    pair = open_pair(base, base, "text-generation")
+    own = Difference("scale", "", Kind.OTHER, (3,), True, False, False)
+    query = "model.layers.0.self_attn.q_proj"
+    linear = Difference(f"{query}.weight", query, Kind.LINEAR, (64, 64), True, False, False)
+    with pytest.raises(InputRefused, match="parameter of the model itself differs") as caught:
+        place(pair, [own, linear], frozenset())
+    assert "--leave-out others" in str(caught.value)
+    placement = place(pair, [own, linear], frozenset({"others"}))
+    assert [plan.module for plan in placement.pairs] == [query] and placement.left_out == (own,)
