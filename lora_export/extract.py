@@ -13,20 +13,20 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from lora_export.adapters.peft_writer import PREFIX, WEIGHTS
+from lora_export.adapters.peft_writer import WEIGHTS
 from lora_export.artifact import REPORTS, carried_files, sha256_of, versions
 from lora_export.base.checkpoint import Checkpoint, locate
 from lora_export.base.stored import weight_files
 from lora_export.base.tasks import CLASSIFICATION, peft_task_type, resolve_task
 from lora_export.extraction.differences import Difference, Kind, Pair, find_differences, open_pair
-from lora_export.extraction.peft_folder import TensorFile, pair_tensors, prove_loads, write_config
-from lora_export.extraction.placement import PairPlan, Placement, place
-from lora_export.extraction.results import ExtractReport, LeftOut, ModuleResult, WholeResult
-from lora_export.extraction.svd import RankChoice, Spectrum, decompose, frobenius, remaining_error
+from lora_export.extraction.pairs import write_pairs, write_wholes
+from lora_export.extraction.peft_folder import TensorFile, prove_loads, write_config
+from lora_export.extraction.placement import Placement, place
+from lora_export.extraction.results import ExtractReport, LeftOut
+from lora_export.extraction.svd import RankChoice, frobenius
 from lora_export.plan import local_path
 from lora_export.report.extract_html import write_extract_reports
 from lora_export.staging import refuse_existing, staging
@@ -114,41 +114,33 @@ def extract(
     refuse_existing(out, overwrite=overwrite, marker=MARKER)
     found = _find(request, progress)
     pair, placement = found.pair, found.placement
+    biases = {difference.path for difference in found.differences if difference.kind is Kind.BIAS}
+    n_bytes = _bytes_needed(found, request.choice)
     with (
         ThreadPoolExecutor(max_workers=1) as hashing,
-        staging(out, overwrite=overwrite, n_bytes=_bytes_needed(found, request.choice), marker=MARKER) as folder,
+        staging(out, overwrite=overwrite, n_bytes=n_bytes, marker=MARKER) as folder,
     ):
         hashed = hashing.submit(lambda: {"base": _hashes(pair.base), "fine-tune": _hashes(pair.tuned)})
         file = TensorFile(folder / WEIGHTS)
-        results = _write_pairs(found, request, file, progress)
-        wholes = _write_wholes(found, file)
+        meter = partial(progress, "decomposing differences")
+        results = write_pairs(pair, placement, biases, request.choice, file, meter, exact=request.exact)
+        wholes = write_wholes(pair, placement, file)
         file.close()
         ranks = {plan.module: results[plan.module].rank if plan.weight else 1 for plan in placement.pairs}
         modules = [name for name, _ in pair.model.named_modules()]
-        base = local_path(pair.base.located.given)
-        write_config(folder, placement, ranks, modules, base, peft_task_type(pair.task))
+        write_config(folder, placement, ranks, modules, local_path(pair.base.located.given), peft_task_type(pair.task))
         _carry(pair, folder)
         report = ExtractReport(
             folder=str(out),
             asked=f"rank {request.choice.rank}" if request.choice.rank else f"energy {request.choice.energy:g}",
-            task=pair.task,
-            base=base,
-            tuned=local_path(pair.tuned.located.given),
             sha256=hashed.result(),
             modules=tuple(results.values()),
             wholes=wholes,
-            left_out=tuple(_left_out(pair, difference) for difference in placement.left_out),
-            notes=_notes(pair),
-            biases=placement.has_bias,
-            n_equal=len(pair.model.state_dict()) - len(found.differences),
-            n_tensors=len(pair.model.state_dict()),
             n_parameters=sum(map(math.prod, file.shapes.values())),
-            n_parameters_tuned=sum(math.prod(info.shape) for info in pair.tuned.files.tensors.values()),
             n_bytes=(folder / WEIGHTS).stat().st_size,
-            n_bytes_tuned=sum(path.stat().st_size for path in weight_files(pair.tuned.path)),
-            versions=versions(),
             started_at=started.isoformat(timespec="seconds"),
             seconds=time.monotonic() - start,
+            **_facts(found),
         )
         progress("loading it with PEFT", 0, 1)
         prove_loads(folder, pair.model, file.shapes)
@@ -156,73 +148,23 @@ def extract(
     return report, {suffix: out / REPORTS / path.name for suffix, path in written.items()}
 
 
-def _write_pairs(
-    found: _Found, request: ExtractRequest, file: TensorFile, progress: Progress
-) -> dict[str, ModuleResult]:
-    """Decompose and write one pair after another; results of those with a weight that differs, by module."""
-    results: dict[str, ModuleResult] = {}
-    tied: tuple[tuple[str, ...], ModuleResult, tuple[torch.Tensor, torch.Tensor]] | None = None
-    for done, plan in enumerate(found.placement.pairs):
-        progress("decomposing differences", done, len(found.placement.pairs))
-        bias = _bias_delta(found, plan) if found.placement.has_bias else None
-        if plan.weight is None:
-            a, b = torch.zeros(1, plan.shape[1]), torch.zeros(plan.shape[0], 1)
-        elif tied and plan.weight in tied[0]:
-            a, b = tied[2]
-            results[plan.module] = _result(plan, tied[1])
-        else:
-            result, a, b = _factor(found.pair, plan, request)
-            results[plan.module] = result
-            aliases = found.pair.aliases.get(plan.weight, ())
-            tied = (aliases, result, (a, b)) if len(aliases) > 1 else tied
-        for name, tensor in pair_tensors(plan, a, b, bias).items():
-            file.add(name, tensor)
-    return results
-
-
-def _factor(pair: Pair, plan: PairPlan, request: ExtractRequest) -> tuple[ModuleResult, torch.Tensor, torch.Tensor]:
-    delta = pair.delta(plan.weight)
-    spectrum, rank = decompose(delta, request.choice, exact=request.exact)
-    a, b = spectrum.factors(rank)
-    error = remaining_error(delta, a, b) / spectrum.norm
-    kind = Kind.EMBEDDING if plan.is_embedding else Kind.LINEAR
-    curve = _known_curve(delta, spectrum)
-    result = ModuleResult(
-        plan.module, kind, plan.shape, rank, min(plan.shape), spectrum.norm, error, curve, spectrum.complete
-    )
-    return result, a, b
-
-
-def _known_curve(delta: torch.Tensor, spectrum: Spectrum) -> tuple[float, ...]:
-    """The curve to four digits, where all of it is known not below the rounding, which full rank's factors measure."""
-    curve = spectrum.curve()
-    if spectrum.complete:
-        rounding = remaining_error(delta, *spectrum.factors(len(curve) - 1)) / spectrum.norm
-        curve = tuple(max(error, rounding) for error in curve)
-    return tuple(float(f"{error:.4g}") for error in curve)
-
-
-def _result(plan: PairPlan, of: ModuleResult) -> ModuleResult:
-    kind = Kind.EMBEDDING if plan.is_embedding else Kind.LINEAR
-    return ModuleResult(plan.module, kind, plan.shape, of.rank, of.full_rank, of.norm, of.error, of.curve, of.complete)
-
-
-def _bias_delta(found: _Found, plan: PairPlan) -> torch.Tensor:
-    path = f"{plan.module}.bias"
-    if any(d.path == path for d in found.differences):
-        return found.pair.delta(path)
-    return torch.zeros(plan.shape[1] if plan.transposed else plan.shape[0])
-
-
-def _write_wholes(found: _Found, file: TensorFile) -> tuple[WholeResult, ...]:
-    pair, results = found.pair, []
-    for module, why in sorted(found.placement.wholes.items()):
-        paths = [f"{module}.{name}" for name in pair.model.get_submodule(module).state_dict()]
-        for path in paths:
-            file.add(f"{PREFIX}{path}", pair.read_tuned(path))
-        n_elements = sum(math.prod(file.shapes[f"{PREFIX}{path}"]) for path in paths)
-        results.append(WholeResult(module, why, n_elements))
-    return tuple(results)
+def _facts(found: _Found) -> dict[str, object]:
+    """What a report says of the two checkpoints, however they were decomposed."""
+    pair, placement = found.pair, found.placement
+    n_tensors = len(pair.model.state_dict())
+    return {
+        "task": pair.task,
+        "base": local_path(pair.base.located.given),
+        "tuned": local_path(pair.tuned.located.given),
+        "left_out": tuple(_left_out(pair, difference) for difference in placement.left_out),
+        "notes": _notes(pair),
+        "biases": placement.has_bias,
+        "n_equal": n_tensors - len(found.differences),
+        "n_tensors": n_tensors,
+        "n_parameters_tuned": sum(math.prod(info.shape) for info in pair.tuned.files.tensors.values()),
+        "n_bytes_tuned": sum(path.stat().st_size for path in weight_files(pair.tuned.path)),
+        "versions": versions(),
+    }
 
 
 def _left_out(pair: Pair, difference: Difference) -> LeftOut:

@@ -180,6 +180,19 @@ def test_an_export_of_another_format_is_checked_and_its_source_is_the_users_file
         check(tmp_path / "out", SourceOverrides(adapters={"mine": str(moved)}), provider="cpu")
 
 
+def test_one_more_adapter_of_another_format_is_added(bases, trained, adapters, tmp_path):
+    from lora_export.pipeline import ExportOptions, add_adapter, export
+    from lora_export.plan import Request
+    from lora_export.sources import SourceOverrides
+
+    out = tmp_path / "out"
+    export(Request(str(bases["bert"]), ((str(trained["bert"]), "peft"),), "dynamic"), ExportOptions(out))
+    file = write_kohya(tmp_path / "k", pairs_of(trained["bert"]), lambda module: scale_of("bert", module))
+    manifest = add_adapter(out, ((str(file), None),), SourceOverrides())
+    assert list(manifest.adapter("mine").source.files) == ["mine.safetensors"]
+    assert (out / "adapters/mine.onnx_adapter").read_bytes() == (out / "adapters/peft.onnx_adapter").read_bytes()
+
+
 def test_mlx_records_its_base(bases, adapters, tmp_path):
     from lora_export.plan import Request, make_plan
 
