@@ -2,10 +2,13 @@
 
     cli.py             the command line: parse, one pipeline call, render, exit code
     pipeline.py        the main path: export, add_adapter, check, bench, inspect
+    extract.py         the other main path: a full fine-tune becomes an adapter
     report/            renderers of results: JSON, text, Markdown, HTML
     verify/            unmerged PEFT against ONNX Runtime; paired latencies
     finished_graph.py  a plan's graph: traced, given adapter inputs, fused, cached
+    extraction/        what of a fine-tune differs from its base, as low-rank pairs
     plan.py            what was asked for, checked before any work
+    foreign.py         adapters that PEFT did not save, as PEFT folders
     weights.py         the numbers: checkpoint tensors with adapters folded in
     graph/             passes over an onnx-ir model
     runtime/           ONNX Runtime sessions; `AdapterSession`

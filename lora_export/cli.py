@@ -11,6 +11,7 @@ import click
 
 from lora_export import __version__, cli_text
 from lora_export import cli_options as options
+from lora_export.cli_extract import extract
 from lora_export.cli_output import Display, conclude, guarded
 from lora_export.cli_verify import verify_command
 from lora_export.errors import UsageProblem
@@ -29,7 +30,8 @@ def main() -> None:
     add       one more adapter for a dynamic export
     check     compare an export with unmerged PEFT       (exit 1 if it differs)
     bench     latency of base, merged, dynamic, mixed    (exit 1 if too slow, 5 if undecided)
-    verify    compare an export with its manifest     (exit 1 if a file differs)
+    verify    compare an export with its manifest        (exit 1 if a file differs)
+    extract   a full fine-tune of a base as an adapter
     inspect   what an adapter, base or export holds
     run       try an export
 
@@ -282,6 +284,9 @@ def run(
         from lora_export import trial
 
         display.result(trial.run_trial(out, inputs, blend, provider, max_new_tokens), cli_text.trial_text)
+
+
+main.add_command(extract)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,16 @@ def inspect_text(value: dict) -> str:
     if value["what"] == "base":
         kinds = ", ".join(f"{n:,} in {dtype}" for dtype, n in value["parameters_by_dtype"].items())
         return f"base {value['path']}: {', '.join(value['architectures'])}\n  {value['tensors']} tensors, {kinds}"
+    if "format" in value:
+        return "\n".join(
+            [
+                f"adapter {value['name']} ({value['path']}) in the format {value['format']}, not PEFT's",
+                f"  {value['tensors']} tensors, {value['parameters']:,} parameters, {len(value['modules'])} modules"
+                f" of rank {', '.join(map(str, value['ranks']))}",
+                f"  such as {', '.join(value['modules'][:3])}",
+                "  made a PEFT adapter when it is used, once every name fits a module of the base",
+            ]
+        )
     lines = [
         f"adapter {value['name']} ({value['path']}) of {value['base']}",
         f"  {value['tensors']} tensors, {value['parameters']:,} parameters, task type {value['task_type']}",

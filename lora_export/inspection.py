@@ -13,6 +13,7 @@ from lora_export.base.checkpoint import Checkpoint, locate
 from lora_export.base.stored import SAFETENSORS_DTYPES
 from lora_export.errors import InputRefused, LoraExportError
 from lora_export.finished_graph import choose_sites, target_modules
+from lora_export.foreign import ForeignAdapter, locate_adapter, name_of, read_foreign
 from lora_export.plan import Plan, Request, make_plan, resolve
 from lora_export.runtime.session import choose_provider
 from lora_export.signature import signer_with
@@ -148,15 +149,33 @@ def _adapter_fields(folder: AdapterFolder) -> dict:
     return fields | {"options": options} | verdicts
 
 
+def _foreign_fields(adapter: ForeignAdapter, path: Path) -> dict:
+    tensors = [tensor for parts in adapter.tensors.values() for tensor in parts.values()]
+    return {
+        "what": "adapter",
+        "name": name_of(path),
+        "path": str(path),
+        "format": adapter.dialect,
+        "base": adapter.mlx.get("model"),
+        "tensors": len(tensors),
+        "parameters": sum(tensor.numel() for tensor in tensors),
+        "modules": sorted(adapter.tensors),
+        "ranks": sorted({adapter.rank(name) for name in adapter.tensors}),
+    }
+
+
 def inspect_path(given: str) -> dict:
     """What is at `given`: an export, an adapter, or a base, in that order of precedence.
 
     Raises:
         InputRefused: It is none of them.
     """
-    path = locate(given, kind="folder").path
+    is_file = Path(given).expanduser().is_file()
+    path = locate_adapter(given) if is_file else locate(given, kind="folder").path
     if (path / MANIFEST).is_file():
         return describe_export(path, read_manifest(path))
+    if (foreign := read_foreign(path)) is not None:
+        return _foreign_fields(foreign, path)
     if (path / "adapter_config.json").is_file():
         return _adapter_fields(open_adapter(path, given))
     if (path / "config.json").is_file():

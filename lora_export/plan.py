@@ -16,6 +16,7 @@ from lora_export.base.tasks import CLASSIFICATION, Task, resolve_task
 from lora_export.base.weightless import build_weightless, parameter_aliases
 from lora_export.completion import completed
 from lora_export.errors import InputRefused, UsageProblem
+from lora_export.foreign import peft_folder
 from lora_export.weights import ParameterSource
 
 
@@ -71,7 +72,9 @@ def make_plan(request: Request) -> Plan:
     Raises:
         LoraExportError: Anything that cannot be exported, by name, with the way out.
     """
-    folders = tuple(open_adapter(locate(given, kind="adapter").path, given, name) for given, name in request.adapters)
+    folders = tuple(
+        open_adapter(peft_folder(given, request.base, request.task), given, name) for given, name in request.adapters
+    )
     _refuse_equal_names(folders)
     if len(request.weight_of_each) != len(folders):
         raise UsageProblem(

@@ -12,6 +12,7 @@ from lora_export.adapters.pack import pack, write_onnx_adapter
 from lora_export.artifact import ADAPTERS, AdapterRecord, SourceRecord, sha256_of
 from lora_export.base.stored import weight_files
 from lora_export.contract import GraphContract
+from lora_export.foreign import source_hashes
 from lora_export.plan import Plan, local_path
 from lora_export.weights import ParameterSource
 
@@ -26,8 +27,7 @@ def hash_sources(plan: Plan) -> tuple[SourceRecord, tuple[SourceRecord, ...]]:
 
 def hash_adapter(folder: AdapterFolder) -> SourceRecord:
     """An adapter as it was given and by sha256 of its files."""
-    files = ("adapter_config.json", "adapter_model.safetensors")
-    return SourceRecord(local_path(folder.given), None, {name: sha256_of(folder.path / name) for name in files})
+    return SourceRecord(local_path(folder.given), None, source_hashes(folder.path))
 
 
 def write_config(plan: Plan, folder: Path) -> dict[str, str]:

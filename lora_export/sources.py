@@ -9,6 +9,7 @@ from pathlib import Path
 from lora_export.artifact import Manifest, SourceRecord, sha256_of
 from lora_export.base.checkpoint import locate
 from lora_export.errors import InputRefused
+from lora_export.foreign import locate_adapter, peft_folder
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ def locate_sources(
     adapters = {}
     for record in () if only_base else manifest.adapters:
         hint = f"--adapter {record.name}=PATH"
-        adapters[record.name] = locate_source(record.source, overrides.adapters.get(record.name), "adapter", hint)
+        path = locate_source(record.source, overrides.adapters.get(record.name), "adapter", hint)
+        adapters[record.name] = peft_folder(str(path), str(base), manifest.task)
     return base, adapters
 
 
@@ -49,13 +51,13 @@ def locate_source(source: SourceRecord, override: str | None, kind: str, hint: s
     """
     given = override or (f"{source.given}@{source.revision}" if source.revision else source.given)
     try:
-        path = locate(given, kind=kind).path
+        path = locate_adapter(given) if kind == "adapter" else locate(given, kind=kind).path
     except InputRefused as error:
         raise InputRefused(
             f"The export's {kind} is not where it was", where=given, next_step=f"say where it is now with {hint}"
         ) from error
     for name, expected in source.files.items():
-        file = path / name
+        file = (path.parent if path.is_file() else path) / name
         found = sha256_of(file) if file.is_file() else None
         if found != expected:
             raise InputRefused(

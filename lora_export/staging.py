@@ -14,8 +14,11 @@ from lora_export.artifact import MANIFEST
 from lora_export.errors import EnvironmentUnusable, InputRefused
 
 
-def refuse_existing(out: Path, *, overwrite: bool) -> None:
+def refuse_existing(out: Path, *, overwrite: bool, marker: str = MANIFEST) -> None:
     """Refuse an output folder that exists, unless `overwrite` and it is an earlier export or empty.
+
+    Args:
+        marker: The file that tells an earlier output from anything else.
 
     Raises:
         InputRefused: It exists, and `overwrite` is off or replacing it would delete something that is no export.
@@ -24,27 +27,29 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise InputRefused("The output folder exists", where=str(out), next_step="name another, or add --overwrite")
-    if not (out / MANIFEST).is_file():
+    if not (out / marker).is_file():
+        what = "export" if marker == MANIFEST else "extracted adapter"
         raise InputRefused(
-            "The output folder holds something that is no export; it is not replaced, even with --overwrite",
+            f"The output folder holds something that is no {what}; it is not replaced, even with --overwrite",
             where=str(out),
-            expected=f"a folder with {MANIFEST}, or none",
+            expected=f"a folder with {marker}, or none",
             next_step="name another folder, or remove this one yourself",
         )
 
 
 @contextlib.contextmanager
-def staging(out: Path, *, overwrite: bool, n_bytes: int) -> Iterator[Path]:
+def staging(out: Path, *, overwrite: bool, n_bytes: int, marker: str = MANIFEST) -> Iterator[Path]:
     """A folder beside `out` to build in, renamed to `out` on success and removed on failure.
 
     Args:
         n_bytes: What the export will need, checked against the free disk first.
+        marker: As `refuse_existing` takes it.
 
     Raises:
         InputRefused: `out` is in the way (see `refuse_existing`).
         EnvironmentUnusable: The disk is too small, fills up, or cannot be written.
     """
-    refuse_existing(out, overwrite=overwrite)
+    refuse_existing(out, overwrite=overwrite, marker=marker)
     token = uuid.uuid4().hex[:8]
     stage = out.parent / f".{out.name}.{token}.partial"
     try:

@@ -19,7 +19,7 @@ from lora_export.artifact import read_manifest
 from lora_export.cli import main
 from lora_export.cli_output import exit_code_of
 
-COMMANDS = ("merge", "dynamic", "add", "check", "bench", "verify", "inspect", "run")
+COMMANDS = ("merge", "dynamic", "add", "check", "bench", "verify", "extract", "inspect", "run")
 SCRIPT = Path(sys.executable).with_name("lora-export")
 
 
@@ -88,6 +88,10 @@ except SystemExit as done:
         ["bench", "out", "--blocks", "3"],
         ["run", "out"],
         ["add", "out"],
+        ["extract", "base", "-o", "out", "--rank", "4"],
+        ["extract", "base", "tuned", "-o", "out", "--rank", "0"],
+        ["extract", "base", "tuned", "-o", "out", "--energy", "1.5"],
+        ["extract", "base", "tuned", "-o", "out", "--leave-out", "heads"],
     ],
     ids=" ".join,
 )

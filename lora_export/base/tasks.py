@@ -111,6 +111,11 @@ def is_dual_encoder(model) -> bool:
     return hasattr(model, "get_text_features") and hasattr(model, "get_image_features")
 
 
+def peft_task_type(task: Task) -> str | None:
+    """PEFT's name of `task`; None where PEFT has none."""
+    return _TABLE[task].peft_task_type
+
+
 def text_input_names(model) -> tuple[str, ...]:
     """The encoder inputs of `model` (a `PreTrainedModel`): `token_type_ids` only where it has more than one type."""
     names = ["input_ids", "attention_mask"]
