@@ -24,7 +24,7 @@ from lora_export.base.tasks import CLASSIFICATION, peft_task_type, resolve_task
 from lora_export.extraction.differences import Difference, Kind, Pair, find_differences, open_pair
 from lora_export.extraction.pairs import write_pairs, write_wholes
 from lora_export.extraction.peft_folder import TensorFile, prove_loads, write_config
-from lora_export.extraction.placement import Placement, place
+from lora_export.extraction.placement import Placement, kinds_only_merged, place
 from lora_export.extraction.results import ExtractReport, LeftOut
 from lora_export.extraction.svd import RankChoice, frobenius
 from lora_export.plan import local_path
@@ -97,7 +97,7 @@ def describe_extraction(request: ExtractRequest, out: Path, progress: Progress =
         "wholes": found.placement.wholes,
         "biases": found.placement.has_bias,
         "left_out": [difference.path for difference in found.placement.left_out],
-        "notes": _notes(found.pair),
+        "notes": _notes(found),
         "bytes": _bytes_needed(found, request.choice),
     }
 
@@ -157,7 +157,7 @@ def _facts(found: _Found) -> dict[str, object]:
         "base": local_path(pair.base.located.given),
         "tuned": local_path(pair.tuned.located.given),
         "left_out": tuple(_left_out(pair, difference) for difference in placement.left_out),
-        "notes": _notes(pair),
+        "notes": _notes(found),
         "biases": placement.has_bias,
         "n_equal": n_tensors - len(found.differences),
         "n_tensors": n_tensors,
@@ -173,8 +173,13 @@ def _left_out(pair: Pair, difference: Difference) -> LeftOut:
     return LeftOut(difference.path, difference.kind, change / norm if norm else None)
 
 
-def _notes(pair: Pair) -> tuple[str, ...]:
-    notes = []
+def _notes(found: _Found) -> tuple[str, ...]:
+    pair, notes = found.pair, []
+    if kinds := kinds_only_merged(pair, found.placement):
+        notes.append(
+            "A dynamic graph has no inputs for whole modules that are not Linear, so `merge` takes this adapter and "
+            f"`dynamic` refuses it; `dynamic` takes it without them: {' '.join(f'--leave-out {k}' for k in kinds)}."
+        )
     if unused := pair.unused():
         names = ", ".join(unused[:6]) + (f" and {len(unused) - 6} more" if len(unused) > 6 else "")
         notes.append(f"Not part of the fine-tune's model, so not looked at: {names}.")

@@ -22,6 +22,7 @@ from lora_export.errors import InputRefused
 from lora_export.extraction.differences import Difference, Kind, Pair
 
 LEAVABLE = (Kind.BIAS, Kind.EMBEDDING, Kind.OTHER)
+_HEAD, _LACKED = "classification head", "the base lacks it"
 # PEFT saves modules of these names whole with every adapter of these tasks, whether they differ or not.
 _PEFT_HEADS = {
     Task.TEXT_CLASSIFICATION: ("classifier", "score"),
@@ -90,12 +91,12 @@ def place(pair: Pair, differences: Iterable[Difference], leave_out: Collection[s
     wholes: dict[str, str] = {}
     for name in _PEFT_HEADS.get(pair.task, ()):
         if any(child == name for child, _ in pair.model.named_children()):
-            wholes[name] = "classification head"
+            wholes[name] = _HEAD
     for d in carried:
         if d.is_head:
-            wholes[d.path.split(".")[0]] = "classification head"
+            wholes[d.path.split(".")[0]] = _HEAD
         elif not d.in_base:
-            wholes[_owner(d)] = "the base lacks it"
+            wholes[_owner(d)] = _LACKED
         elif d.kind is Kind.EMBEDDING and has_bias:
             wholes[d.module] = "PEFT has no lora_bias beside embedding pairs"
         elif d.kind is Kind.OTHER:
@@ -105,6 +106,21 @@ def place(pair: Pair, differences: Iterable[Difference], leave_out: Collection[s
     wholes = _as_peft_matches(pair, wholes)
     pairs = _pairs(pair, [d for d in carried if not _inside(d.module, wholes)]) or [_pair_of_zeros(pair, wholes)]
     return Placement(tuple(pairs), wholes, has_bias, left_out)
+
+
+def kinds_only_merged(pair: Pair, placement: Placement) -> list[Kind]:
+    """The kinds to leave out so that every module saved whole is Linear, which is all that a dynamic graph can replace.
+
+    Modules that the base lacks are not counted: they cannot be left out.
+    """
+    found = set()
+    for whole, why in placement.wholes.items():
+        for module in pair.model.get_submodule(whole).modules():
+            if isinstance(module, torch.nn.Linear) or why in (_HEAD, _LACKED):
+                continue
+            if any(True for _ in module.parameters(recurse=False)):
+                found.add(Kind.EMBEDDING if isinstance(module, torch.nn.Embedding) else Kind.OTHER)
+    return sorted(found)
 
 
 def _owner(difference: Difference) -> str:

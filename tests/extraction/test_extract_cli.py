@@ -41,7 +41,10 @@ def test_a_dry_run_says_what_would_be_written(bases, tuned, tmp_path):
     shared = (bases["classifier"], tuned, "--rank", 2, "-o", tmp_path / "out", "--dry-run")
     text = call(*shared).output
     assert "wrote nothing" in text and "whole    classifier (classification head)" in text and "with biases" in text
-    assert json.loads(call(*shared, "--json").stdout)["biases"] is True
+    found = json.loads(call(*shared, "--json").stdout)
+    assert found["biases"] is True and "--leave-out embeddings --leave-out others" in found["notes"][0]
+    found = json.loads(call(*shared, "--leave-out", "embeddings", "--leave-out", "others", "--json").stdout)
+    assert found["notes"] == [] and set(found["wholes"]) == {"classifier"}
     assert not (tmp_path / "out").exists()
 
 
