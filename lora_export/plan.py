@@ -10,9 +10,9 @@ from pathlib import Path
 from lora_export.adapters.factors import Adapter
 from lora_export.adapters.peft_reader import AdapterFolder, open_adapter, read_adapter
 from lora_export.adapters.support import MERGE_IN_PEFT, require_supported
-from lora_export.base.checkpoint import Checkpoint, checkpoint_names, locate
+from lora_export.base.checkpoint import Checkpoint, checkpoint_names, locate, stored_apart
 from lora_export.base.tasks import CLASSIFICATION, Task, resolve_task
-from lora_export.base.weightless import build_weightless, parameter_aliases
+from lora_export.base.weightless import build_weightless, parameter_aliases, untie
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.weights import ParameterSource
 
@@ -165,6 +165,7 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
     merged = adapters if plan.request.mode == "merge" else ()
     replaced = frozenset(path for adapter in merged for path in adapter.replaced)
     names = checkpoint_names(model, plan.checkpoint.files, replaced)
+    untie(model, stored_apart(model, names, plan.checkpoint.files))
     source = ParameterSource(plan.checkpoint, names, parameter_aliases(model), shapes, merged, head)
     for adapter in adapters:
         require_same_base(adapter, source)
@@ -209,6 +210,8 @@ def head_parameters(adapters: Sequence[Adapter], model, task: Task, *, everythin
     if everything and task in CLASSIFICATION:
         prefix = f"{model.base_model_prefix}."
         replaced |= {path for path in model.state_dict() if not path.startswith(prefix) or ".pooler." in path}
+    # Zeros that old checkpoints of Bart and its kin leave out.
+    replaced |= {path for path in model.state_dict() if path.endswith("final_logits_bias")}
     return frozenset(replaced)
 
 

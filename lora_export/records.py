@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from lora_export.adapters.pack import pack, write_onnx_adapter
 from lora_export.adapters.peft_reader import AdapterFolder
 from lora_export.artifact import ADAPTERS, AdapterRecord, SourceRecord, sha256_of
 from lora_export.base.stored import weight_files
-from lora_export.contract import GraphContract
+from lora_export.contract import GraphContract, adapter_file
 from lora_export.plan import Plan, local_path
 from lora_export.weights import ParameterSource
 
@@ -40,26 +41,37 @@ def write_config(plan: Plan, folder: Path) -> dict[str, str]:
 
 
 def served_record(
-    source: AdapterFolder, adapter: Adapter, n_labels: int, contract: GraphContract, base: ParameterSource, folder: Path
+    source: AdapterFolder,
+    adapter: Adapter,
+    n_labels: int,
+    graphs: Mapping[str, GraphContract],
+    base: ParameterSource,
+    folder: Path,
 ) -> AdapterRecord:
-    """Pack `adapter` into `folder/adapters/` and describe it.
+    """Pack `adapter` into `folder/adapters/`, a file for each of `graphs` that takes any of it, and describe it.
 
     Raises:
-        InputRefused: It needs modules that the graph has no inputs for.
+        InputRefused: It needs modules that no graph has inputs for.
     """
-    tensors = pack(adapter, contract, lambda path: base.parameter(path, torch.float32))
-    file = f"{ADAPTERS}/{adapter.name}.onnx_adapter"
+    packed = {}
+    for graph, contract in graphs.items():
+        elsewhere = {module for other in graphs.values() if other is not contract for module in other.modules}
+        packed[graph] = pack(adapter, contract, lambda path: base.parameter(path, torch.float32), elsewhere)
     (folder / ADAPTERS).mkdir(exist_ok=True)
-    write_onnx_adapter(folder / file, tensors)
-    return _record(source, adapter, n_labels, file)
+    files = {}
+    for graph, tensors in packed.items():
+        if tensors or len(graphs) == 1:
+            files[graph] = f"{ADAPTERS}/{adapter_file(adapter.name, graph)}"
+            write_onnx_adapter(folder / files[graph], tensors)
+    return _record(source, adapter, n_labels, files)
 
 
 def merged_record(source: AdapterFolder, adapter: Adapter, n_labels: int) -> AdapterRecord:
     """Describe an adapter that was folded into the graph."""
-    return _record(source, adapter, n_labels, None)
+    return _record(source, adapter, n_labels, {})
 
 
-def _record(source: AdapterFolder, adapter: Adapter, n_labels: int, file: str | None) -> AdapterRecord:
+def _record(source: AdapterFolder, adapter: Adapter, n_labels: int, files: dict[str, str]) -> AdapterRecord:
     return AdapterRecord(
         name=adapter.name,
         source=SourceRecord(source.given, None, {}),
@@ -69,5 +81,5 @@ def _record(source: AdapterFolder, adapter: Adapter, n_labels: int, file: str | 
         replaced=tuple(adapter.replaced),
         labels=source.labels,
         n_labels=n_labels if adapter.replaced else None,
-        file=file,
+        files=files,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +16,10 @@ _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
 
 
 def pack(
-    adapter: Adapter, contract: GraphContract, base_weight: Callable[[str], torch.Tensor]
+    adapter: Adapter,
+    contract: GraphContract,
+    base_weight: Callable[[str], torch.Tensor],
+    elsewhere: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """The tensors `adapter` feeds to a graph of `contract`, by input name, sorted; absent inputs keep their default.
 
@@ -26,6 +29,7 @@ def pack(
 
     Args:
         base_weight: Reads a parameter of the base by path, for case 3.
+        elsewhere: Modules that another graph of the export takes, and this one need not.
 
     Raises:
         InputRefused: The adapter needs modules that the graph has no inputs for; all are named.
@@ -42,11 +46,11 @@ def pack(
             folded = fold(base_weight(f"{module}.weight"), [pair], _TORCH_DTYPES[entry.dtype])
             tensors[entry.name] = (folded if pair.weight_is_in_out else folded.T).unsqueeze(0).contiguous()
         else:
-            missing.append(module)
+            missing += [module] if module not in elsewhere else []
     for module in adapter.replaced_modules:
         inputs = contract.of_module(module)
         if AdapterInputKind.WEIGHT not in inputs:
-            missing.append(module)
+            missing += [module] if module not in elsewhere else []
             continue
         weight = inputs[AdapterInputKind.WEIGHT]
         dtype = _TORCH_DTYPES[weight.dtype]

@@ -6,61 +6,82 @@ The traced graph's initializers carry the model's parameter paths as names, its 
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 
 import onnx_ir as ir
 import torch
 
 from lora_export.base.decompose import decomposed_by_operator
-from lora_export.base.tasks import Task, text_input_names
+from lora_export.base.sample import Sample
+from lora_export.base.seq2seq import seq2seq_sample
+from lora_export.base.tasks import SEQ2SEQ, Task, text_input_names
+from lora_export.contract import SINGLE
 from lora_export.quiet import quiet
 from lora_export.recipe import RECIPE, Recipe
 
 # Sample sizes of the trace. Different from each other and from usual model sizes, so that none is taken for another.
 _BATCH, _SEQUENCE, _PAST = 2, 7, 5
+# Names of sums of axes, whichever way round the trace adds them up; Optimum spells out the second.
+_SUMS = {
+    frozenset({"past_sequence_length", "sequence_length"}): "total_sequence_length",
+    frozenset(
+        {"past_decoder_sequence_length", "decoder_sequence_length"}
+    ): "past_decoder_sequence_length + decoder_sequence_length",
+}
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Keyword arguments of `forward`, their dynamic shapes, and the names their axes get in the graph."""
-
-    inputs: dict
-    dynamic_shapes: dict
-    renamed: dict[str, str]
-
-
-def trace(task: Task, model: torch.nn.Module) -> ir.Model:
+def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE) -> ir.Model:
     """The unoptimized graph of a weightless `model`; parameters become initializers without a value, with a recipe.
 
     Args:
         model: From `build_weightless`. Left as it was.
+        graph: Which of the task's graphs (`graphs_of`).
 
     Returns:
         A graph whose symbolic axes are named `batch_size`, `sequence_length`, `past_sequence_length`,
-        `total_sequence_length`. Parameters and persistent buffers have `const_value` None; everything else
-        (constants, non-persistent buffers) keeps its value.
+        `total_sequence_length`, or as `seq2seq` names them. Parameters and persistent buffers have `const_value`
+        None; everything else (constants, non-persistent buffers) keeps its value.
     """
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    sample = _decoder_sample(model) if task is Task.TEXT_GENERATION else _encoder_sample(task, model)
+    sample = _sample(task, model, graph)
     config = OnnxConfig(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False)
-    with quiet(), decomposed_by_operator():
+    with quiet(), decomposed_by_operator(), _forward(model, sample.forward):
         program = OnnxExporter().export(model, sample.inputs, config).program
     _unbind_parameters(program.graph, model)
     _rename_inputs_and_outputs(program.graph, sample.renamed)
-    _name_axes(program.graph)
+    _name_axes(program.graph, sample)
     return program
 
 
-def _encoder_sample(task: Task, model: torch.nn.Module) -> _Sample:
+def _sample(task: Task, model: torch.nn.Module, graph: str) -> Sample:
+    if task in SEQ2SEQ:
+        return seq2seq_sample(model, graph)
+    return _decoder_sample(model) if task is Task.TEXT_GENERATION else _encoder_sample(task, model)
+
+
+@contextlib.contextmanager
+def _forward(model: torch.nn.Module, forward: Callable | None) -> Iterator[None]:
+    """Let `model` do `forward` when it is called; None for its own."""
+    if forward is None:
+        yield
+        return
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+def _encoder_sample(task: Task, model: torch.nn.Module) -> Sample:
     batch = torch.export.Dim("batch_size", max=2**20)
     if task is Task.IMAGE_CLASSIFICATION or model.main_input_name == "pixel_values":
         size = model.config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         pixels = torch.zeros(_BATCH, getattr(model.config, "num_channels", 3), height, width, dtype=model.dtype)
-        return _Sample({"pixel_values": pixels}, {"pixel_values": {0: batch}}, {})
+        return Sample({"pixel_values": pixels}, {"pixel_values": {0: batch}}, {})
     longest = getattr(model.config, "max_position_embeddings", None) or 2**20
     sequence = torch.export.Dim("sequence_length", max=_longest_sequence(model, longest))
     tokens = torch.ones(_BATCH, _SEQUENCE, dtype=torch.long)
@@ -68,7 +89,7 @@ def _encoder_sample(task: Task, model: torch.nn.Module) -> _Sample:
     shapes = {name: {0: batch, 1: sequence} for name in inputs}
     if getattr(model.config, "use_cache", None) is not None:
         inputs["use_cache"] = False
-    return _Sample(inputs, shapes, {})
+    return Sample(inputs, shapes, {})
 
 
 def _longest_sequence(model: torch.nn.Module, positions: int) -> int:
@@ -81,7 +102,7 @@ def _longest_sequence(model: torch.nn.Module, positions: int) -> int:
     return positions - offset - 1 if counts_from_padding and isinstance(offset, int) else positions
 
 
-def _decoder_sample(model: torch.nn.Module) -> _Sample:
+def _decoder_sample(model: torch.nn.Module) -> Sample:
     from transformers import DynamicCache
 
     config = model.config
@@ -109,7 +130,7 @@ def _decoder_sample(model: torch.nn.Module) -> _Sample:
     shapes = {name: {0: batch, 1: sequence} for name in ("input_ids", "position_ids")}
     shapes["attention_mask"] = {0: batch, 1: torch.export.Dim.AUTO}
     shapes["past_key_values"] = [{0: batch, 2: past}] * (2 * config.num_hidden_layers)
-    return _Sample(inputs, shapes, renamed)
+    return Sample(inputs, shapes, renamed)
 
 
 def _unbind_parameters(graph: ir.Graph, model: torch.nn.Module) -> None:
@@ -121,25 +142,34 @@ def _unbind_parameters(graph: ir.Graph, model: torch.nn.Module) -> None:
             value.metadata_props[RECIPE] = Recipe((name,)).to_json()
 
 
-def _rename_inputs_and_outputs(graph: ir.Graph, renamed: dict[str, str]) -> None:
+def _rename_inputs_and_outputs(graph: ir.Graph, renamed: Mapping[str, str]) -> None:
     for value in (*graph.inputs, *graph.outputs):
         value.name = renamed.get(value.name, value.name)
 
 
-def _name_axes(graph: ir.Graph) -> None:
-    """Give the trace's symbols (`s44`) the names of the axes they stand for, everywhere in the graph."""
-    axes = {"pixel_values": ("batch_size",), "attention_mask": ("batch_size", "total_sequence_length")}
+def _axes_of(graph: ir.Graph) -> dict[str, dict[int, str]]:
+    """The names of the axes of each input of an encoder or a decoder alone."""
     decoder = any(value.name.startswith("past_key_values") for value in graph.inputs)
+    found = {}
+    for value in graph.inputs:
+        if value.name.startswith("past_key_values"):
+            found[value.name] = {0: "batch_size", 2: "past_sequence_length"}
+        elif value.name == "attention_mask" and decoder:
+            found[value.name] = {0: "batch_size", 1: "total_sequence_length"}
+        elif value.name == "pixel_values":
+            found[value.name] = {0: "batch_size"}
+        else:
+            found[value.name] = {0: "batch_size", 1: "sequence_length"}
+    return found
+
+
+def _name_axes(graph: ir.Graph, sample: Sample) -> None:
+    """Give the trace's symbols (`s44`) the names of the axes they stand for, everywhere in the graph."""
+    axes = sample.axes or _axes_of(graph)
     names: dict[str, str] = {}
     # input_ids first: where the trace unified two axes, the first name given stays.
     for value in sorted(graph.inputs, key=lambda value: value.name != "input_ids"):
-        if value.name.startswith("past_key_values"):
-            labels = {0: "batch_size", 2: "past_sequence_length"}
-        elif value.name in axes and (decoder or value.name == "pixel_values"):
-            labels = dict(enumerate(axes[value.name]))
-        else:
-            labels = {0: "batch_size", 1: "sequence_length"}
-        for axis, label in labels.items():
+        for axis, label in axes[value.name].items():
             dim = value.shape[axis]
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
                 names.setdefault(str(dim.value), label)
@@ -149,8 +179,7 @@ def _name_axes(graph: ir.Graph) -> None:
         for axis, dim in enumerate(value.shape):
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
                 named = re.sub(r"\b\w+\b", lambda m: names.get(m[0], m[0]), str(dim.value))
-                total = sorted(named.split(" + ")) == ["past_sequence_length", "sequence_length"]
-                value.shape[axis] = "total_sequence_length" if total else named
+                value.shape[axis] = _SUMS.get(frozenset(named.split(" + ")), named)
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

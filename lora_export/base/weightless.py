@@ -6,9 +6,11 @@ itself, PEFT loses an adapter's tensors and code with constants cannot be traced
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
-from lora_export.base.tasks import Task, auto_class
+from lora_export.base.tasks import Task, auto_class, require_model_type
 from lora_export.errors import InputRefused
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -23,6 +25,7 @@ def build_weightless(task: Task, config, dtype: str) -> torch.nn.Module:
     Raises:
         InputRefused: Transformers has no such model for the task.
     """
+    require_model_type(task, config.model_type)
     try:
         with torch.device("meta"):
             model = auto_class(task).from_config(config, dtype=TORCH_DTYPES[dtype])
@@ -52,6 +55,14 @@ def _replace_tensors(module: torch.nn.Module) -> None:
             module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
         else:
             module._buffers[name] = _marked_initialized(torch.zeros((), dtype=buffer.dtype).expand(buffer.shape))
+
+
+def untie(model: torch.nn.Module, paths: Iterable[str]) -> None:
+    """Give each of `paths` of a weightless model, changed in place, a parameter of its own."""
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        zero = torch.zeros((), dtype=model.get_parameter(path).dtype).expand(model.get_parameter(path).shape)
+        setattr(model.get_submodule(module), name, torch.nn.Parameter(zero, requires_grad=False))
 
 
 def _marked_initialized(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from lora_export.verify.results import ParityCase
 from lora_export.verify.tolerances import Tolerances
 
 _ROWS = 4
-_GREEDY_TOKENS = 32
+GREEDY_TOKENS = 32
 _PROMPT_TOKENS = 12
 
 
@@ -40,10 +41,15 @@ def decoding_cases(
         found = Outputs("logits", (values,), (batch.real,))
         return compare(f"{label}: {suffix}", "decoding", described, outputs, found, gates)
 
+    prompts = [
+        ids[real][:_PROMPT_TOKENS].tolist() for ids, real in zip(batch.inputs["input_ids"], batch.real, strict=True)
+    ]
+    greedy = reference.greedy(prompts, GREEDY_TOKENS)
+    found = generate(session, prompts, adapter, max_new_tokens=GREEDY_TOKENS)
     return [
         case("padded on the left", whole),
         case("cached steps", stepped),
-        _greedy_case(label, adapter, session, reference, batch, gates),
+        greedy_case(label, greedy, found, gates),
     ]
 
 
@@ -65,32 +71,23 @@ def _in_steps(session: AdapterSession, batch: Batch, adapter: RowAdapter) -> np.
     return np.concatenate(found, axis=1)
 
 
-def _greedy_case(
-    label: str,
-    adapter: RowAdapter,
-    session: AdapterSession,
-    reference: Reference,
-    batch: Batch,
-    gates: Tolerances,
+def greedy_case(
+    label: str, expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]], gates: Tolerances
 ) -> ParityCase:
-    """Greedy continuations in one left-padded batch with a cache, against each prompt alone in PyTorch."""
-    rows = zip(batch.inputs["input_ids"], batch.real, strict=True)
-    prompts = [ids[real][:_PROMPT_TOKENS].tolist() for ids, real in rows]
-    expected = reference.greedy(prompts, _GREEDY_TOKENS)
-    found = generate(session, prompts, adapter, max_new_tokens=_GREEDY_TOKENS)
+    """Greedy tokens of rows in one padded batch with a cache, `found`, against each row alone in PyTorch."""
     same = [sum(a == b for a, b in zip(x, y, strict=True)) for x, y in zip(expected, found, strict=True)]
-    agreement = sum(same) / (len(prompts) * _GREEDY_TOKENS)
+    agreement = sum(same) / (len(expected) * GREEDY_TOKENS)
     failures = ()
     if agreement < gates.top1:
-        failures = (f"{agreement:.1%} of {_GREEDY_TOKENS} greedy tokens agree; {gates.top1:.1%} are expected",)
+        failures = (f"{agreement:.1%} of {GREEDY_TOKENS} greedy tokens agree; {gates.top1:.1%} are expected",)
     return ParityCase(
-        name=f"{label}: {_GREEDY_TOKENS} greedy tokens",
+        name=f"{label}: {GREEDY_TOKENS} greedy tokens",
         group="decoding",
         reference="PEFT, unmerged, each prompt alone, without a cache",
         error=0.0 if agreement == 1 else float("nan"),
         error_relative=0.0 if agreement == 1 else float("nan"),
         tolerance=None,
-        n_rows=len(prompts),
+        n_rows=len(expected),
         top1=agreement,
         top1_tolerance=gates.top1,
         failures=failures,

@@ -38,6 +38,9 @@ class Reference:
                     model.load_adapter(folder, adapter_name=name)
                 model.base_model.set_adapter(names)
         self._model = model.eval().requires_grad_(False)
+        # PEFT's own forward for this task type names text inputs; the pairs are in the base's modules all the same.
+        takes_speech = adapters and task is Task.SPEECH_RECOGNITION
+        self._forward = self._model.get_base_model() if takes_speech else self._model
         self._dtype = TORCH_DTYPES[dtype]
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -45,7 +48,7 @@ class Reference:
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
         tensors = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         with torch.no_grad():
-            found = self._model(**tensors)
+            found = self._forward(**tensors)
         names = [name for name in ("logits", "last_hidden_state", "pooler_output") if found.get(name) is not None]
         return {name: as_numpy(found[name].float()) for name in names}
 
@@ -81,3 +84,16 @@ class Reference:
                 logits = self._model(input_ids=torch.tensor([tokens])).logits
             tokens.append(int(logits[0, -1].float().argmax()))
         return tokens[start:]
+
+    def greedy_targets(
+        self, sources: list[dict[str, np.ndarray]], start_id: int, max_new_tokens: int
+    ) -> list[list[int]]:
+        """Greedy targets of an encoder-decoder, each source alone, by full forward passes: no cache, no padding."""
+        found = []
+        for source in sources:
+            targets = [start_id]
+            for _ in range(max_new_tokens):
+                logits = self.run(source | {"decoder_input_ids": np.array([targets])})["logits"]
+                targets.append(int(logits[0, -1].argmax()))
+            found.append(targets[1:])
+        return found

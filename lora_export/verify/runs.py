@@ -11,10 +11,13 @@ import numpy as np
 from lora_export.base.tasks import Task
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.generate import empty_cache
+from lora_export.runtime.seq2seq_session import Seq2SeqSession
 from lora_export.verify.compare import Outputs
 from lora_export.verify.examples import Batch, Examples
 from lora_export.verify.reference import Reference
 from lora_export.verify.tolerances import Tolerances
+
+AnySession = AdapterSession | Seq2SeqSession
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Bench:
     """One export with its session and inputs, as the cases below use it."""
 
     request: CheckRequest
-    session: AdapterSession
+    session: AnySession
     task: Task
     gates: Tolerances
     own: Mapping[str | None, Sequence[Batch]]
@@ -55,14 +58,15 @@ class Bench:
         return Reference(self.task, self.request.base, paths, self.session.manifest.dtype, n_labels)
 
 
-def run_export(
-    session: AdapterSession, batches: Sequence[Batch], adapters: RowAdapter | Sequence[RowAdapter]
-) -> Outputs:
+def run_export(session: AnySession, batches: Sequence[Batch], adapters: RowAdapter | Sequence[RowAdapter]) -> Outputs:
     """The export's main output over `batches`; a decoder starts from an empty cache."""
-    name = session.manifest.contract.outputs[0].name
+    is_seq2seq = isinstance(session, Seq2SeqSession)
+    name = "logits" if is_seq2seq else session.manifest.contract.outputs[0].name
     values = []
     for batch in batches:
-        inputs = batch.inputs | empty_cache(session, len(next(iter(batch.inputs.values()))))
+        inputs = dict(batch.inputs)
+        if not is_seq2seq:
+            inputs |= empty_cache(session, len(next(iter(inputs.values()))))
         values.append(session.run(inputs, adapters, outputs=[name])[name].astype(np.float32))
     return Outputs(name, tuple(values), tuple(b.real for b in batches), tuple(b.labels for b in batches))
 
