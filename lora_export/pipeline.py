@@ -212,17 +212,8 @@ def bench(
         shapes: (batch, sequence, past) of each workload; the task's usual ones if empty.
         blocks: ABBA blocks for each workload.
         max_ratio: Allowed latency relative to the base; None to report only.
-
-    Raises:
-        InputRefused: The export is an encoder-decoder's.
     """
     manifest = read_manifest(folder)
-    if manifest.task in SEQ2SEQ:
-        raise InputRefused(
-            f"bench does not time {manifest.task}: its three graphs run a different number of times for each text",
-            where=str(folder),
-            next_step="time it on your own texts with Seq2SeqSession.generate",
-        )
     base, adapters = locate_sources(manifest, overrides)
     first = tuple(adapters.items())[:1]
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=folder.resolve().parent) as temporary:

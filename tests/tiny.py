@@ -32,6 +32,8 @@ def randomize(model: torch.nn.Module, seed: str) -> torch.nn.Module:
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim >= 2:
             fan_in = parameter.shape[0] if "transformer.h." in name else math.prod(parameter.shape[1:])
+            if name.endswith(".q.weight"):  # T5 has the scale of attention in here
+                fan_in *= model.config.d_kv
             is_table = "embedding" in name or "wte" in name or "wpe" in name
             parameter.copy_(noise * (0.5 if is_table else 1 / math.sqrt(fan_in)))
         elif name.endswith("weight"):  # of a norm
@@ -200,7 +202,7 @@ def bart(folder: Path) -> Path:
 
 
 def whisper(folder: Path) -> Path:
-    """Two encoder layers behind the convolutions, three decoder layers, 24 positions (48 frames) of 8 bands."""
+    """Two encoder layers behind the convolutions, three decoder layers, 50 positions (100 frames) of 8 bands."""
     config = transformers.WhisperConfig(
         vocab_size=VOCABULARY,
         d_model=32,
@@ -210,7 +212,7 @@ def whisper(folder: Path) -> Path:
         decoder_attention_heads=2,
         encoder_ffn_dim=48,
         decoder_ffn_dim=40,
-        max_source_positions=24,
+        max_source_positions=50,
         max_target_positions=POSITIONS,
         num_mel_bins=8,
         pad_token_id=0,
@@ -221,7 +223,7 @@ def whisper(folder: Path) -> Path:
         begin_suppress_tokens=None,
     )
     _save(transformers.WhisperForConditionalGeneration(config), folder)
-    # 48 frames of 160 samples at 16 kHz.
+    # 100 frames of 160 samples at 16 kHz.
     transformers.WhisperFeatureExtractor(
         feature_size=8, sampling_rate=16000, hop_length=160, chunk_length=1, n_fft=400
     ).save_pretrained(folder)

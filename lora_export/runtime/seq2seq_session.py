@@ -244,7 +244,7 @@ def _generation_defaults(folder: Path) -> dict:
     return found
 
 
-def open_export(folder: Path, provider: str | None) -> AdapterSession | Seq2SeqSession:
+def open_export(folder: Path, provider: str | None, *, stop_spinning: bool = False) -> AdapterSession | Seq2SeqSession:
     """The session that runs the export in `folder`, whatever its task."""
     is_seq2seq = DECODER in read_manifest(folder).graphs
-    return (Seq2SeqSession if is_seq2seq else AdapterSession)(folder, provider)
+    return (Seq2SeqSession if is_seq2seq else AdapterSession)(folder, provider, stop_spinning=stop_spinning)
