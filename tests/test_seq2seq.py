@@ -41,10 +41,10 @@ def inputs_of(base: str, rows: int = 4, source: int = 13, target: int = 9, seed:
     return {"input_ids": rng.integers(4, VOCABULARY, (rows, source)) * mask, "attention_mask": mask, **targets}
 
 
-def truth(base: Path, adapters: list[Path], inputs: dict[str, np.ndarray]) -> np.ndarray:
+def truth(base: Path, adapters: list[Path], inputs: dict[str, np.ndarray], dtype=torch.float32) -> np.ndarray:
     """The logits of the base with `adapters` active together, unmerged, in PyTorch."""
     architecture = transformers.AutoConfig.from_pretrained(base).architectures[0]
-    model = getattr(transformers, architecture).from_pretrained(base)
+    model = getattr(transformers, architecture).from_pretrained(base, dtype=dtype)
     for index, folder in enumerate(adapters):
         assert index == 0
         # The base's own forward with PEFT's layers in it: PEFT's for this task type knows no spectrograms.
@@ -231,6 +231,19 @@ def test_checkpoints_of_bart_without_their_bias_have_none(bases, adapters, tmp_p
     inputs = inputs_of("bart")
     found = Seq2SeqSession(tmp_path / "out", "cpu").run(inputs)["logits"]
     assert error(found, truth(base, [], inputs)) < ROUNDING
+
+
+def test_t5_in_float16_is_as_near_to_float32_as_pytorch_is(bases, adapters, tmp_path):
+    """With its second projections in float32, as Transformers keeps them: they overflow."""
+    export_to(tmp_path / "out", ExportSpec("t5", ("t5-all",), "dynamic", dtype="float16"), bases, adapters)
+    contract = read_manifest(tmp_path / "out").graphs["encoder_model"]
+    dtypes = {entry.module.rsplit(".", 1)[1]: entry.dtype for entry in contract.adapter_inputs}
+    assert (dtypes["wo"], dtypes["wi"], contract.outputs[0].dtype) == ("float32", "float16", "float16")
+    inputs = inputs_of("t5")
+    exact = truth(bases["t5"], [adapters["t5-all"]], inputs)
+    pytorch = truth(bases["t5"], [adapters["t5-all"]], inputs, torch.float16)
+    found = Seq2SeqSession(tmp_path / "out", "cpu").run(inputs, "t5-all")["logits"]
+    assert error(found, exact) < max(2 * error(pytorch, exact), 2**-10)
 
 
 def test_an_adapter_is_added_to_every_graph(exports, own, bases, adapters):

@@ -1,7 +1,7 @@
 """Which architectures export exactly: a tiny random base of each with two adapters, merged and dynamic, checked.
 
     python ci/benchmarks/architectures.py                 # all, a few minutes; writes results/architectures.json
-    python ci/benchmarks/architectures.py llama vit       # some
+    python ci/benchmarks/architectures.py llama vit       # some; with --record they join the results
 
 Weights are random and scaled up, so that attention is not uniform and an adapter has an effect. Windows are
 8 tokens long, shorter than the texts.
@@ -46,6 +46,14 @@ class Architecture:
 
 
 LM, SEQUENCE, TOKEN = "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
+SEQ2SEQ = "AutoModelForSeq2SeqLM"
+T5 = {"vocab_size": 600, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4} | {
+    "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+BART = {"vocab_size": 600, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4} | {
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "decoder_start_token_id": 2,
+}  # fmt: skip
 CATALOGUE = {
     "BERT": Architecture("BertConfig", SEQUENCE, "SEQ_CLS", ["query", "dense"], TEXT),
     "BERT, features": Architecture("BertConfig", "AutoModel", "FEATURE_EXTRACTION", ["query", "value"], TEXT),
@@ -91,6 +99,24 @@ CATALOGUE = {
         ["q_proj", "v_proj"],
         SMALL | {"image_size": 32, "patch_size": 8},
     ),
+    "T5": Architecture("T5Config", SEQ2SEQ, "SEQ_2_SEQ_LM", "all-linear", T5),
+    "T5 1.1": Architecture(
+        "T5Config",
+        SEQ2SEQ,
+        "SEQ_2_SEQ_LM",
+        ["q", "v", "wi_0"],
+        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "BART": Architecture("BartConfig", SEQ2SEQ, "SEQ_2_SEQ_LM", "all-linear", BART | {"max_position_embeddings": 512}),
+    "Whisper": Architecture(
+        "WhisperConfig",
+        "AutoModelForSpeechSeq2Seq",
+        None,
+        ["q_proj", "v_proj"],
+        BART
+        | {"num_mel_bins": 8, "max_source_positions": 100, "max_target_positions": 64, "decoder_start_token_id": 1}
+        | {"suppress_tokens": None, "begin_suppress_tokens": None},
+    ),
 }
 
 
@@ -111,6 +137,9 @@ def make(architecture: Architecture, folder: Path) -> tuple[Path, list[Path]]:
     config = getattr(transformers, architecture.config)(num_labels=3, **architecture.fields)
     auto = getattr(transformers, architecture.auto)
     base = auto.from_config(config).eval()
+    if architecture.fields.get("tie_word_embeddings") is False and architecture.auto == SEQ2SEQ:
+        # T5's configuration ties the head all the same; a checkpoint with another head does not.
+        base.lm_head.weight = torch.nn.Parameter(torch.randn_like(base.lm_head.weight) / 8)
     for parameter in base.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(3)
@@ -156,7 +185,8 @@ def examine(architecture: Architecture, folder: Path) -> dict[str, dict]:
 
 @click.command()
 @click.argument("names", nargs=-1)
-def main(names: tuple[str, ...]) -> None:
+@click.option("--record", is_flag=True, help="Put NAMES' results among those recorded with the same versions.")
+def main(names: tuple[str, ...], record: bool) -> None:
     """Examine the architectures whose names contain one of NAMES (all without one)."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -168,7 +198,13 @@ def main(names: tuple[str, ...]) -> None:
         for mode, row in results[name].items():
             numbers = f"error {row['largest_error']:.1e}, effect {row['smallest_effect']:.1e}, {row['cases']} cases"
             click.echo(f"{name:<18} {mode:<8} {row['verdict']:<5} {numbers} {'; '.join(row['failures'])}")
-    if not names:
+    if record and names:
+        recorded = json.loads(RESULTS.read_text(encoding="utf-8"))
+        if recorded["versions"] != versions():
+            raise click.ClickException(f"{RESULTS} was recorded with other versions; run all")
+        both = recorded["results"] | results
+        results = {name: both[name] for name in CATALOGUE if name in both}
+    if record or not names:
         RESULTS.write_text(json.dumps({"versions": versions(), "results": results}, indent=2) + "\n", encoding="utf-8")
         click.echo(f"wrote {RESULTS}")
 

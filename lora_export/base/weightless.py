@@ -6,6 +6,7 @@ itself, PEFT loses an adapter's tensors and code with constants cannot be traced
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import torch
@@ -36,11 +37,21 @@ def build_weightless(task: Task, config, dtype: str) -> torch.nn.Module:
             found=str(getattr(config, "model_type", None)),
             next_step="name another task with --task",
         ) from error
+    if dtype == "float16":
+        _keep_in_float32(model)
     for module in model.modules():
         _replace_tensors(module)
     model.initialize_weights()
     model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+def _keep_in_float32(model: torch.nn.Module) -> None:
+    """Keep what `from_pretrained` keeps when it loads in float16: T5's second projection, which overflows."""
+    kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._keep_in_fp32_modules or ()]
+    for name, module in model.named_modules():
+        if module._parameters and any(pattern.search(f"{name}.weight") for pattern in kept):
+            module.float()
 
 
 def _replace_tensors(module: torch.nn.Module) -> None:

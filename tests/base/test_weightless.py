@@ -101,3 +101,11 @@ def test_a_tied_head_can_be_untied(bases):
     untie(model, ["lm_head.weight"])
     assert parameter_aliases(model)["lm_head.weight"] == ("lm_head.weight",)
     assert model.lm_head.weight.shape == shape and set(model.lm_head.weight.stride()) == {0}
+
+
+def test_what_transformers_keeps_in_float32_stays_so(bases):
+    found = build_weightless(Task.TEXT2TEXT_GENERATION, AutoConfig.from_pretrained(bases["t5"]), "float16")
+    truth = auto_class(Task.TEXT2TEXT_GENERATION).from_pretrained(bases["t5"], dtype=torch.float16)
+    dtypes = {name: tensor.dtype for name, tensor in truth.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in found.state_dict().items()} == dtypes
+    assert set(dtypes.values()) == {torch.float16, torch.float32}
