@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -94,6 +95,18 @@ def test_steps_on_a_growing_cache_equal_one_pass(name, exports, bases, adapters)
         logits, state = session.advance(state, targets[:, start:end])
         found.append(logits)
     assert error(np.concatenate(found, axis=1), expected) < ROUNDING
+
+
+@pytest.mark.parametrize("name", ["t5-dynamic", "whisper-dynamic"])
+def test_the_later_steps_graph_may_also_do_the_first(name, exports):
+    """On a past of length 0, given the cross-attention's keys and values."""
+    inputs = inputs_of(EXPORTS[name].base)
+    session = Seq2SeqSession(exports[name], "cpu")
+    expected, state = session.begin(inputs, EXPORTS[name].adapters[0])
+    empty = dataclasses.replace(state, cache={key: value[:, :, :0] for key, value in state.cache.items()})
+    found, after = session.advance(empty, inputs["decoder_input_ids"])
+    assert error(found, expected.astype(np.float64)) < ROUNDING
+    assert {key: value.shape for key, value in after.cache.items()} == {k: v.shape for k, v in state.cache.items()}
 
 
 @pytest.mark.parametrize("base", ["t5", "bart"])
