@@ -21,7 +21,7 @@
     recipe.py          how a stored weight is made, as data
     errors.py          the error tree
 
-Importing this package imports none of its heavy dependencies; `AdapterSession` needs onnxruntime and numpy only.
+Importing this package imports none of its heavy dependencies; the sessions need onnxruntime and numpy only.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ from lora_export.errors import EnvironmentUnusable, InputRefused, LoraExportErro
 
 if TYPE_CHECKING:
     from lora_export.runtime.adapter_session import AdapterSession
+    from lora_export.runtime.seq2seq_session import Seq2SeqSession
 
 __all__ = [
-    "AdapterSession", "EnvironmentUnusable", "InputRefused", "LoraExportError", "UsageProblem", "__version__",
+    "AdapterSession", "EnvironmentUnusable", "InputRefused", "LoraExportError", "Seq2SeqSession", "UsageProblem",
+    "__version__",
 ]  # fmt: skip
 
 try:
@@ -49,4 +51,8 @@ def __getattr__(name: str) -> object:
         from lora_export.runtime.adapter_session import AdapterSession
 
         return AdapterSession
+    if name == "Seq2SeqSession":
+        from lora_export.runtime.seq2seq_session import Seq2SeqSession
+
+        return Seq2SeqSession
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,15 +7,24 @@ import importlib.metadata
 import json
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from lora_export.contract import GraphContract
+from lora_export.contract import (
+    DECODER,
+    DECODER_WITH_PAST,
+    ENCODER,
+    SINGLE,
+    AdapterInput,
+    GraphContract,
+    data_file,
+    graph_file,
+)
 from lora_export.errors import InputRefused, UsageProblem
 
 MANIFEST = "lora_export.json"
-GRAPH, GRAPH_DATA = "model.onnx", "model.onnx.data"
 ADAPTERS, REPORTS = "adapters", "reports"
 SIGNATURE = "model.sig"
 SCHEMA_VERSION = 1
@@ -56,7 +65,7 @@ class AdapterRecord:
         targets: Modules with a LoRA pair.
         replaced: Linear modules (and other tensors) it replaces as a whole.
         n_labels: Size of its classification head, if it brings one.
-        file: Its `.onnx_adapter`, relative to the folder; None if it is merged.
+        files: Its `.onnx_adapter` for each graph that takes any of it, relative to the folder; empty if it is merged.
         weight: Its weight in a merged sum.
         convert_rank: The rank, or share of energy, that another tuner was converted to LoRA with; None for LoRA.
         conversion_errors: What that lost, `‖ΔW − BA‖ / ‖ΔW‖` by module.
@@ -70,15 +79,25 @@ class AdapterRecord:
     replaced: tuple[str, ...]
     labels: dict[int, str] | None = None
     n_labels: int | None = None
-    file: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
     weight: float = 1.0
     convert_rank: float | None = None
     conversion_errors: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def file(self) -> str | None:
+        """Its file in an export of one graph; None if it is merged."""
+        return self.files.get(SINGLE)
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """`lora_export.json`."""
+    """`lora_export.json`.
+
+    Attributes:
+        graphs: The contract of each graph, in the order they run. The file of an export of one graph has that
+            graph's `contract` instead, and each adapter's only `file` instead of its `files`.
+    """
 
     kind: Kind
     task: str
@@ -86,10 +105,45 @@ class Manifest:
     provider: str
     base: SourceRecord
     adapters: tuple[AdapterRecord, ...]
-    contract: GraphContract
+    graphs: Mapping[str, GraphContract]
     files: dict[str, str]
     versions: dict[str, str] = field(default_factory=lambda: versions())
     schema: int = SCHEMA_VERSION
+
+    @property
+    def contract(self) -> GraphContract:
+        """The contract of an export of one graph.
+
+        Raises:
+            UsageProblem: It has several graphs.
+        """
+        if SINGLE not in self.graphs:
+            raise UsageProblem(
+                "The export has several graphs, each with a contract of its own",
+                found=", ".join(self.graphs),
+                next_step="name one of them, or run it with Seq2SeqSession",
+            )
+        return self.graphs[SINGLE]
+
+    def contract_of(self, graph: str) -> GraphContract:
+        """The contract of one graph.
+
+        Raises:
+            UsageProblem: There is no such graph.
+        """
+        if graph not in self.graphs:
+            raise UsageProblem(f"The export has no graph {graph!r}", found=", ".join(self.graphs))
+        return self.graphs[graph]
+
+    @property
+    def adapter_inputs(self) -> tuple[AdapterInput, ...]:
+        """The adapter inputs of all graphs; an input that two graphs take is in it twice."""
+        return tuple(entry for contract in self.graphs.values() for entry in contract.adapter_inputs)
+
+    @property
+    def graph_files(self) -> tuple[str, ...]:
+        """The graphs' own files and those of their weights, each once."""
+        return tuple(dict.fromkeys(name(graph) for graph in self.graphs for name in (graph_file, data_file)))
 
     def adapter(self, name: str) -> AdapterRecord:
         """The record of adapter `name`.
@@ -106,7 +160,12 @@ class Manifest:
         )
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        fields = asdict(self)
+        if SINGLE in self.graphs:
+            fields["contract"] = fields.pop("graphs")[SINGLE]
+            for entry in fields["adapters"]:
+                entry["file"] = entry.pop("files").get(SINGLE)
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
 def versions() -> dict[str, str]:
@@ -154,13 +213,24 @@ def _manifest_from(fields: dict) -> Manifest:
         labels = entry["labels"]
         sequences = {name: tuple(entry[name]) for name in ("ranks", "scales", "targets", "replaced")}
         labels = labels and {int(key): value for key, value in labels.items()}
-        return AdapterRecord(**(entry | sequences | {"labels": labels, "source": SourceRecord(**entry["source"])}))
+        known = sequences | {"labels": labels, "source": SourceRecord(**entry["source"])}
+        if "file" in entry:
+            file = entry["file"]
+            entry = {key: value for key, value in entry.items() if key != "file"}
+            known["files"] = {} if file is None else {SINGLE: file}
+        return AdapterRecord(**(entry | known))
 
+    if "contract" in fields:
+        graphs = {SINGLE: fields["contract"]}
+        fields = {key: value for key, value in fields.items() if key != "contract"}
+    else:
+        # JSON keeps names sorted; graphs are kept in the order they run.
+        graphs = {graph: fields["graphs"][graph] for graph in (ENCODER, DECODER, DECODER_WITH_PAST)}
     changed = {
         "kind": Kind(fields["kind"]),
         "base": SourceRecord(**fields["base"]),
         "adapters": tuple(map(adapter, fields["adapters"])),
-        "contract": GraphContract.from_dict(fields["contract"]),
+        "graphs": {graph: GraphContract.from_dict(contract) for graph, contract in graphs.items()},
         "files": dict(fields["files"]),
     }
     return Manifest(**(fields | changed))

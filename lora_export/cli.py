@@ -273,7 +273,7 @@ def run(
     provider: str | None,
     as_json: bool,
 ) -> None:
-    """Run the export OUT on TEXT (or image files) and print what it says.
+    """Run the export OUT on TEXT (or image files, or WAV files) and print what it says.
 
     \b
     Example:

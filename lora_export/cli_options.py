@@ -16,6 +16,8 @@ _TASKS = (
     "token-classification",
     "image-classification",
     "text-generation",
+    "text2text-generation",
+    "automatic-speech-recognition",
 )
 
 Decorator = Callable[[Callable], Callable]

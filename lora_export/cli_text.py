@@ -12,15 +12,21 @@ def export_text(value: dict) -> str:
     sizes = value["bytes"]
     what = f"{value['task']} in {value['dtype']}, fused for {value['provider']}"
     head = f"{value['kind']} export of {value['base']} for {what}"
-    lines = [head, f"  {value['path']}/model.onnx  {_megabytes(sum(n for f, n in sizes.items() if 'model.onnx' in f))}"]
+    lines = [head]
+    for graph in [f"{name}.onnx" for name in value.get("graphs", ("model",))]:
+        n_bytes = sum(n for file, n in sizes.items() if file in (graph, f"{graph}.data"))
+        lines.append(f"  {value['path']}/{graph}  {_megabytes(n_bytes)}")
     for adapter in value["adapters"]:
         ranks = ", ".join(map(str, adapter["ranks"])) or "no pair"
         scales = ", ".join(f"{scale:.4g}" for scale in adapter["scales"])
         extra = f", replaces {_some(adapter['replaced'])}" if adapter["replaced"] else ""
         extra += f", weight {adapter['weight']:g}" if adapter["weight"] != 1 else ""
-        size = f"  {_megabytes(sizes[adapter['file']])}" if adapter["file"] in sizes else ""
-        file = f"{value['path']}/{adapter['file']}" if adapter["file"] else "folded in:"
-        lines.append(f"  {file} {adapter['name'] if not adapter['file'] else ''}{size}")
+        files = list(adapter["files"].values()) if "files" in adapter else [adapter["file"]] if adapter["file"] else []
+        for file in files:
+            size = f"  {_megabytes(sizes[file])}" if file in sizes else ""
+            lines.append(f"  {value['path']}/{file} {size}")
+        if not files:
+            lines.append(f"  folded in: {adapter['name']}")
         lines.append(f"      rank {ranks}, scale {scales}, {adapter['targets']} modules{extra}")
         lines += _conversion(adapter)
     if value["signed"]:
@@ -72,8 +78,12 @@ def plan_text(value: dict) -> str:
 def inspect_text(value: dict) -> str:
     """`inspection.inspect_path` for people."""
     if value["what"] == "export":
-        dims = [f"  {name} {shape}" for name, shape in (value["inputs"] | value["outputs"]).items()]
-        return "\n".join([export_text(value), *dims, f"  and {value['adapter_inputs']} adapter inputs"])
+        lines = [export_text(value)]
+        for name, graph in value.get("graphs", {"": value}).items():
+            lines += [f"  {name}"] if name else []
+            lines += [f"  {name} {shape}" for name, shape in (graph["inputs"] | graph["outputs"]).items()]
+            lines.append(f"  and {graph['adapter_inputs']} adapter inputs")
+        return "\n".join(lines)
     if value["what"] == "base":
         kinds = ", ".join(f"{n:,} in {dtype}" for dtype, n in value["parameters_by_dtype"].items())
         return f"base {value['path']}: {', '.join(value['architectures'])}\n  {value['tensors']} tensors, {kinds}"
@@ -106,6 +116,8 @@ def trial_text(value: dict) -> str:
     for given, result in zip(value["inputs"], value["results"], strict=True):
         if "continuation" in result:
             lines.append(f"{given}{result['continuation']}")
+        elif "text" in result:
+            lines.append(f"{given}  →  {result['text']}")
         elif "label" in result:
             best = ", ".join(f"{name} {score:.1%}" for name, score in list(result["scores"].items())[:3])
             lines.append(f"{result['label']}   ({best})   {given}")

@@ -1,4 +1,7 @@
-"""The exported graph's contract: its inputs, its outputs, and the optional inputs that carry adapters.
+"""The exported graphs' contracts: their inputs, their outputs, and the optional inputs that carry adapters.
+
+Most tasks export one graph, `model`. Encoder-decoder tasks export three, named as Optimum names them: the encoder, the
+decoder's first step, which also makes the cross-attention's keys and values, and its later steps, which read them.
 
 Written into the manifest by an export; pack, check, the runtime and `add` read it from there and nowhere else.
 Standard library only: a host without torch, onnx or PEFT reads it too.
@@ -10,6 +13,25 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 Dim = int | str
+
+# Stems of the graphs' files.
+SINGLE = "model"
+ENCODER, DECODER, DECODER_WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"
+
+
+def graph_file(graph: str) -> str:
+    """The ONNX file of `graph`."""
+    return f"{graph}.onnx"
+
+
+def data_file(graph: str) -> str:
+    """The file that holds the weights of `graph`; the decoder's two graphs share theirs."""
+    return f"{DECODER if graph == DECODER_WITH_PAST else graph}.onnx.data"
+
+
+def adapter_file(adapter: str, graph: str) -> str:
+    """The name of the file that `adapter` has for `graph`."""
+    return f"{adapter}.onnx_adapter" if graph == SINGLE else f"{adapter}.{graph}.onnx_adapter"
 
 
 class AdapterInputKind(StrEnum):
@@ -35,7 +57,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StoredDefault:
-    """Where the default of an adapter input lies in `model.onnx.data`: byte `offset` and `length`."""
+    """Where the default of an adapter input lies in its graph's data file: byte `offset` and `length`."""
 
     shape: tuple[int, ...]
     offset: int
@@ -66,7 +88,7 @@ class AdapterInput:
 
 @dataclass(frozen=True)
 class GraphContract:
-    """Everything a host must know to run `model.onnx`."""
+    """Everything a host must know to run one graph."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]

@@ -1,24 +1,27 @@
-"""The finished weightless graph of a plan: traced, given its adapter inputs, fused; cached at both steps."""
+"""The finished weightless graphs of a plan: traced, given their adapter inputs, fused; cached at both steps."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import onnx_ir as ir
 import torch
 
 from lora_export.adapters.factors import Adapter
 from lora_export.artifact import versions
+from lora_export.base.tasks import graphs_of
 from lora_export.base.trace import trace
 from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract, TensorSpec
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.graph.adapter_inputs import SiteChoice, add_adapter_inputs, attach_defaults
 from lora_export.graph.cache import cache_key, cached_graph
+from lora_export.graph.embedding_inputs import embeddings_in
 from lora_export.graph.fuse import fuse
-from lora_export.graph.sites import find_sites
-from lora_export.graph.unbound import bind_small, untie
+from lora_export.graph.linear_inputs import bias_of
+from lora_export.graph.sites import find_sites, refuse_unlinked, sites_in
+from lora_export.graph.unbound import bind_small, rename_weight, untie
 from lora_export.plan import Plan, Resolved
 from lora_export.weights import digest
 
@@ -66,17 +69,39 @@ def target_modules(targets: Sequence[str], model) -> tuple[str, ...]:
     return tuple(found)
 
 
-def finished_graph(
-    plan: Plan, resolved: Resolved, choice: SiteChoice, *, use_cache: bool
-) -> tuple[ir.Model, tuple[AdapterInput, ...]]:
-    """The graph to bind, and its adapter inputs (none for a merge).
+@dataclass(frozen=True)
+class FinishedGraph:
+    """A graph to bind, and its adapter inputs (none for a merge)."""
+
+    model: ir.Model
+    adapter_inputs: tuple[AdapterInput, ...]
+
+
+def finished_graphs(plan: Plan, resolved: Resolved, choice: SiteChoice, *, use_cache: bool) -> dict[str, FinishedGraph]:
+    """The graphs of the plan's task by stem, in the order they run.
 
     Large weights stay unbound; norms and biases are bound, as fusions use them, but those that an adapter replaces.
+
+    Raises:
+        InputRefused: A chosen module is a linear map of none of the graphs.
     """
+    graphs = graphs_of(plan.task)
+    if len(graphs) > 1:
+        _refuse_replaced_embedding(resolved)
+    found = {graph: _finished_graph(plan, resolved, choice, graph, use_cache=use_cache) for graph in graphs}
+    served = {entry.module for finished in found.values() for entry in finished.adapter_inputs}
+    chosen = dict.fromkeys(module for modules in asdict(choice).values() for module in modules)
+    refuse_unlinked([module for module in chosen if module not in served])
+    return found
+
+
+def _finished_graph(
+    plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str, *, use_cache: bool
+) -> FinishedGraph:
     config = {key: value for key, value in plan.config.to_dict().items() if key not in _NOT_ARCHITECTURE}
     traced_from = {"config": config, "labels": plan.config.num_labels, "task": plan.task, "dtype": plan.dtype}
-    traced_from["class"] = type(resolved.model).__name__
-    traced_from["versions"] = versions()
+    tied = sorted({group for group in resolved.source.aliases.values() if len(group) > 1})
+    traced_from |= {"class": type(resolved.model).__name__, "versions": versions(), "graph": graph, "tied": tied}
     replaced = frozenset(path for adapter in resolved.adapters for path in adapter.replaced)
     replaced |= {f"{module}.bias" for module in choice.bias_modules}
     small = resolved.source.small_parameters(plan.dtype, without=replaced | resolved.source.zeros_for)
@@ -86,13 +111,19 @@ def finished_graph(
 
     def build() -> ir.Model:
         model = cached_graph(
-            cache_key(traced_from | {"step": "trace"}), lambda: trace(plan.task, resolved.model), use_cache=use_cache
+            cache_key(traced_from | {"step": "trace"}),
+            lambda: trace(plan.task, resolved.model, graph),
+            use_cache=use_cache,
         )
+        is_only_graph = len(graphs_of(plan.task)) == 1
         for module, other_name in untied.items():
-            nodes = [site.node for site in find_sites(model.graph, [module])[module]]
-            untie(model, module, nodes, other_name)
+            sites = find_sites(model.graph, [module]) if is_only_graph else sites_in(model.graph, [module])
+            if sites[module]:
+                untie(model, module, [site.node for site in sites[module]], other_name)
+            else:
+                rename_weight(model, f"{module}.weight", other_name)
         bind_small(model, small)
-        model, inputs = add_adapter_inputs(model, choice)
+        model, inputs = add_adapter_inputs(model, choice if is_only_graph else _present(model.graph, choice))
         model = fuse(model, plan.request.provider)
         attach_defaults(model.graph, inputs)
         specs = GraphContract((), (), inputs).to_dict()["adapter_inputs"]
@@ -103,7 +134,30 @@ def finished_graph(
     model.producer_name, model.producer_version = "lora-export", versions()["lora-export"]
     fields = {"inputs": [], "outputs": [], "adapter_inputs": json.loads(model.metadata_props.pop(_ADAPTER_INPUTS))}
     inputs = GraphContract.from_dict(fields).adapter_inputs
-    return model, tuple(replace(entry, base_has_default=_has_default(entry, resolved)) for entry in inputs)
+    inputs = tuple(replace(entry, base_has_default=_has_default(entry, resolved)) for entry in inputs)
+    return FinishedGraph(model, inputs)
+
+
+def _refuse_replaced_embedding(resolved: Resolved) -> None:
+    """Several modules of an encoder-decoder read the one embedding, and PEFT replaces it in one of them only."""
+    for adapter, _ in resolved.source.adapters:
+        for path in adapter.replaced:
+            is_linear = path.removesuffix(".weight") in adapter.replaced_modules
+            if not is_linear and len(resolved.source.aliases.get(path, ())) > 1:
+                raise InputRefused(
+                    f"Adapter {adapter.name!r} replaces an embedding that others of an encoder-decoder share",
+                    where=path,
+                    next_step="merge it in PEFT, save the model untied, and export that as a base without adapters",
+                )
+
+
+def _present(graph: ir.Graph, choice: SiteChoice) -> SiteChoice:
+    """What of `choice` this graph, one of several, calls."""
+    linear = sites_in(graph, (*choice.lora_modules, *choice.replaced_modules))
+    tables = embeddings_in(graph, (*choice.embedding_modules, *choice.token_modules))
+    called = {module for module, sites in (linear | tables).items() if sites}
+    called |= {module for module in choice.bias_modules if bias_of(graph, module) is not None}
+    return SiteChoice(**{kind: tuple(m for m in modules if m in called) for kind, modules in asdict(choice).items()})
 
 
 def _has_default(entry: AdapterInput, resolved: Resolved) -> bool:

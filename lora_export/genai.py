@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lora_export.artifact import GRAPH, sha256_of
-from lora_export.contract import GraphContract
+from lora_export.artifact import sha256_of
+from lora_export.contract import SINGLE, GraphContract, graph_file
 
 GENAI_CONFIG = "genai_config.json"
 # GenAI runs every other decoder with per-layer caches under its generic type.
@@ -30,7 +30,7 @@ def write_genai_config(folder: Path, config, contract: GraphContract) -> dict[st
             "context_length": context,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "log_severity_level": 3, "provider_options": []},
-                "filename": GRAPH,
+                "filename": graph_file(SINGLE),
                 "head_size": cache.dims[3],
                 "hidden_size": config.hidden_size,
                 "inputs": names

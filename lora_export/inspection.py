@@ -8,9 +8,11 @@ from pathlib import Path
 
 from lora_export.adapters.folder import AdapterFolder, open_adapter
 from lora_export.adapters.support import options_in_use, tuner_verdict
-from lora_export.artifact import MANIFEST, SIGNATURE, Manifest, carried_files, read_manifest
+from lora_export.artifact import ADAPTERS, MANIFEST, SIGNATURE, Manifest, carried_files, read_manifest
 from lora_export.base.checkpoint import Checkpoint, locate
 from lora_export.base.stored import SAFETENSORS_DTYPES
+from lora_export.base.tasks import graphs_of
+from lora_export.contract import SINGLE, adapter_file, data_file, graph_file
 from lora_export.errors import InputRefused, LoraExportError
 from lora_export.finished_graph import choose_sites, target_modules
 from lora_export.foreign import ForeignAdapter, locate_adapter, name_of, read_foreign
@@ -86,10 +88,13 @@ def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), si
 
 
 def _files(plan: Plan, request: Request) -> list[str]:
-    files = ["model.onnx", "model.onnx.data", MANIFEST, "config.json"]
+    graphs = graphs_of(plan.task)
+    files = list(dict.fromkeys(name(graph) for graph in graphs for name in (graph_file, data_file)))
+    files += [MANIFEST, "config.json"]
     files += [path.name for path in carried_files(plan.checkpoint.path)]
     if request.mode == "dynamic":
-        files += [f"adapters/{folder.name}.onnx_adapter" for folder in plan.folders]
+        # Those of graphs that an adapter does not touch stay away.
+        files += [f"{ADAPTERS}/{adapter_file(folder.name, graph)}" for folder in plan.folders for graph in graphs]
     return files
 
 
@@ -205,15 +210,26 @@ def describe_export(folder: Path, manifest: Manifest) -> dict:
                 "scales": list(record.scales),
                 "targets": len(record.targets),
                 "replaced": list(record.replaced),
-                "file": record.file,
+                **({"file": record.file} if SINGLE in manifest.graphs else {"files": dict(record.files)}),
                 "weight": record.weight,
                 "conversion_errors": record.conversion_errors,
             }
             for record in manifest.adapters
         ],
-        "inputs": {spec.name: list(spec.dims) for spec in manifest.contract.inputs},
-        "outputs": {spec.name: list(spec.dims) for spec in manifest.contract.outputs},
-        "adapter_inputs": len(manifest.contract.adapter_inputs),
+        **_graph_fields(manifest),
         "signed": (folder / SIGNATURE).is_file(),
         "bytes": {name: (folder / name).stat().st_size for name in manifest.files if (folder / name).is_file()},
     }
+
+
+def _graph_fields(manifest: Manifest) -> dict:
+    """Inputs and outputs of the only graph, or of each of `graphs`."""
+    found = {
+        graph: {
+            "inputs": {spec.name: list(spec.dims) for spec in contract.inputs},
+            "outputs": {spec.name: list(spec.dims) for spec in contract.outputs},
+            "adapter_inputs": len(contract.adapter_inputs),
+        }
+        for graph, contract in manifest.graphs.items()
+    }
+    return found.get(SINGLE) or {"graphs": found}

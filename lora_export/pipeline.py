@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_export.artifact import (
+    ADAPTERS,
     REPORTS,
     SIGNATURE,
     Kind,
@@ -25,11 +26,12 @@ from lora_export.artifact import (
     sha256_of,
     write_manifest,
 )
-from lora_export.base.tasks import Task
+from lora_export.base.tasks import SEQ2SEQ, Task
+from lora_export.contract import SINGLE, adapter_file
 from lora_export.errors import InputRefused
-from lora_export.finished_graph import choose_sites, describe, finished_graph, target_modules
+from lora_export.finished_graph import choose_sites, describe, finished_graphs, target_modules
 from lora_export.genai import write_genai_config
-from lora_export.graph.bind import write_graph
+from lora_export.graph.bind import write_graphs
 from lora_export.plan import Plan, Request, make_plan, resolve
 from lora_export.records import hash_adapter, hash_sources, merged_record, served_record, write_config
 from lora_export.report.write import write_reports
@@ -85,11 +87,13 @@ def export(request: Request, options: ExportOptions, progress: Progress = silent
         targets = target_modules(options.targets, resolved.model)
         choice = choose_sites(resolved.adapters if request.mode == "dynamic" else (), targets)
         progress("building the graph", 0, 1)
-        model, adapter_inputs = finished_graph(plan, resolved, choice, use_cache=options.use_cache)
+        graphs = finished_graphs(plan, resolved, choice, use_cache=options.use_cache)
         with staging(options.out, overwrite=options.overwrite, n_bytes=n_bytes) as folder:
             meter = _Meter(progress, n_bytes)
-            written = write_graph(model, folder, resolved.source.make_weight, adapter_inputs, meter)
-            contract = describe(model, written.adapter_inputs)
+            models = {name: graph.model for name, graph in graphs.items()}
+            optional = {name: graph.adapter_inputs for name, graph in graphs.items()}
+            written = write_graphs(models, folder, resolved.source.make_weight, optional, meter)
+            contracts = {name: describe(model, written.adapter_inputs[name]) for name, model in models.items()}
             records = []
             for source, adapter, config, weight in zip(
                 plan.folders, resolved.adapters, plan.adapter_configs, request.weight_of_each, strict=True
@@ -97,17 +101,18 @@ def export(request: Request, options: ExportOptions, progress: Progress = silent
                 if request.mode == "merge":
                     records.append(merged_record(source, adapter, config.num_labels, weight))
                 else:
-                    described = (source, adapter, config.num_labels, contract, resolved.source, folder)
+                    described = (source, adapter, config.num_labels, contracts, resolved.source, folder)
                     records.append(served_record(*described, request.convert_rank))
             files = written.sha256 | write_config(plan, folder)
             files |= carry_files(plan.checkpoint.path, {f.name: f.path for f in plan.folders}, folder)
-            files |= write_genai_config(folder, plan.config, contract) if plan.task is Task.TEXT_GENERATION else {}
-            files |= {record.file: sha256_of(folder / record.file) for record in records if record.file}
+            if plan.task is Task.TEXT_GENERATION:
+                files |= write_genai_config(folder, plan.config, contracts[SINGLE])
+            files |= {file: sha256_of(folder / file) for record in records for file in record.files.values()}
             base, adapters = hashed.result()
             records = [replace(record, source=source) for record, source in zip(records, adapters, strict=True)]
             kind = Kind.DYNAMIC if request.mode == "dynamic" else Kind.MERGED
             files = dict(sorted(files.items()))
-            manifest = Manifest(kind, plan.task, plan.dtype, request.provider, base, tuple(records), contract, files)
+            manifest = Manifest(kind, plan.task, plan.dtype, request.provider, base, tuple(records), contracts, files)
             write_manifest(folder, manifest)
             if signer is not None:
                 sign(folder, signer)
@@ -128,7 +133,9 @@ class _Meter:
 def bytes_needed(plan: Plan) -> int:
     """Bytes that the exported weights take, before packing and metadata."""
     item = 4 if plan.dtype == "float32" else 2
-    return sum(item * math.prod(info.shape) for info in plan.checkpoint.files.tensors.values())
+    sizes = [item * math.prod(info.shape) for info in plan.checkpoint.files.tensors.values()]
+    # An encoder and a decoder each have the embedding that they share.
+    return sum(sizes) + (max(sizes, default=0) if plan.task in SEQ2SEQ else 0)
 
 
 def add_adapter(
@@ -170,11 +177,11 @@ def add_adapter(
     written: list[Path] = []
     try:
         for source, adapter, config in zip(plan.folders, resolved.adapters, plan.adapter_configs, strict=True):
-            written.append(folder / "adapters" / f"{adapter.name}.onnx_adapter")
-            described = (source, adapter, config.num_labels, manifest.contract, resolved.source, folder)
+            written += [folder / ADAPTERS / adapter_file(adapter.name, graph) for graph in manifest.graphs]
+            described = (source, adapter, config.num_labels, manifest.graphs, resolved.source, folder)
             record = served_record(*described, convert_rank)
             records.append(replace(record, source=hash_adapter(source)))
-            files[record.file] = sha256_of(folder / record.file)
+            files |= {file: sha256_of(folder / file) for file in record.files.values()}
     except BaseException:
         for path in written:
             path.unlink(missing_ok=True)

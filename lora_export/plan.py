@@ -11,9 +11,9 @@ from lora_export.adapters.factors import Adapter
 from lora_export.adapters.folder import AdapterFolder, open_adapter
 from lora_export.adapters.peft_reader import read_adapter
 from lora_export.adapters.support import require_supported
-from lora_export.base.checkpoint import Checkpoint, checkpoint_names, locate
+from lora_export.base.checkpoint import Checkpoint, checkpoint_names, locate, stored_apart
 from lora_export.base.tasks import CLASSIFICATION, Task, resolve_task
-from lora_export.base.weightless import build_weightless, parameter_aliases
+from lora_export.base.weightless import build_weightless, parameter_aliases, untie
 from lora_export.completion import completed
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.foreign import peft_folder
@@ -191,6 +191,7 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
     brought = {path for adapter in read for path in (*adapter.replaced, *adapter.base_copies)}
     replaced = frozenset(brought) if plan.request.mode == "merge" else frozenset()
     names = checkpoint_names(model, plan.checkpoint.files, replaced)
+    untie(model, stored_apart(model, names, plan.checkpoint.files))
     base = ParameterSource(plan.checkpoint, names, parameter_aliases(model), shapes, zeros_for=head)
     adapters = tuple(completed(adapter, base, model, plan.request.mode, plan.request.convert_rank) for adapter in read)
     merged = tuple(zip(adapters, plan.request.weight_of_each, strict=True)) if plan.request.mode == "merge" else ()
@@ -210,6 +211,8 @@ def head_parameters(adapters: Sequence[Adapter], model, task: Task, *, everythin
     if everything and task in CLASSIFICATION:
         prefix = f"{model.base_model_prefix}."
         replaced |= {path for path in model.state_dict() if not path.startswith(prefix) or ".pooler." in path}
+    # Zeros that old checkpoints of Bart and its kin leave out.
+    replaced |= {path for path in model.state_dict() if path.endswith("final_logits_bias")}
     return frozenset(replaced)
 
 

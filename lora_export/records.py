@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from lora_export.adapters.folder import AdapterFolder
 from lora_export.adapters.pack import pack, write_onnx_adapter
 from lora_export.artifact import ADAPTERS, AdapterRecord, SourceRecord, sha256_of
 from lora_export.base.stored import weight_files
-from lora_export.contract import GraphContract
+from lora_export.contract import GraphContract, adapter_file
 from lora_export.foreign import source_hashes
 from lora_export.plan import Plan, local_path
 from lora_export.weights import ParameterSource
@@ -44,31 +45,37 @@ def served_record(
     source: AdapterFolder,
     adapter: Adapter,
     n_labels: int,
-    contract: GraphContract,
+    graphs: Mapping[str, GraphContract],
     base: ParameterSource,
     folder: Path,
     convert_rank: float | None = None,
 ) -> AdapterRecord:
-    """Pack `adapter` into `folder/adapters/` and describe it.
+    """Pack `adapter` into `folder/adapters/`, a file for each of `graphs` that takes any of it, and describe it.
 
     Raises:
-        InputRefused: It needs modules that the graph has no inputs for.
+        InputRefused: It needs modules that no graph has inputs for.
     """
-    tensors = pack(adapter, contract, base.base)
-    file = f"{ADAPTERS}/{adapter.name}.onnx_adapter"
+    packed = {}
+    for graph, contract in graphs.items():
+        elsewhere = {module for other in graphs.values() if other is not contract for module in other.modules}
+        packed[graph] = pack(adapter, contract, base.base, elsewhere)
     (folder / ADAPTERS).mkdir(exist_ok=True)
-    write_onnx_adapter(folder / file, tensors)
+    files = {}
+    for graph, tensors in packed.items():
+        if tensors or len(graphs) == 1:
+            files[graph] = f"{ADAPTERS}/{adapter_file(adapter.name, graph)}"
+            write_onnx_adapter(folder / files[graph], tensors)
     is_converted = source.config.get("peft_type") not in ("LORA", "ADALORA", "TRAINABLE_TOKENS")
-    record = _record(source, adapter, n_labels, file)
+    record = _record(source, adapter, n_labels, files)
     return replace(record, convert_rank=convert_rank if is_converted else None)
 
 
 def merged_record(source: AdapterFolder, adapter: Adapter, n_labels: int, weight: float) -> AdapterRecord:
     """Describe an adapter that was folded into the graph, with its weight in the sum."""
-    return replace(_record(source, adapter, n_labels, None), weight=weight)
+    return replace(_record(source, adapter, n_labels, {}), weight=weight)
 
 
-def _record(source: AdapterFolder, adapter: Adapter, n_labels: int, file: str | None) -> AdapterRecord:
+def _record(source: AdapterFolder, adapter: Adapter, n_labels: int, files: dict[str, str]) -> AdapterRecord:
     return AdapterRecord(
         name=adapter.name,
         source=SourceRecord(source.given, None, {}),
@@ -78,6 +85,6 @@ def _record(source: AdapterFolder, adapter: Adapter, n_labels: int, file: str | 
         replaced=tuple(adapter.replaced),
         labels=source.labels,
         n_labels=n_labels if adapter.replaced else None,
-        file=file,
+        files=files,
         conversion_errors=dict(adapter.conversion_errors),
     )

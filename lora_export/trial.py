@@ -1,4 +1,4 @@
-"""`run`: try an export on a text or an image."""
+"""`run`: try an export on a text, an image or a sound."""
 
 from __future__ import annotations
 
@@ -8,26 +8,30 @@ from pathlib import Path
 import numpy as np
 
 from lora_export.artifact import Manifest
-from lora_export.base.tasks import Task
+from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.generate import generate
+from lora_export.runtime.seq2seq_session import Seq2SeqSession, open_export
+from lora_export.verify.audio import read_features
 from lora_export.verify.examples import Batcher, Row, load_tokenizer
 
 
 def run_trial(
     folder: Path, inputs: Sequence[str], blend: Mapping[str, float], provider: str | None, max_new_tokens: int
 ) -> dict:
-    """Run the export on `inputs` (texts, or image files) with a blend of adapters (none: the base).
+    """Run the export on `inputs` (texts, image files, or sound files) with a blend of adapters (none: the base).
 
     Raises:
         LoraExportError: The export, an adapter or an input cannot be used.
     """
-    session = AdapterSession(folder, provider)
+    session = open_export(folder, provider)
     manifest = session.manifest
     task = Task(manifest.task)
     adapters = blend or None
     head = {"task": manifest.task, "adapter": dict(blend), "provider": session.provider, "inputs": list(inputs)}
+    if task in SEQ2SEQ:
+        return head | {"results": _write_targets(session, folder, inputs, adapters, max_new_tokens)}
     if task is Task.TEXT_GENERATION:
         return head | {"results": _generate(session, folder, inputs, adapters, max_new_tokens)}
     batcher = Batcher(folder, task, manifest.contract)
@@ -66,6 +70,19 @@ def _generate(
     eos = frozenset() if tokenizer.eos_token_id is None else frozenset({tokenizer.eos_token_id})
     found = generate(session, prompts, adapters, max_new_tokens=max_new_tokens, eos_ids=eos)
     return [{"continuation": tokenizer.decode(tokens), "tokens": tokens} for tokens in found]
+
+
+def _write_targets(
+    session: Seq2SeqSession, folder: Path, inputs: Sequence[str], adapters, max_new_tokens: int
+) -> list[dict]:
+    tokenizer = load_tokenizer(folder)
+    if session.manifest.task == Task.SPEECH_RECOGNITION:
+        sources = {"input_features": read_features(folder, inputs, session.manifest)}
+    else:
+        encoded = tokenizer(list(inputs), return_tensors="np", padding=True)
+        sources = {name: np.asarray(encoded[name], np.int64) for name in ("input_ids", "attention_mask")}
+    found = session.generate(sources, adapters, max_new_tokens=max_new_tokens)
+    return [{"text": tokenizer.decode(tokens, skip_special_tokens=True), "tokens": tokens} for tokens in found]
 
 
 def _labels(manifest: Manifest, blend: Mapping[str, float]) -> dict[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 
@@ -28,7 +29,8 @@ class Lazy(Mapping):
         return len(self._names)
 
 
-BASES = ("llama", "llama-f16", "gpt2", "bert", "classifier", "tagger", "albert", "vit", "clip")
+SEQ2SEQ_BASES = ("t5", "flan", "bart", "whisper")
+BASES = ("llama", "llama-f16", "gpt2", "bert", "classifier", "tagger", "albert", "vit", "clip", *SEQ2SEQ_BASES)
 
 
 def make_base(name: str, folder: Path, bases: Mapping[str, Path]) -> None:
@@ -41,6 +43,7 @@ def make_base(name: str, folder: Path, bases: Mapping[str, Path]) -> None:
     builders = {
         "llama": tiny.llama, "gpt2": tiny.gpt2, "bert": tiny.bert, "classifier": tiny.bert_classifier,
         "tagger": tiny.bert_tagger, "albert": tiny.albert, "vit": tiny.vit, "clip": tiny.clip,
+        "t5": tiny.t5, "flan": partial(tiny.t5, untied=True), "bart": tiny.bart, "whisper": tiny.whisper,
     }  # fmt: skip
     builders[name](folder)
 
@@ -110,6 +113,42 @@ ADAPTERS: dict[str, AdapterSpec] = {
         "albert", "AlbertModel",
         {"task_type": "FEATURE_EXTRACTION", "r": 3, "lora_alpha": 6, "target_modules": ["query", "value", "ffn"]},
     ),
+    "t5-attention": AdapterSpec(
+        "t5", "T5ForConditionalGeneration",
+        {"task_type": "SEQ_2_SEQ_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q", "v"]},
+    ),
+    "t5-all": AdapterSpec(
+        "t5", "T5ForConditionalGeneration",
+        {"task_type": "SEQ_2_SEQ_LM", "r": 3, "lora_alpha": 6, "target_modules": "all-linear", "rank_pattern": {"wo": 2}},
+    ),
+    "t5-head": AdapterSpec(
+        "t5", "T5ForConditionalGeneration",
+        {"task_type": "SEQ_2_SEQ_LM", "r": 3, "lora_alpha": 6, "target_modules": ["lm_head", "EncDecAttention.k"]},
+    ),
+    "t5-encoder": AdapterSpec(
+        "t5", "T5ForConditionalGeneration",
+        {"task_type": "SEQ_2_SEQ_LM", "r": 2, "lora_alpha": 8, "target_modules": r"encoder\..*\.(q|wi)"},
+    ),
+    "flan-attention": AdapterSpec(
+        "flan", "T5ForConditionalGeneration",
+        {"task_type": "SEQ_2_SEQ_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q", "v", "wi_0"]},
+    ),
+    "bart-attention": AdapterSpec(
+        "bart", "BartForConditionalGeneration",
+        {"task_type": "SEQ_2_SEQ_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    ),
+    "bart-all": AdapterSpec(
+        "bart", "BartForConditionalGeneration",
+        {"task_type": "SEQ_2_SEQ_LM", "r": 3, "lora_alpha": 6, "target_modules": "all-linear"},
+    ),
+    "whisper-attention": AdapterSpec(
+        "whisper", "WhisperForConditionalGeneration",
+        {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    ),
+    "whisper-all": AdapterSpec(
+        "whisper", "WhisperForConditionalGeneration",
+        {"task_type": "SEQ_2_SEQ_LM", "r": 3, "lora_alpha": 6, "target_modules": "all-linear"},
+    ),
     "sights": AdapterSpec(
         "vit", "ViTForImageClassification",
         {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}, n_labels=5,
@@ -177,6 +216,15 @@ EXPORTS: dict[str, ExportSpec] = {
     "vit-merged": ExportSpec("vit", ("sights",), "merge"),
     "clip-dynamic": ExportSpec("clip", ("pairs", "styles"), "dynamic"),
     "clip-merged": ExportSpec("clip", ("pairs",), "merge"),
+    "t5-dynamic": ExportSpec("t5", ("t5-attention", "t5-all"), "dynamic"),
+    "t5-merged": ExportSpec("t5", ("t5-all",), "merge"),
+    "t5-head-dynamic": ExportSpec("t5", ("t5-head", "t5-encoder"), "dynamic"),
+    "t5-head-merged": ExportSpec("t5", ("t5-head",), "merge"),
+    "flan-dynamic": ExportSpec("flan", ("flan-attention",), "dynamic"),
+    "bart-dynamic": ExportSpec("bart", ("bart-attention", "bart-all"), "dynamic"),
+    "bart-merged": ExportSpec("bart", ("bart-all",), "merge"),
+    "whisper-dynamic": ExportSpec("whisper", ("whisper-attention", "whisper-all"), "dynamic"),
+    "whisper-merged": ExportSpec("whisper", ("whisper-all",), "merge"),
 }
 
 

@@ -12,14 +12,15 @@ from lora_export.contract import GraphContract
 from lora_export.errors import InputRefused, UsageProblem
 
 
-@pytest.mark.parametrize("name", ["bert-dynamic", "llama-merged", "llama-voice"])
+@pytest.mark.parametrize("name", ["bert-dynamic", "llama-merged", "llama-voice", "t5-dynamic", "t5-merged"])
 def test_a_manifest_survives_its_file(name, exports, tmp_path):
     manifest = read_manifest(exports[name])
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
     assert [path.name for path in tmp_path.iterdir()] == ["lora_export.json"]
     assert (tmp_path / "lora_export.json").read_bytes() == (exports[name] / "lora_export.json").read_bytes()
-    assert GraphContract.from_dict(json.loads(json.dumps(manifest.contract.to_dict()))) == manifest.contract
+    for contract in manifest.graphs.values():
+        assert GraphContract.from_dict(json.loads(json.dumps(contract.to_dict()))) == contract
 
 
 def test_another_schema_is_refused(exports, tmp_path):

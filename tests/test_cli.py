@@ -278,6 +278,16 @@ def test_a_failed_check_annotates_the_run_and_fills_the_job_summary(exports, own
     assert "the job summary was not written" in fails(1, *arguments)
 
 
+def test_bench_times_encoder_decoders(exports, own):
+    folder = own(exports["whisper-dynamic"])
+    result = call("bench", folder, "--provider", "cpu", "--shape", "2x0@4", "--blocks", "6", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["workloads"][0]["name"] == "2 × 50 on 4 tokens"
+    assert [v["name"] for v in found["workloads"][0]["variants"]][-1] == "mixed rows"
+    assert any("one step of the decoder" in note for note in found["notes"])
+
+
 @pytest.mark.parametrize(("verdict", "code"), [("pass", 0), ("not gated", 0), ("fail", 1), ("ambiguous", 5)])
 def test_a_verdict_is_an_exit_code(verdict, code):
     assert exit_code_of(verdict) == code
@@ -297,6 +307,28 @@ def test_run_answers(exports):
     )
     assert text.exit_code == 0 and text.stdout.startswith("Once")
     assert "There is no such image file" in fails(3, "run", exports["vit-dynamic"], "nowhere.png", "--provider", "cpu")
+
+
+def test_encoder_decoders_are_described_and_run(exports, bases, adapters, tmp_path):
+    path = exports["t5-dynamic"]
+    text = call("inspect", path).output
+    for line in (
+        "encoder_model.onnx  ",
+        "adapters/t5-all.decoder_with_past_model.onnx_adapter",
+        "encoder_hidden_states",
+    ):
+        assert line in text
+    found = json.loads(call("inspect", path, "--json").stdout)
+    assert list(found["graphs"]["encoder_model"]["outputs"]) == ["last_hidden_state"]
+    out = tmp_path / "out"
+    found = json.loads(call("dynamic", bases["t5"], adapters["t5-all"], "-o", out, "--dry-run", "--json").stdout)
+    assert "decoder_with_past_model.onnx" in found["write"]["files"] and not out.exists()
+    assert "adapters/t5-all.encoder_model.onnx_adapter" in found["write"]["files"]
+    options = ("--max-new-tokens", "3", "--provider", "cpu", "--json")
+    found = json.loads(call("run", path, "one text", "another", "--adapter", "t5-all", *options).stdout)
+    assert [len(result["tokens"]) <= 3 for result in found["results"]] == [True, True]
+    assert all(isinstance(result["text"], str) for result in found["results"])
+    assert "The input is no WAV file" in fails(3, "run", exports["whisper-dynamic"], "nowhere.wav", *options)
 
 
 def test_the_installed_command_prints_errors_on_stderr_and_results_on_stdout(adapters, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
-from catalogue import ADAPTERS, EXPORTS, ExportSpec, export_to
+from catalogue import ADAPTERS, EXPORTS, SEQ2SEQ_BASES, ExportSpec, export_to
 from references import decoder_feeds, error, inputs_for, outputs_of, real, unmerged
 
 from lora_export.artifact import read_manifest, sha256_of
@@ -28,8 +28,11 @@ from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.sources import SourceOverrides
 
 ROUNDING = 2e-5
-# A dual encoder gives two outputs a row: tests/verify/test_dual_encoder.py.
-COMPARED = {name: spec for name, spec in EXPORTS.items() if spec.adapters and "f16" not in name and spec.base != "clip"}
+# Those of several graphs, or of two outputs a row, have tests of their own: test_seq2seq.py, verify/test_dual_encoder.py.
+ELSEWHERE = (*SEQ2SEQ_BASES, "clip")
+COMPARED = {
+    name: spec for name, spec in EXPORTS.items() if spec.adapters and "f16" not in name and spec.base not in ELSEWHERE
+}
 DYNAMIC = [name for name, spec in COMPARED.items() if spec.mode == "dynamic"]
 MERGED = [name for name, spec in COMPARED.items() if spec.mode == "merge"]
 

@@ -32,6 +32,8 @@ def randomize(model: torch.nn.Module, seed: str) -> torch.nn.Module:
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim >= 2:
             fan_in = parameter.shape[0] if "transformer.h." in name else math.prod(parameter.shape[1:])
+            if name.endswith(".q.weight"):  # T5 has the scale of attention in here
+                fan_in *= model.config.d_kv
             is_table = "embedding" in name or "wte" in name or "wpe" in name
             parameter.copy_(noise * (0.5 if is_table else 1 / math.sqrt(fan_in)))
         elif name.endswith("weight"):  # of a norm
@@ -172,6 +174,86 @@ def clip(folder: Path) -> Path:
     config = transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=16)
     _save(transformers.CLIPModel(config), folder, classifier=True)
     transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(folder)
+    return folder
+
+
+def t5(folder: Path, *, untied: bool = False) -> Path:
+    """Two encoder and three decoder layers, relative positions, a head tied to the embedding and scaled.
+
+    Args:
+        untied: As T5 1.1 and FLAN-T5: a head of its own, not scaled, and gated activations.
+    """
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=12,
+        d_ff=48,
+        num_layers=2,
+        num_decoder_layers=3,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=20,
+        decoder_start_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0,
+        **({"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if untied else {}),
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    if untied:
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros(VOCABULARY, 32))
+    return _save(model, folder, classifier=True)
+
+
+def bart(folder: Path) -> Path:
+    """Two encoder and three decoder layers of other widths, learned positions, a bias on the final logits."""
+    config = transformers.BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=40,
+        max_position_embeddings=POSITIONS,
+        scale_embedding=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    model = transformers.BartForConditionalGeneration(config)
+    model.final_logits_bias.copy_(0.5 * torch.randn(model.final_logits_bias.shape, generator=_generator("bias")))
+    return _save(model, folder, classifier=True)
+
+
+def whisper(folder: Path) -> Path:
+    """Two encoder layers behind the convolutions, three decoder layers, 50 positions (100 frames) of 8 bands."""
+    config = transformers.WhisperConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=40,
+        max_source_positions=50,
+        max_target_positions=POSITIONS,
+        num_mel_bins=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    _save(transformers.WhisperForConditionalGeneration(config), folder)
+    # 100 frames of 160 samples at 16 kHz.
+    transformers.WhisperFeatureExtractor(
+        feature_size=8, sampling_rate=16000, hop_length=160, chunk_length=1, n_fft=400
+    ).save_pretrained(folder)
     return folder
 
 

@@ -62,6 +62,15 @@ def _classifier(config: str, targets: list[str], fields: dict) -> Architecture:
     return Architecture(config, SEQUENCE, "SEQ_CLS", targets, fields, head="classifier")
 
 
+SEQ2SEQ = "AutoModelForSeq2SeqLM"
+T5 = {"vocab_size": 600, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4} | {
+    "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2,
+    "initializer_factor": 1 / 3,  # its attention has no scale of its own: three times as much would be too sharp
+}  # fmt: skip
+BART = {"vocab_size": 600, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4} | {
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "decoder_start_token_id": 2,
+}  # fmt: skip
 CATALOGUE = {
     "BERT": _classifier("BertConfig", ["query", "dense"], TEXT),
     "BERT, features": Architecture(
@@ -140,6 +149,26 @@ CATALOGUE = {
         CLIP_IMAGE,
         head="visual_projection",
     ),
+    "T5": Architecture("T5Config", SEQ2SEQ, "SEQ_2_SEQ_LM", ["q", "v", "wo"], T5),
+    "T5 1.1": Architecture(
+        "T5Config",
+        SEQ2SEQ,
+        "SEQ_2_SEQ_LM",
+        ["q", "v", "wi_0"],
+        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "BART": Architecture(
+        "BartConfig", SEQ2SEQ, "SEQ_2_SEQ_LM", ["q_proj", "v_proj", "fc1"], BART | {"max_position_embeddings": 512}
+    ),
+    "Whisper": Architecture(
+        "WhisperConfig",
+        "AutoModelForSpeechSeq2Seq",
+        None,
+        ["q_proj", "v_proj"],
+        BART
+        | {"num_mel_bins": 8, "max_source_positions": 100, "max_target_positions": 64, "decoder_start_token_id": 1}
+        | {"suppress_tokens": None, "begin_suppress_tokens": None},
+    ),
 }
 IMAGES = ("ViTConfig", "CLIPVisionConfig")
 
@@ -162,6 +191,9 @@ def make_base(architecture: Architecture, folder: Path) -> Path:
     config = getattr(transformers, architecture.config)(num_labels=3, **architecture.fields)
     auto = getattr(transformers, architecture.auto)
     base = (auto.from_config(config) if architecture.auto.startswith("Auto") else auto(config)).eval()
+    if architecture.fields.get("tie_word_embeddings") is False and architecture.auto == SEQ2SEQ:
+        # T5's configuration ties the head all the same; a checkpoint with another head does not.
+        base.lm_head.weight = torch.nn.Parameter(torch.randn_like(base.lm_head.weight) / 8)
     for parameter in base.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(3)

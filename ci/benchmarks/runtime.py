@@ -30,7 +30,7 @@ from lora_export.verify.bench import candidates
 from lora_export.verify.intervals import verdict
 from lora_export.verify.latency import Candidate, Race, measure
 from lora_export.verify.results import Ratio, Workload
-from lora_export.verify.workloads import random_inputs
+from lora_export.verify.workloads import workload_inputs
 
 _N_ADAPTERS, _RANK, _N_LABELS = 16, 8, 4
 _SHAPE = LlamaShape(4, 1024, 2816, heads=16, kv_heads=16, head_dim=64, vocab=32000, dtype="float32")
@@ -107,7 +107,7 @@ def measure_case(case: Case, folders: dict[str, Path], blocks: int) -> list[Work
     for shape in case.shapes:
         found = candidates(manifest, shape[0])
         found.insert(1, Candidate("base again", "another session of the same graph: the noise", "base again"))
-        races.append(Race(shape, random_inputs(manifest.contract, vocabulary, *shape), found))
+        races.append(Race(shape, workload_inputs(manifest.graphs, vocabulary, *shape), found))
 
     def progress(block: int, total: int) -> None:
         print(f"\r{case.name}: block {block} of {total}", end="", file=sys.stderr, flush=True)

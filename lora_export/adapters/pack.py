@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +16,10 @@ _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
 
 
 def pack(
-    adapter: Adapter, contract: GraphContract, base_weight: Callable[[str], torch.Tensor]
+    adapter: Adapter,
+    contract: GraphContract,
+    base_weight: Callable[[str], torch.Tensor],
+    elsewhere: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """The tensors `adapter` feeds to a graph of `contract`, by input name, sorted; absent inputs keep their default.
 
@@ -30,6 +33,7 @@ def pack(
 
     Args:
         base_weight: Reads a parameter of the base by path.
+        elsewhere: Modules that another graph of the export takes, and this one need not.
 
     Raises:
         InputRefused: The adapter needs modules that the graph has no inputs for; all are named.
@@ -46,8 +50,8 @@ def pack(
         packer.add_pair(pair, gain=None)
     for path, rows in adapter.token_rows.items():
         packer.add_tokens(path, rows)
-    if packer.missing:
-        missing = list(dict.fromkeys(packer.missing))
+    missing = [module for module in dict.fromkeys(packer.missing) if module not in elsewhere]
+    if missing:
         raise InputRefused(
             f"Adapter {adapter.name!r} needs modules that the graph has no inputs for",
             where=", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else ""),

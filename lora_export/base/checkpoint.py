@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,3 +176,21 @@ def checkpoint_names(
                 found=str(list(shape)),
             )
     return names
+
+
+def stored_apart(model: torch.nn.Module, names: Mapping[str, str], files: SafetensorsFiles) -> tuple[str, ...]:
+    """The paths that `model` ties and for which the checkpoint has numbers of their own (T5 1.1, FLAN-T5, mT5).
+
+    Transformers does not tie those either, whatever the config says.
+
+    Args:
+        names: Stored name by model path, from `checkpoint_names`.
+    """
+    groups: dict[str, list[str]] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, [source]).append(target)
+    found = []
+    for group in groups.values():
+        first, *others = [path for path in group if path in names] or [None]
+        found += [path for path in others if not torch.equal(files.read(names[path]), files.read(names[first]))]
+    return tuple(found)

@@ -9,6 +9,7 @@ import inspect
 from dataclasses import dataclass
 from enum import StrEnum
 
+from lora_export.contract import DECODER, DECODER_WITH_PAST, ENCODER, SINGLE
 from lora_export.errors import InputRefused
 
 
@@ -19,6 +20,8 @@ class Task(StrEnum):
     IMAGE_CLASSIFICATION = "image-classification"
     TEXT_GENERATION = "text-generation"
     ZERO_SHOT_IMAGE_CLASSIFICATION = "zero-shot-image-classification"
+    TEXT2TEXT_GENERATION = "text2text-generation"
+    SPEECH_RECOGNITION = "automatic-speech-recognition"
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,10 @@ class _Entry:
     auto_class: str
     architecture_suffixes: tuple[str, ...]
     peft_task_type: str | None
+    model_types: tuple[str, ...] = ()  # those it is limited to; empty for no limit
+
+    def takes(self, model_type: str | None) -> bool:
+        return not self.model_types or model_type in self.model_types
 
 
 _WITH_PROJECTION = "WithProjection"
@@ -35,8 +42,14 @@ _TABLE = {
     Task.IMAGE_CLASSIFICATION: _Entry("AutoModelForImageClassification", ("ForImageClassification",), None),
     Task.TEXT_GENERATION: _Entry("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel"), "CAUSAL_LM"),
     Task.ZERO_SHOT_IMAGE_CLASSIFICATION: _Entry("AutoModelForZeroShotImageClassification", ("CLIPModel",), None),
+    # Before any other class that ends like Whisper's.
+    Task.SPEECH_RECOGNITION: _Entry(
+        "AutoModelForSpeechSeq2Seq", ("WhisperForConditionalGeneration",), "SEQ_2_SEQ_LM", ("whisper",)
+    ),
+    Task.TEXT2TEXT_GENERATION: _Entry("AutoModelForSeq2SeqLM", ("ForConditionalGeneration",), "SEQ_2_SEQ_LM"),
     Task.FEATURE_EXTRACTION: _Entry("AutoModel", ("Model", _WITH_PROJECTION), "FEATURE_EXTRACTION"),
 }
+SEQ2SEQ = (Task.TEXT2TEXT_GENERATION, Task.SPEECH_RECOGNITION)
 CLASSIFICATION = (Task.TEXT_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.IMAGE_CLASSIFICATION)
 
 
@@ -64,12 +77,12 @@ def resolve_task(requested: str | None, config: dict, peft_task_types: dict[str,
         )
     for kind in asked.values():
         for task, entry in _TABLE.items():
-            if entry.peft_task_type == kind:
+            if entry.peft_task_type == kind and entry.takes(config.get("model_type")):
                 return task
         raise InputRefused(
             f"Adapters of PEFT task type {kind} are not exported",
             where="adapter_config.json: task_type",
-            expected=", ".join(entry.peft_task_type for entry in _TABLE.values() if entry.peft_task_type),
+            expected=", ".join(dict.fromkeys(e.peft_task_type for e in _TABLE.values() if e.peft_task_type)),
             next_step="name a supported task with --task if the base can do it",
         )
     architectures = config.get("architectures") or []
@@ -83,6 +96,23 @@ def resolve_task(requested: str | None, config: dict, peft_task_types: dict[str,
         found=", ".join(architectures) or "nothing",
         next_step="name the task with --task",
     )
+
+
+def graphs_of(task: Task) -> tuple[str, ...]:
+    """The stems of the graphs that `task` exports, in the order they run."""
+    return (ENCODER, DECODER, DECODER_WITH_PAST) if task in SEQ2SEQ else (SINGLE,)
+
+
+def require_model_type(task: Task, model_type: str) -> None:
+    """Raise InputRefused if `task` is not exported for models of this type."""
+    entry = _TABLE[task]
+    if not entry.takes(model_type):
+        raise InputRefused(
+            f"{task} is not exported for this base's architecture",
+            where="config.json: model_type",
+            expected=" or ".join(entry.model_types),
+            found=model_type,
+        )
 
 
 def auto_class(task: Task) -> type:

@@ -6,15 +6,18 @@ The traced graph's initializers carry the model's parameter paths as names, its 
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
 
 from lora_export.base.decompose import decomposed_by_operator
-from lora_export.base.tasks import Task, is_dual_encoder, text_input_names
+from lora_export.base.sample import Sample
+from lora_export.base.seq2seq import seq2seq_sample
+from lora_export.base.tasks import SEQ2SEQ, Task, is_dual_encoder, text_input_names
+from lora_export.contract import SINGLE
 from lora_export.quiet import quiet
 from lora_export.recipe import RECIPE, Recipe
 
@@ -23,61 +26,79 @@ _BATCH, _SEQUENCE, _PAST = 2, 7, 5
 _IMAGES = 3
 # What a dual encoder gives besides the hidden states of its two halves.
 _DUAL_OUTPUTS = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
+# Names of sums of axes, whichever way round the trace adds them up; Optimum spells out the second.
+_SUMS = {
+    frozenset({"past_sequence_length", "sequence_length"}): "total_sequence_length",
+    frozenset(
+        {"past_decoder_sequence_length", "decoder_sequence_length"}
+    ): "past_decoder_sequence_length + decoder_sequence_length",
+}
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Keyword arguments of `forward`, their dynamic shapes, and the names their axes get in the graph."""
-
-    inputs: dict
-    dynamic_shapes: dict
-    renamed: dict[str, str]
-
-
-def trace(task: Task, model: torch.nn.Module) -> ir.Model:
+def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE) -> ir.Model:
     """The unoptimized graph of a weightless `model`; parameters become initializers without a value, with a recipe.
 
     Args:
         model: From `build_weightless`. Left as it was.
+        graph: Which of the task's graphs (`graphs_of`).
 
     Returns:
         A graph whose symbolic axes are named `batch_size`, `sequence_length`, `past_sequence_length`,
-        `total_sequence_length`. Parameters and persistent buffers have `const_value` None; everything else
-        (constants, non-persistent buffers) keeps its value.
+        `total_sequence_length`, or as `seq2seq` names them. Parameters and persistent buffers have `const_value`
+        None; everything else (constants, non-persistent buffers) keeps its value.
     """
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    sample = _decoder_sample(model) if task is Task.TEXT_GENERATION else _encoder_sample(task, model)
+    sample = _sample(task, model, graph)
     config = OnnxConfig(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False)
-    with quiet(), decomposed_by_operator():
+    with quiet(), decomposed_by_operator(), _forward(model, sample.forward):
         program = OnnxExporter().export(model, sample.inputs, config).program
     if is_dual_encoder(model):
         _keep_outputs(program, _DUAL_OUTPUTS)
     _unbind_parameters(program.graph, model)
     _rename_inputs_and_outputs(program.graph, sample.renamed)
-    _name_axes(program.graph)
+    _name_axes(program.graph, sample)
     return program
 
 
-def _encoder_sample(task: Task, model: torch.nn.Module) -> _Sample:
+def _sample(task: Task, model: torch.nn.Module, graph: str) -> Sample:
+    if task in SEQ2SEQ:
+        return seq2seq_sample(model, graph)
+    return _decoder_sample(model) if task is Task.TEXT_GENERATION else _encoder_sample(task, model)
+
+
+@contextlib.contextmanager
+def _forward(model: torch.nn.Module, forward: Callable | None) -> Iterator[None]:
+    """Let `model` do `forward` when it is called; None for its own."""
+    if forward is None:
+        yield
+        return
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+def _encoder_sample(task: Task, model: torch.nn.Module) -> Sample:
     if is_dual_encoder(model):
         # One image may be compared with many texts, so their numbers are independent.
         texts, images = _text_sample(model, "text_batch_size"), _image_sample(model, "image_batch_size", _IMAGES)
-        return _Sample(texts.inputs | images.inputs, texts.dynamic_shapes | images.dynamic_shapes, {})
+        return Sample(texts.inputs | images.inputs, texts.dynamic_shapes | images.dynamic_shapes, {})
     if task is Task.IMAGE_CLASSIFICATION or model.main_input_name == "pixel_values":
         return _image_sample(model, "batch_size", _BATCH)
     return _text_sample(model, "batch_size")
 
 
-def _image_sample(model: torch.nn.Module, batch: str, n_images: int) -> _Sample:
+def _image_sample(model: torch.nn.Module, batch: str, n_images: int) -> Sample:
     config = getattr(model.config, "vision_config", model.config)
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     pixels = torch.zeros(n_images, getattr(config, "num_channels", 3), height, width, dtype=model.dtype)
-    return _Sample({"pixel_values": pixels}, {"pixel_values": {0: torch.export.Dim(batch, max=2**20)}}, {})
+    return Sample({"pixel_values": pixels}, {"pixel_values": {0: torch.export.Dim(batch, max=2**20)}}, {})
 
 
-def _text_sample(model: torch.nn.Module, batch: str) -> _Sample:
+def _text_sample(model: torch.nn.Module, batch: str) -> Sample:
     config = getattr(model.config, "text_config", model.config)
     longest = getattr(config, "max_position_embeddings", None) or 2**20
     rows = torch.export.Dim(batch, max=2**20)
@@ -87,7 +108,7 @@ def _text_sample(model: torch.nn.Module, batch: str) -> _Sample:
     shapes = {name: {0: rows, 1: sequence} for name in inputs}
     if getattr(model.config, "use_cache", None) is not None:
         inputs["use_cache"] = False
-    return _Sample(inputs, shapes, {})
+    return Sample(inputs, shapes, {})
 
 
 def _longest_sequence(model: torch.nn.Module, positions: int) -> int:
@@ -100,7 +121,7 @@ def _longest_sequence(model: torch.nn.Module, positions: int) -> int:
     return positions - offset - 1 if counts_from_padding and isinstance(offset, int) else positions
 
 
-def _decoder_sample(model: torch.nn.Module) -> _Sample:
+def _decoder_sample(model: torch.nn.Module) -> Sample:
     from transformers import DynamicCache
 
     config = model.config
@@ -128,7 +149,7 @@ def _decoder_sample(model: torch.nn.Module) -> _Sample:
     shapes = {name: {0: batch, 1: sequence} for name in ("input_ids", "position_ids")}
     shapes["attention_mask"] = {0: batch, 1: torch.export.Dim.AUTO}
     shapes["past_key_values"] = [{0: batch, 2: past}] * (2 * config.num_hidden_layers)
-    return _Sample(inputs, shapes, renamed)
+    return Sample(inputs, shapes, renamed)
 
 
 def _unbind_parameters(graph: ir.Graph, model: torch.nn.Module) -> None:
@@ -145,28 +166,37 @@ def _keep_outputs(program: ir.Model, names: Sequence[str]) -> None:
     program.graph.outputs[:] = [by_name[name] for name in names]
 
 
-def _rename_inputs_and_outputs(graph: ir.Graph, renamed: dict[str, str]) -> None:
+def _rename_inputs_and_outputs(graph: ir.Graph, renamed: Mapping[str, str]) -> None:
     for value in (*graph.inputs, *graph.outputs):
         value.name = renamed.get(value.name, value.name)
 
 
-def _name_axes(graph: ir.Graph) -> None:
-    """Give the trace's symbols (`s44`) the names of the axes they stand for, everywhere in the graph."""
-    axes = {"pixel_values": ("batch_size",), "attention_mask": ("batch_size", "total_sequence_length")}
+def _axes_of(graph: ir.Graph) -> dict[str, dict[int, str]]:
+    """The names of the axes of each input of an encoder or a decoder alone."""
     decoder = any(value.name.startswith("past_key_values") for value in graph.inputs)
     dual = {"input_ids", "pixel_values"} <= {value.name for value in graph.inputs}
+    found = {}
+    for value in graph.inputs:
+        if value.name.startswith("past_key_values"):
+            found[value.name] = {0: "batch_size", 2: "past_sequence_length"}
+        elif value.name == "attention_mask" and decoder:
+            found[value.name] = {0: "batch_size", 1: "total_sequence_length"}
+        elif value.name == "pixel_values":
+            found[value.name] = {0: "batch_size"}
+        else:
+            found[value.name] = {0: "batch_size", 1: "sequence_length"}
+        if dual:
+            found[value.name][0] = "image_batch_size" if value.name == "pixel_values" else "text_batch_size"
+    return found
+
+
+def _name_axes(graph: ir.Graph, sample: Sample) -> None:
+    """Give the trace's symbols (`s44`) the names of the axes they stand for, everywhere in the graph."""
+    axes = sample.axes or _axes_of(graph)
     names: dict[str, str] = {}
     # input_ids first: where the trace unified two axes, the first name given stays.
     for value in sorted(graph.inputs, key=lambda value: value.name != "input_ids"):
-        if value.name.startswith("past_key_values"):
-            labels = {0: "batch_size", 2: "past_sequence_length"}
-        elif value.name in axes and (decoder or value.name == "pixel_values"):
-            labels = dict(enumerate(axes[value.name]))
-        else:
-            labels = {0: "batch_size", 1: "sequence_length"}
-        if dual:
-            labels[0] = "image_batch_size" if value.name == "pixel_values" else "text_batch_size"
-        for axis, label in labels.items():
+        for axis, label in axes[value.name].items():
             dim = value.shape[axis]
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
                 names.setdefault(str(dim.value), label)
@@ -176,8 +206,7 @@ def _name_axes(graph: ir.Graph) -> None:
         for axis, dim in enumerate(value.shape):
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
                 named = re.sub(r"\b\w+\b", lambda m: names.get(m[0], m[0]), str(dim.value))
-                total = sorted(named.split(" + ")) == ["past_sequence_length", "sequence_length"]
-                value.shape[axis] = "total_sequence_length" if total else named
+                value.shape[axis] = _SUMS.get(frozenset(named.split(" + ")), named)
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

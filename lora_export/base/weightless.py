@@ -6,9 +6,12 @@ itself, PEFT loses an adapter's tensors and code with constants cannot be traced
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 import torch
 
-from lora_export.base.tasks import Task, model_class
+from lora_export.base.tasks import Task, model_class, require_model_type
 from lora_export.errors import InputRefused
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -23,6 +26,7 @@ def build_weightless(task: Task, config, dtype: str) -> torch.nn.Module:
     Raises:
         InputRefused: Transformers has no such model for the task.
     """
+    require_model_type(task, config.model_type)
     kind = model_class(task, config)
     try:
         with torch.device("meta"):
@@ -35,11 +39,21 @@ def build_weightless(task: Task, config, dtype: str) -> torch.nn.Module:
             found=str(getattr(config, "model_type", None)),
             next_step="name another task with --task",
         ) from error
+    if dtype == "float16":
+        _keep_in_float32(model)
     for module in model.modules():
         _replace_tensors(module)
     model.initialize_weights()
     model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+def _keep_in_float32(model: torch.nn.Module) -> None:
+    """Keep what `from_pretrained` keeps when it loads in float16: T5's second projection, which overflows."""
+    kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._keep_in_fp32_modules or ()]
+    for name, module in model.named_modules():
+        if module._parameters and any(pattern.search(f"{name}.weight") for pattern in kept):
+            module.float()
 
 
 def _replace_tensors(module: torch.nn.Module) -> None:
@@ -54,6 +68,14 @@ def _replace_tensors(module: torch.nn.Module) -> None:
             module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
         else:
             module._buffers[name] = _marked_initialized(torch.zeros((), dtype=buffer.dtype).expand(buffer.shape))
+
+
+def untie(model: torch.nn.Module, paths: Iterable[str]) -> None:
+    """Give each of `paths` of a weightless model, changed in place, a parameter of its own."""
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        zero = torch.zeros((), dtype=model.get_parameter(path).dtype).expand(model.get_parameter(path).shape)
+        setattr(model.get_submodule(module), name, torch.nn.Parameter(zero, requires_grad=False))
 
 
 def _marked_initialized(tensor: torch.Tensor) -> torch.Tensor:

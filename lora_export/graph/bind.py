@@ -1,4 +1,4 @@
-"""Write a finished weightless graph with its weights: one tensor at a time, straight into external data.
+"""Write finished weightless graphs with their weights: one tensor at a time, straight into external data.
 
 No tensor outlives its turn: a weight is made (read, folded, cast, transposed or concatenated), written, hashed and
 dropped, so the peak is the largest tensor and what its making needs.
@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.contract import AdapterInput, StoredDefault
+from lora_export.contract import AdapterInput, StoredDefault, data_file, graph_file
 from lora_export.graph.sites import NAME_SCOPES
 from lora_export.graph.unbound import unbound
 from lora_export.recipe import Recipe
@@ -29,61 +29,101 @@ _INLINE_BYTES = 1024
 
 
 @dataclass(frozen=True)
-class WrittenGraph:
-    """What a write produced: sha256 by file name, total bytes, and the adapter inputs with their stored defaults."""
+class WrittenGraphs:
+    """What a write produced: sha256 by file name, total bytes, and each graph's adapter inputs with their defaults."""
 
     sha256: dict[str, str]
     n_bytes: int
-    adapter_inputs: tuple[AdapterInput, ...]
+    adapter_inputs: dict[str, tuple[AdapterInput, ...]]
 
 
-def write_graph(
-    model: ir.Model,
+def write_graphs(
+    models: Mapping[str, ir.Model],
     folder: Path,
     make_weight: Callable[[Recipe, str], np.ndarray],
-    adapter_inputs: Iterable[AdapterInput] = (),
+    adapter_inputs: Mapping[str, Sequence[AdapterInput]],
     on_weight: Callable[[str, int], None] = lambda name, n_bytes: None,
-) -> WrittenGraph:
-    """Bind and write `model` as `folder/model.onnx` and `folder/model.onnx.data`.
+) -> WrittenGraphs:
+    """Bind and write the graphs of an export into `folder`; graphs that share a data file share equal weights in it.
 
     Args:
-        model: Consumed: its initializers are external tensors afterwards.
+        models: By stem. Consumed: their initializers are external tensors afterwards.
         make_weight: Makes a weight from its recipe in a dtype (NumPy's name), C-contiguous.
-        adapter_inputs: Those of a dynamic graph; a replaced Linear's default is stored `[1, …]`.
+        adapter_inputs: Those of each graph; a replaced Linear's default is stored `[1, …]`.
         on_weight: Called after each weight with its name and size in bytes, for progress.
 
     Raises:
         OSError: The disk is full or the folder cannot be written.
     """
-    data_name = "model.onnx.data"
-    _order_initializers(model.graph)
-    by_name = {entry.name: entry for entry in adapter_inputs}
-    with _HashingWriter(folder / data_name) as writer:
-        for value, array in _large_weights(model.graph, make_weight):
-            if value.name in by_name:
-                array = array.reshape(1, *array.shape) if array.ndim == 2 else array.reshape(1, 1, -1)
-                stored = StoredDefault(array.shape, writer.next_offset(), array.nbytes)
+    sha256, n_bytes = {}, 0
+    described: dict[str, tuple[AdapterInput, ...]] = {}
+    for data_name in dict.fromkeys(map(data_file, models)):
+        sharing = [graph for graph in models if data_file(graph) == data_name]
+        with _HashingWriter(folder / data_name) as writer:
+            stored: dict[tuple, StoredDefault] = {}
+            for graph in sharing:
+                binding = _Binding(folder, data_name, writer, make_weight, on_weight, stored)
+                described[graph] = binding.bind(models[graph].graph, adapter_inputs[graph])
+        sha256[data_name] = writer.sha256
+        n_bytes += writer.n_bytes
+    for graph, model in models.items():
+        _drop_build_metadata(model)
+        path = folder / graph_file(graph)
+        ir.save(model, path)
+        graph_bytes = path.read_bytes()
+        sha256[path.name] = hashlib.sha256(graph_bytes).hexdigest()
+        n_bytes += len(graph_bytes)
+    return WrittenGraphs(sha256, n_bytes, described)
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """One data file being written, and what it holds so far: tensors by how they are made, or by their bytes."""
+
+    folder: Path
+    data_name: str
+    writer: _HashingWriter
+    make_weight: Callable[[Recipe, str], np.ndarray]
+    on_weight: Callable[[str, int], None]
+    stored: dict[tuple, StoredDefault]
+
+    def bind(self, graph: ir.Graph, adapter_inputs: Sequence[AdapterInput]) -> tuple[AdapterInput, ...]:
+        """Give every weight of `graph` its place in the file; the adapter inputs with theirs."""
+        _order_initializers(graph)
+        by_name = {entry.name: entry for entry in adapter_inputs}
+        recipes = {value.name: recipe for value, recipe in unbound(graph)}
+        for value in list(graph.initializers.values()):
+            recipe, is_default = recipes.get(value.name), value.name in by_name
+            if recipe is None and value.const_value.nbytes < _INLINE_BYTES:
+                continue  # shapes and other small constants stay inline
+            key = (recipe or _digest(value.const_value), value.dtype, is_default)
+            if key not in self.stored:
+                self.stored[key] = self._write(value, recipe, is_default=is_default)
+            stored = self.stored[key]
+            if is_default:
                 by_name[value.name] = replace(by_name[value.name], default=stored)
-            offset = writer.write(array)
             value.const_value = ir.ExternalTensor(
-                data_name,
-                offset,
-                array.nbytes,
+                self.data_name,
+                stored.offset,
+                stored.length,
                 value.dtype,
-                shape=ir.Shape(array.shape),
+                shape=ir.Shape(stored.shape),
                 name=value.name,
-                base_dir=str(folder),
+                base_dir=str(self.folder),
             )
-            on_weight(value.name, array.nbytes)
-            del array
-    _drop_build_metadata(model)
-    ir.save(model, folder / "model.onnx")
-    graph_bytes = (folder / "model.onnx").read_bytes()
-    return WrittenGraph(
-        {"model.onnx": hashlib.sha256(graph_bytes).hexdigest(), data_name: writer.sha256},
-        len(graph_bytes) + writer.n_bytes,
-        tuple(by_name.values()),
-    )
+        return tuple(by_name.values())
+
+    def _write(self, value: ir.Value, recipe: Recipe | None, *, is_default: bool) -> StoredDefault:
+        array = value.const_value.numpy() if recipe is None else self.make_weight(recipe, str(value.dtype.numpy()))
+        if is_default:
+            array = array.reshape(1, *array.shape) if array.ndim == 2 else array.reshape(1, 1, -1)
+        stored = StoredDefault(array.shape, self.writer.write(array), array.nbytes)
+        self.on_weight(value.name, array.nbytes)
+        return stored
+
+
+def _digest(tensor: ir.TensorProtocol) -> tuple[tuple[int, ...], bytes]:
+    return tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest()
 
 
 def _order_initializers(graph: ir.Graph) -> None:
@@ -91,18 +131,6 @@ def _order_initializers(graph: ir.Graph) -> None:
     ordered = sorted(graph.initializers.items())
     graph.initializers.clear()
     graph.initializers.update(ordered)
-
-
-def _large_weights(
-    graph: ir.Graph, make_weight: Callable[[Recipe, str], np.ndarray]
-) -> Iterator[tuple[ir.Value, np.ndarray]]:
-    """The weights for external data, each made when it is asked for; shapes and other small constants stay inline."""
-    recipes = {value.name: recipe for value, recipe in unbound(graph)}
-    for value in list(graph.initializers.values()):
-        if value.name in recipes:
-            yield value, make_weight(recipes[value.name], str(value.dtype.numpy()))
-        elif value.const_value.nbytes >= _INLINE_BYTES:
-            yield value, value.const_value.numpy()
 
 
 def _drop_build_metadata(model: ir.Model) -> None:

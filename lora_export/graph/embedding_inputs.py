@@ -38,12 +38,7 @@ def find_embeddings(graph: ir.Graph, modules: tuple[str, ...]) -> dict[str, list
     Raises:
         InputRefused: A module is no embedding of this graph, or the task's graph never calls it.
     """
-    sites: dict[str, list[EmbeddingSite]] = {module: [] for module in modules}
-    for node in graph.all_nodes():
-        if node.op_type == "Gather" and node.inputs[0].is_initializer() and node.inputs[0].const_value is None:
-            module, shape = module_of(node), node.inputs[0].shape
-            if module in sites and len(shape) == 2:
-                sites[module].append(EmbeddingSite(module, node, shape[0], shape[1]))
+    sites = embeddings_in(graph, modules)
     missing = [module for module, found in sites.items() if not found]
     if missing:
         raise InputRefused(
@@ -51,6 +46,17 @@ def find_embeddings(graph: ir.Graph, modules: tuple[str, ...]) -> dict[str, list
             where=", ".join(missing),
             next_step="merge the adapter instead, or export the task that the adapter was trained for (--task)",
         )
+    return sites
+
+
+def embeddings_in(graph: ir.Graph, modules: tuple[str, ...]) -> dict[str, list[EmbeddingSite]]:
+    """As `find_embeddings`, with none for a module that this graph does not call."""
+    sites: dict[str, list[EmbeddingSite]] = {module: [] for module in modules}
+    for node in graph.all_nodes():
+        if node.op_type == "Gather" and node.inputs[0].is_initializer() and node.inputs[0].const_value is None:
+            module, shape = module_of(node), node.inputs[0].shape
+            if module in sites and len(shape) == 2:
+                sites[module].append(EmbeddingSite(module, node, shape[0], shape[1]))
     return sites
 
 

@@ -21,13 +21,15 @@ from lora_export.recipe import Recipe
 def fuse(model: ir.Model, provider: str) -> ir.Model:
     """`model` (changed in place and returned) optimized and fused for `provider`, "cpu" or "cuda"."""
     from onnxscript.optimizer import optimize_ir
-    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+    from transformers.exporters.onnxruntime_fusions import _unfuse_mixed_dtype_skip_norms, fuse_for_onnxruntime
 
     prepare_weights(model)
     with quiet(), _operator_checked_first():
         # Folding a Resize (interpolated position embeddings) evaluates it element by element in Python.
         optimize_ir(model, should_fold=lambda node: False if node.op_type == "Resize" else None)
         fuse_for_onnxruntime(model, provider)
+        # Its last step but a few fuses again what it had taken apart: T5 in float16, whose residual is float32.
+        _unfuse_mixed_dtype_skip_norms(model)
     if provider == "cuda":
         pack_siblings(model)
     read_tied_weights_transposed(model)

@@ -7,7 +7,7 @@ and by the weight it reads, never by its generated name.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -61,14 +61,24 @@ def find_sites(graph: ir.Graph, modules: Iterable[str]) -> dict[str, list[Site]]
     Raises:
         InputRefused: A module has no linear map in the graph: it is no Linear, or the task's graph never calls it.
     """
-    wanted = dict.fromkeys(modules)
-    sites: dict[str, list[Site]] = {module: [] for module in wanted}
+    sites = sites_in(graph, modules)
+    refuse_unlinked([module for module, found in sites.items() if not found])
+    return sites
+
+
+def sites_in(graph: ir.Graph, modules: Iterable[str]) -> dict[str, list[Site]]:
+    """As `find_sites`, with none for a module that has no linear map in this graph."""
+    sites: dict[str, list[Site]] = {module: [] for module in modules}
     for node in graph.all_nodes():
         if node.domain == "" and node.op_type in ("MatMul", "Gemm"):
             module = module_of(node)
-            if module in wanted and (site := _linear_site(module, node)) is not None:
+            if module in sites and (site := _linear_site(module, node)) is not None:
                 sites[module].append(site)
-    missing = [module for module, found in sites.items() if not found]
+    return sites
+
+
+def refuse_unlinked(missing: Sequence[str]) -> None:
+    """Raise InputRefused if there are modules that no exported graph has a linear map of."""
     if missing:
         raise InputRefused(
             "Adapted modules are not linear maps of the exported graph",
@@ -76,7 +86,6 @@ def find_sites(graph: ir.Graph, modules: Iterable[str]) -> dict[str, list[Site]]
             expected="nn.Linear or Conv1D modules that this task's forward pass calls",
             next_step="merge the adapter instead, or export the task that the adapter was trained for (--task)",
         )
-    return sites
 
 
 def _linear_site(module: str, node: ir.Node) -> Site | None:

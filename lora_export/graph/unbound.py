@@ -103,6 +103,17 @@ def bind_small(model: ir.Model, arrays: Mapping[str, np.ndarray]) -> ir.Model:
     return model
 
 
+def rename_weight(model: ir.Model, name: str, other_name: str) -> ir.Model:
+    """Let a tied weight that goes by `name`, which an adapter changes elsewhere, be read by its `other_name`."""
+    value = model.graph.initializers.get(name)
+    if value is not None:
+        model.graph.initializers.pop(name)
+        value.name = other_name
+        set_recipe(value, Recipe((other_name,)))
+        model.graph.initializers[other_name] = value
+    return model
+
+
 def untie(model: ir.Model, module: str, sites: Iterable[ir.Node], other_name: str) -> ir.Model:
     """Give `module` its own weight where it shares one (a head tied to an embedding) that an adapter will change.
 

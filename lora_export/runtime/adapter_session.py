@@ -1,4 +1,4 @@
-"""`AdapterSession`: run an exported folder, with a different adapter for each row of a batch if need be.
+"""`AdapterSession`: run a graph of an exported folder, with a different adapter for each row of a batch if need be.
 
 Needs onnxruntime and numpy only; torch, transformers and PEFT need not be installed.
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from lora_export.artifact import GRAPH, GRAPH_DATA, Manifest, read_manifest, sha256_of
-from lora_export.contract import AdapterInputKind, GraphContract
+from lora_export.artifact import Manifest, read_manifest, sha256_of
+from lora_export.contract import SINGLE, AdapterInputKind, GraphContract, data_file, graph_file
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.runtime.arrays import lowest, numpy_dtype, to_array, to_ort_value
 from lora_export.runtime.bank import RowSpec, classes_by_row, stack_rows
@@ -44,8 +44,10 @@ class AdapterSession:
         n_threads: Threads within an operator; None for ONNX Runtime's choice.
         stop_spinning: Let the CPU's threads rest as soon as a run is over. By default they wait for the next one on
             the core for a while, which is best for one session and takes the cores from a second one.
+        graph: Which graph of an export of several; `Seq2SeqSession` runs all of an encoder-decoder.
 
     Raises:
+        UsageProblem: The export has no such graph, or it has several and none is named.
         InputRefused: The folder is no export, or an adapter file is not the one that was exported.
         EnvironmentUnusable: The provider is not usable.
     """
@@ -57,22 +59,26 @@ class AdapterSession:
         *,
         n_threads: int | None = None,
         stop_spinning: bool = False,
+        graph: str | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
+        self._contract = self.manifest.contract if graph is None else self.manifest.contract_of(graph)
+        self.graph = graph or SINGLE
         choice = choose_provider(provider)
         self.provider, self.provider_reason = choice.name, choice.reason
-        graph = self.folder / GRAPH
-        self.session = open_session(graph, self.provider, n_threads=n_threads, stop_spinning=stop_spinning)
-        self._contract = self.manifest.contract
+        path = self.folder / graph_file(self.graph)
+        self.session = open_session(path, self.provider, n_threads=n_threads, stop_spinning=stop_spinning)
         self._adapters: dict[str, dict[str, np.ndarray]] = {}
         self._compositions: OrderedDict[tuple[RowSpec, ...], dict[str, ort.OrtValue]] = OrderedDict()
         self._defaults = self._read_defaults()
         for record in self.manifest.adapters:
-            if record.file is not None:
-                path = self.folder / record.file
-                _require_unchanged(path, self.manifest.files.get(record.file))
-                self.load(path, record.name)
+            file = record.files.get(self.graph)
+            if file is not None:
+                _require_unchanged(self.folder / file, self.manifest.files.get(file))
+                self.load(self.folder / file, record.name)
+            elif record.files:  # it touches other graphs only
+                self.hold(record.name, {})
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -87,11 +93,23 @@ class AdapterSession:
         """
         path = Path(path)
         name = name or path.stem
+        self.hold(name, self.read(path))
+        return name
+
+    def read(self, path: Path) -> dict[str, np.ndarray]:
+        """The tensors in an `.onnx_adapter` file made for this graph, without loading it.
+
+        Raises:
+            InputRefused: The file is no adapter, or its tensors are not those of this graph's inputs.
+        """
         tensors = _read_adapter(path)
         _require_fit(path, tensors, self._contract)
-        self._adapters[name] = tensors
+        return tensors
+
+    def hold(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
+        """Load what `read` gave as adapter `name`; with no tensors, the adapter leaves this graph as its base is."""
+        self._adapters[name] = dict(tensors)
         self._compositions.clear()
-        return name
 
     def unload(self, name: str) -> None:
         """Forget adapter `name`.
@@ -182,7 +200,7 @@ class AdapterSession:
 
     def _require_loaded(self, name: str) -> None:
         if name not in self._adapters:
-            merged = ", ".join(record.name for record in self.manifest.adapters if record.file is None)
+            merged = ", ".join(record.name for record in self.manifest.adapters if not record.files)
             raise UsageProblem(
                 f"No adapter {name!r} is loaded",
                 found=", ".join(self._adapters) or (f"a merged graph (of {merged})" if merged else "none"),
@@ -206,7 +224,10 @@ class AdapterSession:
             if entry.default is not None:
                 dtype = numpy_dtype(entry.dtype)
                 found[entry.name] = np.fromfile(
-                    self.folder / GRAPH_DATA, dtype, entry.default.length // dtype.itemsize, offset=entry.default.offset
+                    self.folder / data_file(self.graph),
+                    dtype,
+                    entry.default.length // dtype.itemsize,
+                    offset=entry.default.offset,
                 ).reshape(entry.default.shape)
         return found
 

@@ -10,17 +10,19 @@ from functools import partial
 from pathlib import Path
 
 from lora_export.artifact import Kind, Manifest, read_manifest
-from lora_export.base.tasks import Task
-from lora_export.runtime.adapter_session import AdapterSession
+from lora_export.base.tasks import SEQ2SEQ, Task
+from lora_export.runtime.seq2seq_session import open_export
 from lora_export.verify.environment import environment, subject
-from lora_export.verify.latency import Candidate, Race, measure, measure_swap
+from lora_export.verify.latency import Candidate, Race, Session, measure, measure_swap
 from lora_export.verify.results import BenchReport
-from lora_export.verify.workloads import random_inputs
+from lora_export.verify.workloads import source_length, workload_inputs
 
 _USUAL_SHAPES = {
     Task.TEXT_GENERATION: ((1, 128, 0), (4, 1, 128)),
     Task.IMAGE_CLASSIFICATION: ((1, 0, 0), (8, 0, 0)),
     Task.ZERO_SHOT_IMAGE_CLASSIFICATION: ((1, 32, 0), (8, 64, 0)),
+    Task.TEXT2TEXT_GENERATION: ((1, 64, 16), (8, 64, 16)),
+    Task.SPEECH_RECOGNITION: ((1, 0, 16), (4, 0, 16)),
 }
 _USUAL_TEXT_SHAPES = ((1, 32, 0), (4, 128, 0), (16, 64, 0))
 _BINDING = "inputs, adapters and outputs bound on the device"
@@ -61,19 +63,22 @@ def run_bench(request: BenchRequest, progress: Callable[[str, int, int], None]) 
     if request.merged is not None:
         folders["merged"] = request.merged
     openers = {
-        name: partial(AdapterSession, folder, request.provider, stop_spinning=True) for name, folder in folders.items()
+        name: partial(open_export, folder, request.provider, stop_spinning=True) for name, folder in folders.items()
     }
     sessions, memory = _open_one_by_one(openers)
     export = sessions["export"]
     described = environment(export.provider, export.provider_reason, {"binding": _BINDING, "threads": _THREADS})
     task = Task(manifest.task)
     vocabulary = json.loads((request.folder / "config.json").read_text(encoding="utf-8")).get("vocab_size", 2)
-    shapes = request.shapes or _USUAL_SHAPES.get(task, _USUAL_TEXT_SHAPES)
+    shapes = [
+        (batch, source_length(manifest.graphs, sequence), past)
+        for batch, sequence, past in request.shapes or _USUAL_SHAPES.get(task, _USUAL_TEXT_SHAPES)
+    ]
     races = [
-        Race(shape, random_inputs(manifest.contract, vocabulary, *shape), candidates(manifest, shape[0]))
+        Race(shape, workload_inputs(manifest.graphs, vocabulary, *shape), candidates(manifest, shape[0]))
         for shape in shapes
     ]
-    swap = measure_swap(export, races[-1].inputs) if manifest.kind is Kind.DYNAMIC else None
+    swap = measure_swap(export, shapes[-1][0]) if manifest.kind is Kind.DYNAMIC else None
     notes = _notes(export, manifest)
     del export
     sessions.clear()  # the rounds open their own
@@ -93,8 +98,8 @@ def run_bench(request: BenchRequest, progress: Callable[[str, int, int], None]) 
 
 
 def _open_one_by_one(
-    openers: Mapping[str, Callable[[], AdapterSession]],
-) -> tuple[dict[str, AdapterSession], dict[str, float]]:
+    openers: Mapping[str, Callable[[], Session]],
+) -> tuple[dict[str, Session], dict[str, float]]:
     """The sessions, and the anonymous memory that each took, megabytes."""
     sessions, memory = {}, {}
     for name, opener in openers.items():
@@ -123,8 +128,12 @@ def candidates(manifest: Manifest, batch: int) -> list[Candidate]:
     return found
 
 
-def _notes(export: AdapterSession, manifest: Manifest) -> tuple[str, ...]:
+def _notes(export: Session, manifest: Manifest) -> tuple[str, ...]:
     notes = []
+    if manifest.task in SEQ2SEQ:
+        notes.append(
+            "A run is the encoder over the source and one step of the decoder on the past; no text is written."
+        )
     if manifest.provider != export.provider:
         notes.append(f"The graph is fused for {manifest.provider} and ran on {export.provider}: not its best speed.")
     return tuple(notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from lora_export.verify.results import ParityCase
 from lora_export.verify.tolerances import Tolerances
 
 _ROWS = 4
-_GREEDY_TOKENS = 32
+GREEDY_TOKENS = 32
 _PROMPT_TOKENS = 12
 
 
@@ -41,12 +42,15 @@ def decoding_cases(
         return compare(f"{label}: {suffix}", "decoding", described, outputs, found, gates)
 
     cached = case("cached steps", stepped)
-    scale = max(1.0, float(np.abs(expected[batch.real]).max()))
-    noise = cached.error if gates.relative is None else gates.relative * scale
+    prompts = [
+        ids[real][:_PROMPT_TOKENS].tolist() for ids, real in zip(batch.inputs["input_ids"], batch.real, strict=True)
+    ]
+    found = generate(session, prompts, adapter, max_new_tokens=GREEDY_TOKENS)
+    behind = [_behind(reference, *pair) for pair in zip(prompts, found, strict=True)]
     return [
         case("padded on the left", whole),
         cached,
-        _greedy_case(label, adapter, session, reference, batch, gates, noise),
+        greedy_case(label, behind, noise_of(cached, expected[batch.real], gates), gates),
     ]
 
 
@@ -68,36 +72,33 @@ def _in_steps(session: AdapterSession, batch: Batch, adapter: RowAdapter) -> np.
     return np.concatenate(found, axis=1)
 
 
-def _greedy_case(
-    label: str,
-    adapter: RowAdapter,
-    session: AdapterSession,
-    reference: Reference,
-    batch: Batch,
-    gates: Tolerances,
-    noise: float,
-) -> ParityCase:
-    """Greedy continuations in one left-padded batch with a cache: each token must be PyTorch's best after those before.
+def noise_of(cached: ParityCase, expected: np.ndarray, gates: Tolerances) -> float:
+    """How far a logit may be off by rounding: the tolerance, or where that gates no error, what was seen."""
+    scale = max(1.0, float(np.abs(expected).max()))
+    return cached.error if gates.relative is None else gates.relative * scale
+
+
+def greedy_case(label: str, behind: Sequence[np.ndarray], noise: float, gates: Tolerances) -> ParityCase:
+    """Greedy tokens of rows in one padded batch with a cache: each must be PyTorch's best after those before it.
 
     A token within twice the `noise` of PyTorch's best is a tie and agrees; what follows it is judged after it, so one
     tie does not make the rest of a row wrong.
+
+    Args:
+        behind: How far each token's logit is below the best in PyTorch, `[tokens]` for each row.
     """
-    rows = zip(batch.inputs["input_ids"], batch.real, strict=True)
-    prompts = [ids[real][:_PROMPT_TOKENS].tolist() for ids, real in rows]
-    found = generate(session, prompts, adapter, max_new_tokens=_GREEDY_TOKENS)
-    behind = np.concatenate([_behind(reference, *pair) for pair in zip(prompts, found, strict=True)])
-    agreement = float((behind <= 2 * noise).mean())
+    agreement = float((np.concatenate(behind) <= 2 * noise).mean())
     failures = ()
     if agreement < gates.top1:
-        failures = (f"{agreement:.1%} of {_GREEDY_TOKENS} greedy tokens agree; {gates.top1:.1%} are expected",)
+        failures = (f"{agreement:.1%} of {GREEDY_TOKENS} greedy tokens agree; {gates.top1:.1%} are expected",)
     return ParityCase(
-        name=f"{label}: {_GREEDY_TOKENS} greedy tokens",
+        name=f"{label}: {GREEDY_TOKENS} greedy tokens",
         group="decoding",
         reference="PEFT, unmerged, each prompt alone, without a cache",
         error=0.0 if agreement == 1 else float("nan"),
         error_relative=0.0 if agreement == 1 else float("nan"),
         tolerance=None,
-        n_rows=len(prompts),
+        n_rows=len(behind),
         top1=agreement,
         top1_tolerance=gates.top1,
         failures=failures,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from lora_export.artifact import GRAPH, Manifest, versions
+from lora_export.artifact import Manifest, versions
+from lora_export.contract import graph_file
 from lora_export.runtime.session import device_name
 from lora_export.verify.results import Environment, Subject
 
@@ -40,7 +41,7 @@ def _cpu_name() -> str:
 
 def subject(folder: Path, manifest: Manifest) -> Subject:
     """The export under examination."""
-    names = [name for name in manifest.files if name.startswith((GRAPH, "adapters/"))]
+    names = [name for name in manifest.files if name in manifest.graph_files or name.startswith("adapters/")]
     return Subject(
         folder=str(folder),
         kind=manifest.kind,
@@ -49,6 +50,6 @@ def subject(folder: Path, manifest: Manifest) -> Subject:
         base=manifest.base.given,
         fused_for=manifest.provider,
         adapters=tuple(record.name for record in manifest.adapters),
-        graph_sha256=manifest.files[GRAPH],
+        graph_sha256=" ".join(manifest.files[graph_file(graph)] for graph in manifest.graphs),
         n_bytes={name: (folder / name).stat().st_size for name in names},
     )

@@ -17,9 +17,9 @@ from lora_export.contract import GraphContract
 from lora_export.errors import InputRefused
 from lora_export.runtime.arrays import numpy_dtype
 
-_SEED = 2106_09685
+SEED = 2106_09685
 _BUILT_IN_ROWS = 16
-_MOST_TOKENS = 96
+MOST_TOKENS = 96
 _TOKENIZER_FILES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
@@ -89,7 +89,7 @@ def built_in_examples(n_rows: int = _BUILT_IN_ROWS) -> Examples:
     """Docstrings of Python's standard library, short to long, the same on every machine with this Python."""
     texts = sorted(set(_docstrings()), key=lambda text: (len(text), text))
     strata = [texts[i * len(texts) // n_rows : (i + 1) * len(texts) // n_rows] for i in range(n_rows)]
-    rng = random.Random(_SEED)
+    rng = random.Random(SEED)
     rows = [Row(rng.choice(stratum)) for stratum in strata]
     return Examples(tuple(rows), f"{n_rows} docstrings of Python's standard library, stratified by length")
 
@@ -126,6 +126,8 @@ def _docstrings() -> Iterator[str]:
 class Batcher:
     """Turns rows into a graph's inputs, with the tokenizer or processor in the exported folder."""
 
+    noise_description = "seeded noise in the shape of images"
+
     def __init__(self, folder: Path, task: Task, contract: GraphContract) -> None:
         self._task, self._folder = task, folder
         self._names = [spec.name for spec in contract.inputs]
@@ -148,7 +150,7 @@ class Batcher:
             padding=True,
             padding_side=padding_side,
             truncation=True,
-            max_length=min(_MOST_TOKENS, self._processor.model_max_length),
+            max_length=min(MOST_TOKENS, self._processor.model_max_length),
             # A tokenizer may leave them out where its config does not name them; the model then takes zeros.
             return_token_type_ids="token_type_ids" in self._names,
         )
@@ -170,16 +172,20 @@ class Batcher:
         pixels = self._processor(images, return_tensors="np")["pixel_values"]
         return np.asarray(pixels, numpy_dtype(self._pixels.dtype))
 
-    def random_pixels(self, n_rows: int) -> Batch:
+    def noise(self, n_rows: int) -> Batch:
         """Seeded noise of an image's shape, where no image is given."""
         shape = (n_rows, *self._pixels.dims[1:])
-        values = np.random.default_rng(_SEED).standard_normal(shape).astype(numpy_dtype(self._pixels.dtype))
+        values = np.random.default_rng(SEED).standard_normal(shape).astype(numpy_dtype(self._pixels.dtype))
         return Batch({"pixel_values": values}, None, (None,) * n_rows)
 
     @property
     def takes_images(self) -> bool:
         """Whether a row is an image; a dual encoder's is a text, with an image beside it."""
         return self._pixels is not None and "input_ids" not in self._names
+
+    @property
+    def takes_text(self) -> bool:
+        return self._pixels is None
 
 
 def _load_processor(folder: Path, *, images: bool):

@@ -23,6 +23,7 @@ import numpy as np
 
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.arrays import to_ort_value
+from lora_export.runtime.seq2seq_session import Seq2SeqSession
 from lora_export.verify.intervals import paired_ratio
 from lora_export.verify.results import Swap, Variant, Workload
 
@@ -48,11 +49,35 @@ class Race:
 
     Attributes:
         shape: (batch, sequence, past), as labels.
+        inputs: By graph: those that make up one run, in their order.
     """
 
     shape: tuple[int, int, int]
-    inputs: Mapping[str, np.ndarray]
+    inputs: Mapping[str, Mapping[str, np.ndarray]]
     candidates: Sequence[Candidate]
+
+
+Session = AdapterSession | Seq2SeqSession
+
+
+def graph_session(session: Session, graph: str) -> AdapterSession:
+    """The session that runs one graph of an export."""
+    return session.sessions[graph] if isinstance(session, Seq2SeqSession) else session
+
+
+def bound_runs(
+    session: Session, adapters: RowAdapter | Sequence[RowAdapter], inputs: Mapping[str, Mapping[str, np.ndarray]]
+) -> Callable[[], None]:
+    """One run of each graph in `inputs`, one after the other, everything bound."""
+    runs = [bound_run(graph_session(session, graph), adapters, feeds) for graph, feeds in inputs.items()]
+    if len(runs) == 1:
+        return runs[0]
+
+    def run() -> None:
+        for each in runs:
+            each()
+
+    return run
 
 
 def bound_run(
@@ -86,7 +111,7 @@ def bound_run(
 
 
 def measure(
-    openers: Mapping[str, Callable[[], AdapterSession]],
+    openers: Mapping[str, Callable[[], Session]],
     races: Sequence[Race],
     *,
     blocks: int,
@@ -121,10 +146,10 @@ def _spread(blocks: int, rounds: int) -> list[int]:
 
 
 def _take_blocks(
-    race: Race, sessions: Mapping[str, AdapterSession], n_blocks: int, samples: list[list[float]]
+    race: Race, sessions: Mapping[str, Session], n_blocks: int, samples: list[list[float]]
 ) -> Iterator[int]:
     """Time `n_blocks` ABBA blocks, yielding after each; milliseconds a run are added to each candidate's `samples`."""
-    runs = [bound_run(sessions[c.session], c.adapters, race.inputs) for c in race.candidates]
+    runs = [bound_runs(sessions[c.session], c.adapters, race.inputs) for c in race.candidates]
     repeats = [_warm_up(run) for run in runs]
     for block in range(n_blocks):
         for index in [*range(len(runs)), *reversed(range(len(runs)))]:
@@ -161,26 +186,31 @@ def _sample_ms(run: Callable[[], None], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats * 1e3
 
 
-def measure_swap(session: AdapterSession, inputs: Mapping[str, np.ndarray], n: int = 50) -> Swap | None:
-    """Microseconds to change the adapter of the next run, the run itself left out; None with fewer than two adapters.
+def measure_swap(session: Session, batch: int, n: int = 50) -> Swap | None:
+    """Microseconds to change the adapter of the next run of `batch` rows in every graph, the run itself left out; None
+    with fewer than two adapters.
 
-    `bound_us`: bind the tensors of an adapter that the session holds. `loaded_us`: read its file, stack and bind it.
+    `bound_us`: bind the tensors of an adapter that the session holds. `loaded_us`: read its files, stack and bind them.
     """
     names = session.adapters
     if len(names) < 2:
         return None
-    batch = len(next(iter(inputs.values())))
-    binding = session.session.io_binding()
+    graphs = [graph_session(session, graph) for graph in session.manifest.graphs]
+    bindings = [graph.session.io_binding() for graph in graphs]
     bound, loaded = [], []
     for index in range(n + 2):
         name = names[index % 2]
         start = time.perf_counter()
-        session.bind_adapters(binding, name, batch)
+        for graph, binding in zip(graphs, bindings, strict=True):
+            graph.bind_adapters(binding, name, batch)
         bound.append((time.perf_counter() - start) * 1e6)
     for index in range(n // 5):
         name = names[index % 2]
+        files = session.manifest.adapter(name).files
         start = time.perf_counter()
-        session.load(session.folder / session.manifest.adapter(name).file, name)
-        session.bind_adapters(binding, name, batch)
+        for graph, binding in zip(graphs, bindings, strict=True):
+            if graph.graph in files:
+                graph.load(session.folder / files[graph.graph], name)
+            graph.bind_adapters(binding, name, batch)
         loaded.append((time.perf_counter() - start) * 1e6)
     return Swap(statistics.median(bound[2:]), statistics.median(loaded), n)

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from lora_export.artifact import AdapterRecord, Kind
-from lora_export.base.tasks import Task
+from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.contract import AdapterInputKind
-from lora_export.runtime.adapter_session import AdapterSession
+from lora_export.runtime.adapter_session import RowAdapter
+from lora_export.runtime.seq2seq_session import open_export
 from lora_export.verify.compare import Outputs, compare
 from lora_export.verify.decoding import decoding_cases
 from lora_export.verify.environment import environment, subject
@@ -18,7 +19,11 @@ from lora_export.verify.examples import Batch, Batcher, built_in_examples
 from lora_export.verify.reference import Reference
 from lora_export.verify.results import CheckReport, ParityCase
 from lora_export.verify.runs import Bench, CheckRequest, run_export, run_reference
+from lora_export.verify.seq2seq_decoding import seq2seq_decoding_cases
+from lora_export.verify.seq2seq_examples import Seq2SeqBatcher
 from lora_export.verify.tolerances import tolerances
+
+AnyBatcher = Batcher | Seq2SeqBatcher
 
 _BATCH_SIZE = 8
 _MIXED_ROWS = 8
@@ -33,17 +38,20 @@ def run_check(request: CheckRequest, progress: Callable[[str, int, int], None]) 
         LoraExportError: The export, its base or an adapter cannot be used; a failed gate is a result, not an error.
     """
     started = time.monotonic()
-    session = AdapterSession(request.folder, request.provider)
+    session = open_export(request.folder, request.provider)
     manifest = session.manifest
     described = environment(session.provider, session.provider_reason, {})
     task = Task(manifest.task)
-    batcher = Batcher(request.folder, task, manifest.contract)
+    if task in SEQ2SEQ:
+        batcher = Seq2SeqBatcher(request.folder, manifest)
+    else:
+        batcher = Batcher(request.folder, task, manifest.contract)
     data = dict(request.data)
-    if not batcher.takes_images:
+    if batcher.takes_text:
         data.setdefault(None, built_in_examples())
     own = {name: batcher.batches(examples, _BATCH_SIZE) for name, examples in data.items()}
-    own.setdefault(None, [batcher.random_pixels(_BATCH_SIZE)] if batcher.takes_images else [])
-    mixed = batcher.random_pixels(_MIXED_ROWS) if batcher.takes_images else batcher.batch(data[None].rows[:_MIXED_ROWS])
+    own.setdefault(None, [] if batcher.takes_text else [batcher.noise(_BATCH_SIZE)])
+    mixed = batcher.batch(data[None].rows[:_MIXED_ROWS]) if batcher.takes_text else batcher.noise(_MIXED_ROWS)
     bench = Bench(request, session, task, tolerances(manifest.dtype, session.provider), own, mixed)
     skipped: list[str] = []
     if manifest.kind is Kind.MERGED:
@@ -54,14 +62,14 @@ def run_check(request: CheckRequest, progress: Callable[[str, int, int], None]) 
     return CheckReport(
         subject=subject(request.folder, manifest),
         environment=described,
-        data=tuple(inputs or ["seeded noise in the shape of images"]),
+        data=tuple(inputs or [batcher.noise_description]),
         cases=tuple(cases),
         skipped=tuple(skipped),
         seconds=time.monotonic() - started,
     )
 
 
-def _merged_cases(bench: Bench, batcher: Batcher, data, skipped: list[str], progress) -> list[ParityCase]:
+def _merged_cases(bench: Bench, batcher: AnyBatcher, data, skipped: list[str], progress) -> list[ParityCase]:
     records = bench.session.manifest.adapters
     names = [record.name for record in records]
     progress("checking", 0, 1)
@@ -74,17 +82,25 @@ def _merged_cases(bench: Bench, batcher: Batcher, data, skipped: list[str], prog
     described = "PEFT, unmerged" if names else "the base in PyTorch"
     group = "adapter" if names else "base"
     cases = [compare(label, group, described, expected, bench.run(batches, None), bench.gates, without=without)]
+    return cases + _decoding_cases(bench, label, None, reference, batcher, data)
+
+
+def _decoding_cases(
+    bench: Bench, label: str, adapter: RowAdapter, reference: Reference, batcher: AnyBatcher, data
+) -> list[ParityCase]:
+    """What only a decoder does; none for other tasks."""
     if bench.task is Task.TEXT_GENERATION:
-        cases += decoding_cases(label, None, bench.session, reference, batcher, data[None], bench.gates)
-    cases += _similarity_cases(label, None, bench, reference)
-    return cases
+        return decoding_cases(label, adapter, bench.session, reference, batcher, data[None], bench.gates)
+    if bench.task in SEQ2SEQ:
+        return seq2seq_decoding_cases(label, adapter, bench.session, reference, batcher, data.get(None), bench.gates)
+    return _similarity_cases(label, adapter, bench, reference)
 
 
-def _dynamic_cases(bench: Bench, batcher: Batcher, data, skipped: list[str], progress) -> list[ParityCase]:
+def _dynamic_cases(bench: Bench, batcher: AnyBatcher, data, skipped: list[str], progress) -> list[ParityCase]:
     cases: list[ParityCase] = []
     alone: dict[str | None, Outputs] = {}
     records = bench.session.manifest.adapters
-    inputs = bench.session.manifest.contract.adapter_inputs
+    inputs = bench.session.manifest.adapter_inputs
     has_own_head = all(entry.base_has_default for entry in inputs if entry.kind is AdapterInputKind.WEIGHT)
     for done, record in enumerate(records):
         progress("checking", done, len(records) + 1)
@@ -95,11 +111,7 @@ def _dynamic_cases(bench: Bench, batcher: Batcher, data, skipped: list[str], pro
         found = bench.run(batches, record.name)
         cases.append(compare(record.name, "adapter", "PEFT, unmerged", expected, found, bench.gates, without=without))
         alone[record.name] = run_reference(reference, [bench.mixed])
-        if bench.task is Task.TEXT_GENERATION:
-            cases += decoding_cases(
-                record.name, record.name, bench.session, reference, batcher, data[None], bench.gates
-            )
-        cases += _similarity_cases(record.name, record.name, bench, reference)
+        cases += _decoding_cases(bench, record.name, record.name, reference, batcher, data)
         if not has_own_head and done == 0:
             cases.append(_body_case(bench, reference, record))
     progress("checking", len(records), len(records) + 1)
@@ -128,10 +140,10 @@ def _without(reference: Reference, batches: Sequence[Batch], records: Sequence[A
         return run_reference(reference, batches[:_EFFECT_BATCHES])
 
 
-def _similarity_cases(label: str, adapter: str | None, bench: Bench, reference: Reference) -> list[ParityCase]:
+def _similarity_cases(label: str, adapter: RowAdapter, bench: Bench, reference: Reference) -> list[ParityCase]:
     """A dual encoder's scores, one image against many texts: what it computes across rows, and with unequal batches."""
     name = "logits_per_image"
-    if all(spec.name != name for spec in bench.session.manifest.contract.outputs):
+    if bench.task is not Task.ZERO_SHOT_IMAGE_CLASSIFICATION:
         return []
     inputs = bench.mixed.inputs | {"pixel_values": bench.mixed.inputs["pixel_values"][:1]}
     expected = Outputs("logits", (reference.run(inputs)[name],), (None,))
@@ -203,7 +215,7 @@ def _sequence_cases(bench: Bench) -> list[ParityCase]:
     for name in order:
         values.append(bench.run([bench.mixed], name).values[0].reshape(1, -1))
     for name in order:
-        session = AdapterSession(bench.request.folder, bench.session.provider)
+        session = open_export(bench.request.folder, bench.session.provider)
         fresh.append(run_export(session, [bench.mixed], name).values[0].reshape(1, -1))
 
     def joined(parts: list[np.ndarray]) -> Outputs:
@@ -213,7 +225,7 @@ def _sequence_cases(bench: Bench) -> list[ParityCase]:
 
 
 def _merged_against_dynamic(bench: Bench) -> ParityCase:
-    merged = AdapterSession(bench.request.merged, bench.session.provider)
+    merged = open_export(bench.request.merged, bench.session.provider)
     names = [record.name for record in merged.manifest.adapters]
     blend = dict.fromkeys(names, 1.0)
     batches = bench.own.get(names[0] if names else None) or bench.own[None]

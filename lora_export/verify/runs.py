@@ -11,11 +11,14 @@ import numpy as np
 from lora_export.base.tasks import Task
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.generate import empty_cache
+from lora_export.runtime.seq2seq_session import Seq2SeqSession
 from lora_export.verify.compare import Outputs
 from lora_export.verify.examples import Batch, Examples
 from lora_export.verify.reference import Reference
 from lora_export.verify.tolerances import Tolerances
 from lora_export.verify.trained import TrainedAdapter
+
+AnySession = AdapterSession | Seq2SeqSession
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Bench:
     """One export with its session and inputs, as the cases below use it."""
 
     request: CheckRequest
-    session: AdapterSession
+    session: AnySession
     task: Task
     gates: Tolerances
     own: Mapping[str | None, Sequence[Batch]]
@@ -74,14 +77,15 @@ def main_outputs(names: Iterable[str]) -> tuple[str, ...]:
     return next((group for group in _MAIN_OUTPUTS if set(group) <= set(given)), given[:1])
 
 
-def run_export(
-    session: AdapterSession, batches: Sequence[Batch], adapters: RowAdapter | Sequence[RowAdapter]
-) -> Outputs:
+def run_export(session: AnySession, batches: Sequence[Batch], adapters: RowAdapter | Sequence[RowAdapter]) -> Outputs:
     """The export's main output over `batches`; a decoder starts from an empty cache."""
-    names = main_outputs(spec.name for spec in session.manifest.contract.outputs)
+    is_seq2seq = isinstance(session, Seq2SeqSession)
+    names = ("logits",) if is_seq2seq else main_outputs(spec.name for spec in session.manifest.contract.outputs)
     found = []
     for batch in batches:
-        inputs = batch.inputs | empty_cache(session, len(next(iter(batch.inputs.values()))))
+        inputs = dict(batch.inputs)
+        if not is_seq2seq:
+            inputs |= empty_cache(session, len(next(iter(inputs.values()))))
         found.append(session.run(inputs, adapters, outputs=names))
     return _joined(names, found, batches)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from lora_export.contract import GraphContract
+from lora_export.contract import DECODER_WITH_PAST, ENCODER, SINGLE, GraphContract
 from lora_export.runtime.arrays import numpy_dtype
 
 _SEED = 0
@@ -31,3 +33,34 @@ def random_inputs(
         else:
             found[spec.name] = np.zeros((batch, sequence), np.int64)
     return found
+
+
+def workload_inputs(
+    graphs: Mapping[str, GraphContract], vocabulary: int, batch: int, sequence: int, past: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """The inputs of one run by graph: of an encoder-decoder, the encoder over `batch` sources of `sequence` tokens, and
+    one step of the decoder on `past` targets."""
+    if SINGLE in graphs:
+        return {SINGLE: random_inputs(graphs[SINGLE], vocabulary, batch, sequence, past)}
+    rng = np.random.default_rng(_SEED)
+    lengths = {"encoder_sequence_length": sequence, "past_decoder_sequence_length": past, "decoder_sequence_length": 1}
+    sizes = lengths | {"batch_size": batch}
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for graph in (ENCODER, DECODER_WITH_PAST):
+        found[graph] = {}
+        for spec in graphs[graph].inputs:
+            shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.dims]
+            if spec.name == "input_ids":
+                array = rng.integers(0, vocabulary, shape)
+            elif spec.name.endswith("attention_mask"):
+                array = np.ones(shape, np.int64)
+            else:
+                array = rng.standard_normal(shape).astype(numpy_dtype(spec.dtype))
+            found[graph][spec.name] = array
+    return found
+
+
+def source_length(graphs: Mapping[str, GraphContract], sequence: int) -> int:
+    """The encoder's length for a source of `sequence` tokens: the model's own where it is fixed (speech)."""
+    length = graphs[ENCODER].outputs[0].dims[1] if ENCODER in graphs else sequence
+    return length if isinstance(length, int) else sequence

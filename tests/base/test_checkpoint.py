@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BertForSequenceClassification, BertModel
 
-from lora_export.base.checkpoint import Checkpoint, Located, checkpoint_names, locate
+from lora_export.base.checkpoint import Checkpoint, Located, checkpoint_names, locate, stored_apart
 from lora_export.base.tasks import Task
 from lora_export.base.weightless import build_weightless
 from lora_export.errors import EnvironmentUnusable, InputRefused
@@ -145,3 +145,18 @@ def test_a_hub_id_without_a_hub_is_an_environment_error():
     with pytest.raises(EnvironmentUnusable, match="is not a folder here and the hub cannot be reached") as refused:
         locate("nobody-9d2f/nothing", kind="base")
     assert "HF_HOME" in refused.value.next_step
+
+
+def test_tied_tensors_that_are_stored_with_other_numbers_are_found(bases, tmp_path):
+    config = AutoConfig.from_pretrained(bases["llama"])
+    model = build_weightless(Task.TEXT_GENERATION, config, "float32")
+    tensors = safetensors.torch.load_file(bases["llama"] / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    (tmp_path / "config.json").write_bytes((bases["llama"] / "config.json").read_bytes())
+    for head, apart in ((None, ()), (embedding.clone(), ()), (embedding + 1, ("lm_head.weight",))):
+        more = {} if head is None else {"lm_head.weight": head}
+        safetensors.torch.save_file(tensors | more, tmp_path / "model.safetensors")
+        files = opened(tmp_path).files
+        assert stored_apart(model, checkpoint_names(model, files), files) == apart
+        truth = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(truth.lm_head.weight, truth.model.embed_tokens.weight) == (not apart)

@@ -6,7 +6,15 @@ import pytest
 import transformers
 from transformers import AutoConfig
 
-from lora_export.base.tasks import CLASSIFICATION, Task, auto_class, model_class, resolve_task, text_input_names
+from lora_export.base.tasks import (
+    CLASSIFICATION,
+    Task,
+    auto_class,
+    graphs_of,
+    model_class,
+    resolve_task,
+    text_input_names,
+)
 from lora_export.base.weightless import build_weightless
 from lora_export.errors import InputRefused
 
@@ -23,6 +31,9 @@ from lora_export.errors import InputRefused
         ("CLIPModel", Task.ZERO_SHOT_IMAGE_CLASSIFICATION),
         ("CLIPTextModelWithProjection", Task.FEATURE_EXTRACTION),
         ("CLIPVisionModelWithProjection", Task.FEATURE_EXTRACTION),
+        ("T5ForConditionalGeneration", Task.TEXT2TEXT_GENERATION),
+        ("BartForConditionalGeneration", Task.TEXT2TEXT_GENERATION),
+        ("WhisperForConditionalGeneration", Task.SPEECH_RECOGNITION),
     ],
 )
 def test_it_follows_from_the_architecture(architecture, task):
@@ -36,6 +47,7 @@ def test_it_follows_from_the_architecture(architecture, task):
         ("TOKEN_CLS", Task.TOKEN_CLASSIFICATION),
         ("CAUSAL_LM", Task.TEXT_GENERATION),
         ("FEATURE_EXTRACTION", Task.FEATURE_EXTRACTION),
+        ("SEQ_2_SEQ_LM", Task.TEXT2TEXT_GENERATION),
     ],
 )
 def test_the_adapters_task_goes_before_the_architecture(kind, task):
@@ -53,18 +65,36 @@ def test_adapters_of_different_tasks_are_refused():
     assert refused.value.found == "a: SEQ_CLS, b: TOKEN_CLS"
 
 
-@pytest.mark.parametrize("kind", ["SEQ_2_SEQ_LM", "QUESTION_ANS", "XYZ"])
+@pytest.mark.parametrize("kind", ["QUESTION_ANS", "XYZ"])
 def test_a_task_type_that_is_not_exported_is_refused(kind):
     with pytest.raises(InputRefused, match=f"Adapters of PEFT task type {kind} are not exported") as refused:
         resolve_task(None, {}, {"a": kind}, "here")
     assert "SEQ_CLS" in refused.value.expected
 
 
-@pytest.mark.parametrize("architectures", [None, [], ["T5ForConditionalGeneration"], ["BertForMaskedLM"]])
+@pytest.mark.parametrize("architectures", [None, [], ["BertForMaskedLM"]])
 def test_an_architecture_without_a_task_is_refused(architectures):
     with pytest.raises(InputRefused, match="No supported task follows from the base's architecture") as refused:
         resolve_task(None, {"architectures": architectures}, {}, "here")
     assert refused.value.where == "here/config.json: architectures"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task"), [("t5", Task.TEXT2TEXT_GENERATION), ("whisper", Task.SPEECH_RECOGNITION)]
+)
+def test_a_sequence_to_sequence_adapter_is_of_its_bases_kind(model_type, task):
+    assert resolve_task(None, {"model_type": model_type}, {"a": "SEQ_2_SEQ_LM"}, "here") is task
+
+
+def test_speech_recognition_is_whispers(bases):
+    with pytest.raises(InputRefused, match="automatic-speech-recognition is not exported") as refused:
+        build_weightless(Task.SPEECH_RECOGNITION, AutoConfig.from_pretrained(bases["t5"]), "float32")
+    assert (refused.value.expected, refused.value.found) == ("whisper", "t5")
+
+
+def test_an_encoder_decoder_has_three_graphs():
+    assert graphs_of(Task.TEXT_CLASSIFICATION) == ("model",)
+    assert graphs_of(Task.TEXT2TEXT_GENERATION) == ("encoder_model", "decoder_model", "decoder_with_past_model")
 
 
 def test_every_task_has_a_transformers_class():

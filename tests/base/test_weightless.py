@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoConfig
 
 from lora_export.base.tasks import Task, auto_class
-from lora_export.base.weightless import TORCH_DTYPES, build_weightless, parameter_aliases
+from lora_export.base.weightless import TORCH_DTYPES, build_weightless, parameter_aliases, untie
 from lora_export.errors import InputRefused
 
 CASES = [
@@ -19,6 +19,9 @@ CASES = [
     ("tagger", Task.TOKEN_CLASSIFICATION),
     ("albert", Task.FEATURE_EXTRACTION),
     ("vit", Task.IMAGE_CLASSIFICATION),
+    ("t5", Task.TEXT2TEXT_GENERATION),
+    ("bart", Task.TEXT2TEXT_GENERATION),
+    ("whisper", Task.SPEECH_RECOGNITION),
 ]
 
 
@@ -45,7 +48,9 @@ def test_buffers_that_no_checkpoint_holds_are_the_real_ones(base, task, bases):
     truth = auto_class(task).from_pretrained(bases[base])
     persistent = set(truth.state_dict())
     buffers = {name: tensor for name, tensor in truth.named_buffers() if name not in persistent}
-    assert bool(buffers) == (base not in ("vit", "gpt2")), "these bases have such buffers, or the test says nothing"
+    assert bool(buffers) == (base not in ("vit", "gpt2", "t5", "bart", "whisper")), (
+        "these bases have such buffers, or the test says nothing"
+    )
     mine = dict(found.named_buffers())
     for name, expected in buffers.items():
         assert mine[name].dtype == expected.dtype and torch.equal(mine[name], expected), name
@@ -88,3 +93,19 @@ def test_a_task_that_the_architecture_has_no_model_for_is_refused(bases):
     with pytest.raises(InputRefused, match="Transformers has no text-generation model for this base") as refused:
         build_weightless(Task.TEXT_GENERATION, AutoConfig.from_pretrained(bases["vit"]), "float32")
     assert refused.value.found == "vit" and "--task" in refused.value.next_step
+
+
+def test_a_tied_head_can_be_untied(bases):
+    model = build_weightless(Task.TEXT_GENERATION, AutoConfig.from_pretrained(bases["llama"]), "float32")
+    shape = model.lm_head.weight.shape
+    untie(model, ["lm_head.weight"])
+    assert parameter_aliases(model)["lm_head.weight"] == ("lm_head.weight",)
+    assert model.lm_head.weight.shape == shape and set(model.lm_head.weight.stride()) == {0}
+
+
+def test_what_transformers_keeps_in_float32_stays_so(bases):
+    found = build_weightless(Task.TEXT2TEXT_GENERATION, AutoConfig.from_pretrained(bases["t5"]), "float16")
+    truth = auto_class(Task.TEXT2TEXT_GENERATION).from_pretrained(bases["t5"], dtype=torch.float16)
+    dtypes = {name: tensor.dtype for name, tensor in truth.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in found.state_dict().items()} == dtypes
+    assert set(dtypes.values()) == {torch.float16, torch.float32}

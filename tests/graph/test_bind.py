@@ -12,7 +12,7 @@ import pytest
 
 from lora_export.artifact import read_manifest
 from lora_export.contract import AdapterInputKind
-from lora_export.graph.bind import write_graph
+from lora_export.graph.bind import write_graphs
 from lora_export.graph.unbound import set_recipe
 from lora_export.recipe import Recipe
 
@@ -48,7 +48,9 @@ def test_weights_are_made_one_at_a_time(tmp_path):
         return array
 
     told = []
-    written = write_graph(chain(8), tmp_path, make, on_weight=lambda name, n: told.append((name, n)))
+    written = write_graphs(
+        {"model": chain(8)}, tmp_path, make, {"model": ()}, on_weight=lambda name, n: told.append((name, n))
+    )
     # One that is being hashed on the other thread may still be there.
     assert most <= 2, f"{most} weights were in memory at once"
     assert told == [(f"w{index}", 4 * N * N) for index in range(8)]
@@ -56,7 +58,9 @@ def test_weights_are_made_one_at_a_time(tmp_path):
 
 
 def test_hashes_are_those_of_the_files_and_tensors_start_on_pages(tmp_path):
-    written = write_graph(chain(3), tmp_path, lambda recipe, dtype: np.full((N, N), 3, dtype))
+    written = write_graphs(
+        {"model": chain(3)}, tmp_path, lambda recipe, dtype: np.full((N, N), 3, dtype), {"model": ()}
+    )
     assert set(written.sha256) == {"model.onnx", "model.onnx.data"}
     for name, expected in written.sha256.items():
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == expected, name
@@ -70,7 +74,7 @@ def test_a_failing_weight_stops_the_write(tmp_path):
         raise OSError(28, "no room")
 
     with pytest.raises(OSError, match="no room"):
-        write_graph(chain(2), tmp_path, fail)
+        write_graphs({"model": chain(2)}, tmp_path, fail, {"model": ()})
 
 
 # ONNX's checker does not know ONNX Runtime's SimplifiedLayerNormalization, which the Llamas have.

@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 import safetensors.torch
 
-from lora_export.graph.bind import write_graph
+from lora_export.graph.bind import write_graphs
 from lora_export.graph.fuse import pack_siblings, read_tied_weights_transposed
 from lora_export.graph.unbound import prepare_weights, recipe_of, unbound
 from lora_export.recipe import RECIPE, Recipe
@@ -47,7 +47,7 @@ def run(model: ir.Model, folder, weights: dict[str, np.ndarray], feeds: dict) ->
         parts = [weights[name].T if recipe.transposed else weights[name] for name in recipe.parameters]
         return np.ascontiguousarray(np.concatenate(parts, axis=recipe.axis) if len(parts) > 1 else parts[0])
 
-    write_graph(model, folder, make)
+    write_graphs({"model": model}, folder, make, {"model": ()})
     return ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"]).run(None, feeds)
 
 

@@ -110,7 +110,7 @@ def test_images_become_pixels(exports, tmp_path):
     (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(InputRefused):
         made.batch([Row(str(tmp_path / "b.png"))])
-    noise = made.random_pixels(3).inputs["pixel_values"]
+    noise = made.noise(3).inputs["pixel_values"]
     assert noise.shape == (3, 3, 16, 16) and noise.std() == pytest.approx(1, abs=0.1)
 
 

@@ -1,0 +1,250 @@
+"""`Seq2SeqSession`: run an exported encoder-decoder, with a different adapter for each row of a batch if need be.
+
+Needs onnxruntime and numpy only; torch, transformers and PEFT need not be installed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from lora_export.artifact import read_manifest
+from lora_export.contract import DECODER, DECODER_WITH_PAST, ENCODER, adapter_file
+from lora_export.errors import InputRefused, UsageProblem
+from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
+
+_GRAPHS = (ENCODER, DECODER, DECODER_WITH_PAST)
+RowAdapters = Sequence[RowAdapter] | RowAdapter
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """What the decoder's next step needs: arrays by input name.
+
+    Attributes:
+        fixed: The source's mask (text), and the cross-attention's `past_key_values.{i}.encoder.key|value`.
+        cache: `past_key_values.{i}.decoder.key|value`, `[batch, heads, past, head_size]`.
+        adapters: Those of the rows.
+    """
+
+    fixed: Mapping[str, np.ndarray]
+    cache: Mapping[str, np.ndarray]
+    adapters: RowAdapters
+
+
+class Seq2SeqSession:
+    """The three ONNX Runtime sessions of an encoder-decoder's export, with its adapters loaded.
+
+    Args:
+        folder, provider, n_threads, stop_spinning: As in `AdapterSession`.
+
+    Raises:
+        UsageProblem: The export is no encoder-decoder's.
+        InputRefused: The folder is no export, or an adapter file is not the one that was exported.
+        EnvironmentUnusable: The provider is not usable.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        provider: str | None = None,
+        *,
+        n_threads: int | None = None,
+        stop_spinning: bool = False,
+    ) -> None:
+        self.sessions = {
+            graph: AdapterSession(folder, provider, n_threads=n_threads, stop_spinning=stop_spinning, graph=graph)
+            for graph in _GRAPHS
+        }
+        encoder = self.sessions[ENCODER]
+        self.folder, self.manifest = encoder.folder, encoder.manifest
+        self.provider, self.provider_reason = encoder.provider, encoder.provider_reason
+        self._encoder_inputs = [spec.name for spec in self.manifest.graphs[ENCODER].inputs]
+        self._defaults = _generation_defaults(self.folder)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return self.sessions[ENCODER].adapters
+
+    @property
+    def start_ids(self) -> tuple[int, ...]:
+        """What the decoder is given first: the model's start token, and the one it is forced to begin with, if any."""
+        return tuple(self._defaults[name] for name in ("decoder_start_token_id", "forced_bos_token_id")
+                     if self._defaults.get(name) is not None)  # fmt: skip
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        found = self._defaults.get("eos_token_id")
+        return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+
+    def load(self, prefix: str | Path, name: str | None = None) -> str:
+        """Load the files `<prefix>.<graph>.onnx_adapter` made for this export and return the adapter's name.
+
+        Args:
+            prefix: The files' path without graph and suffix, e.g. `served/adapters/legal`; a graph that the adapter
+                does not touch has no file.
+            name: Default: the last part of `prefix`.
+
+        Raises:
+            InputRefused: There is no file, or the files are not an adapter of these graphs.
+        """
+        prefix = Path(prefix)
+        name = name or prefix.name
+        paths = {graph: prefix.parent / adapter_file(prefix.name, graph) for graph in _GRAPHS}
+        if not any(path.is_file() for path in paths.values()):
+            raise InputRefused(
+                "There is no such adapter",
+                where=str(prefix),
+                expected=f"{paths[ENCODER].name}, {paths[DECODER].name} and so on beside it",
+            )
+        brought = {graph: self.sessions[graph].read(path) for graph, path in paths.items() if path.is_file()}
+        self._require_whole(prefix, brought)
+        for graph, session in self.sessions.items():
+            session.hold(name, brought.get(graph, {}))
+        return name
+
+    def _require_whole(self, prefix: Path, brought: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Refuse files of which one lacks what another brings to a module that both graphs have."""
+        every = {name for tensors in brought.values() for name in tensors}
+        for graph, contract in self.manifest.graphs.items():
+            taken = {entry.name for entry in contract.adapter_inputs}
+            lacking = sorted((every & taken) - set(brought.get(graph, ())))
+            if lacking:
+                raise InputRefused(
+                    "The adapter's files do not belong together: one graph would run without it",
+                    where=f"{prefix}: {graph}",
+                    expected=", ".join(lacking[:4]),
+                    next_step="pack it for this export with `lora-export add`",
+                )
+
+    def unload(self, name: str) -> None:
+        """Forget adapter `name`.
+
+        Raises:
+            UsageProblem: It is not loaded.
+        """
+        for session in self.sessions.values():
+            session.unload(name)
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], adapters: RowAdapters = None, outputs: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Encode and decode one batch at given targets (teacher forcing): the decoder's outputs by name.
+
+        Args:
+            inputs: The encoder's inputs by name, and `decoder_input_ids` `[batch, target]`.
+            adapters, outputs: As in `AdapterSession.run`; outputs are those of the decoder's first step, of which
+                `logits` is `[batch, target, vocabulary]`.
+
+        Raises:
+            UsageProblem: An unknown adapter, the number of entries is not the batch size, or an input is missing.
+        """
+        source, targets = self._split(inputs)
+        return self.sessions[DECODER].run(self._encode(source, adapters) | {"input_ids": targets}, adapters, outputs)
+
+    def begin(self, inputs: Mapping[str, np.ndarray], adapters: RowAdapters = None) -> tuple[np.ndarray, DecoderState]:
+        """As `run`: the logits at the given targets, and the state to go on from."""
+        source, targets = self._split(inputs)
+        encoded = self._encode(source, adapters)
+        results = self.sessions[DECODER].run(encoded | {"input_ids": targets}, adapters)
+        past = {name.replace("present", "past_key_values"): value for name, value in results.items()}
+        past.pop("logits")
+        fixed = {name: value for name, value in past.items() if ".encoder." in name}
+        if "encoder_attention_mask" in encoded:
+            fixed["encoder_attention_mask"] = encoded["encoder_attention_mask"]
+        cache = {name: value for name, value in past.items() if ".decoder." in name}
+        return results["logits"], DecoderState(fixed, cache, adapters)
+
+    def advance(self, state: DecoderState, targets: np.ndarray) -> tuple[np.ndarray, DecoderState]:
+        """The logits at further targets `[batch, n]`, and the state after them."""
+        feeds = {**state.fixed, **state.cache, "input_ids": targets}
+        results = self.sessions[DECODER_WITH_PAST].run(feeds, state.adapters)
+        cache = {name: results[name.replace("past_key_values", "present")] for name in state.cache}
+        return results["logits"], replace(state, cache=cache)
+
+    def generate(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        adapters: RowAdapters = None,
+        *,
+        max_new_tokens: int,
+        start_ids: Sequence[int] | None = None,
+        eos_ids: frozenset[int] | None = None,
+    ) -> list[list[int]]:
+        """The greedy target of each row, without its start, up to and without an end token.
+
+        Args:
+            inputs: The encoder's inputs by name.
+            start_ids: Targets that every row starts with, e.g. Whisper's language and task; default: `start_ids`.
+            eos_ids: Default: those of the export's configuration.
+
+        Raises:
+            UsageProblem: Neither the call nor the export's configuration says how a target starts.
+        """
+        start = self.start_ids if start_ids is None else tuple(start_ids)
+        ends = self.eos_ids if eos_ids is None else eos_ids
+        if not start:
+            raise UsageProblem(
+                "Nothing says how a target starts",
+                where=f"{self.folder}: config.json, generation_config.json",
+                expected="decoder_start_token_id",
+                next_step="name the first tokens with start_ids",
+            )
+        n_rows = len(next(iter(inputs.values())))
+        generated: list[list[int]] = [[] for _ in range(n_rows)]
+        finished = np.zeros(n_rows, bool)
+        targets = np.tile(np.array(start, np.int64), (n_rows, 1))
+        state = None
+        for _ in range(max_new_tokens):
+            if state is None:
+                logits, state = self.begin({**inputs, "decoder_input_ids": targets}, adapters)
+            else:
+                logits, state = self.advance(state, targets)
+            best = logits[:, -1].astype(np.float32).argmax(axis=-1)
+            for row, token in enumerate(best):
+                finished[row] |= int(token) in ends
+                if not finished[row]:
+                    generated[row].append(int(token))
+            if finished.all():
+                break
+            targets = best[:, None].astype(np.int64)
+        return generated
+
+    def _split(self, inputs: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        if "decoder_input_ids" not in inputs:
+            raise UsageProblem(
+                "The inputs lack the targets to decode at",
+                where="decoder_input_ids is missing",
+                expected=", ".join([*self._encoder_inputs, "decoder_input_ids"]),
+            )
+        source = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+        return source, inputs["decoder_input_ids"]
+
+    def _encode(self, source: Mapping[str, np.ndarray], adapters: RowAdapters) -> dict[str, np.ndarray]:
+        """The decoder's inputs from the source."""
+        states = self.sessions[ENCODER].run(source, adapters)["last_hidden_state"]
+        mask = {"encoder_attention_mask": source["attention_mask"]} if "attention_mask" in source else {}
+        return {"encoder_hidden_states": states, **mask}
+
+
+def _generation_defaults(folder: Path) -> dict:
+    """What the export's configuration says of generating; `generation_config.json` goes before `config.json`."""
+    found: dict = {}
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        if path.is_file():
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            found |= {key: value for key, value in fields.items() if value is not None}
+    return found
+
+
+def open_export(folder: Path, provider: str | None, *, stop_spinning: bool = False) -> AdapterSession | Seq2SeqSession:
+    """The session that runs the export in `folder`, whatever its task."""
+    is_seq2seq = DECODER in read_manifest(folder).graphs
+    return (Seq2SeqSession if is_seq2seq else AdapterSession)(folder, provider, stop_spinning=stop_spinning)

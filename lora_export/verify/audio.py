@@ -1,0 +1,57 @@
+"""Sound files as a speech export's input: 16-bit WAV, through the feature extractor in the exported folder."""
+
+from __future__ import annotations
+
+import wave
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lora_export.artifact import Manifest
+from lora_export.contract import ENCODER
+from lora_export.errors import InputRefused
+from lora_export.runtime.arrays import numpy_dtype
+
+
+def read_features(folder: Path, files: Sequence[str], manifest: Manifest) -> np.ndarray:
+    """The files' spectrograms, `[batch, bands, frames]` in the export's dtype, padded or cut to the encoder's length.
+
+    Raises:
+        InputRefused: The folder has no feature extractor, or a file is no 16-bit WAV of its sampling rate.
+    """
+    from transformers import AutoFeatureExtractor
+
+    try:
+        extractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputRefused(
+            "The exported folder has no feature extractor, so sound cannot be turned into inputs",
+            where=str(folder),
+            expected="preprocessor_config.json",
+            next_step="export from a base folder that holds it",
+        ) from error
+    sounds = [_read_wav(Path(file), extractor.sampling_rate) for file in files]
+    found = extractor(sounds, sampling_rate=extractor.sampling_rate, return_tensors="np")["input_features"]
+    spec = next(spec for spec in manifest.graphs[ENCODER].inputs if spec.name == "input_features")
+    return np.asarray(found, numpy_dtype(spec.dtype))
+
+
+def _read_wav(path: Path, sampling_rate: int) -> np.ndarray:
+    """The mean of a file's channels, float32 in [-1, 1)."""
+    try:
+        with wave.open(str(path), "rb") as file:
+            rate, width, n_channels = file.getframerate(), file.getsampwidth(), file.getnchannels()
+            raw = file.readframes(file.getnframes())
+    except (OSError, EOFError, wave.Error) as error:
+        raise InputRefused("The input is no WAV file", where=str(path), found=str(error) or "an empty file") from error
+    if (rate, width) != (sampling_rate, 2):
+        raise InputRefused(
+            "The sound is not sampled as the model takes it",
+            where=str(path),
+            expected=f"16 bits at {sampling_rate} Hz",
+            found=f"{8 * width} bits at {rate} Hz",
+            next_step=f"convert it, e.g. with ffmpeg -i IN -ar {sampling_rate} -sample_fmt s16 OUT.wav",
+        )
+    samples = np.frombuffer(raw, "<i2").astype(np.float32) / 2**15
+    return samples.reshape(-1, n_channels).mean(axis=1)

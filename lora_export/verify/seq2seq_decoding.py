@@ -1,0 +1,86 @@
+"""Parity of an encoder-decoder as it is used: padding on the left, a cache filled step by step, greedy targets."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from lora_export.runtime.adapter_session import RowAdapter
+from lora_export.runtime.seq2seq_session import Seq2SeqSession
+from lora_export.verify.compare import Outputs, compare
+from lora_export.verify.decoding import GREEDY_TOKENS, greedy_case, noise_of
+from lora_export.verify.examples import Batch, Examples
+from lora_export.verify.reference import Reference
+from lora_export.verify.results import ParityCase
+from lora_export.verify.seq2seq_examples import Seq2SeqBatcher
+from lora_export.verify.tolerances import Tolerances
+
+_ROWS = 4
+
+
+def seq2seq_decoding_cases(
+    label: str,
+    adapter: RowAdapter,
+    session: Seq2SeqSession,
+    reference: Reference,
+    batcher: Seq2SeqBatcher,
+    examples: Examples | None,
+    gates: Tolerances,
+) -> list[ParityCase]:
+    """Left padding (text), cached steps (a chunk, then single tokens) and greedy agreement of one adapter.
+
+    Args:
+        examples: The texts; None to decode noise.
+    """
+    text = None if examples is None else examples.rows[-_ROWS:]
+    batch = batcher.noise(_ROWS) if text is None else batcher.batch(text, padding_side="left")
+    expected = Outputs("logits", (reference.run(batch.inputs)["logits"],), (batch.real,))
+    described = "PEFT, unmerged, without a cache"
+
+    def case(suffix: str, values: np.ndarray) -> ParityCase:
+        found = Outputs("logits", (values.astype(np.float32),), (batch.real,))
+        return compare(f"{label}: {suffix}", "decoding", described, expected, found, gates)
+
+    cases = [case("cached steps", _in_steps(session, batch, adapter))]
+    if text is not None:
+        cases.insert(0, case("padded on the left", session.run(batch.inputs, adapter)["logits"]))
+    sources = {name: array for name, array in batch.inputs.items() if name != "decoder_input_ids"}
+    found = session.generate(
+        sources, adapter, max_new_tokens=GREEDY_TOKENS, start_ids=(batcher.start_id,), eos_ids=frozenset()
+    )
+    rows = zip(_rows(sources), found, strict=True)
+    behind = [_behind(reference, source, batcher.start_id, targets) for source, targets in rows]
+    noise = noise_of(cases[-1], expected.values[0][batch.real], gates)
+    return [*cases, greedy_case(label, behind, noise, gates)]
+
+
+def _behind(reference: Reference, source: dict[str, np.ndarray], start: int, targets: list[int]) -> np.ndarray:
+    """How far each target's logit is below the reference's best, `[targets]`, in one forward pass without padding."""
+    inputs = source | {"decoder_input_ids": np.array([[start, *targets[:-1]]], np.int64)}
+    logits = reference.run(inputs)["logits"][0]
+    return logits.max(axis=-1) - logits[np.arange(len(targets)), targets]
+
+
+def _in_steps(session: Seq2SeqSession, batch: Batch, adapter: RowAdapter) -> np.ndarray:
+    """The logits at half of the targets at once, then at two, then one by one, on a growing cache."""
+    targets = batch.inputs["decoder_input_ids"]
+    length = targets.shape[1]
+    middle = max(1, length // 2)
+    cuts = sorted({0, middle, min(middle + 2, length), *range(min(middle + 2, length), length + 1)})
+    logits, state = session.begin(batch.inputs | {"decoder_input_ids": targets[:, :middle]}, adapter)
+    found = [logits]
+    for start, end in itertools.pairwise(cuts[1:]):
+        logits, state = session.advance(state, targets[:, start:end])
+        found.append(logits)
+    return np.concatenate(found, axis=1)
+
+
+def _rows(sources: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Each source alone, without its padding."""
+    rows = [
+        {name: array[i : i + 1] for name, array in sources.items()} for i in range(len(sources[next(iter(sources))]))
+    ]
+    if "attention_mask" not in sources:
+        return rows
+    return [{name: array[:, row["attention_mask"][0] == 1] for name, array in row.items()} for row in rows]
