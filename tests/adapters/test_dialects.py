@@ -210,8 +210,15 @@ def test_mlx_dora_and_embeddings_become_peft_keys(bases, tmp_path):
     folder = write_mlx(tmp_path / "dora", pairs, 1.5, 2, bases["llama"], fine_tune_type="dora")
     tensors = load_file(folder / "adapters.safetensors") | {f"{q}.m": torch.rand(64) + 1}
     save_file(tensors, folder / "adapters.safetensors")
-    found = load_file(peft_folder(str(folder), None, None) / "adapter_model.safetensors")
-    assert torch.equal(found[f"{KEY}{q}.lora_magnitude_vector"], tensors[f"{q}.m"])
+    base = transformers.LlamaForCausalLM.from_pretrained(bases["llama"])
+    weight = base.get_parameter(f"{q}.weight").detach().double()
+    merged = PeftModel.from_pretrained(base, peft_folder(str(folder), None, None)).merge_and_unload()
+    # mlx-lm tuner/dora.py: adapted = w + (scale · lora_bᵀ) lora_aᵀ, rows rescaled to the norm m.
+    delta = delta_by_loops(*(tensor.double().tolist() for tensor in pairs[q]), 1.5)
+    adapted = weight + torch.tensor(delta, dtype=torch.float64)
+    expected = tensors[f"{q}.m"].double()[:, None] * adapted / adapted.norm(dim=1, keepdim=True)
+    assert torch.allclose(merged.get_parameter(f"{q}.weight").double(), expected, atol=1e-5)
+    assert (expected - weight).abs().max() > 0.1
     pairs = {embed: tuple(torch.randn(shape, generator=generator) for shape in ((2, 260), (64, 2)))}
     converted = peft_folder(str(write_mlx(tmp_path / "words", pairs, 3.0, 2, bases["llama"])), None, None)
     base = transformers.LlamaForCausalLM.from_pretrained(bases["llama"])

@@ -16,8 +16,7 @@ from adapter_options import MERGED, OPTIONS, REFUSED, SERVED, AdapterOption, lor
 from architectures import CATALOGUE, make_base
 
 FEW = {
-    "BERT": ("lora", "rank_pattern", "modules_to_save"),
-    "GPT-2": ("packed",),
+    "BERT, features": ("lora", "rank_pattern", "modules_to_save"),
     "Mixtral": ("lora", "all linear"),
     "CLIP": ("lora",),
 }
