@@ -13,7 +13,7 @@ from lora_export.adapters.peft_reader import read_adapter
 from lora_export.adapters.support import require_supported
 from lora_export.base.checkpoint import Checkpoint, checkpoint_names, locate, stored_apart
 from lora_export.base.tasks import CLASSIFICATION, Task, resolve_task
-from lora_export.base.weightless import build_weightless, parameter_aliases, untie
+from lora_export.base.weightless import build_weightless, parameter_aliases, untie, vocabulary_tables
 from lora_export.completion import completed
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.foreign import peft_folder
@@ -121,16 +121,14 @@ def _config_for(config, task: Task, folder: AdapterFolder):
     """`config` with the number of labels and the vocabulary that the adapter's file has, read off its shapes."""
     model = build_weightless(task, config, "float32")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    names = {id(module): name for name, module in model.named_modules()}
-    table = f"{names.get(id(embedding))}.weight"
+    tables = vocabulary_tables(model)
     labels = config.num_labels
     for key, shape in folder.shapes.items():
         path = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         expected = shapes.get(path)
         if not expected or shape[1:] != expected[1:] or shape[0] == expected[0]:
             continue
-        if path == table:
+        if path in tables:
             config = copy.deepcopy(config)
             config.get_text_config().vocab_size = shape[0]
         elif task in CLASSIFICATION and expected[0] == config.num_labels:

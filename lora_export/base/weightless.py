@@ -90,3 +90,10 @@ def parameter_aliases(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         paths.setdefault(id(tensor), []).append(name)
     return {name: tuple(group) for group in paths.values() for name in group}
+
+
+def vocabulary_tables(model: torch.nn.Module) -> tuple[str, ...]:
+    """The paths of the embeddings that have a row for each token of the vocabulary."""
+    n_tokens = getattr(model.config.get_text_config(), "vocab_size", None)
+    tables = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
+    return tuple(f"{name}.weight" for name, table in tables.items() if table.num_embeddings == n_tokens)

@@ -12,24 +12,16 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from lora_export.artifact import Manifest, read_manifest, sha256_of
-from lora_export.contract import SINGLE, AdapterInputKind, GraphContract, data_file, graph_file
-from lora_export.errors import InputRefused, UsageProblem
+from lora_export.artifact import Manifest, read_manifest
+from lora_export.contract import SINGLE, AdapterInputKind, data_file, graph_file
+from lora_export.errors import UsageProblem
+from lora_export.runtime.adapter_file import read_adapter, require_fit, require_unchanged
 from lora_export.runtime.arrays import lowest, numpy_dtype, to_array, to_ort_value
 from lora_export.runtime.bank import RowSpec, classes_by_row, stack_rows
 from lora_export.runtime.session import choose_provider, open_session
 
 # One entry of `adapters`: a name, nothing (the base), or a blend of names with weights.
 RowAdapter = str | None | Mapping[str, float]
-
-# What an adapter must bring beside an input of a kind, where the module has it.
-_COMPANIONS = {
-    AdapterInputKind.LORA_A: (AdapterInputKind.LORA_B,),
-    AdapterInputKind.LORA_B: (AdapterInputKind.LORA_A,),
-    AdapterInputKind.TOKEN_IDS: (AdapterInputKind.TOKEN_DELTA,),
-    AdapterInputKind.TOKEN_DELTA: (AdapterInputKind.TOKEN_IDS,),
-    AdapterInputKind.WEIGHT: (AdapterInputKind.BIAS,),
-}
 
 # Stacked compositions kept on the device: enough for the few that a host alternates between.
 _KEPT_COMPOSITIONS = 8
@@ -75,7 +67,7 @@ class AdapterSession:
         for record in self.manifest.adapters:
             file = record.files.get(self.graph)
             if file is not None:
-                _require_unchanged(self.folder / file, self.manifest.files.get(file))
+                require_unchanged(self.folder / file, self.manifest.files.get(file))
                 self.load(self.folder / file, record.name)
             elif record.files:  # it touches other graphs only
                 self.hold(record.name, {})
@@ -102,8 +94,8 @@ class AdapterSession:
         Raises:
             InputRefused: The file is no adapter, or its tensors are not those of this graph's inputs.
         """
-        tensors = _read_adapter(path)
-        _require_fit(path, tensors, self._contract)
+        tensors = read_adapter(path)
+        require_fit(path, tensors, self._contract)
         return tensors
 
     def hold(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
@@ -243,18 +235,6 @@ class AdapterSession:
         return results
 
 
-def _require_unchanged(path: Path, expected: str | None) -> None:
-    found = sha256_of(path) if path.is_file() else "no such file"
-    if found != expected:
-        raise InputRefused(
-            "An adapter file is not the one that was exported",
-            where=str(path),
-            expected=f"sha256 {expected}",
-            found=found,
-            next_step="export again, or pack the adapter with `lora-export add`",
-        )
-
-
 def _require_equal_rows(inputs: Mapping[str, np.ndarray], rows: Sequence[RowSpec]) -> None:
     """A dual encoder's texts and images may differ in number, but not where each row has an adapter of its own."""
     sizes = {name: len(array) for name, array in inputs.items()}
@@ -264,53 +244,3 @@ def _require_equal_rows(inputs: Mapping[str, np.ndarray], rows: Sequence[RowSpec
             found=", ".join(f"{name}: {size}" for name, size in sizes.items()),
             next_step="name one adapter for the whole batch, or repeat the shorter input",
         )
-
-
-def _require_fit(path: Path, tensors: Mapping[str, np.ndarray], contract: GraphContract) -> None:
-    """Refuse what ONNX Runtime or a stacking would trip over later: tensors unfit, missing or not finite."""
-    by_name = {entry.name: entry for entry in contract.adapter_inputs}
-    sizes = {"rows": 1}
-    for name, array in tensors.items():
-        entry = by_name.get(name)
-        if entry is None or array.dtype.name != entry.dtype or not _has_shape(array, entry.dims, sizes):
-            raise InputRefused(
-                "The adapter was made for another graph",
-                where=f"{path}: {name} {list(array.shape)} {array.dtype}",
-                expected=f"{list(entry.dims)} {entry.dtype}" if entry else "an adapter input of this graph",
-                next_step="pack it for this export with `lora-export add`",
-            )
-        for kind in _COMPANIONS.get(entry.kind, ()):
-            other = contract.of_module(entry.module).get(kind)
-            if other is None or other.name in tensors:
-                continue
-            # A replaced weight may go with the stored bias, if that has its size.
-            fits = other.default is not None and other.default.shape[-1] == array.shape[-1]
-            if not fits:
-                raise InputRefused(
-                    "The adapter lacks a tensor", where=str(path), expected=f"{other.name} beside {name}"
-                )
-        if not np.isfinite(array.astype(np.float32)).all():
-            raise InputRefused("The adapter holds numbers that are not finite", where=f"{path}: {name}")
-
-
-def _has_shape(array: np.ndarray, dims: Sequence[int | str], sizes: dict[str, int]) -> bool:
-    """Whether `array` has `dims`; a named size is what it was where `sizes` first met it."""
-    if array.ndim != len(dims):
-        return False
-    pairs = zip(dims, array.shape, strict=True)
-    return all(n == (dim if isinstance(dim, int) else sizes.setdefault(dim, n)) for dim, n in pairs)
-
-
-def _read_adapter(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise InputRefused(
-            "There is no such adapter file",
-            where=str(path),
-            expected="an .onnx_adapter file; a PEFT folder becomes one with `lora-export add`",
-        )
-    try:
-        adapter = ort.AdapterFormat.read_adapter(str(path))
-    except RuntimeError as error:
-        raise InputRefused("The file is no ONNX Runtime adapter, or is truncated", where=str(path)) from error
-    # The values are views of the adapter's memory, which goes with `adapter`.
-    return {name: to_array(value) for name, value in adapter.get_parameters().items()}

@@ -10,6 +10,8 @@ from pathlib import Path
 import safetensors
 import torch
 
+from lora_export.base.weightless import vocabulary_tables
+
 
 @dataclass(frozen=True)
 class TrainedAdapter:
@@ -62,15 +64,12 @@ def adds_up(adapter: TrainedAdapter) -> bool:
 
 def vocabulary_of(adapter: Path, model: torch.nn.Module) -> int | None:
     """The number of tokens of the embedding that the adapter's file brings, where it is not the base's."""
-    if not hasattr(model, "get_input_embeddings"):
-        return None
-    table = model.get_input_embeddings()
-    path = next((name for name, module in model.named_modules() if module is table), "")
+    shapes = {path: model.get_parameter(path).shape for path in vocabulary_tables(model)}
     with safetensors.safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 not a dict
-            if key.removeprefix("base_model.model.").replace(".base_layer.", ".") == f"{path}.weight":
-                n_tokens = file.get_slice(key).get_shape()[0]
-                return None if n_tokens == table.weight.shape[0] else n_tokens
+            path = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            if path in shapes and (n_tokens := file.get_slice(key).get_shape()[0]) != shapes[path][0]:
+                return n_tokens
     return None
 
 

@@ -1,0 +1,85 @@
+"""An `.onnx_adapter` file: read, and compared with the graph that is to take it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from lora_export.artifact import sha256_of
+from lora_export.contract import AdapterInputKind, GraphContract
+from lora_export.errors import InputRefused
+from lora_export.runtime.arrays import to_array
+
+# What an adapter must bring beside an input of a kind, where the module has it.
+_COMPANIONS = {
+    AdapterInputKind.LORA_A: (AdapterInputKind.LORA_B,),
+    AdapterInputKind.LORA_B: (AdapterInputKind.LORA_A,),
+    AdapterInputKind.TOKEN_IDS: (AdapterInputKind.TOKEN_DELTA,),
+    AdapterInputKind.TOKEN_DELTA: (AdapterInputKind.TOKEN_IDS,),
+    AdapterInputKind.WEIGHT: (AdapterInputKind.BIAS,),
+}
+
+
+def require_unchanged(path: Path, expected: str | None) -> None:
+    found = sha256_of(path) if path.is_file() else "no such file"
+    if found != expected:
+        raise InputRefused(
+            "An adapter file is not the one that was exported",
+            where=str(path),
+            expected=f"sha256 {expected}",
+            found=found,
+            next_step="export again, or pack the adapter with `lora-export add`",
+        )
+
+
+def require_fit(path: Path, tensors: Mapping[str, np.ndarray], contract: GraphContract) -> None:
+    """Refuse what ONNX Runtime or a stacking would trip over later: tensors unfit, missing or not finite."""
+    by_name = {entry.name: entry for entry in contract.adapter_inputs}
+    sizes = {"rows": 1}
+    for name, array in tensors.items():
+        entry = by_name.get(name)
+        if entry is None or array.dtype.name != entry.dtype or not _has_shape(array, entry.dims, sizes):
+            raise InputRefused(
+                "The adapter was made for another graph",
+                where=f"{path}: {name} {list(array.shape)} {array.dtype}",
+                expected=f"{list(entry.dims)} {entry.dtype}" if entry else "an adapter input of this graph",
+                next_step="pack it for this export with `lora-export add`",
+            )
+        for kind in _COMPANIONS.get(entry.kind, ()):
+            other = contract.of_module(entry.module).get(kind)
+            if other is None or other.name in tensors:
+                continue
+            # A replaced weight may go with the stored bias, if that has its size.
+            fits = other.default is not None and other.default.shape[-1] == array.shape[-1]
+            if not fits:
+                raise InputRefused(
+                    "The adapter lacks a tensor", where=str(path), expected=f"{other.name} beside {name}"
+                )
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise InputRefused("The adapter holds numbers that are not finite", where=f"{path}: {name}")
+
+
+def _has_shape(array: np.ndarray, dims: Sequence[int | str], sizes: dict[str, int]) -> bool:
+    """Whether `array` has `dims`; a named size is what it was where `sizes` first met it."""
+    if array.ndim != len(dims):
+        return False
+    pairs = zip(dims, array.shape, strict=True)
+    return all(n == (dim if isinstance(dim, int) else sizes.setdefault(dim, n)) for dim, n in pairs)
+
+
+def read_adapter(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise InputRefused(
+            "There is no such adapter file",
+            where=str(path),
+            expected="an .onnx_adapter file; a PEFT folder becomes one with `lora-export add`",
+        )
+    try:
+        adapter = ort.AdapterFormat.read_adapter(str(path))
+    except RuntimeError as error:
+        raise InputRefused("The file is no ONNX Runtime adapter, or is truncated", where=str(path)) from error
+    # The values are views of the adapter's memory, which goes with `adapter`.
+    return {name: to_array(value) for name, value in adapter.get_parameters().items()}
