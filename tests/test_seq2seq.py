@@ -79,7 +79,9 @@ def test_merged_equals_unmerged_peft(name, exports, bases, adapters):
     assert error(Seq2SeqSession(exports[name], "cpu").run(inputs)["logits"], expected) < ROUNDING
 
 
-@pytest.mark.parametrize("name", ["t5-dynamic", "flan-dynamic", "bart-dynamic", "whisper-dynamic", "t5-head-merged"])
+@pytest.mark.parametrize(
+    "name", ["t5-dynamic", "t5-voice-dynamic", "flan-dynamic", "bart-dynamic", "whisper-dynamic", "t5-head-merged"]
+)
 def test_steps_on_a_growing_cache_equal_one_pass(name, exports, bases, adapters):
     """From a past of one on, one new token or several, with long targets: relative positions beyond the buckets."""
     spec = EXPORTS[name]
@@ -246,6 +248,7 @@ def test_checkpoints_of_bart_without_their_bias_have_none(bases, adapters, tmp_p
     assert error(found, truth(base, [], inputs)) < ROUNDING
 
 
+@pytest.mark.slow
 def test_t5_in_float16_is_as_near_to_float32_as_pytorch_is(bases, adapters, tmp_path):
     """With its second projections in float32, as Transformers keeps them: they overflow."""
     export_to(tmp_path / "out", ExportSpec("t5", ("t5-all",), "dynamic", dtype="float16"), bases, adapters)
