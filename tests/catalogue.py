@@ -125,6 +125,10 @@ ADAPTERS: dict[str, AdapterSpec] = {
         "t5", "T5ForConditionalGeneration",
         {"task_type": "SEQ_2_SEQ_LM", "r": 3, "lora_alpha": 6, "target_modules": ["lm_head", "EncDecAttention.k"]},
     ),
+    "t5-voice": AdapterSpec(
+        "t5", "T5ForConditionalGeneration",
+        {"task_type": "SEQ_2_SEQ_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "modules_to_save": ["lm_head"]},
+    ),
     "t5-encoder": AdapterSpec(
         "t5", "T5ForConditionalGeneration",
         {"task_type": "SEQ_2_SEQ_LM", "r": 2, "lora_alpha": 8, "target_modules": r"encoder\..*\.(q|wi)"},
@@ -220,6 +224,8 @@ EXPORTS: dict[str, ExportSpec] = {
     "t5-merged": ExportSpec("t5", ("t5-all",), "merge"),
     "t5-head-dynamic": ExportSpec("t5", ("t5-head", "t5-encoder"), "dynamic"),
     "t5-head-merged": ExportSpec("t5", ("t5-head",), "merge"),
+    "t5-voice-dynamic": ExportSpec("t5", ("t5-voice",), "dynamic"),
+    "t5-voice-merged": ExportSpec("t5", ("t5-voice",), "merge"),
     "flan-dynamic": ExportSpec("flan", ("flan-attention",), "dynamic"),
     "bart-dynamic": ExportSpec("bart", ("bart-attention", "bart-all"), "dynamic"),
     "bart-merged": ExportSpec("bart", ("bart-all",), "merge"),

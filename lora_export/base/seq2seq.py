@@ -12,7 +12,8 @@ takes any number of new tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -46,7 +47,8 @@ def _encoder_sample(model: torch.nn.Module) -> Sample:
     encoder = model.get_encoder()
 
     def forward(**inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"last_hidden_state": encoder(**inputs).last_hidden_state}
+        with _clamped_always():
+            return {"last_hidden_state": encoder(**inputs).last_hidden_state}
 
     if _takes_text(model):
         tokens = torch.ones(_BATCH, _SOURCE, dtype=torch.long)
@@ -56,6 +58,26 @@ def _encoder_sample(model: torch.nn.Module) -> Sample:
     frames = 2 * model.config.max_source_positions
     features = torch.zeros(_BATCH, model.config.num_mel_bins, frames, dtype=model.dtype)
     return _sample(forward, {"input_features": features}, {"input_features": {0: _BATCH_AXIS}})
+
+
+class _Overflowed:
+    def all(self) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def _clamped_always() -> Iterator[None]:
+    """Let Bart's encoder clamp its states in float16 whatever they are, and not only once one has overflowed.
+
+    A graph has no such question; states that have not overflowed are left as they are either way, but for the last
+    thousand below the largest number of float16.
+    """
+    original = torch.isfinite
+    torch.isfinite = lambda tensor: _Overflowed()
+    try:
+        yield
+    finally:
+        torch.isfinite = original
 
 
 def _decoder_sample(model: torch.nn.Module) -> Sample:

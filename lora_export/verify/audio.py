@@ -18,7 +18,8 @@ def read_features(folder: Path, files: Sequence[str], manifest: Manifest) -> np.
     """The files' spectrograms, `[batch, bands, frames]` in the export's dtype, padded or cut to the encoder's length.
 
     Raises:
-        InputRefused: The folder has no feature extractor, or a file is no 16-bit WAV of its sampling rate.
+        InputRefused: The folder has no feature extractor, or one of another model, or a file is no 16-bit WAV of its
+            sampling rate.
     """
     from transformers import AutoFeatureExtractor
 
@@ -34,6 +35,14 @@ def read_features(folder: Path, files: Sequence[str], manifest: Manifest) -> np.
     sounds = [_read_wav(Path(file), extractor.sampling_rate) for file in files]
     found = extractor(sounds, sampling_rate=extractor.sampling_rate, return_tensors="np")["input_features"]
     spec = next(spec for spec in manifest.graphs[ENCODER].inputs if spec.name == "input_features")
+    if found.shape[1:] != spec.dims[1:]:
+        raise InputRefused(
+            "The feature extractor does not make what the encoder takes",
+            where=f"{folder}: preprocessor_config.json",
+            expected=f"{spec.dims[1]} bands, {spec.dims[2]} frames",
+            found=f"{found.shape[1]} bands, {found.shape[2]} frames",
+            next_step="export from a base folder whose preprocessor_config.json belongs to its weights",
+        )
     return np.asarray(found, numpy_dtype(spec.dtype))
 
 

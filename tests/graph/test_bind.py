@@ -77,6 +77,26 @@ def test_a_failing_weight_stops_the_write(tmp_path):
         write_graphs({"model": chain(2)}, tmp_path, fail, {"model": ()})
 
 
+def test_graphs_of_one_data_file_share_what_is_made_the_same_way(tmp_path):
+    made = []
+
+    def make(recipe: Recipe, dtype: str) -> np.ndarray:
+        made.append(recipe.parameters[0])
+        return np.full((N, N), len(made), dtype)
+
+    models = {"encoder_model": chain(1), "decoder_model": chain(3), "decoder_with_past_model": chain(2)}
+    written = write_graphs(models, tmp_path, make, dict.fromkeys(models, ()))
+    data = {"encoder_model.onnx.data", "decoder_model.onnx.data"}
+    assert set(written.sha256) == {f"{graph}.onnx" for graph in models} | data
+    # The encoder's file is its own; in the decoder's, each weight is once.
+    assert made == ["p0", "p0", "p1", "p2"]
+    for graph, first in (("encoder_model", 1), ("decoder_model", 2), ("decoder_with_past_model", 2)):
+        weights = ir.load(tmp_path / f"{graph}.onnx").graph.initializers
+        assert [float(w.const_value.numpy()[0, 0]) for w in weights.values()] == [
+            first + i for i in range(len(weights))
+        ]
+
+
 # ONNX's checker does not know ONNX Runtime's SimplifiedLayerNormalization, which the Llamas have.
 @pytest.mark.parametrize("name", ["bert-dynamic", "gpt2-dynamic", "gpt2-merged", "vit-dynamic"])
 def test_exports_pass_onnxs_own_checker(name, exports):

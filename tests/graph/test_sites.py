@@ -7,7 +7,7 @@ import pytest
 
 from lora_export.base.tasks import Task
 from lora_export.errors import InputRefused
-from lora_export.graph.sites import NAME_SCOPES, find_sites, module_of
+from lora_export.graph.sites import NAME_SCOPES, find_sites, module_of, refuse_unlinked, sites_in
 
 
 @pytest.fixture
@@ -64,3 +64,12 @@ def test_the_module_path_is_the_last_scope_but_one():
     assert module_of(node) == "model.layers.3.q_proj"
     node.metadata_props[NAME_SCOPES] = "['linear']"
     assert module_of(node) == ""
+
+
+def test_a_module_that_one_of_several_graphs_does_not_call_has_no_site_there(albert):
+    found = sites_in(albert, [SHARED, "decoder.query"])
+    assert [len(sites) for sites in found.values()] == [2, 0]
+    refuse_unlinked([])
+    with pytest.raises(InputRefused, match="not linear maps of the exported graph") as refused:
+        refuse_unlinked(["decoder.query"])
+    assert refused.value.where == "decoder.query"

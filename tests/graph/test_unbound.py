@@ -7,7 +7,15 @@ import onnx_ir as ir
 
 from lora_export.contract import AdapterInput, AdapterInputKind
 from lora_export.graph.adapter_inputs import attach_defaults
-from lora_export.graph.unbound import bind_small, load_weightless, recipe_of, save_weightless, set_recipe, unbound
+from lora_export.graph.unbound import (
+    bind_small,
+    load_weightless,
+    recipe_of,
+    rename_weight,
+    save_weightless,
+    set_recipe,
+    unbound,
+)
 from lora_export.recipe import Recipe
 
 
@@ -64,3 +72,14 @@ def test_small_parameters_are_bound_by_name_and_others_left():
 def test_a_recipe_survives_json():
     recipe = Recipe(("a.weight", "b.weight"), transposed=True, axis=1)
     assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_a_tied_weight_goes_by_its_other_name():
+    model, _ = model_with_an_adapter_input()
+    weight = model.graph.initializers["w"]
+    rename_weight(model, "w", "embedding.weight")
+    assert model.graph.initializers["embedding.weight"] is weight and "w" not in model.graph.initializers
+    assert recipe_of(weight) == Recipe(("embedding.weight",))
+    before = dict(model.graph.initializers)
+    rename_weight(model, "absent", "other")
+    assert dict(model.graph.initializers) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import wave
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def test_what_is_no_such_file_is_refused(exports, own, tmp_path):
     with pytest.raises(InputRefused, match="not sampled as the model takes it") as refused:
         read_features(folder, [str(slow)], manifest)
     assert (refused.value.expected, refused.value.found) == ("16 bits at 16000 Hz", "16 bits at 8000 Hz")
+    sound = write_wav(tmp_path / "sound.wav", tone()[:, None])
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"feature_size": 10}))
+    with pytest.raises(InputRefused, match="does not make what the encoder takes") as refused:
+        read_features(folder, [str(sound)], manifest)
+    assert (refused.value.expected, refused.value.found) == ("8 bands, 100 frames", "10 bands, 100 frames")
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(InputRefused, match="has no feature extractor"):
         read_features(folder, [str(slow)], manifest)
