@@ -11,15 +11,16 @@ from lora_export.verify import decoding
 from lora_export.verify.examples import Batcher, built_in_examples
 from lora_export.verify.reference import Reference
 from lora_export.verify.tolerances import tolerances
+from lora_export.verify.trained import TrainedAdapter
 
 
 @pytest.fixture
 def greedy(exports, bases, adapters, monkeypatch):
     """The greedy case of the llama with `chat`, with tokens changed by `change(continuations)` on the way."""
     session = AdapterSession(exports["llama-dynamic"], "cpu")
-    reference = Reference(Task.TEXT_GENERATION, bases["llama"], [adapters["chat"]], "float32", None)
+    reference = Reference(Task.TEXT_GENERATION, bases["llama"], [TrainedAdapter(adapters["chat"])], "float32", None)
     batcher = Batcher(exports["llama-dynamic"], Task.TEXT_GENERATION, session.manifest.contract)
-    original, judge = decoding.generate, decoding._greedy_case
+    original, judge = decoding.generate, decoding.greedy_case
 
     def run(change=lambda continuations: None, noise: float | None = None):
         def generate(*args, **options):
@@ -29,7 +30,9 @@ def greedy(exports, bases, adapters, monkeypatch):
 
         monkeypatch.setattr(decoding, "generate", generate)
         if noise is not None:
-            monkeypatch.setattr(decoding, "_greedy_case", lambda *args: judge(*args[:-1], noise))
+            monkeypatch.setattr(
+                decoding, "greedy_case", lambda label, behind, _, gates: judge(label, behind, noise, gates)
+            )
         gates = tolerances("float32", "cpu")
         return decoding.decoding_cases("chat", "chat", session, reference, batcher, built_in_examples(), gates)[-1]
 
