@@ -19,7 +19,7 @@ from lora_export.graph.adapter_inputs import SiteChoice, add_adapter_inputs, att
 from lora_export.graph.cache import cache_key, cached_graph
 from lora_export.graph.embedding_inputs import embeddings_in
 from lora_export.graph.fuse import fuse
-from lora_export.graph.linear_inputs import bias_of
+from lora_export.graph.linear_inputs import uses_of_bias
 from lora_export.graph.sites import find_sites, refuse_unlinked, sites_in
 from lora_export.graph.unbound import bind_small, rename_weight, untie
 from lora_export.plan import Plan, Resolved
@@ -156,7 +156,7 @@ def _present(graph: ir.Graph, choice: SiteChoice) -> SiteChoice:
     linear = sites_in(graph, (*choice.lora_modules, *choice.replaced_modules))
     tables = embeddings_in(graph, (*choice.embedding_modules, *choice.token_modules))
     called = {module for module, sites in (linear | tables).items() if sites}
-    called |= {module for module in choice.bias_modules if bias_of(graph, module) is not None}
+    called |= {module for module in choice.bias_modules if uses_of_bias(graph, module)[1]}
     return SiteChoice(**{kind: tuple(m for m in modules if m in called) for kind, modules in asdict(choice).items()})
 
 

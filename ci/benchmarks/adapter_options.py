@@ -75,20 +75,62 @@ def tokens(architecture: Architecture, rank: int) -> peft.LoraConfig | None:
     return None if architecture.config in IMAGES else lora(architecture, rank, trainable_token_indices=found)
 
 
+TABLES = ["word_embeddings", "embed_tokens", "wte", "embed_in", "tok_embeddings", "token_embedding"]
+
+
+def experts(architecture: Architecture, rank: int) -> peft.LoraConfig:
+    """The packed weights of a mixture's experts."""
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    return lora(architecture, rank, target_parameters=names)
+
+
+def embedding(architecture: Architecture, rank: int) -> peft.LoraConfig | None:
+    """The embedding of tokens, beside the usual targets; an encoder-decoder shares it, which is refused elsewhere."""
+    if architecture.config in (*IMAGES, "T5Config", "BartConfig", "WhisperConfig"):
+        return None
+    return lora(architecture, rank, target_modules=TABLES)
+
+
+def convolution(architecture: Architecture, rank: int) -> peft.LoraConfig:
+    return lora(architecture, rank, target_modules=[*architecture.targets, "projection", "patch_embedding"])
+
+
+def multiplied(architecture: Architecture, rank: int) -> peft.IA3Config:
+    given = architecture.targets
+    targets = ["q_proj", "v_proj", "query_key_value", "qkv_proj"] if isinstance(given, str) else list(given)
+    return peft.IA3Config(target_modules=targets, feedforward_modules=[], task_type=architecture.task_type)
+
+
+def rotated(architecture: Architecture, rank: int) -> peft.OFTConfig | None:
+    if architecture.config == "GPT2Config":  # PEFT's OFT does not take Conv1D
+        return None
+    return peft.OFTConfig(r=0, oft_block_size=8, target_modules=architecture.targets, task_type=architecture.task_type)
+
+
+# Linear modules without a bias, which a merge cannot give one.
+_BARE = ("ModernBERT", "Llama", "Llama, classifier", "Qwen2", "Qwen3", "Mistral", "Gemma 2", "Gemma 3", "Phi-3")
+_NO_BIAS = dict.fromkeys((*_BARE, "Mixtral", "Qwen2-MoE", "Qwen3-MoE", "CLIP", "T5", "T5 1.1"), (REFUSED, SERVED))
 # PEFT turns the routers and experts that "all-linear" finds in these into target_parameters.
-_EXPERTS_REFUSED = dict.fromkeys(("Mixtral", "Qwen3-MoE"), (REFUSED, REFUSED))
+EXPERTS = ("Mixtral", "Qwen2-MoE", "Qwen3-MoE")
+_EXPERTS_MERGED = dict.fromkeys(("Mixtral", "Qwen3-MoE"), (MERGED, REFUSED))
+IMAGE_TOWERS = ("ViT", "CLIP, images")
 OPTIONS = (
     AdapterOption("lora", lora),
-    AdapterOption("all linear", all_linear, named="target_parameters", exceptions=_EXPERTS_REFUSED),
+    AdapterOption("all linear", all_linear, named="target_parameters", exceptions=_EXPERTS_MERGED),
     AdapterOption("packed", packed),
     AdapterOption("rslora", with_options(use_rslora=True)),
     AdapterOption("rank_pattern", patterns),
     AdapterOption("modules_to_save", whole_head),
     # Not where a router chooses experts: at a tie of random weights one rounding sends a token to another expert.
     AdapterOption("float16", lora, dtype="float16", only=("BERT", "ModernBERT", "GPT-2", "Llama", "Gemma 3", "ViT")),
-    AdapterOption("dora", with_options(use_dora=True), REFUSED, REFUSED, "use_dora"),
-    AdapterOption("bias", with_options(bias="all"), REFUSED, REFUSED, "bias"),
-    AdapterOption("lora_bias", with_options(lora_bias=True), REFUSED, REFUSED, "lora_bias"),
-    AdapterOption("trainable_tokens", tokens, REFUSED, REFUSED, "trainable_token_indices"),
-    AdapterOption("pissa", with_options(init_lora_weights="pissa"), REFUSED, REFUSED, "init_lora_weights"),
+    AdapterOption("dora", with_options(use_dora=True)),
+    AdapterOption("bias", with_options(bias="lora_only")),
+    AdapterOption("lora_bias", with_options(lora_bias=True), named="adds a bias", exceptions=_NO_BIAS),
+    AdapterOption("trainable_tokens", tokens),
+    AdapterOption("embedding", embedding),
+    AdapterOption("pissa", with_options(init_lora_weights="pissa")),
+    AdapterOption("experts", experts, MERGED, REFUSED, "target_parameters", only=EXPERTS),
+    AdapterOption("convolution", convolution, MERGED, REFUSED, "no inputs for that", only=IMAGE_TOWERS),
+    AdapterOption("IA3", multiplied, MERGED, REFUSED, "IA3"),
+    AdapterOption("OFT", rotated, MERGED, REFUSED, "OFT"),
 )

@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from lora_export.contract import AdapterInput, AdapterInputKind
 from lora_export.graph.embedding_inputs import add_embedding_pair, add_token_inputs, find_embeddings
-from lora_export.graph.linear_inputs import add_bias_input, add_pair, bias_of, has_bias, replace_linear
+from lora_export.graph.linear_inputs import add_bias_input, add_pair, has_bias, replace_linear, uses_of_bias
 from lora_export.graph.sites import Site, find_sites
 from lora_export.recipe import RECIPE, Recipe
 
@@ -85,11 +85,11 @@ def add_adapter_inputs(model: ir.Model, choice: SiteChoice) -> tuple[ir.Model, t
             add_token_inputs(graph, site, *tokens)
         register(module, _TOKENS, tokens)
     for module in choice.bias_modules:  # before the pairs, which go in between the product and its bias
-        sites = lora_sites.get(module) or _sites_or_none(graph, module)
-        own = bias_of(graph, module)
-        value = own[1] if own else sites[0].weight
-        bias = _graph_input(f"{module}.bias", value.dtype, [ROWS, 1, value.shape[0] if own else sites[0].out_features])
-        add_bias_input(graph, module, bias, sites[0] if sites else None)
+        own, _ = uses_of_bias(graph, module)
+        sites = lora_sites.get(module) or ([] if own is not None else find_sites(graph, [module])[module])
+        like, out = (own, own.shape[0]) if own is not None else (sites[0].weight, sites[0].out_features)
+        bias = _graph_input(f"{module}.bias", like.dtype, [ROWS, 1, out])
+        add_bias_input(graph, module, bias, sites)
         register(module, (AdapterInputKind.BIAS,), (bias,), base_has_default=own is not None)
     for module, sites in lora_sites.items():
         pair = _pair_inputs(module, (sites[0].in_features, sites[0].out_features), sites[0].weight.dtype)
@@ -103,11 +103,6 @@ def add_adapter_inputs(model: ir.Model, choice: SiteChoice) -> tuple[ir.Model, t
             replace_linear(graph, site, inputs)
         register(module, (AdapterInputKind.WEIGHT, AdapterInputKind.BIAS), inputs)
     return model, tuple(entry for entries in found.values() for entry in entries)
-
-
-def _sites_or_none(graph: ir.Graph, module: str) -> list[Site]:
-    """The linear sites of a module that only brings a bias; none for a normalization."""
-    return [] if bias_of(graph, module) is not None else find_sites(graph, [module])[module]
 
 
 def _graph_input(name: str, dtype: ir.DataType, dims: list) -> ir.Value:

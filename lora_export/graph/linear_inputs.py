@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from lora_export.errors import InputRefused
@@ -66,50 +68,53 @@ def _output_dims(site: Site) -> list | None:
     return [*list(site.input.shape)[:-1], site.out_features]
 
 
-def bias_of(graph: ir.Graph, module: str) -> tuple[ir.Node, ir.Value] | None:
-    """The node that adds the bias of `module`, and the bias; None if the graph has none."""
+def uses_of_bias(graph: ir.Graph, module: str) -> tuple[ir.Value | None, list[ir.Node]]:
+    """The bias of `module` and the nodes that add it, several where layers share weights; None without a bias."""
     value = graph.initializers.get(f"{module}.bias")
-    users = [] if value is None else [node for node, _ in value.uses()]
-    return (users[0], value) if len(users) == 1 else None
+    return value, [] if value is None else [node for node, _ in value.uses()]
 
 
-def add_bias_input(graph: ir.Graph, module: str, bias: ir.Value, site: Site | None) -> None:
+def add_bias_input(graph: ir.Graph, module: str, bias: ir.Value, sites: Sequence[Site]) -> None:
     """Let `bias` `[rows, 1, out]` take the place of the module's own bias; with none, it is added to the output.
 
     1. `Add(y, bias)` reads the input instead.
     2. A bias inside `Gemm` or `LayerNormalization` is taken out and added after it.
 
+    Args:
+        sites: Where the module is computed, for one without a bias.
+
     Raises:
         InputRefused: The bias is inside another operator.
     """
-    found = bias_of(graph, module)
-    if found is None:
-        output, node = site.output, site.node
-        own = None
-    else:
-        node, own = found
+    own, users = uses_of_bias(graph, module)
+    for node in users:
         if node.op_type == "Add":
             output = next(value for value in node.inputs if value is not own)
+            if output.shape is None and node.outputs[0].shape is not None:
+                output.shape = ir.Shape(list(node.outputs[0].shape))  # adding a bias keeps it
+            _add_bias(graph, module, bias, node, output, node.outputs[0])
         elif node.op_type in ("Gemm", "LayerNormalization"):
-            output = node.outputs[0]
+            node.replace_input_with(list(node.inputs).index(own), None)
+            _add_bias(graph, module, bias, node, node.outputs[0], node.outputs[0])
         else:
             raise InputRefused(
                 "A module's bias is part of an operator that takes one for the whole batch only",
                 where=f"{module}.bias ({node.op_type})",
                 next_step="merge the adapter instead",
             )
-    is_add = found is not None and node.op_type == "Add"
-    replaced = node.outputs[0] if is_add else output
+    for site in () if users else sites:
+        if site.output.shape is None:
+            site.output.shape = ir.Shape(_output_dims(site))
+        _add_bias(graph, module, bias, site.node, site.output, site.output)
+
+
+def _add_bias(
+    graph: ir.Graph, module: str, bias: ir.Value, after: ir.Node, output: ir.Value, replaced: ir.Value
+) -> None:
+    """Add `bias` to `output`, the result of or an input of `after`, in place of `replaced`."""
     users = tuple(replaced.uses())
-    if found is not None and not is_add:
-        node.replace_input_with(list(node.inputs).index(own), None)
-    out_features = bias.shape[2]
-    tape = Tape(graph, node)
-    if output.shape is None and node.outputs[0].shape is not None:
-        output.shape = ir.Shape(list(node.outputs[0].shape))  # adding a bias keeps it
-    elif output.shape is None and site is not None:
-        output.shape = ir.Shape(_output_dims(site))
-    y = with_row_axis(graph, tape, output, out_features, module)
+    tape = Tape(graph, after)
+    y = with_row_axis(graph, tape, output, bias.shape[2], module)
     total = tape.op("Add", [y, bias], list(y.shape), y.dtype or bias.dtype)
     if y is not output:
         total = _as(tape, total, output, None if output.shape is None else list(output.shape))

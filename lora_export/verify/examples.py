@@ -159,7 +159,7 @@ class Batcher:
         if "position_ids" in self._names:
             inputs["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)
         if self._pixels is not None:  # a dual encoder: images beside the texts, seeded noise
-            inputs |= self.random_pixels(len(rows)).inputs
+            inputs |= self.noise(len(rows)).inputs
         return Batch(inputs, mask.astype(bool), labels)
 
     def _pixel_values(self, rows: Sequence[Row]) -> np.ndarray:
@@ -185,7 +185,7 @@ class Batcher:
 
     @property
     def takes_text(self) -> bool:
-        return self._pixels is None
+        return not self.takes_images
 
 
 def _load_processor(folder: Path, *, images: bool):

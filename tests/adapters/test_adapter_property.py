@@ -47,8 +47,13 @@ def test_whatever_the_options_the_fold_is_pefts_merge(options, bases):
         except ValueError:  # PEFT's own limits, such as an odd rank with an orthogonal start
             return
         model = transformers.AutoModelForCausalLM.from_pretrained(bases["llama"])
-        expected = PeftModel.from_pretrained(model, Path(folder) / "a").merge_and_unload().state_dict()
         request = Request(str(bases["llama"]), ((str(Path(folder) / "a"), None),), "merge", task="text-generation")
+        try:
+            expected = PeftModel.from_pretrained(model, Path(folder) / "a").merge_and_unload().state_dict()
+        except RuntimeError:  # PEFT saves patterns sorted by name, and where two match, another one is first then
+            with pytest.raises(InputRefused, match="PEFT cannot load the adapter onto this base"):
+                resolve(make_plan(request))
+            return
         source = resolve(make_plan(request)).source
         for name, tensor in expected.items():
             torch.testing.assert_close(source.parameter(name, torch.float32), tensor, atol=2e-5, rtol=1e-5, msg=name)
