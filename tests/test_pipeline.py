@@ -28,7 +28,7 @@ from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.sources import SourceOverrides
 
 ROUNDING = 2e-5
-# Those of several graphs, or of two outputs a row, have tests of their own: test_seq2seq.py, verify/test_dual_encoder.py.
+# Those of several graphs, or of two outputs a row, have tests of their own: test_seq2seq_export.py, verify/test_dual_encoder.py.
 ELSEWHERE = (*SEQ2SEQ_BASES, "clip")
 COMPARED = {
     name: spec for name, spec in EXPORTS.items() if spec.adapters and "f16" not in name and spec.base not in ELSEWHERE
