@@ -87,7 +87,7 @@ def finished_graphs(plan: Plan, resolved: Resolved, choice: SiteChoice, *, use_c
     """
     graphs = graphs_of(plan.task)
     if len(graphs) > 1:
-        _refuse_replaced_embedding(resolved)
+        _refuse_changed_embedding(resolved)
     found = {graph: _finished_graph(plan, resolved, choice, graph, use_cache=use_cache) for graph in graphs}
     served = {entry.module for finished in found.values() for entry in finished.adapter_inputs}
     chosen = dict.fromkeys(module for modules in asdict(choice).values() for module in modules)
@@ -138,17 +138,18 @@ def _finished_graph(
     return FinishedGraph(model, inputs)
 
 
-def _refuse_replaced_embedding(resolved: Resolved) -> None:
-    """Several modules of an encoder-decoder read the one embedding, and PEFT replaces it in one of them only."""
-    for adapter, _ in resolved.source.adapters:
-        for path in adapter.replaced:
-            is_linear = path.removesuffix(".weight") in adapter.replaced_modules
-            if not is_linear and len(resolved.source.aliases.get(path, ())) > 1:
-                raise InputRefused(
-                    f"Adapter {adapter.name!r} replaces an embedding that others of an encoder-decoder share",
-                    where=path,
-                    next_step="merge it in PEFT, save the model untied, and export that as a base without adapters",
-                )
+def _refuse_changed_embedding(resolved: Resolved) -> None:
+    """Several modules of an encoder-decoder read the one embedding, and PEFT changes it in one of them only."""
+    for adapter in resolved.adapters:
+        changed = [path for path in adapter.replaced if path.removesuffix(".weight") not in adapter.replaced_modules]
+        changed += [*adapter.token_rows, *(f"{module}.weight" for module in adapter.embeddings)]
+        shared = [path for path in changed if len(resolved.source.aliases.get(path, ())) > 1]
+        if shared:
+            raise InputRefused(
+                f"Adapter {adapter.name!r} changes an embedding that others of an encoder-decoder share",
+                where=", ".join(shared),
+                next_step="merge it in PEFT, save the model untied, and export that as a base without adapters",
+            )
 
 
 def _present(graph: ir.Graph, choice: SiteChoice) -> SiteChoice:

@@ -75,6 +75,12 @@ def tokens(architecture: Architecture, rank: int) -> peft.LoraConfig | None:
     return None if architecture.config in IMAGES else lora(architecture, rank, trainable_token_indices=found)
 
 
+def pissa(architecture: Architecture, rank: int) -> peft.LoraConfig | None:
+    """Not for mixtures: a start that changes the base's last bits sends tokens to other experts, in PEFT as well."""
+    return None if "Moe" in architecture.config else lora(architecture, rank, init_lora_weights="pissa")
+
+
+SEQ2SEQ_CONFIGS = ("T5Config", "BartConfig", "WhisperConfig")
 TABLES = ["word_embeddings", "embed_tokens", "wte", "embed_in", "tok_embeddings", "token_embedding"]
 
 
@@ -85,8 +91,8 @@ def experts(architecture: Architecture, rank: int) -> peft.LoraConfig:
 
 
 def embedding(architecture: Architecture, rank: int) -> peft.LoraConfig | None:
-    """The embedding of tokens, beside the usual targets; an encoder-decoder shares it, which is refused elsewhere."""
-    if architecture.config in (*IMAGES, "T5Config", "BartConfig", "WhisperConfig"):
+    """The embedding of tokens; PEFT does not find CLIP's, and an encoder-decoder's is shared (see trainable_tokens)."""
+    if architecture.config in (*IMAGES, *SEQ2SEQ_CONFIGS, "CLIPConfig"):
         return None
     return lora(architecture, rank, target_modules=TABLES)
 
@@ -110,6 +116,8 @@ def rotated(architecture: Architecture, rank: int) -> peft.OFTConfig | None:
 # Linear modules without a bias, which a merge cannot give one.
 _BARE = ("ModernBERT", "Llama", "Llama, classifier", "Qwen2", "Qwen3", "Mistral", "Gemma 2", "Gemma 3", "Phi-3")
 _NO_BIAS = dict.fromkeys((*_BARE, "Mixtral", "Qwen2-MoE", "Qwen3-MoE", "CLIP", "T5", "T5 1.1"), (REFUSED, SERVED))
+# Encoder and decoder read one embedding, of which PEFT adapts one use.
+_SHARED_TABLE = dict.fromkeys(("T5", "T5 1.1", "BART"), (REFUSED, REFUSED))
 # PEFT turns the routers and experts that "all-linear" finds in these into target_parameters.
 EXPERTS = ("Mixtral", "Qwen2-MoE", "Qwen3-MoE")
 _EXPERTS_MERGED = dict.fromkeys(("Mixtral", "Qwen3-MoE"), (MERGED, REFUSED))
@@ -126,9 +134,9 @@ OPTIONS = (
     AdapterOption("dora", with_options(use_dora=True)),
     AdapterOption("bias", with_options(bias="lora_only")),
     AdapterOption("lora_bias", with_options(lora_bias=True), named="adds a bias", exceptions=_NO_BIAS),
-    AdapterOption("trainable_tokens", tokens),
+    AdapterOption("trainable_tokens", tokens, named="shared", exceptions=_SHARED_TABLE),
     AdapterOption("embedding", embedding),
-    AdapterOption("pissa", with_options(init_lora_weights="pissa")),
+    AdapterOption("pissa", pissa),
     AdapterOption("experts", experts, MERGED, REFUSED, "target_parameters", only=EXPERTS),
     AdapterOption("convolution", convolution, MERGED, REFUSED, "no inputs for that", only=IMAGE_TOWERS),
     AdapterOption("IA3", multiplied, MERGED, REFUSED, "IA3"),
