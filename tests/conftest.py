@@ -21,10 +21,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _one_core_each() -> None:
+    """Pin each of several workers to a core: the waiting threads of one would take the other's."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+@pytest.fixture(scope="session", autouse=True)
 def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Graphs are cached in a folder of this session, or where LORA_EXPORT_CACHE says."""
     given = os.environ.get("LORA_EXPORT_CACHE")
-    folder = Path(given) if given else tmp_path_factory.mktemp("graph-cache")
+    # Workers of one run share it: a graph's name says all that decides it, and it appears whole.
+    shared = tmp_path_factory.getbasetemp().parent / "graph-cache" if "PYTEST_XDIST_WORKER" in os.environ else None
+    folder = Path(given) if given else shared or tmp_path_factory.mktemp("graph-cache")
     os.environ["LORA_EXPORT_CACHE"] = str(folder)
     yield folder
     if not given:
