@@ -68,6 +68,8 @@ class AdapterRecord:
         files: Its `.onnx_adapter` for each graph that takes any of it, relative to the folder; empty if it is merged.
         weight: Its weight in a merged sum.
         convert_rank: The rank, or share of energy, that another tuner was converted to LoRA with; None for LoRA.
+        invocation_tokens: Of an activated LoRA, active from where they last occur; None for all tokens.
+        residual_base: The base is the one that the adapter's start left (PiSSA and its kin).
         conversion_errors: What that lost, `‖ΔW − BA‖ / ‖ΔW‖` by module.
     """
 
@@ -83,6 +85,8 @@ class AdapterRecord:
     weight: float = 1.0
     convert_rank: float | None = None
     conversion_errors: dict[str, float] = field(default_factory=dict)
+    invocation_tokens: tuple[int, ...] | None = None
+    residual_base: bool = False
 
     @property
     def file(self) -> str | None:
@@ -214,6 +218,7 @@ def _manifest_from(fields: dict) -> Manifest:
         sequences = {name: tuple(entry[name]) for name in ("ranks", "scales", "targets", "replaced")}
         labels = labels and {int(key): value for key, value in labels.items()}
         known = sequences | {"labels": labels, "source": SourceRecord(**entry["source"])}
+        known["invocation_tokens"] = (tokens := entry.get("invocation_tokens")) and tuple(tokens)
         if "file" in entry:
             file = entry["file"]
             entry = {key: value for key, value in entry.items() if key != "file"}

@@ -62,7 +62,7 @@ def _export(mode: str, paths: Sequence[str], targets: tuple[str, ...], given: di
 
         provider, reason = inspection.fuse_provider(given["provider"])
         display.say(f"fusing for {provider} ({reason})")
-        how = {"weights": given.get("weights", ()), "convert_rank": given.get("convert_rank")}
+        how = {name: given[name] for name in ("weights", "convert_rank", "residual_base") if name in given}
         request = Request(base, adapters, mode, given["task"], given["dtype"], provider, **how)
         if given["dry_run"]:
             display.result(
@@ -118,11 +118,12 @@ def dynamic(paths: tuple[str, ...], targets: tuple[str, ...], **given: object) -
 @click.argument("paths", nargs=-1, required=True, metavar="ADAPTER...")
 @options.names
 @options.convert_rank
+@options.residual_base
 @options.base
 @options.sign_key
 @options.as_json
 @options.quiet
-def add(out: Path, paths: tuple[str, ...], names: tuple[str, ...], convert_rank: float | None, **given: object) -> None:
+def add(out: Path, paths: tuple[str, ...], names: tuple[str, ...], **given: object) -> None:
     """Pack one more adapter for the dynamic export OUT, without exporting its graph again.
 
     A signature of OUT ends with it, unless --sign-key makes it anew.
@@ -140,7 +141,8 @@ def add(out: Path, paths: tuple[str, ...], names: tuple[str, ...], convert_rank:
         from lora_export.sources import SourceOverrides
 
         was_signed = (out / SIGNATURE).exists()
-        moved, how = SourceOverrides(given["base"]), {"convert_rank": convert_rank, "sign_key": given["sign_key"]}
+        moved = SourceOverrides(given["base"])
+        how = {name: given[name] for name in ("convert_rank", "residual_base", "sign_key")}
         manifest = pipeline.add_adapter(out, adapters, moved, progress=display.progress, **how)
         if was_signed and given["sign_key"] is None:
             display.say(f"removed {out / SIGNATURE}: it signed the folder without this adapter (--sign-key signs anew)")

@@ -7,18 +7,10 @@ from pathlib import Path
 
 import click
 
+from lora_export.base.tasks import Task
 from lora_export.errors import UsageProblem
 
 _DTYPES = ("float32", "float16", "bfloat16")
-_TASKS = (
-    "feature-extraction",
-    "text-classification",
-    "token-classification",
-    "image-classification",
-    "text-generation",
-    "text2text-generation",
-    "automatic-speech-recognition",
-)
 
 Decorator = Callable[[Callable], Callable]
 
@@ -52,7 +44,7 @@ overwrite = click.option("--overwrite", is_flag=True, help="Replace an earlier e
 dtype = click.option("--dtype", type=click.Choice(_DTYPES), help="Dtype of the export.  [default: the checkpoint's]")
 task = click.option(
     "--task",
-    type=click.Choice(_TASKS),
+    type=click.Choice(tuple(map(str, Task))),
     help="Task to export.  [default: the adapters' task_type, else the base's architecture]",
 )
 fuse_for = click.option(
@@ -112,6 +104,13 @@ convert_rank = click.option(
 )
 
 
+residual_base = click.option(
+    "--residual-base",
+    is_flag=True,
+    help="BASE is what the adapters' start (PiSSA, CorDA, LoftQ, LoRA-GA) left of the original: add them as they are.",
+)
+
+
 def together(*options: Decorator) -> Decorator:
     """One decorator of several, listed in `--help` in the order given."""
 
@@ -123,7 +122,9 @@ def together(*options: Decorator) -> Decorator:
     return decorate
 
 
-export_options = together(out, overwrite, task, dtype, fuse_for, names, no_cache, sign_key, dry_run, as_json, quiet)
+export_options = together(
+    out, overwrite, task, dtype, fuse_for, names, residual_base, no_cache, sign_key, dry_run, as_json, quiet
+)
 examine_options = together(base, moved_adapters, run_on, as_json, quiet)
 
 

@@ -95,7 +95,11 @@ def _conversion_error(layer: PeftLayer, real: dict[str, torch.Tensor], pair: Lor
 def _require_servable(adapter: Adapter, base: ParameterSource) -> None:
     served = {f"{module}.{part}" for module in adapter.replaced_modules for part in ("weight", "bias")}
     rest = [path for path in adapter.replaced if path not in served and not path.endswith(".bias")]
+    gated = adapter.invocation_tokens is not None
     what = {
+        "has a bias on B that is active for some tokens only (lora_bias with alora_invocation_tokens)": [
+            module for module, pair in adapter.pairs.items() if gated and pair.bias is not None
+        ],
         "replaces modules that are not Linear (modules_to_save)": rest,
         "adapts layers whose adapter is no pair": [
             f"{module} ({type(layer.layer).__name__})" for module, layer in adapter.layers.items()
@@ -112,7 +116,7 @@ def _require_servable(adapter: Adapter, base: ParameterSource) -> None:
 
 
 def _require_mergeable(adapter: Adapter, base: ParameterSource) -> None:
-    adds_bias = {module for module, pair in adapter.lora.items() if pair.bias is not None}
+    adds_bias = {module for module, pair in adapter.pairs.items() if pair.bias is not None}
     adds_bias |= set(adapter.layers) if adapter.config.get("peft_type") == "BEFT" else set()
     lacking = sorted(module for module in adds_bias if f"{module}.bias" not in base.shapes)
     if lacking:

@@ -37,13 +37,19 @@ def adapter_file(adapter: str, graph: str) -> str:
 class AdapterInputKind(StrEnum):
     """What an adapter input holds; the shape each kind has is given with it."""
 
-    LORA_A = "lora_A"  # [rows, in_features, rank]; of an embedding [rows, vocabulary, rank]
+    # [rows, in_features, rank]; of an embedding [rows, vocabulary, rank], of a convolution in_channels·∏kernel features
+    LORA_A = "lora_A"
     LORA_B = "lora_B"  # [rows, rank, out_features], the scale (and DoRA's gain) folded in
     GAIN = "lora_magnitude"  # [rows, 1, out_features], DoRA's m / ‖W + s·B·A‖, which multiplies W x
     WEIGHT = "weight"  # [rows, in_features, out_features], a whole replaced Linear
     BIAS = "bias"  # [rows, 1, out_features], in place of the module's own
     TOKEN_IDS = "token_ids"  # [rows, n_tokens], int64, tokens whose embedding changes; -1 is none
     TOKEN_DELTA = "token_delta"  # [rows, n_tokens, embedding_dim], what is added to it
+    GATE = "lora_gate"  # [rows, sequence or 1, 1], which multiplies x A of gated modules: 1 active, 0 not
+
+
+# The one gate of a graph: an adapter is active for the same tokens in all its modules.
+GATE_INPUT = str(AdapterInputKind.GATE)
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,9 @@ class AdapterInput:
 
     Attributes:
         name: The input's name, `<module>.lora_A.weight` and so on.
-        module: The path of the module in the base model, the name that PEFT uses.
+        module: The path of the module in the base model, the name that PEFT uses; empty for the gate, which is for all.
         default: The stored default of a replaced Linear or bias; None where it is a constant: a pair of rank 0, a gain
-            of 1, no tokens, zeros as the bias of a module without one.
+            or gate of 1, no tokens, zeros as the bias of a module without one.
         base_has_default: Whether the default is the base checkpoint's own tensor; False when the checkpoint has no
             such tensor (an encoder without a head) and the default is zeros.
     """
@@ -101,7 +107,12 @@ class GraphContract:
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules that adapters may touch, in graph order, each once."""
-        return tuple(dict.fromkeys(entry.module for entry in self.adapter_inputs))
+        return tuple(dict.fromkeys(entry.module for entry in self.adapter_inputs if entry.module))
+
+    @property
+    def gate(self) -> AdapterInput | None:
+        """The gate; None where every adapter is active for all tokens."""
+        return next((entry for entry in self.adapter_inputs if entry.kind is AdapterInputKind.GATE), None)
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -17,6 +17,7 @@ from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract, 
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.graph.adapter_inputs import SiteChoice, add_adapter_inputs, attach_defaults
 from lora_export.graph.cache import cache_key, cached_graph
+from lora_export.graph.convolution_inputs import convolutions_in
 from lora_export.graph.embedding_inputs import embeddings_in
 from lora_export.graph.fuse import fuse
 from lora_export.graph.linear_inputs import uses_of_bias
@@ -35,13 +36,17 @@ def choose_sites(adapters: Sequence[Adapter], targets: Sequence[str] = ()) -> Si
     replaced = dict.fromkeys(module for adapter in adapters for module in adapter.replaced_modules)
     pairs = [pair for adapter in adapters for pair in adapter.lora.values() if pair.module not in replaced]
     biases = [path.removesuffix(".bias") for a in adapters for path in a.replaced if path.endswith(".bias")]
-    biases += [pair.module for pair in pairs if pair.bias is not None]
+    convolutions = [pair for adapter in adapters for pair in adapter.convolutions.values()]
+    biases += [pair.module for pair in (*pairs, *convolutions) if pair.bias is not None]
+    gated = [pair for adapter in adapters if adapter.invocation_tokens for pair in adapter.lora.values()]
     return SiteChoice(
         lora_modules=_unique([*(pair.module for pair in pairs), *(t for t in targets if t not in replaced)]),
         replaced_modules=tuple(replaced),
         gain_modules=_unique(pair.module for pair in pairs if pair.magnitude is not None),
         bias_modules=_unique(module for module in biases if module not in replaced),
         embedding_modules=_unique(module for adapter in adapters for module in adapter.embeddings),
+        convolution_modules=_unique(pair.module for pair in convolutions),
+        gate_modules=_unique(pair.module for pair in gated if pair.module not in replaced),
         token_modules=_unique(path.removesuffix(".weight") for adapter in adapters for path in adapter.token_rows),
     )
 
@@ -156,7 +161,8 @@ def _present(graph: ir.Graph, choice: SiteChoice) -> SiteChoice:
     """What of `choice` this graph, one of several, calls."""
     linear = sites_in(graph, (*choice.lora_modules, *choice.replaced_modules))
     tables = embeddings_in(graph, (*choice.embedding_modules, *choice.token_modules))
-    called = {module for module, sites in (linear | tables).items() if sites}
+    convolutions = convolutions_in(graph, choice.convolution_modules)
+    called = {module for module, sites in (linear | tables | convolutions).items() if sites}
     called |= {module for module in choice.bias_modules if uses_of_bias(graph, module)[1]}
     return SiteChoice(**{kind: tuple(m for m in modules if m in called) for kind, modules in asdict(choice).items()})
 
@@ -193,7 +199,7 @@ def _untied(resolved: Resolved) -> dict[str, str]:
 def _signature(adapter: Adapter, path: str) -> tuple[int, ...]:
     """What an adapter does to a parameter, comparable between tied paths: identities of its values, () for nothing."""
     module = path.removesuffix(".weight")
-    values = (adapter.replaced.get(path), adapter.lora.get(module), adapter.embeddings.get(module))
+    values = (adapter.replaced.get(path), adapter.pairs.get(module))
     values += (adapter.token_rows.get(path), adapter.layers.get(module))
     return tuple(id(value) for value in values) if any(value is not None for value in values) else ()
 

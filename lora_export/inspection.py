@@ -53,9 +53,9 @@ def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), si
         adapters.append(
             _adapter_fields(folder)
             | {
-                "pairs": len(adapter.lora) + len(adapter.embeddings),
+                "pairs": len(adapter.pairs),
                 "ranks": list(adapter.ranks),
-                "scales": sorted({pair.scale for pair in (*adapter.lora.values(), *adapter.embeddings.values())}),
+                "scales": sorted({pair.scale for pair in adapter.pairs.values()}),
                 "replaced": list(adapter.replaced),
                 "merged_by_peft": list(adapter.layers),
                 "conversion_errors": dict(adapter.conversion_errors),

@@ -109,7 +109,10 @@ def export(request: Request, options: ExportOptions, progress: Progress = silent
                 files |= write_genai_config(folder, plan.config, contracts[SINGLE])
             files |= {file: sha256_of(folder / file) for record in records for file in record.files.values()}
             base, adapters = hashed.result()
-            records = [replace(record, source=source) for record, source in zip(records, adapters, strict=True)]
+            given = {"residual_base": request.residual_base}
+            records = [
+                replace(record, source=source, **given) for record, source in zip(records, adapters, strict=True)
+            ]
             kind = Kind.DYNAMIC if request.mode == "dynamic" else Kind.MERGED
             files = dict(sorted(files.items()))
             manifest = Manifest(kind, plan.task, plan.dtype, request.provider, base, tuple(records), contracts, files)
@@ -144,6 +147,7 @@ def add_adapter(
     overrides: SourceOverrides,
     *,
     convert_rank: float | None = None,
+    residual_base: bool = False,
     progress: Progress = silent,
     sign_key: Path | None = None,
 ) -> Manifest:
@@ -165,7 +169,8 @@ def add_adapter(
         )
     base, _ = locate_sources(manifest, SourceOverrides(overrides.base), only_base=True)
     how = (manifest.task, manifest.dtype, manifest.provider)
-    plan = make_plan(Request(str(base), tuple(adapters), "dynamic", *how, convert_rank=convert_rank))
+    how_read = {"convert_rank": convert_rank, "residual_base": residual_base}
+    plan = make_plan(Request(str(base), tuple(adapters), "dynamic", *how, **how_read))
     taken = [source.name for source in plan.folders if source.name in {r.name for r in manifest.adapters}]
     if taken:
         raise InputRefused(
@@ -180,7 +185,7 @@ def add_adapter(
             written += [folder / ADAPTERS / adapter_file(adapter.name, graph) for graph in manifest.graphs]
             described = (source, adapter, config.num_labels, manifest.graphs, resolved.source, folder)
             record = served_record(*described, convert_rank)
-            records.append(replace(record, source=hash_adapter(source)))
+            records.append(replace(record, source=hash_adapter(source), residual_base=residual_base))
             files |= {file: sha256_of(folder / file) for file in record.files.values()}
     except BaseException:
         for path in written:
@@ -244,7 +249,9 @@ def bench(
             compared["merged"] = tuple((str(path), name) for name, path in first)
         for done, (label, chosen) in enumerate(compared.items()):
             progress("exporting what to compare with", done, len(compared))
-            request = Request(str(base), chosen, "merge", manifest.task, manifest.dtype, manifest.provider)
+            how = (manifest.task, manifest.dtype, manifest.provider)
+            residual = any(record.residual_base for record in manifest.adapters)
+            request = Request(str(base), chosen, "merge", *how, residual_base=residual)
             export(request, ExportOptions(Path(temporary) / label, zeros_for_missing_head=True))
         merged = Path(temporary) / "merged" if "merged" in compared else None
         request = BenchRequest(folder, Path(temporary) / "base", merged, provider, tuple(shapes), blocks, max_ratio)

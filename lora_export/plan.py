@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_export.adapters.factors import Adapter
 from lora_export.adapters.folder import AdapterFolder, open_adapter
+from lora_export.adapters.initialization import PLAIN_START
 from lora_export.adapters.peft_reader import read_adapter
 from lora_export.adapters.support import require_supported
 from lora_export.base.checkpoint import Checkpoint, checkpoint_names, locate, stored_apart
@@ -32,6 +33,8 @@ class Request:
         weights: Of each adapter in a merged sum; empty for 1 each.
         convert_rank: Rank to convert tuners other than LoRA with, to serve them: a whole number, or a share of the
             energy between 0 and 1; None to refuse them.
+        residual_base: The base is the one that the adapters' start (PiSSA, CorDA, LoftQ, LoRA-GA) left, so their pairs
+            are plain ones on it.
     """
 
     base: str | None
@@ -42,6 +45,7 @@ class Request:
     provider: str = "cpu"
     weights: tuple[float, ...] = ()
     convert_rank: float | None = None
+    residual_base: bool = False
 
     @property
     def weight_of_each(self) -> tuple[float, ...]:
@@ -75,6 +79,8 @@ def make_plan(request: Request) -> Plan:
     folders = tuple(
         open_adapter(peft_folder(given, request.base, request.task), given, name) for given, name in request.adapters
     )
+    if request.residual_base:
+        folders = tuple(replace(folder, config=folder.config | PLAIN_START) for folder in folders)
     _refuse_equal_names(folders)
     if len(request.weight_of_each) != len(folders):
         raise UsageProblem(
@@ -87,6 +93,7 @@ def make_plan(request: Request) -> Plan:
     checkpoint = Checkpoint.open(locate(_base_of(request.base, folders), kind="base"))
     peft_tasks = {folder.name: folder.config.get("task_type") for folder in folders}
     task = resolve_task(request.task, checkpoint.config, peft_tasks, str(checkpoint.path))
+    _refuse_activated(folders, task)
     dtype = request.dtype or checkpoint.dtype
     config = checkpoint.load_config()
     adapter_configs = tuple(_config_for(config, task, folder) for folder in folders)
@@ -100,6 +107,17 @@ def _refuse_equal_names(folders: Sequence[AdapterFolder]) -> None:
     if len(set(names)) != len(names):
         raise UsageProblem(
             "Two adapters have the same name", found=", ".join(names), next_step="name each with --name, in order"
+        )
+
+
+def _refuse_activated(folders: Sequence[AdapterFolder], task: Task) -> None:
+    activated = [folder.name for folder in folders if folder.config.get("alora_invocation_tokens")]
+    if activated and task is not Task.TEXT_GENERATION:
+        raise InputRefused(
+            "An activated LoRA is for decoders: PEFT looks for its invocation in a prompt",
+            where=f"adapter_config.json of {', '.join(activated)}: alora_invocation_tokens",
+            found=f"task {task}",
+            next_step="export it as text-generation (--task)",
         )
 
 

@@ -80,11 +80,12 @@ def _record(source: AdapterFolder, adapter: Adapter, n_labels: int, files: dict[
         name=adapter.name,
         source=SourceRecord(source.given, None, {}),
         ranks=adapter.ranks,
-        scales=tuple(sorted({pair.scale for pair in (*adapter.lora.values(), *adapter.embeddings.values())})),
+        scales=tuple(sorted({pair.scale for pair in adapter.pairs.values()})),
         targets=adapter.modules,
         replaced=tuple(adapter.replaced),
         labels=source.labels,
         n_labels=n_labels if adapter.replaced else None,
         files=files,
         conversion_errors=dict(adapter.conversion_errors),
+        invocation_tokens=adapter.invocation_tokens,
     )

@@ -46,6 +46,7 @@ def tuner(make: Callable[..., peft.PeftConfig], merge: str = "", dynamic: str = 
 
 
 NO_INPUTS, OTHER = "a dynamic graph has no inputs for that", "`dynamic` does not export adapters of this tuner"
+INVOKED = {"alora_invocation_tokens": [70, 71], "task_type": "CAUSAL_LM"}
 ADAPTERS = {
     "dora": lora(LLAMA, use_dora=True, target_modules=ALL, use_rslora=True, rank_pattern={"down_proj": 2}),
     "dora-flattened": lora(GPT2, use_dora=True, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
@@ -75,8 +76,17 @@ ADAPTERS = {
         LLAMA, use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"], nblocks=2)
     ),
     "kasa": lora(LLAMA, kasa_config=peft.KasaConfig(), dynamic="kasa_config"),
-    "convolution": lora(VIT, target_modules=["projection", "q_proj"], dynamic=NO_INPUTS),
+    "convolution": lora(VIT, target_modules=["projection", "q_proj"]),
+    "convolution-biases": lora(VIT, target_modules=["projection", "fc1"], bias="all", lora_bias=True),
     "convolution-dora": lora(VIT, target_modules=["projection"], use_dora=True, dynamic=NO_INPUTS),
+    "activated": lora(LLAMA, **INVOKED, target_modules=[*QUERY_VALUE, "lm_head"], merge="alora_invocation_tokens"),
+    "activated-flattened": lora(GPT2, **INVOKED, target_modules=["c_attn", "c_fc"], merge="alora_invocation_tokens"),
+    "activated-bias": lora(
+        LLAMA, **INVOKED, lora_bias=True, merge="alora_invocation_tokens", dynamic="active for some tokens only"
+    ),
+    "activated-classifier": lora(
+        CLASSIFIER, alora_invocation_tokens=[7], merge="alora_invocation_tokens", dynamic="is for decoders"
+    ),
     "adalora": tuner(peft.AdaLoraConfig, total_step=10, init_r=6, target_r=4),
     "trainable-tokens": tuner(peft.TrainableTokensConfig, target_modules=["embed_tokens"], token_indices=[5, 9]),
     "loha": tuner(peft.LoHaConfig, r=4),
@@ -144,7 +154,8 @@ def test_an_adapter_is_exported_exactly_or_refused_by_name(name, mode, trained, 
 
 
 MIXTURES = {
-    "llama": ("dora", "embedding", "tokens", "pissa", "tied-head-and-embedding", "lora-bias-added", "block-diagonal"),
+    "llama": ("dora", "embedding", "tokens", "pissa", "tied-head-and-embedding", "lora-bias-added", "activated"),
+    "vit": ("convolution", "convolution-biases"),
     "classifier": ("bias-all", "lora-bias", "dora-gemm", "tokens-classifier", "embedding-positions"),
 }
 
@@ -154,7 +165,8 @@ def test_adapters_of_all_kinds_share_a_batch(base, trained, bases, adapters, tmp
     """`check` runs a batch with another one in each row against each row alone, and all of them in turn."""
     names = MIXTURES[base]
     chosen = [(str(trained(name)), name) for name in names]
-    chosen += [(str(adapters["shades"]), "shades")] if base == "classifier" else [(str(adapters["chat"]), "chat")]
+    plain = {"classifier": "shades", "llama": "chat"}
+    chosen += [(str(adapters[plain[base]]), plain[base])] if base in plain else []
     task = ADAPTERS[names[0]].on[2]
     export(Request(str(bases[base]), tuple(chosen), "dynamic", task=task), ExportOptions(tmp_path / "out"))
     report, _ = check(tmp_path / "out", SourceOverrides(), n_rows=8)

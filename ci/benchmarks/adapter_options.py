@@ -98,7 +98,15 @@ def embedding(architecture: Architecture, rank: int) -> peft.LoraConfig | None:
 
 
 def convolution(architecture: Architecture, rank: int) -> peft.LoraConfig:
+    """Patch embeddings. Not Whisper's convolutions: its forward asks them for a stride, which PEFT's layers hide."""
     return lora(architecture, rank, target_modules=[*architecture.targets, "projection", "patch_embedding"])
+
+
+def activated(architecture: Architecture, rank: int) -> peft.LoraConfig | None:
+    """Active from the last invocation on; for decoders only."""
+    if architecture.task_type != "CAUSAL_LM":
+        return None
+    return lora(architecture, rank, alora_invocation_tokens=[20, 20 + rank])
 
 
 def multiplied(architecture: Architecture, rank: int) -> peft.IA3Config:
@@ -138,7 +146,8 @@ OPTIONS = (
     AdapterOption("embedding", embedding),
     AdapterOption("pissa", pissa),
     AdapterOption("experts", experts, MERGED, REFUSED, "target_parameters", only=EXPERTS),
-    AdapterOption("convolution", convolution, MERGED, REFUSED, "no inputs for that", only=IMAGE_TOWERS),
+    AdapterOption("convolution", convolution, only=IMAGE_TOWERS),
+    AdapterOption("alora", activated, REFUSED, SERVED, "alora_invocation_tokens"),
     AdapterOption("IA3", multiplied, MERGED, REFUSED, "IA3"),
     AdapterOption("OFT", rotated, MERGED, REFUSED, "OFT"),
 )

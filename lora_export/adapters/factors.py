@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -20,7 +21,8 @@ _FOLD_ROWS = 256
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """The pair of one module: a linear map, or an embedding, which is one of one-hot inputs.
+    """The pair of one module: a linear map, an embedding, which is one of one-hot inputs, or a convolution, which is
+    one of the `in_channels·∏kernel` numbers under its kernel.
 
     Attributes:
         module: The module's path in the base model.
@@ -82,6 +84,7 @@ class Adapter:
         base_copies: What the file also holds of the base, by parameter path: PEFT saves the weight of an adapted
             embedding or `lm_head` beside the pair.
         embeddings: Pairs on embeddings, by module path.
+        convolutions: Pairs on convolutions, kernels flattened, by module path.
         token_rows: Replaced rows, by the path of the embedding's weight; a tied head's weight has the same entry.
         layers: Everything else that PEFT can merge, by module path.
         conversion_errors: Where another tuner was converted to pairs: `‖ΔW − BA‖ / ‖ΔW‖` by module path.
@@ -96,17 +99,29 @@ class Adapter:
     embeddings: Mapping[str, LoraFactors] = field(default_factory=dict)
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
     layers: Mapping[str, MergedLayer] = field(default_factory=dict)
+    convolutions: Mapping[str, LoraFactors] = field(default_factory=dict)
     conversion_errors: Mapping[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def pairs(self) -> Mapping[str, LoraFactors]:
+        """All pairs, by module path."""
+        return {**self.lora, **self.embeddings, **self.convolutions}
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        return tuple(sorted({pair.rank for pair in (*self.lora.values(), *self.embeddings.values())}))
+        return tuple(sorted({pair.rank for pair in self.pairs.values()}))
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...] | None:
+        """The tokens from whose last occurrence on it is active (activated LoRA); None for all tokens."""
+        tokens = self.config.get("alora_invocation_tokens")
+        return tuple(tokens) if tokens else None
 
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules it adapts, other than by replacing them."""
         rows = (path.removesuffix(".weight") for path in self.token_rows)
-        return tuple(dict.fromkeys([*self.lora, *self.embeddings, *self.layers, *rows]))
+        return tuple(dict.fromkeys([*self.pairs, *self.layers, *rows]))
 
 
 def delta(pair: LoraFactors) -> torch.Tensor:
@@ -125,6 +140,8 @@ def fold(
     """
     if not pairs:
         return weight.to(dtype)
+    if weight.ndim > 2:  # a convolution's kernels
+        return fold(weight.flatten(1), pairs, dtype, in_place=in_place).view(weight.shape)
     factors = [
         (pair.a.T.float(), pair.b.T.float(), pair.scale)
         if pair.weight_is_in_out

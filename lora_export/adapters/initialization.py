@@ -19,6 +19,10 @@ from lora_export.adapters.factors import LoraFactors
 REPEATABLE = ("pissa", "olora")
 
 
+# Options of a pair that its start did not take off the base.
+PLAIN_START = {"init_lora_weights": True}
+
+
 def changes_base(config: Mapping[str, object]) -> bool:
     """Whether PEFT, loading this adapter, would first change the base in a way that `with_initial_pair` knows."""
     return str(config.get("init_lora_weights")).lower() in REPEATABLE

@@ -34,7 +34,7 @@ def change_of(adapter: Adapter, weight: float, path: str, read: Read) -> Change 
         read: Reads a parameter of the base by path, for layers that change several together.
     """
     module, _, name = path.rpartition(".")
-    pair = adapter.lora.get(module, adapter.embeddings.get(module)) if name == "weight" else None
+    pair = adapter.pairs.get(module) if name == "weight" else None
     steps: list[Callable[[torch.Tensor], torch.Tensor]] = []
     if path in adapter.replaced:
         steps.append(lambda _: adapter.replaced[path].float())
@@ -42,8 +42,8 @@ def change_of(adapter: Adapter, weight: float, path: str, read: Read) -> Change 
         return Change(weight, pair=pair)
     if pair is not None:
         steps.append(lambda w: fold(w, [pair], torch.float32) if pair.magnitude is None else fold_dora(w, pair))
-    if name == "bias" and module in adapter.lora and adapter.lora[module].bias is not None:
-        own = adapter.lora[module]
+    own = adapter.pairs.get(module)
+    if name == "bias" and own is not None and own.bias is not None:
         steps.append(lambda b: b.float() + own.scale * own.bias.float())
     if path in adapter.token_rows:
         steps.append(lambda w: with_rows(w, adapter.token_rows[path]))

@@ -29,7 +29,8 @@ def pack(
     3. A pair on a module that the graph takes as a whole (another adapter replaces it): folded into the base's.
     4. A bias, trained or added to: `[1, 1, out]`.
     5. A pair on an embedding: `[1, vocabulary, rank]` and `[1, rank, dim]`.
-    6. Changed tokens: ids `[1, n]`, and their rows less the base's, `[1, n, dim]`.
+    6. A pair on a convolution: `[1, in·∏kernel, rank]` and `[1, rank, out]`.
+    7. Changed tokens: ids `[1, n]`, and their rows less the base's, `[1, n, dim]`.
 
     Args:
         base_weight: Reads a parameter of the base by path.
@@ -38,16 +39,18 @@ def pack(
     Raises:
         InputRefused: The adapter needs modules that the graph has no inputs for; all are named.
     """
-    packer = _Packer(contract, base_weight)
+    packer = _Packer(contract, base_weight, adapter.replaced)
     for pair in adapter.lora.values():
         packer.add_linear(pair)
     for module in adapter.replaced_modules:
         packer.put(module, AdapterInputKind.WEIGHT, adapter.replaced[f"{module}.weight"].float().T)
+    added_to = {f"{module}.bias" for module, pair in adapter.pairs.items() if pair.bias is not None}
     for path, tensor in adapter.replaced.items():
-        if path.endswith(".bias"):
+        if path.endswith(".bias") and path not in added_to:
             packer.put(path.removesuffix(".bias"), AdapterInputKind.BIAS, tensor.float().reshape(1, -1))
-    for pair in adapter.embeddings.values():
+    for pair in (*adapter.embeddings.values(), *adapter.convolutions.values()):
         packer.add_pair(pair, gain=None)
+        packer.add_bias(pair)
     for path, rows in adapter.token_rows.items():
         packer.add_tokens(path, rows)
     missing = [module for module in dict.fromkeys(packer.missing) if module not in elsewhere]
@@ -64,8 +67,13 @@ def pack(
 class _Packer:
     """Collects tensors by input name, and the modules that the graph has no input for."""
 
-    def __init__(self, contract: GraphContract, base_weight: Callable[[str], torch.Tensor]) -> None:
-        self._contract, self._base_weight = contract, base_weight
+    def __init__(
+        self,
+        contract: GraphContract,
+        base_weight: Callable[[str], torch.Tensor],
+        replaced: Mapping[str, torch.Tensor],
+    ) -> None:
+        self._contract, self._base_weight, self._replaced = contract, base_weight, replaced
         self.tensors: dict[str, torch.Tensor] = {}
         self.missing: list[str] = []
 
@@ -86,12 +94,18 @@ class _Packer:
         else:
             is_dora = pair.magnitude is not None
             self.add_pair(pair, dora_gain(self._base_weight(f"{pair.module}.weight"), pair) if is_dora else None)
-        if pair.bias is not None:
-            added = pair.scale * pair.bias.float()
-            entry = inputs.get(AdapterInputKind.BIAS)
-            if entry is not None and entry.base_has_default:
-                added = added + self._base_weight(f"{pair.module}.bias").float()
-            self.put(pair.module, AdapterInputKind.BIAS, added.reshape(1, -1))
+        self.add_bias(pair)
+
+    def add_bias(self, pair: LoraFactors) -> None:
+        if pair.bias is None:
+            return
+        added = pair.scale * pair.bias.float()
+        path, entry = f"{pair.module}.bias", self._contract.of_module(pair.module).get(AdapterInputKind.BIAS)
+        if path in self._replaced:  # trained as well
+            added = added + self._replaced[path].float()
+        elif entry is not None and entry.base_has_default:
+            added = added + self._base_weight(path).float()
+        self.put(pair.module, AdapterInputKind.BIAS, added.reshape(1, -1))
 
     def add_pair(self, pair: LoraFactors, gain: torch.Tensor | None) -> None:
         a, b = served_pair(pair, gain)

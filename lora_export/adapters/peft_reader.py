@@ -19,11 +19,10 @@ from lora_export.adapters.factors import Adapter, LoraFactors, MergedLayer, Toke
 from lora_export.adapters.folder import WEIGHTS, AdapterFolder
 from lora_export.adapters.initialization import changes_base
 from lora_export.adapters.peft_layer import PeftLayer
+from lora_export.adapters.peft_pairs import convolution_pair_of, embedding_pair_of, pair_of
 from lora_export.errors import InputRefused
 
 _PREFIX = "base_model.model."
-# PEFT's variants of a LoRA layer that are a pair at inference, or, DoRA, a pair and a magnitude.
-_PAIR_VARIANTS = ("", "DoraLinearVariant", "MiCALinearVariant", "VeloraLinearVariant", "BdLoraLinearVariant")
 
 
 def read_adapter(folder: AdapterFolder, base: torch.nn.Module) -> Adapter:
@@ -55,6 +54,7 @@ def read_adapter(folder: AdapterFolder, base: torch.nn.Module) -> Adapter:
         found.embeddings,
         found.token_rows,
         found.layers,
+        found.convolutions,
     )
 
 
@@ -70,8 +70,9 @@ def _load_with_peft(folder: AdapterFolder, base: torch.nn.Module) -> torch.nn.Mo
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             config = PeftConfig.from_pretrained(str(folder.path))
-            if changes_base(folder.config):
-                config.init_lora_weights = True  # needs the base's weights: done when the pair is folded or packed
+            if changes_base(folder.config) or folder.config.get("init_lora_weights") is True:
+                # A start that changes the base needs its weights: repeated when the pair is folded or packed.
+                config.init_lora_weights = True
             model = PeftModel.from_pretrained(base, folder.path, config=config, low_cpu_mem_usage=True).eval()
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, re.error) as error:
         raise InputRefused(
@@ -151,6 +152,7 @@ class _Found:
     embeddings: dict[str, LoraFactors] = field(default_factory=dict)
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
     layers: dict[str, MergedLayer] = field(default_factory=dict)
+    convolutions: dict[str, LoraFactors] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
     linear: list[str] = field(default_factory=list)
 
@@ -159,12 +161,10 @@ class _Found:
 
         1. A wrapper or layer that holds whole tensors: `modules_to_save`, LN tuning.
         2. Replaced rows of an embedding.
-        3. LoRA on a linear map or an embedding, plain or (linear) DoRA: our own mathematics.
+        3. LoRA on a linear map, an embedding or a convolution, plain or (linear) DoRA: our own mathematics.
         4. Anything else: PEFT's own merge.
         """
-        from peft.tuners.adalora.layer import SVDLinear
         from peft.tuners.ln_tuning.layer import LNTuningLayer
-        from peft.tuners.lora import layer as lora
         from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
         from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
@@ -176,12 +176,12 @@ class _Found:
             self._add_rows(path, module.token_adapter)
         elif isinstance(module, TrainableTokensLayer):
             self._add_rows(path, module)
-        elif type(module) is lora.Linear and _variant(module) in _PAIR_VARIANTS:
-            self.lora[path] = _linear_factors(path, module)
-        elif type(module) is SVDLinear:
-            self.lora[path] = _adalora_factors(path, module)
-        elif type(module) is lora.Embedding and _variant(module) == "":
-            self.embeddings[path] = _embedding_factors(path, module)
+        elif (pair := pair_of(path, module)) is not None:
+            self.lora[path] = pair
+        elif (pair := embedding_pair_of(path, module)) is not None:
+            self.embeddings[path] = pair
+        elif (pair := convolution_pair_of(path, module)) is not None:
+            self.convolutions[path] = pair
         else:
             self.layers[path] = PeftLayer.of(module)
 
@@ -194,50 +194,5 @@ class _Found:
         self.token_rows[f"{path}.weight"] = TokenRows(indices, layer.trainable_tokens_delta["default"].detach())
 
 
-def _variant(layer: torch.nn.Module) -> str:
-    """The name of the LoRA variant that PEFT gave the layer, empty for plain LoRA."""
-    variant = layer.lora_variant.get("default")
-    return "" if variant is None else type(variant).__name__
-
-
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if name else path
-
-
-def _linear_factors(path: str, layer: torch.nn.Module) -> LoraFactors:
-    is_dora = "default" in layer.lora_magnitude_vector
-    bias = getattr(layer.lora_B["default"], "bias", None)
-    return LoraFactors(
-        path,
-        _dense(layer.lora_A["default"]),
-        _dense(layer.lora_B["default"]),
-        float(layer.scaling["default"]),
-        weight_is_in_out=_is_in_out(layer),
-        magnitude=layer.lora_magnitude_vector["default"].weight.detach() if is_dora else None,
-        bias=None if bias is None else bias.detach(),
-    )
-
-
-def _dense(module: torch.nn.Module) -> torch.Tensor:
-    """The weight of A or B, multiplied out where it is block-diagonal."""
-    from peft.tuners.lora.variants import BlockDiagonalLinear
-
-    if isinstance(module, BlockDiagonalLinear):
-        return module.weight_as_blockdiagonal_matrix().detach()
-    return module.weight.detach()
-
-
-def _is_in_out(layer: torch.nn.Module) -> bool:
-    return type(layer.get_base_layer()).__name__ == "Conv1D"
-
-
-def _adalora_factors(path: str, layer: torch.nn.Module) -> LoraFactors:
-    """`B (A ∘ E)·s / (n + 1e-5)`, n the rank that AdaLoRA's budget left; Zhang et al. (arXiv 2303.10512), and PEFT."""
-    a, b = layer.lora_A["default"].detach(), layer.lora_B["default"].detach()
-    scale = float(layer.scaling["default"]) / (float(layer.ranknum["default"]) + 1e-5)
-    return LoraFactors(path, a * layer.lora_E["default"].detach(), b, scale, weight_is_in_out=_is_in_out(layer))
-
-
-def _embedding_factors(path: str, layer: torch.nn.Module) -> LoraFactors:
-    a, b = layer.lora_embedding_A["default"].detach(), layer.lora_embedding_B["default"].detach()
-    return LoraFactors(path, a, b, float(layer.scaling["default"]), weight_is_in_out=True)

@@ -115,18 +115,26 @@ OPTIONS: tuple[Option, ...] = (
     _served("use_bdlora", "block-diagonal A or B, multiplied out"),
     _served("velora_config", "changes training only"),
     Option(
+        "alora_invocation_tokens",
+        _given,
+        Verdict.REFUSED,
+        Verdict.SERVED,
+        "the pairs are active from the last invocation on: a gate over the tokens, which weights cannot hold",
+        "serve it with `lora-export dynamic`",
+    ),
+    Option(
         "init_lora_weights",
         lambda value: _start_of(value) in _UNREPEATABLE,
         Verdict.REFUSED,
         Verdict.REFUSED,
-        "PiSSA and OLoRA change the base's weights: repeated on it, served at twice the rank; refused are randomized "
-        "PiSSA (pissa_niter_N), CorDA, LoftQ and LoRA-GA, whose start cannot be repeated from the base alone",
-        "convert it to plain LoRA with PEFT (save_pretrained(…, path_initial_model_for_weight_conversion=…))",
+        "PiSSA and OLoRA change the base's weights: repeated on it, served at twice the rank; refused on the original "
+        "base are randomized PiSSA (pissa_niter_N), CorDA, LoftQ and LoRA-GA, whose start cannot be repeated from it",
+        "name the base that training started from, what the start left of the original, with --residual-base; or "
+        "convert the adapter to plain LoRA with PEFT (save_pretrained(…, path_initial_model_for_weight_conversion=…))",
     ),
     _merge_only("target_parameters", "the pair targets a parameter, not a module (mixture of experts)"),
     _merge_only("kasa_config", "the base's weights are truncated first, by singular values"),
     _refused("layer_replication", "the adapter changes the number of layers", _RETRAIN),
-    _refused("alora_invocation_tokens", "the adapter is active only after an invocation string", _RETRAIN),
     _refused("use_qalora", "A works on pooled groups of inputs; PEFT itself cannot merge it", _RETRAIN),
     _refused("monteclora_config", "its sampler is saved in a form that PEFT does not load", _RETRAIN),
     _refused("arrow_config", "adapters are chosen per token by a router", _RETRAIN),

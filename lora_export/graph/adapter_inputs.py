@@ -9,6 +9,9 @@ Contract (`y`, `x` are a module's output and input, `i` a row of the batch):
    base's, so nothing downstream keeps a static size for it.
 3. Embedding: a pair A `[rows, vocabulary, rank]`, B `[rows, rank, dim]`; changed tokens: ids `[rows, n]`, int64, and
    what is added to them `[rows, n, dim]`.
+4. Convolution: a pair A `[rows, in·∏kernel, rank]`, B `[rows, rank, out]`, and a bias as of a Linear.
+5. Where an adapter is active from some token on: the gate `[rows, length, 1]`, length that of the sequence or 1, which
+   multiplies `x[i] A[i]` of the modules that such an adapter has a pair on.
 
 `rows` is 1 or the batch size. Stock operators on any provider. This pass owns the model it is given and must run
 before fusion, which drops the module paths. Inputs get no default here: a constant default would be packed by the
@@ -23,13 +26,19 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.contract import AdapterInput, AdapterInputKind
+from lora_export.contract import GATE_INPUT, AdapterInput, AdapterInputKind
+from lora_export.graph.convolution_inputs import (
+    add_convolution_bias,
+    add_convolution_pair,
+    convolutions_in,
+    find_convolutions,
+)
 from lora_export.graph.embedding_inputs import add_embedding_pair, add_token_inputs, find_embeddings
 from lora_export.graph.linear_inputs import add_bias_input, add_pair, has_bias, replace_linear, uses_of_bias
 from lora_export.graph.sites import Site, find_sites
 from lora_export.recipe import RECIPE, Recipe
 
-ROWS = "rows"
+ROWS, GATE_LENGTH = "rows", "gate_length"
 _PAIR = (AdapterInputKind.LORA_A, AdapterInputKind.LORA_B)
 _TOKENS = (AdapterInputKind.TOKEN_IDS, AdapterInputKind.TOKEN_DELTA)
 
@@ -45,6 +54,8 @@ class SiteChoice:
         bias_modules: Modules whose bias is an input, replaced ones not counted.
         embedding_modules: Embeddings with a pair.
         token_modules: Embeddings with changed tokens.
+        convolution_modules: Convolutions with a pair.
+        gate_modules: Those of `lora_modules` whose pair may be active for some tokens only.
     """
 
     lora_modules: tuple[str, ...] = ()
@@ -53,6 +64,8 @@ class SiteChoice:
     bias_modules: tuple[str, ...] = ()
     embedding_modules: tuple[str, ...] = ()
     token_modules: tuple[str, ...] = ()
+    convolution_modules: tuple[str, ...] = ()
+    gate_modules: tuple[str, ...] = ()
 
 
 def add_adapter_inputs(model: ir.Model, choice: SiteChoice) -> tuple[ir.Model, tuple[AdapterInput, ...]]:
@@ -84,18 +97,35 @@ def add_adapter_inputs(model: ir.Model, choice: SiteChoice) -> tuple[ir.Model, t
         for site in sites:
             add_token_inputs(graph, site, *tokens)
         register(module, _TOKENS, tokens)
+    for module, sites in find_convolutions(graph, choice.convolution_modules).items():
+        pair = _pair_inputs(module, (sites[0].in_features, sites[0].out_channels), sites[0].node.inputs[1].dtype)
+        for site in sites:
+            add_convolution_pair(graph, site, *pair)
+        register(module, _PAIR, pair)
+    gate = None
+    if choice.gate_modules:
+        gate = _graph_input(GATE_INPUT, lora_sites[choice.gate_modules[0]][0].weight.dtype, [ROWS, GATE_LENGTH, 1])
+        register("", (AdapterInputKind.GATE,), (gate,))
+    convolutions = convolutions_in(graph, choice.bias_modules)
     for module in choice.bias_modules:  # before the pairs, which go in between the product and its bias
         own, _ = uses_of_bias(graph, module)
-        sites = lora_sites.get(module) or ([] if own is not None else find_sites(graph, [module])[module])
-        like, out = (own, own.shape[0]) if own is not None else (sites[0].weight, sites[0].out_features)
-        bias = _graph_input(f"{module}.bias", like.dtype, [ROWS, 1, out])
-        add_bias_input(graph, module, bias, sites)
+        if convolutions[module]:
+            find_convolutions(graph, (module,))
+            like, out = convolutions[module][0].node.inputs[1], convolutions[module][0].out_channels
+            bias = _graph_input(f"{module}.bias", like.dtype, [ROWS, 1, out])
+            for site in convolutions[module]:
+                add_convolution_bias(graph, site, bias)
+        else:
+            sites = lora_sites.get(module) or ([] if own is not None else find_sites(graph, [module])[module])
+            like, out = (own, own.shape[0]) if own is not None else (sites[0].weight, sites[0].out_features)
+            bias = _graph_input(f"{module}.bias", like.dtype, [ROWS, 1, out])
+            add_bias_input(graph, module, bias, sites)
         register(module, (AdapterInputKind.BIAS,), (bias,), base_has_default=own is not None)
     for module, sites in lora_sites.items():
         pair = _pair_inputs(module, (sites[0].in_features, sites[0].out_features), sites[0].weight.dtype)
         gain = _gain_input(sites[0]) if module in choice.gain_modules else None
         for site in sites:
-            add_pair(graph, site, *pair, gain)
+            add_pair(graph, site, *pair, gain, gate if module in choice.gate_modules else None)
         register(module, (*_PAIR, AdapterInputKind.GAIN), (*pair, *([gain] if gain else [])))
     for module, sites in replaced_sites.items():
         inputs = _replacement_inputs(sites[0])
@@ -141,6 +171,7 @@ _CONSTANTS = {
     AdapterInputKind.LORA_A: 0,
     AdapterInputKind.LORA_B: 0,
     AdapterInputKind.GAIN: 1,
+    AdapterInputKind.GATE: 1,
     AdapterInputKind.TOKEN_IDS: -1,
     AdapterInputKind.TOKEN_DELTA: 0,
 }
@@ -149,9 +180,9 @@ _CONSTANTS = {
 def attach_defaults(graph: ir.Graph, adapter_inputs: Iterable[AdapterInput]) -> None:
     """Make every adapter input optional, in place (after fusion).
 
-    A pair gets a constant of rank 0, a gain ones, changed tokens none. A replaced Linear's input and a bias become
-    unbound initializers made of the base's own tensor of the same name, which is bound like any other weight; the bias
-    of a module without one is zeros.
+    A pair gets a constant of rank 0, a gain and a gate ones, changed tokens none. A replaced Linear's input and a bias
+    become unbound initializers made of the base's own tensor of the same name, which is bound like any other weight;
+    the bias of a module without one is zeros.
     """
     by_name = {value.name: value for value in graph.inputs}
     for entry in adapter_inputs:
@@ -160,7 +191,7 @@ def attach_defaults(graph: ir.Graph, adapter_inputs: Iterable[AdapterInput]) -> 
         if constant is None and not entry.base_has_default:
             constant = 0
         if constant is not None:
-            shape = tuple(dim if isinstance(dim, int) else int(dim == ROWS) for dim in entry.dims)
+            shape = tuple(dim if isinstance(dim, int) else int(dim in (ROWS, GATE_LENGTH)) for dim in entry.dims)
             value.const_value = ir.tensor(np.full(shape, constant, value.dtype.numpy()), name=value.name)
         else:
             recipe = Recipe((entry.name,), transposed=entry.kind is AdapterInputKind.WEIGHT)

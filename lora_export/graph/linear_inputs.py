@@ -14,8 +14,10 @@ from lora_export.graph.sites import Site
 from lora_export.graph.tape import Tape, put_in_place_of, with_row_axis
 
 
-def add_pair(graph: ir.Graph, site: Site, a: ir.Value, b: ir.Value, gain: ir.Value | None) -> None:
-    """Add `(x A) B` to the output of `site`, which is multiplied by `gain` first, if there is one."""
+def add_pair(
+    graph: ir.Graph, site: Site, a: ir.Value, b: ir.Value, gain: ir.Value | None, gate: ir.Value | None = None
+) -> None:
+    """Add `(x A) B` to the output of `site`, which is multiplied by `gain` first; `gate` multiplies `x A`."""
     if gain is not None:
         _take_bias_out(graph, site)
     output, users = site.output, tuple(site.output.uses())
@@ -25,6 +27,8 @@ def add_pair(graph: ir.Graph, site: Site, a: ir.Value, b: ir.Value, gain: ir.Val
     # The broadcast of `rows` against the batch is the batch, which shape inference cannot know.
     rows_and_tokens = list(x.shape[:2])
     low = tape.op("MatMul", [x, a], [*rows_and_tokens, a.shape[2]], output.dtype or x.dtype)
+    if gate is not None:
+        low = tape.op("Mul", [low, gate], list(low.shape), low.dtype)
     delta = tape.op("MatMul", [low, b], [*rows_and_tokens, site.out_features], x.dtype)
     base = output
     if gain is not None:

@@ -22,12 +22,15 @@ class Tape:
         self._last = node
         return node.outputs[0]
 
+    def constant(self, array: np.ndarray) -> ir.Value:
+        tensor = ir.tensor(array)
+        return self.op("Constant", [], list(array.shape), tensor.dtype, value=tensor)
+
     def ints(self, values: list[int]) -> ir.Value:
-        tensor = ir.tensor(np.array(values, np.int64))
-        return self.op("Constant", [], [len(values)], ir.DataType.INT64, value=tensor)
+        return self.constant(np.array(values, np.int64))
 
     def scalar(self, value: int) -> ir.Value:
-        return self.op("Constant", [], [], ir.DataType.INT64, value=ir.tensor(np.array(value, np.int64)))
+        return self.constant(np.array(value, np.int64))
 
 
 def _batch_input(graph: ir.Graph, value: ir.Value) -> ir.Value:

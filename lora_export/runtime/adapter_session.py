@@ -13,11 +13,12 @@ import numpy as np
 import onnxruntime as ort
 
 from lora_export.artifact import Manifest, read_manifest
-from lora_export.contract import SINGLE, AdapterInputKind, data_file, graph_file
+from lora_export.contract import GATE_INPUT, SINGLE, AdapterInputKind, data_file, graph_file
 from lora_export.errors import UsageProblem
 from lora_export.runtime.adapter_file import read_adapter, require_fit, require_unchanged
 from lora_export.runtime.arrays import lowest, numpy_dtype, to_array, to_ort_value
 from lora_export.runtime.bank import RowSpec, classes_by_row, stack_rows
+from lora_export.runtime.invocation import gate_of, invocation_of, refuse_unknown_past
 from lora_export.runtime.session import choose_provider, open_session
 
 # One entry of `adapters`: a name, nothing (the base), or a blend of names with weights.
@@ -62,13 +63,14 @@ class AdapterSession:
         path = self.folder / graph_file(self.graph)
         self.session = open_session(path, self.provider, n_threads=n_threads, stop_spinning=stop_spinning)
         self._adapters: dict[str, dict[str, np.ndarray]] = {}
+        self._invocations: dict[str, tuple[int, ...]] = {}
         self._compositions: OrderedDict[tuple[RowSpec, ...], dict[str, ort.OrtValue]] = OrderedDict()
         self._defaults = self._read_defaults()
         for record in self.manifest.adapters:
             file = record.files.get(self.graph)
             if file is not None:
                 require_unchanged(self.folder / file, self.manifest.files.get(file))
-                self.load(self.folder / file, record.name)
+                self.load(self.folder / file, record.name, invocation_tokens=record.invocation_tokens)
             elif record.files:  # it touches other graphs only
                 self.hold(record.name, {})
 
@@ -77,8 +79,11 @@ class AdapterSession:
         """Names of the loaded adapters."""
         return tuple(self._adapters)
 
-    def load(self, path: str | Path, name: str | None = None) -> str:
+    def load(self, path: str | Path, name: str | None = None, *, invocation_tokens: Sequence[int] | None = None) -> str:
         """Load an `.onnx_adapter` file made for this graph and return its name (default: the file's).
+
+        Args:
+            invocation_tokens: Of an activated LoRA (its manifest entry has them); without, it is active for all tokens.
 
         Raises:
             InputRefused: The file is no adapter, or its tensors are not those of this graph's inputs.
@@ -86,6 +91,8 @@ class AdapterSession:
         path = Path(path)
         name = name or path.stem
         self.hold(name, self.read(path))
+        if invocation_tokens:
+            self._invocations[name] = tuple(invocation_tokens)
         return name
 
     def read(self, path: Path) -> dict[str, np.ndarray]:
@@ -101,6 +108,7 @@ class AdapterSession:
     def hold(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
         """Load what `read` gave as adapter `name`; with no tensors, the adapter leaves this graph as its base is."""
         self._adapters[name] = dict(tensors)
+        self._invocations.pop(name, None)
         self._compositions.clear()
 
     def unload(self, name: str) -> None:
@@ -131,13 +139,15 @@ class AdapterSession:
             lowest finite number.
 
         Raises:
-            UsageProblem: An unknown adapter, the number of entries is not the batch size, an input is missing, or
-                inputs differ in rows (texts and images) where adapters do.
+            UsageProblem: An unknown adapter, the number of entries is not the batch size, an input is missing, inputs
+                differ in rows (texts and images) where adapters do, or an activated LoRA continues a cache and its
+                gate is not among `inputs` (see `gate`).
         """
         self._require_inputs(inputs)
         batch = len(next(iter(inputs.values())))
         rows = self._rows(adapters, batch)
         _require_equal_rows(inputs, rows)
+        inputs = self._with_gate(inputs, rows)
         # Held until the run is over: on the CPU a binding reads the arrays' own memory.
         held = {name: to_ort_value(array, self.provider) for name, array in inputs.items()}
         binding = self.session.io_binding()
@@ -156,6 +166,19 @@ class AdapterSession:
         """Bind the adapters of a batch to `binding`, for hosts that bind inputs and outputs themselves."""
         for name, value in self._composition(self._rows(adapters, batch)).items():
             binding.bind_ortvalue_input(name, value)
+
+    def gate(self, input_ids: np.ndarray, adapters: Sequence[RowAdapter] | RowAdapter) -> np.ndarray | None:
+        """The `lora_gate` of a prompt, `[batch, sequence, 1]`; None where the graph has no such input.
+
+        `run` makes it itself for a prompt. A step that continues a cache needs it from the host: the last column, as
+        an activated LoRA that was invoked stays active. So does a host that binds inputs itself.
+
+        Args:
+            input_ids: `[batch, sequence]`, the whole prompt.
+        """
+        if self._contract.gate is None:
+            return None
+        return self._gate(input_ids, self._rows(adapters, len(input_ids)))
 
     def stacked(self, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> dict[str, np.ndarray]:
         """The adapter inputs of a batch as arrays, for hosts with another runtime; absent inputs keep their default."""
@@ -178,6 +201,16 @@ class AdapterSession:
         for name in blend:
             self._require_loaded(name)
         return tuple((name, float(weight)) for name, weight in blend.items() if weight != 0)
+
+    def _gate(self, ids: np.ndarray, rows: tuple[RowSpec, ...]) -> np.ndarray:
+        invocations = [invocation_of(row, self._invocations) for row in rows] * (len(ids) if len(rows) == 1 else 1)
+        return gate_of(np.asarray(ids), invocations).astype(numpy_dtype(self._contract.gate.dtype))
+
+    def _with_gate(self, inputs: Mapping[str, np.ndarray], rows: tuple[RowSpec, ...]) -> Mapping[str, np.ndarray]:
+        if GATE_INPUT in inputs or not any(invocation_of(row, self._invocations) for row in rows):
+            return inputs
+        refuse_unknown_past(inputs)
+        return {**inputs, GATE_INPUT: self._gate(inputs["input_ids"], rows)}
 
     def _require_inputs(self, inputs: Mapping[str, np.ndarray]) -> None:
         own = [spec.name for spec in self._contract.inputs]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lora_export.contract import GATE_INPUT
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.arrays import numpy_dtype
 
@@ -55,12 +56,15 @@ def generate(
     positions = positions_of(mask)
     cache = empty_cache(session, len(prompts))
     takes_positions = any(spec.name == "position_ids" for spec in session.manifest.contract.inputs)
+    gate = session.gate(ids, adapters)
     generated: list[list[int]] = [[] for _ in prompts]
     finished = np.zeros(len(prompts), bool)
     for _ in range(max_new_tokens):
         feeds = {"input_ids": ids, "attention_mask": mask, **cache}
         if takes_positions:
             feeds["position_ids"] = positions
+        if gate is not None:
+            feeds[GATE_INPUT] = gate
         results = session.run(feeds, adapters)
         best = results["logits"][:, -1].astype(np.float32).argmax(axis=-1)
         for row, token in enumerate(best):
@@ -72,5 +76,6 @@ def generate(
         cache = {name: results[name.replace("past_key_values", "present")] for name in cache}
         ids = best[:, None].astype(np.int64)
         positions = positions[:, -1:] + 1
+        gate = None if gate is None else gate[:, -1:]
         mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
     return generated

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lora_export.contract import GATE_INPUT
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.generate import empty_cache, generate
 from lora_export.verify.compare import Outputs, compare
 from lora_export.verify.examples import Batch, Batcher, Examples
+from lora_export.verify.invoked import with_invocation
 from lora_export.verify.reference import Reference
 from lora_export.verify.results import ParityCase
 from lora_export.verify.tolerances import Tolerances
@@ -30,7 +32,8 @@ def decoding_cases(
     gates: Tolerances,
 ) -> list[ParityCase]:
     """Left padding, cached steps (a chunk, then single tokens) and greedy agreement of one adapter."""
-    batch = batcher.batch(examples.rows[-_ROWS:], padding_side="left")
+    invocation = session.manifest.adapter(adapter).invocation_tokens if isinstance(adapter, str) else None
+    batch = with_invocation(batcher.batch(examples.rows[-_ROWS:], padding_side="left"), invocation)
     expected = reference.run(batch.inputs)["logits"]
     outputs = Outputs("logits", (expected,), (batch.real,))
     whole = session.run(batch.inputs | empty_cache(session, _ROWS), adapter)["logits"].astype(np.float32)
@@ -43,7 +46,8 @@ def decoding_cases(
 
     cached = case("cached steps", stepped)
     prompts = [
-        ids[real][:_PROMPT_TOKENS].tolist() for ids, real in zip(batch.inputs["input_ids"], batch.real, strict=True)
+        ids[real][:_PROMPT_TOKENS].tolist() + list(invocation or ())
+        for ids, real in zip(batch.inputs["input_ids"], batch.real, strict=True)
     ]
     found = generate(session, prompts, adapter, max_new_tokens=GREEDY_TOKENS)
     behind = [_behind(reference, *pair) for pair in zip(prompts, found, strict=True)]
@@ -60,11 +64,13 @@ def _in_steps(session: AdapterSession, batch: Batch, adapter: RowAdapter) -> np.
     middle = length // 2
     cuts = [0, middle, min(middle + 2, length), *range(min(middle + 2, length) + 1, length + 1)]
     cache = empty_cache(session, len(batch.labels))
+    gate = session.gate(batch.inputs["input_ids"], adapter)
+    by_token = batch.inputs if gate is None else batch.inputs | {GATE_INPUT: gate}
     found = []
     for start, end in itertools.pairwise(cuts):
         if start == end:
             continue
-        inputs = {name: array[:, start:end] for name, array in batch.inputs.items()}
+        inputs = {name: array[:, start:end] for name, array in by_token.items()}
         inputs["attention_mask"] = batch.inputs["attention_mask"][:, :end]
         results = session.run(inputs | cache, adapter)
         cache = {name: results[name.replace("past_key_values", "present")] for name in cache}
@@ -108,5 +114,5 @@ def greedy_case(label: str, behind: Sequence[np.ndarray], noise: float, gates: T
 def _behind(reference: Reference, prompt: list[int], continuation: list[int]) -> np.ndarray:
     """How far each token's logit is below the reference's best, `[tokens]`, in one forward pass without padding."""
     tokens = np.array([prompt + continuation], np.int64)
-    logits = reference.run({"input_ids": tokens})["logits"][0, len(prompt) - 1 : -1]
+    logits = reference.run({"input_ids": tokens}, n_generated=len(continuation))["logits"][0, len(prompt) - 1 : -1]
     return logits.max(axis=-1) - logits[np.arange(len(continuation)), continuation]

@@ -16,6 +16,7 @@ from lora_export.verify.compare import Outputs, compare
 from lora_export.verify.decoding import decoding_cases
 from lora_export.verify.environment import environment, subject
 from lora_export.verify.examples import Batch, Batcher, built_in_examples
+from lora_export.verify.invoked import with_invocation
 from lora_export.verify.reference import Reference
 from lora_export.verify.results import CheckReport, ParityCase
 from lora_export.verify.runs import Bench, CheckRequest, run_export, run_reference
@@ -52,6 +53,9 @@ def run_check(request: CheckRequest, progress: Callable[[str, int, int], None]) 
     own = {name: batcher.batches(examples, _BATCH_SIZE) for name, examples in data.items()}
     own.setdefault(None, [] if batcher.takes_text else [batcher.noise(_BATCH_SIZE)])
     mixed = batcher.batch(data[None].rows[:_MIXED_ROWS]) if batcher.takes_text else batcher.noise(_MIXED_ROWS)
+    invocations = [record.invocation_tokens for record in manifest.adapters if record.invocation_tokens]
+    for index, tokens in enumerate(invocations, 1):
+        mixed = with_invocation(mixed, tokens, index / (len(invocations) + 1))
     bench = Bench(request, session, task, tolerances(manifest.dtype, session.provider), own, mixed)
     skipped: list[str] = []
     if manifest.kind is Kind.MERGED:
@@ -105,6 +109,7 @@ def _dynamic_cases(bench: Bench, batcher: AnyBatcher, data, skipped: list[str], 
     for done, record in enumerate(records):
         progress("checking", done, len(records) + 1)
         batches = bench.own.get(record.name) or bench.own[None]
+        batches = [with_invocation(batch, record.invocation_tokens) for batch in batches]
         reference = bench.reference([record.name], record.n_labels)
         expected = run_reference(reference, batches)
         without = _without(reference, batches, [record], bench)

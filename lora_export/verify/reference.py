@@ -82,14 +82,30 @@ class Reference:
         is_wrapped = hasattr(self._model, "get_base_model")
         return self._model.get_base_model() if is_wrapped and self._task is Task.SPEECH_RECOGNITION else self._model
 
-    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs (`logits`, `last_hidden_state`, …) in float32, `[batch, …]`, without a cache."""
+    def run(self, inputs: dict[str, np.ndarray], *, n_generated: int = 0) -> dict[str, np.ndarray]:
+        """Outputs (`logits`, `last_hidden_state`, …) in float32, `[batch, …]`, without a cache.
+
+        Args:
+            n_generated: How many of the last tokens were generated: an activated LoRA looks for its invocation in what
+                came before them.
+        """
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
         tensors = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         with torch.no_grad():
-            found = self._callable()(**tensors)
+            found = self._callable()(**tensors, **self._offsets(tensors, n_generated))
         names = [name for name in _OUTPUTS if found.get(name) is not None]
         return {name: as_numpy(found[name].float()) for name in names}
+
+    def _offsets(self, tensors: dict[str, torch.Tensor], n_generated: int) -> dict[str, list[int | None]]:
+        """Where an activated LoRA begins, counted from the end, as PEFT finds it; nothing for other adapters."""
+        from peft.tuners.lora.variants import calculate_alora_offsets, is_alora_relevant_in_batch
+
+        if not hasattr(self._model, "peft_config") or not is_alora_relevant_in_batch(self._model):
+            return {}
+        ids = tensors["input_ids"]
+        prompt = ids[:, : ids.shape[1] - n_generated]
+        found = calculate_alora_offsets(self._model.peft_config, self._model.active_adapter, prompt)
+        return {"alora_offsets": [None if offset is None else offset + n_generated for offset in found]}
 
     @contextlib.contextmanager
     def without_pairs(self) -> Iterator[None]:

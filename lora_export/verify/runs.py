@@ -57,7 +57,9 @@ class Bench:
     def reference(self, names: Sequence[str], n_labels: int | None) -> Reference:
         manifest = self.session.manifest
         records = map(manifest.adapter, names)
-        adapters = [TrainedAdapter(self.request.adapters[r.name], r.weight, r.convert_rank) for r in records]
+        adapters = [
+            TrainedAdapter(self.request.adapters[r.name], r.weight, r.convert_rank, r.residual_base) for r in records
+        ]
         return Reference(self.task, self.request.base, adapters, manifest.dtype, n_labels)
 
 

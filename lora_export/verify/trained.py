@@ -20,14 +20,18 @@ class TrainedAdapter:
     path: Path
     weight: float = 1.0
     convert_rank: float | None = None
+    residual_base: bool = False
 
 
 def with_one(model: torch.nn.Module, adapter: TrainedAdapter) -> torch.nn.Module:
     """`model` with the adapter, unmerged; another tuner converted by PEFT's own function, where the export did so."""
-    from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
     from peft.tuners.lora.conversion import convert_to_lora
 
-    loaded = PeftModel.from_pretrained(model, adapter.path)
+    config = PeftConfig.from_pretrained(adapter.path)
+    if adapter.residual_base:
+        config.init_lora_weights = True  # what its start takes off is off already
+    loaded = PeftModel.from_pretrained(model, adapter.path, config=config)
     if adapter.convert_rank is None:
         return loaded
     config, state = convert_to_lora(loaded, adapter.convert_rank)

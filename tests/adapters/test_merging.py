@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import peft
@@ -15,6 +16,7 @@ from lora_export.adapters.factors import Adapter, LoraFactors, TokenRows, dora_g
 from lora_export.adapters.initialization import with_initial_pair
 from lora_export.adapters.merging import apply_changes, change_of
 from lora_export.adapters.peft_layer import PeftLayer
+from lora_export.adapters.peft_pairs import convolution_pair_of
 
 OUT, IN, RANK = 5, 4, 2
 
@@ -145,6 +147,22 @@ def test_a_layer_is_merged_by_peft_without_being_changed():
         found = torch.nn.functional.conv2d(pixels, once["weight"], once["bias"])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert torch.equal(once["weight"], again["weight"]) and base.weight.stride() == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("layer", [torch.nn.Conv1d(3, 6, 2), torch.nn.Conv2d(3, 6, (2, 1)), torch.nn.Conv3d(3, 6, 2)])
+def test_a_convolution_is_peft_s(layer, dtype):
+    weight = layer.weight.detach().to(dtype)
+    model = peft.get_peft_model(torch.nn.Sequential(layer), peft.LoraConfig(r=RANK, lora_alpha=3, target_modules=["0"]))
+    adapted = model.base_model.model[0]
+    torch.nn.init.normal_(adapted.lora_B["default"].weight)
+    pair = convolution_pair_of("layer", adapted)
+    change = change_of(an_adapter(convolutions={"layer": pair}), 1.0, "layer.weight", lambda _: weight)
+    expected = (weight.double() + adapted.get_delta_weight("default").detach().double()).to(dtype)
+    torch.testing.assert_close(apply_changes(weight, [change], dtype), expected, atol=1e-6, rtol=1e-3)
+    blended = apply_changes(weight, [replace(change, weight=0.5)], torch.float32)
+    half = weight.double() + 0.5 * adapted.get_delta_weight("default").detach().double()
+    torch.testing.assert_close(blended.double(), half, atol=1e-6, rtol=0)
 
 
 @settings(max_examples=25, deadline=None)

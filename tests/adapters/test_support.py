@@ -28,7 +28,7 @@ ASKED_FOR = {
     "monteclora_config": {"num_samples": 2},
     "kasa_config": {"beta": 1e-4},
 }
-MERGED_ONLY = ("target_parameters", "kasa_config")
+MERGED_ONLY, SERVED_ONLY = ("target_parameters", "kasa_config"), ("alora_invocation_tokens",)
 
 
 def test_every_option_of_the_installed_peft_has_a_row():
@@ -47,7 +47,8 @@ def test_a_default_config_uses_nothing_that_is_refused():
 
 def test_the_table_below_covers_every_refused_option():
     refused = {option.name for option in OPTIONS if option.dynamic is Verdict.REFUSED}
-    assert refused == set(ASKED_FOR)
+    assert refused == set(ASKED_FOR) - set(SERVED_ONLY)
+    assert {option.name for option in OPTIONS if option.merge is Verdict.REFUSED} - refused == set(SERVED_ONLY)
     assert {option.name for option in OPTIONS if option.merge is Verdict.MERGED} & refused == set(MERGED_ONLY)
 
 
@@ -56,13 +57,18 @@ def test_what_is_only_merged_is_refused_by_dynamic_alone(name):
     require_supported({"peft_type": "LORA", name: ASKED_FOR[name]}, "merge", "a")
 
 
+@pytest.mark.parametrize("name", SERVED_ONLY)
+def test_what_is_only_served_is_refused_by_merge_alone(name):
+    require_supported({"peft_type": "LORA", name: ASKED_FOR[name]}, "dynamic", "a")
+
+
 @pytest.mark.parametrize(
     ("mode", "name"),
     [
         (mode, name)
         for mode in ("merge", "dynamic")
         for name in ASKED_FOR
-        if mode == "dynamic" or name not in MERGED_ONLY
+        if name not in (MERGED_ONLY if mode == "merge" else SERVED_ONLY)
     ],
 )
 def test_a_refusal_names_the_option_its_value_the_reason_and_the_way_out(name, mode):
@@ -87,7 +93,7 @@ def test_all_reasons_come_in_one_message():
 
 @pytest.mark.parametrize("value", ["pissa_niter_16", "corda", "CorDA", "loftq", "lora_ga"])
 def test_starts_that_cannot_be_repeated_are_refused(value):
-    with pytest.raises(InputRefused, match="cannot be repeated from the base alone"):
+    with pytest.raises(InputRefused, match="start cannot be repeated"):
         require_supported({"peft_type": "LORA", "init_lora_weights": value}, "merge", "a")
 
 
