@@ -11,8 +11,9 @@ import click
 
 from lora_export import __version__, cli_text
 from lora_export import cli_options as options
+from lora_export.cli_examine import bench, check
 from lora_export.cli_extract import extract
-from lora_export.cli_output import Display, conclude, guarded
+from lora_export.cli_output import Display, guarded
 from lora_export.cli_verify import verify_command
 from lora_export.errors import UsageProblem
 
@@ -149,90 +150,8 @@ def add(out: Path, paths: tuple[str, ...], names: tuple[str, ...], **given: obje
         display.result(inspection.describe_export(out, manifest), cli_text.export_text)
 
 
-@main.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    multiple=True,
-    metavar="[NAME=]PATH",
-    callback=options.named_paths,
-    help="Examples (for one adapter): text lines, JSON lines with text and label_id, or a folder of images; repeat.",
-)
-@click.option("--rows", "n_rows", default=128, show_default=True, help="Most rows of each data file to compare on.")
-@click.option("--merged", type=click.Path(path_type=Path), help="A merged export to compare this dynamic one with.")
-@options.examine_options
-def check(out: Path, data: dict, n_rows: int, merged: Path | None, **given: object) -> None:
-    """Compare the export OUT with its adapters in unmerged PEFT; exit 1 if it differs.
-
-    Each adapter, the base, swaps, mixed rows, and for decoders caches, padding and greedy generation. An adapter
-    without effect fails. Writes OUT/reports/check.html, .json, .junit.xml and .md.
-
-    \b
-    Example:
-      lora-export check served --data topic=heldout/topic.jsonl
-    """
-    display = Display(as_json=given["as_json"], quiet=given["quiet"])
-    with guarded(display):
-        display.start("lora-export check")
-        from lora_export import pipeline
-        from lora_export.report.text import render_check_text
-        from lora_export.sources import SourceOverrides
-
-        report, files = pipeline.check(
-            out,
-            SourceOverrides(given["base"], given["adapters"]),
-            provider=given["provider"],
-            data={name: Path(path) for name, path in data.items()},
-            merged=merged,
-            n_rows=n_rows,
-            progress=display.progress,
-        )
-        conclude(report, render_check_text(report), files, display)
-
-
-@main.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--shape",
-    "shapes",
-    multiple=True,
-    metavar="BATCHxSEQUENCE[@PAST]",
-    callback=options.parse_shapes,
-    help="Workload to time; repeat.  [default: the task's usual ones]",
-)
-@click.option("--blocks", default=30, show_default=True, type=click.IntRange(min=6), help="Paired blocks a workload.")
-@click.option("--max-ratio", type=float, help="Allowed latency relative to the base: exit 1 above it, 5 if undecided.")
-@options.examine_options
-def bench(
-    out: Path, shapes: tuple[tuple[int, int, int], ...], blocks: int, max_ratio: float | None, **given: object
-) -> None:
-    """Time the export OUT against its base and its merged form, side by side in paired blocks.
-
-    Writes OUT/reports/bench.html, .json, .junit.xml and .md.
-
-    \b
-    Example:
-      lora-export bench served --shape 4x128 --max-ratio 1.10
-    """
-    display = Display(as_json=given["as_json"], quiet=given["quiet"])
-    with guarded(display):
-        display.start("lora-export bench")
-        from lora_export import pipeline
-        from lora_export.report.text import render_bench_text
-        from lora_export.sources import SourceOverrides
-
-        report, files = pipeline.bench(
-            out,
-            SourceOverrides(given["base"], given["adapters"]),
-            provider=given["provider"],
-            shapes=shapes,
-            blocks=blocks,
-            max_ratio=max_ratio,
-            progress=display.progress,
-        )
-        conclude(report, render_bench_text(report), files, display)
-
-
+main.add_command(check)
+main.add_command(bench)
 main.add_command(verify_command)
 
 

@@ -39,9 +39,10 @@ from lora_export.signature import sign, signer_with
 from lora_export.sources import SourceOverrides, locate_sources
 from lora_export.staging import refuse_existing, require_disk, staging
 from lora_export.verify.bench import BenchRequest, run_bench
+from lora_export.verify.bench_results import BenchReport
+from lora_export.verify.check_results import CheckReport
 from lora_export.verify.examples import read_examples
 from lora_export.verify.parity import run_check
-from lora_export.verify.results import BenchReport, CheckReport
 from lora_export.verify.runs import CheckRequest
 
 Progress = Callable[[str, int, int], None]

@@ -30,7 +30,8 @@ from lora_export.errors import InputRefused
 from lora_export.pipeline import ExportOptions, check, export
 from lora_export.plan import Request
 from lora_export.sources import SourceOverrides
-from lora_export.verify.results import CheckReport, Verdict
+from lora_export.verify.check_results import CheckReport
+from lora_export.verify.results import Verdict
 
 RESULT = RESULTS / "matrix.json"
 MODES = ("merge", "dynamic")

@@ -27,9 +27,9 @@ from lora_export.pipeline import ExportOptions, export
 from lora_export.plan import Request
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.verify.bench import candidates
+from lora_export.verify.bench_results import Ratio, Workload
 from lora_export.verify.intervals import verdict
 from lora_export.verify.latency import Candidate, Race, measure
-from lora_export.verify.results import Ratio, Workload
 from lora_export.verify.workloads import workload_inputs
 
 _N_ADAPTERS, _RANK, _N_LABELS = 16, 8, 4

@@ -7,7 +7,8 @@ import math
 from lora_export.report import format as fmt
 from lora_export.report.summary import MARKS, ratio_name
 from lora_export.report.svg import Axis, Plot
-from lora_export.verify.results import BenchReport, Ratio, Variant, Verdict, Workload
+from lora_export.verify.bench_results import BenchReport, Ratio, Variant, Workload
+from lora_export.verify.results import Verdict
 
 MOST_DOTS = 120
 # An axis that showed every straggler would squeeze what there is to see.

@@ -7,7 +7,7 @@ import math
 from lora_export.report import format as fmt
 from lora_export.report.summary import ratio_name
 from lora_export.report.tables import Cell, Column, Row, Table, fraction, verdict_cell
-from lora_export.verify.results import BenchReport, Ratio, Workload
+from lora_export.verify.bench_results import BenchReport, Ratio, Workload
 
 
 def latency_table(workload: Workload) -> Table:

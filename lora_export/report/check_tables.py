@@ -5,7 +5,7 @@ from __future__ import annotations
 from lora_export.report import format as fmt
 from lora_export.report.summary import case_verdict
 from lora_export.report.tables import Cell, Column, Row, Table, verdict_cell
-from lora_export.verify.results import CheckReport, ParityCase
+from lora_export.verify.check_results import CheckReport, ParityCase
 
 _GROUPS = {
     "base": "Base without an adapter",

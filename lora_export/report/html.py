@@ -16,7 +16,8 @@ from lora_export.report.bench_tables import latency_table, memory_table, ratio_t
 from lora_export.report.check_plots import parity_plot
 from lora_export.report.check_tables import accuracy_table, case_table
 from lora_export.report.provenance import environment_facts, pair_table, size_table, subject_facts
-from lora_export.verify.results import BenchReport, CheckReport
+from lora_export.verify.bench_results import BenchReport
+from lora_export.verify.check_results import CheckReport
 
 
 def render_check_html(report: CheckReport) -> str:

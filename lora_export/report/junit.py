@@ -17,7 +17,9 @@ from lora_export.report import format as fmt
 from lora_export.report import summary
 from lora_export.report.as_json import Report
 from lora_export.report.provenance import environment_facts, subject_facts
-from lora_export.verify.results import BenchReport, CheckReport, ParityCase, Ratio, Variant, Verdict
+from lora_export.verify.bench_results import BenchReport, Ratio, Variant
+from lora_export.verify.check_results import CheckReport, ParityCase
+from lora_export.verify.results import Verdict
 
 # Neither may stand in XML 1.0, and `fmt.plain` lets them pass.
 _NOT_XML = re.compile("[\ufffe\uffff]")

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora_export.report import format as fmt
-from lora_export.verify.results import BenchReport, CheckReport, ParityCase, Ratio, Verdict, Workload
+from lora_export.verify.bench_results import BenchReport, Ratio, Workload
+from lora_export.verify.check_results import CheckReport, ParityCase
+from lora_export.verify.results import Verdict
 
 # Shown beside the word, so that no verdict is told by colour alone.
 MARKS = {Verdict.PASS: "✓", Verdict.FAIL: "✕", Verdict.AMBIGUOUS: "?", Verdict.NOT_GATED: "·"}

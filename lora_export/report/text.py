@@ -12,7 +12,9 @@ from lora_export.report.check_tables import case_table
 from lora_export.report.provenance import environment_facts, size_table, subject_facts
 from lora_export.report.summary import MARKS, Finding
 from lora_export.report.tables import Row, Table
-from lora_export.verify.results import BenchReport, CheckReport, Environment, Subject, Verdict
+from lora_export.verify.bench_results import BenchReport
+from lora_export.verify.check_results import CheckReport
+from lora_export.verify.results import Environment, Subject, Verdict
 
 WIDTH = 110
 _GAP = 2

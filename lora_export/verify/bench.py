@@ -12,9 +12,9 @@ from pathlib import Path
 from lora_export.artifact import Kind, Manifest, read_manifest
 from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.runtime.seq2seq_session import open_export
+from lora_export.verify.bench_results import BenchReport
 from lora_export.verify.environment import environment, subject
 from lora_export.verify.latency import Candidate, Race, Session, measure, measure_swap
-from lora_export.verify.results import BenchReport
 from lora_export.verify.workloads import source_length, workload_inputs
 
 _USUAL_SHAPES = {

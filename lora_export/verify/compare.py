@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_export.verify.results import ParityCase
+from lora_export.verify.check_results import ParityCase
 from lora_export.verify.tolerances import Tolerances
 
 

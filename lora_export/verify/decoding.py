@@ -10,11 +10,11 @@ import numpy as np
 from lora_export.contract import GATE_INPUT
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.generate import empty_cache, generate
+from lora_export.verify.check_results import ParityCase
 from lora_export.verify.compare import Outputs, compare
 from lora_export.verify.examples import Batch, Batcher, Examples
 from lora_export.verify.invoked import with_invocation
 from lora_export.verify.reference import Reference
-from lora_export.verify.results import ParityCase
 from lora_export.verify.tolerances import Tolerances
 
 _ROWS = 4

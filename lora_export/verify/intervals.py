@@ -10,7 +10,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from lora_export.verify.results import Ratio, Variant, Verdict
+from lora_export.verify.bench_results import Ratio, Variant
+from lora_export.verify.results import Verdict
 
 CONFIDENCE = 0.95
 

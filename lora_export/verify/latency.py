@@ -24,8 +24,8 @@ import numpy as np
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.arrays import to_ort_value
 from lora_export.runtime.seq2seq_session import Seq2SeqSession
+from lora_export.verify.bench_results import Swap, Variant, Workload
 from lora_export.verify.intervals import paired_ratio
-from lora_export.verify.results import Swap, Variant, Workload
 
 ROUNDS = 4
 # A timed sample repeats a run until it lasts this long, so that the clock and the loop do not count.

@@ -12,13 +12,13 @@ from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.contract import AdapterInputKind
 from lora_export.runtime.adapter_session import RowAdapter
 from lora_export.runtime.seq2seq_session import open_export
+from lora_export.verify.check_results import CheckReport, ParityCase
 from lora_export.verify.compare import Outputs, compare
 from lora_export.verify.decoding import decoding_cases
 from lora_export.verify.environment import environment, subject
 from lora_export.verify.examples import Batch, Batcher, built_in_examples
 from lora_export.verify.invoked import with_invocation
 from lora_export.verify.reference import Reference
-from lora_export.verify.results import CheckReport, ParityCase
 from lora_export.verify.runs import Bench, CheckRequest, run_export, run_reference
 from lora_export.verify.seq2seq_decoding import seq2seq_decoding_cases
 from lora_export.verify.seq2seq_examples import Seq2SeqBatcher

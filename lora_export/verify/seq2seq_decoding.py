@@ -8,11 +8,11 @@ import numpy as np
 
 from lora_export.runtime.adapter_session import RowAdapter
 from lora_export.runtime.seq2seq_session import Seq2SeqSession
+from lora_export.verify.check_results import ParityCase
 from lora_export.verify.compare import Outputs, compare
 from lora_export.verify.decoding import GREEDY_TOKENS, greedy_case, noise_of
 from lora_export.verify.examples import Batch, Examples
 from lora_export.verify.reference import Reference
-from lora_export.verify.results import ParityCase
 from lora_export.verify.seq2seq_examples import Seq2SeqBatcher
 from lora_export.verify.tolerances import Tolerances
 

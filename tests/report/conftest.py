@@ -8,18 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from lora_export.verify.results import (
-    BenchReport,
-    CheckReport,
-    Environment,
-    ParityCase,
-    Ratio,
-    Subject,
-    Swap,
-    Variant,
-    Verdict,
-    Workload,
-)
+from lora_export.verify.bench_results import BenchReport, Ratio, Swap, Variant, Workload
+from lora_export.verify.check_results import CheckReport, ParityCase
+from lora_export.verify.results import Environment, Subject, Verdict
 
 HOSTILE = "<script>alert('x')</script> & \"a|b\""
 

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 
 from lora_export.report.github import annotations
-from lora_export.verify.results import BenchReport, CheckReport, Verdict
+from lora_export.verify.bench_results import BenchReport
+from lora_export.verify.check_results import CheckReport
+from lora_export.verify.results import Verdict
 
 
 def _parsed(command: str) -> tuple[str, str, str]:

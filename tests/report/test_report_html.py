@@ -14,7 +14,8 @@ import pytest
 from lora_export.report import bench_tables, check_tables, provenance
 from lora_export.report.html import render_bench_html, render_check_html
 from lora_export.report.tables import Table
-from lora_export.verify.results import BenchReport, CheckReport
+from lora_export.verify.bench_results import BenchReport
+from lora_export.verify.check_results import CheckReport
 
 REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench")
 VOID = {"meta", "link", "br", "img", "input", "hr"}

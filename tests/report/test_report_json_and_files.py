@@ -11,7 +11,8 @@ import pytest
 from lora_export.report import write
 from lora_export.report.as_json import file_name, render_json
 from lora_export.report.write import write_reports
-from lora_export.verify.results import BenchReport, CheckReport
+from lora_export.verify.bench_results import BenchReport
+from lora_export.verify.check_results import CheckReport
 
 
 def _no_constant(name: str) -> None:

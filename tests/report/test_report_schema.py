@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 
 from lora_export.report import check_tables
 from lora_export.report.as_json import json_value, render_json, report_schema
-from lora_export.verify import results
+from lora_export.verify import bench_results, check_results, results
 
 REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench", "gpu_check")
 SCHEMA = report_schema()
@@ -35,13 +35,13 @@ def test_reports_are_valid(name: str, request: pytest.FixtureRequest) -> None:
     [
         ("environment", results.Environment, set()),
         ("subject", results.Subject, set()),
-        ("case", results.ParityCase, {"passed"}),
-        ("variant", results.Variant, set()),
-        ("ratio", results.Ratio, set()),
-        ("workload", results.Workload, {"name"}),
-        ("swap", results.Swap, set()),
-        ("check", results.CheckReport, {"report", "verdict", "scope"}),
-        ("bench", results.BenchReport, {"report", "verdict", "scope"}),
+        ("case", check_results.ParityCase, {"passed"}),
+        ("variant", bench_results.Variant, set()),
+        ("ratio", bench_results.Ratio, set()),
+        ("workload", bench_results.Workload, {"name"}),
+        ("swap", bench_results.Swap, set()),
+        ("check", check_results.CheckReport, {"report", "verdict", "scope"}),
+        ("bench", bench_results.BenchReport, {"report", "verdict", "scope"}),
     ],
 )
 def test_every_field_is_described_and_required(definition: str, kind: type, derived: set[str]) -> None:

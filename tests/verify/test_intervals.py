@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_export.verify.bench_results import Variant
 from lora_export.verify.intervals import median_interval, paired_ratio, verdict
-from lora_export.verify.results import Variant, Verdict
+from lora_export.verify.results import Verdict
 
 
 def coverage(n: int, k: int) -> float:

@@ -14,7 +14,8 @@ from lora_export.artifact import sha256_of
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.pipeline import check
 from lora_export.sources import SourceOverrides
-from lora_export.verify.results import CheckReport, Verdict
+from lora_export.verify.check_results import CheckReport
+from lora_export.verify.results import Verdict
 
 SOUND = [
     "llama-dynamic", "llama-merged", "llama-voice", "gpt2-dynamic", "bert-dynamic", "bert-merged",

@@ -14,8 +14,9 @@ from lora_export.artifact import read_manifest, sha256_of
 from lora_export.errors import InputRefused
 from lora_export.pipeline import check
 from lora_export.sources import SourceOverrides
+from lora_export.verify.check_results import CheckReport
 from lora_export.verify.examples import Row, built_in_examples
-from lora_export.verify.results import CheckReport, Verdict
+from lora_export.verify.results import Verdict
 from lora_export.verify.seq2seq_examples import Seq2SeqBatcher
 
 
