@@ -134,3 +134,13 @@ def _shown(limit: float | None) -> str:
 def limits_from_below(measure: str) -> bool:
     """Whether the measure must be at least its limit, not at most."""
     return measure in _AT_LEAST
+
+
+def markdown_table() -> str:
+    """The gates on the CPU provider as Markdown, for README; kept equal to it by a test."""
+    by_dtype = {dtype: tolerances(dtype, "cpu").gates for dtype in _ANY}
+    lines = ["| measure | " + " | ".join(by_dtype) + " | |", "|---|" + "---:|" * len(by_dtype) + "---|"]
+    for number, (measure, meaning) in enumerate(MEASURES.items()):
+        limits = [_shown(gates[number].limit).replace("none", "–") for gates in by_dtype.values()]
+        lines.append(f"| `{measure}` | {' | '.join(limits)} | {meaning} |")
+    return "\n".join(lines) + "\n"

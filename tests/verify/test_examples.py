@@ -95,6 +95,15 @@ def test_decoders_get_positions_and_padding_on_the_side_asked_for(exports):
     assert not any(name.startswith("past") for name in made.inputs)
 
 
+@pytest.mark.parametrize(("side", "expected"), [("right", [[1, 2, -1], [-1] * 3]), ("left", [[1, 2, -1], [-1] * 3])])
+def test_a_decoders_targets_are_the_tokens_that_follow(side, expected, exports):
+    made = batcher(exports, "llama-base", Task.TEXT_GENERATION).batch([Row("abc"), Row("a")], padding_side=side)
+    ids = made.inputs["input_ids"]
+    wanted = [[-1 if place < 0 else ids[row, place] for place in places] for row, places in enumerate(expected)]
+    assert made.targets.tolist() == wanted
+    assert batcher(exports, "bert-merged", Task.TEXT_CLASSIFICATION).batch([Row("abc")]).targets is None
+
+
 def test_long_texts_are_cut(exports):
     found = batcher(exports, "llama-base", Task.TEXT_GENERATION).batch([Row("x" * 5000)])
     assert found.inputs["input_ids"].shape == (1, 96)
