@@ -103,8 +103,9 @@ def convolution(architecture: Architecture, rank: int) -> peft.LoraConfig:
 
 
 def activated(architecture: Architecture, rank: int) -> peft.LoraConfig | None:
-    """Active from the last invocation on; for decoders only."""
-    if architecture.task_type != "CAUSAL_LM":
+    """Active from the last invocation on; for decoders only. Not OPT, which flattens tokens before its MLP: PEFT then
+    cannot tell which are active."""
+    if architecture.task_type != "CAUSAL_LM" or architecture.config == "OPTConfig":
         return None
     return lora(architecture, rank, alora_invocation_tokens=[20, 20 + rank])
 

@@ -69,10 +69,12 @@ class Reference:
     def _load(self, dtype: torch.dtype) -> torch.nn.Module:
         from transformers import AutoConfig
 
-        sizes = {} if self._n_labels is None else {"num_labels": self._n_labels, "ignore_mismatched_sizes": True}
+        options = {} if self._n_labels is None else {"num_labels": self._n_labels, "ignore_mismatched_sizes": True}
+        if dtype is torch.float64:
+            options["experts_implementation"] = "eager"  # the grouped product of a mixture has no float64
         config = AutoConfig.from_pretrained(self._base, trust_remote_code=False, local_files_only=True)
         return model_class(self._task, config).from_pretrained(
-            self._base, dtype=dtype, trust_remote_code=False, local_files_only=True, **sizes
+            self._base, dtype=dtype, trust_remote_code=False, local_files_only=True, **options
         )
 
     def _load_for(self, adapter: TrainedAdapter, dtype: torch.dtype) -> torch.nn.Module:

@@ -112,8 +112,35 @@ def run_reference(reference: Reference, batches: Sequence[Batch], *, precisely: 
     outputs = _joined(names, found, batches)
     if not precisely or reference.precise is None:
         return outputs
-    wider = [reference.precise.run(batch.inputs) for batch in batches[:_PRECISE_BATCHES]]
+    wider = [_run_rows_alone(reference.precise, batch) for batch in batches[:_PRECISE_BATCHES]]
     return replace(outputs, precise=tuple(_main(run, names) for run in wider))
+
+
+_BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+
+def _run_rows_alone(reference: Reference, batch: Batch) -> dict[str, np.ndarray]:
+    """As `reference.run`, each row alone and without its padding, which gets zeros; an encoder-decoder's as they are.
+
+    A padded position that sees no token has no number where the dtype is wider than that of the softmax (Gemma 2), and
+    through attention no real position has one then.
+    """
+    inputs = batch.inputs
+    if "attention_mask" not in inputs or "decoder_input_ids" in inputs:
+        return reference.run(inputs)
+    found = []
+    for row, mask in enumerate(inputs["attention_mask"] == 1):
+        one = {name: array[row : row + 1] for name, array in inputs.items()}
+        outputs = reference.run({name: a[:, mask] if name in _BY_TOKEN else a for name, a in one.items()})
+        found.append({name: _padded(array, mask) if array.ndim == 3 else array for name, array in outputs.items()})
+    return {name: np.concatenate([outputs[name] for outputs in found]) for name in found[0]}
+
+
+def _padded(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """`array` `[1, real, n]` at the real positions of `[1, sequence, n]`, zeros elsewhere."""
+    padded = np.zeros((1, len(mask), array.shape[-1]), array.dtype)
+    padded[:, mask] = array
+    return padded
 
 
 def _joined(names: Sequence[str], found: Sequence[Mapping[str, np.ndarray]], batches: Sequence[Batch]) -> Outputs:
