@@ -3,10 +3,10 @@
     python ci/benchmarks/mutations.py                                          # all; writes results/mutations.json
     python ci/benchmarks/mutations.py --architecture llama --damage "alpha"    # some; only prints, unless --record
 
-Every damage (`damages.py`, `graph_damages.py`) is done to every export that it applies to (`subjects.py`), the manifest's
-hash rewritten as if the tool had been wrong, and `check` is run: it is caught if the verdict is "fail" or the export is
-refused. Then 200 sound exports of other seeds, ranks, scales and strengths must all pass (`sound_exports.py`). The exit
-code is 1 if a damage was missed or a sound export failed.
+Every damage (`damages.py`, `graph_damages.py`) is done to every export that it applies to (`subjects.py`), the
+manifest's hash rewritten as if the tool had been wrong, and `check` is run: it is caught if the verdict is "fail" or
+the export is refused. Then 200 sound exports of other seeds, ranks, scales and strengths must all pass
+(`sound_exports.py`). The exit code is 1 if a damage was missed or a sound export failed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -50,6 +51,7 @@ _MEASURES = {
     "the distributions differ": "KL",
     "the best class agrees": "top-1",
     "the adapter has no effect": "effect",
+    "of the adapter's effect arrives": "share of the effect",
     "greedy tokens agree": "greedy tokens",
 }
 
@@ -124,9 +126,9 @@ def _do(damage: Damage | GraphDamage, folder: Path, trained: tuple, n_used: int)
     if isinstance(damage, Damage):
         wrong = damage.change(trained)
         return wrong is not None and write_values(folder, trained[:n_used], wrong[:n_used])
-    graphs = read_manifest(folder).graphs.items()
-    # Every graph is damaged, so no generator here.
-    return any([change_graph(folder, name, lambda model, c=contract: damage.change(model, c)) for name, contract in graphs])
+    graphs = read_manifest(folder).graphs
+    damaged = [change_graph(folder, name, partial(damage.change, contract=graphs[name])) for name in graphs]
+    return any(damaged)
 
 
 def _judged(found: CheckReport | LoraExportError) -> tuple[str, tuple[str, ...], float | None]:
@@ -206,7 +208,7 @@ def unavailable(base: Path, folder: Path) -> dict[str, str]:
 @click.command()
 @click.option("--architecture", "architectures", multiple=True, help="Part of an architecture's name; repeatable.")
 @click.option("--damage", "names", multiple=True, help="Part of a damage's name; repeatable.")
-@click.option("--sound", "n_sound", type=click.IntRange(min=0), help="How many sound exports; 200, or none with a part.")
+@click.option("--sound", "n_sound", type=int, help="How many sound exports; 200 if not given, none with a part.")
 @click.option("--record", is_flag=True, help="Write the result of a part, too.")
 def main(architectures: tuple[str, ...], names: tuple[str, ...], n_sound: int | None, record: bool) -> None:
     """Damage exports and check them, or the part of them that is named."""
@@ -214,8 +216,8 @@ def main(architectures: tuple[str, ...], names: tuple[str, ...], n_sound: int | 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     is_whole = not architectures and not names
-    rows = [name for name in ARCHITECTURES if not architectures or any(a.lower() in name.lower() for a in architectures)]
-    damages = [damage for damage in EVERY if not names or any(name.lower() in damage.name.lower() for name in names)]
+    rows = [name for name in ARCHITECTURES if _named(name, architectures)]
+    damages = [damage for damage in EVERY if _named(damage.name, names)]
     n_sound = n_sound if n_sound is not None else (N_SOUND if is_whole else 0)
     cells: list[Cell] = []
     sound: list[SoundExport] = []
@@ -242,6 +244,10 @@ def main(architectures: tuple[str, ...], names: tuple[str, ...], n_sound: int | 
         click.echo("missed: " + _line(cell))
     if missed or not all(entry.passed for entry in sound):
         raise SystemExit(1)
+
+
+def _named(name: str, parts: Sequence[str]) -> bool:
+    return not parts or any(part.lower() in name.lower() for part in parts)
 
 
 def _line(cell: Cell) -> str:

@@ -28,6 +28,7 @@ class SoundExport:
         seed: Of all that was drawn: what is exported, its ranks, scales and strength.
         strength: Standard deviation of the noise that stands for a training.
         effect_ratio: The smallest effect of an adapter over the error, in any case.
+        share_used: The largest deviation of an effect's share from 1, over what it may be; a failure above 1.
         failure: Why it failed; "" where it passed.
         seconds: Adapters, export and check.
     """
@@ -41,6 +42,7 @@ class SoundExport:
     alpha: int
     strength: float
     effect_ratio: float | None
+    share_used: float | None
     failure: str
     seconds: float
 
@@ -50,7 +52,7 @@ class SoundExport:
 
     def line(self) -> str:
         what = f"{self.architecture:<15} {self.option:<16} {self.dtype:<8} {self.kind:<8} ranks {self.ranks}"
-        how = f"alpha {self.alpha}, strength {self.strength:.3f}, effect/error {self.effect_ratio or 0:.1e}"
+        how = f"alpha {self.alpha}, strength {self.strength:.3f}, effect/error {self.effect_ratio or 0:.1e}, share {self.share_used or 0:.2f}"
         return f"sound {self.seed:>3}  {what} {how}  {self.seconds:.1f} s  {self.failure or 'passes'}"
 
 
@@ -82,12 +84,14 @@ def sound_export(subject: Subject, seed: int, base: Path, folder: Path) -> Sound
     export_subject(subject, base, adapters, folder / "export")
     report = checked(folder / "export")
     if isinstance(report, LoraExportError):
-        failure, ratios = str(report), []
+        failure, ratios, used = str(report), [], []
     else:
-        ratios = [case.effect_ratio for case in report.cases if case.effect_ratio is not None]
+        shown = [case for case in report.cases if case.effect_share is not None]
+        ratios = [case.effect_ratio for case in shown]
+        used = [abs(case.effect_share - 1) / case.effect_share_tolerance for case in shown]
         failure = "; ".join(f"{case.name}: {text}" for case in report.cases for text in case.failures)
         failure = failure or ("" if report.verdict is Verdict.PASS else "nothing was compared")
     return SoundExport(
         seed, subject.architecture, subject.option.name, subject.dtype, str(subject.kind), ranks, alpha, strength,
-        min(ratios, default=None), failure, round(time.monotonic() - started, 2),
+        min(ratios, default=None), max(used, default=None), failure, round(time.monotonic() - started, 2),
     )  # fmt: skip

@@ -22,7 +22,9 @@ from lora_export.verify.check_results import CheckReport
 
 DTYPES = ("float32", "float16", "bfloat16")
 KINDS = tuple(Kind)
-_EVERY = ("lora", "dora", "rslora", "rank_pattern", "modules_to_save", "bias", "lora_bias", "trainable_tokens", "embedding")
+_EVERY = (
+    "lora", "dora", "rslora", "rank_pattern", "modules_to_save", "bias", "lora_bias", "trainable_tokens", "embedding",
+)  # fmt: skip
 _BY_NAME = {option.name: option for option in OPTIONS}
 # What is exported of each architecture: every option where its task has no other, else what only it shows.
 _OPTIONS = {
@@ -33,7 +35,7 @@ _OPTIONS = {
     "CLIP": ("lora", "rslora", "trainable_tokens"),
     "Llama": (*_EVERY, "alora"),
     "GPT-2": ("lora", "dora", "bias", "lora_bias", "trainable_tokens"),
-    "OPT": ("lora", "alora"),
+    "OPT": ("lora",),
     "T5": ("lora", "dora", "rslora", "rank_pattern"),
     "BART": ("lora", "bias", "lora_bias"),
 }

@@ -24,8 +24,9 @@ from lora_export.verify.results import Verdict
 # Neither may stand in XML 1.0, and `fmt.plain` lets them pass.
 _NOT_XML = re.compile("[\ufffe\uffff]")
 _CASE_FIGURES = (
-    "error", "error_relative", "tolerance", "effect", "effect_ratio", "effect_ratio_minimum", "kl", "kl_tolerance",
-    "top1", "top1_tolerance", "accuracy_reference", "accuracy_exported", "n_rows",
+    "error", "error_relative", "tolerance", "effect", "effect_ratio", "effect_ratio_minimum", "effect_share",
+    "effect_share_tolerance", "kl", "kl_tolerance", "top1", "top1_tolerance", "accuracy_reference",
+    "accuracy_exported", "n_rows",
 )  # fmt: skip
 _RATIO_FIGURES = ("median", "low", "high", "confidence", "allowance")
 

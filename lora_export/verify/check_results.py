@@ -23,7 +23,9 @@ class ParityCase:
         top1: Share of positions where both have the same largest logit, counting only margins above the noise; 0 to 1.
         top1_tolerance: Likewise (a lower bound).
         effect: Largest absolute difference that the adapter makes in the reference; None where there is no adapter.
-        effect_ratio: `effect / error`; must be at least `effect_ratio_minimum`.
+        effect_ratio: `effect / error`; must be at least `effect_ratio_minimum`, where that gates.
+        effect_share: How much of the effect the export has, 1 if all of it; see `effect.py`.
+        effect_share_tolerance: How far that may be from 1.
         accuracy_reference, accuracy_exported: On labelled data, 0 to 1.
         n_rows: Rows (examples) compared.
         failures: Why the case failed, one sentence each; empty if it passed.
@@ -43,6 +45,8 @@ class ParityCase:
     effect: float | None = None
     effect_ratio: float | None = None
     effect_ratio_minimum: float | None = None
+    effect_share: float | None = None
+    effect_share_tolerance: float | None = None
     accuracy_reference: float | None = None
     accuracy_exported: float | None = None
     failures: tuple[str, ...] = ()

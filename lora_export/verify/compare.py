@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_export.verify.check_results import ParityCase
+from lora_export.verify.effect import effect_share
 from lora_export.verify.tolerances import Tolerances
 
 
@@ -74,6 +75,7 @@ def compare(
     noise = error if limit is None else limit * scale
     top1 = top1_agreement(expected, actual, margin=2 * noise) if has_logits else None
     effect = None if without is None else _effect(expected, without.positions())
+    share = None if without is None else effect_share(expected, actual, without.positions(), gates.effect_share)
     effect_ratio = None if effect is None else effect / max(error, np.finfo(np.float64).tiny)
     case = ParityCase(
         name=name,
@@ -90,6 +92,8 @@ def compare(
         effect=effect,
         effect_ratio=effect_ratio,
         effect_ratio_minimum=None if effect is None else gates.effect_ratio,
+        effect_share=share and share.value,
+        effect_share_tolerance=share and share.tolerance,
         accuracy_reference=accuracy(reference),
         accuracy_exported=accuracy(found),
     )
@@ -115,6 +119,11 @@ def _failures(case: ParityCase) -> Iterator[str]:
         yield (
             f"the adapter has no effect here: it changes the reference by {case.effect:.2e}, "
             f"less than {case.effect_ratio_minimum:g} × the error of {case.error:.2e}"
+        )
+    if case.effect_share is not None and abs(case.effect_share - 1) > case.effect_share_tolerance:
+        yield (
+            f"{case.effect_share:.2%} of the adapter's effect arrives; "
+            f"100 % to within {case.effect_share_tolerance:.2%} is expected"
         )
 
 

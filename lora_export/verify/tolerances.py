@@ -19,7 +19,11 @@ class Tolerances:
         features: The same for outputs without logits (hidden states).
         kl: Of the mean Kullback-Leibler divergence, nats.
         top1: Lower bound of the agreement of the largest logit, 0 to 1.
-        effect_ratio: Lower bound of (effect of the adapter) / error, else the adapter is taken for dropped.
+        effect_ratio: Lower bound of (effect of the adapter) / error, else the adapter is taken for dropped. Not in half
+            precision, where a weak adapter's effect is a few roundings at one place and clear over all of them.
+        effect_share: How far the share of the effect that arrives may be from 1, beside what rounding of the outputs
+            does (see `effect.py`): two units of the dtype for factors that were scaled, multiplied and rounded; in
+            float32 what `relative` allows.
         reason: Why these numbers.
     """
 
@@ -27,14 +31,17 @@ class Tolerances:
     features: float
     kl: float | None
     top1: float
-    effect_ratio: float
+    effect_ratio: float | None
+    effect_share: float
     reason: str
 
 
-_FLOAT32_CPU = Tolerances(1e-4, 1e-4, None, 0.999, 10, "float32 rounding through a deep network stays near 1e-6")
-_FLOAT32_CUDA = Tolerances(1e-3, 1e-3, None, 0.999, 10, "other summation orders on a GPU; TF32 is off")
-_FLOAT16 = Tolerances(None, 2e-2, 1e-3, 0.99, 10, "11-bit significands: errors of 1e-3 a layer, top-1 may flip at ties")
-_BFLOAT16 = Tolerances(None, 1e-1, 1e-2, 0.98, 10, "8-bit significands: eight times float16's rounding")
+_FLOAT32_CPU = Tolerances(1e-4, 1e-4, None, 0.999, 10, 1e-4, "float32 rounding through a deep network stays near 1e-6")
+_FLOAT32_CUDA = Tolerances(1e-3, 1e-3, None, 0.999, 10, 1e-3, "other summation orders on a GPU; TF32 is off")
+_FLOAT16 = Tolerances(
+    None, 2e-2, 1e-3, 0.99, None, 2**-10, "11-bit significands: errors of 1e-3 a layer, top-1 may flip at ties"
+)
+_BFLOAT16 = Tolerances(None, 1e-1, 1e-2, 0.98, None, 2**-7, "8-bit significands: eight times float16's rounding")
 
 
 def tolerances(dtype: str, provider: str) -> Tolerances:

@@ -10,7 +10,9 @@ import pytest
 from lora_export.verify.compare import Outputs, accuracy, compare, mean_kl, top1_agreement
 from lora_export.verify.tolerances import Tolerances, tolerances
 
-GATES = Tolerances(relative=1e-3, features=1e-2, kl=1e-3, top1=0.99, effect_ratio=10, reason="made up")
+GATES = Tolerances(
+    relative=1e-3, features=1e-2, kl=1e-3, top1=0.99, effect_ratio=10, effect_share=1e-3, reason="made up"
+)
 
 
 def outputs(*values, name: str = "logits", real=None, labels=()) -> Outputs:
@@ -73,7 +75,7 @@ def test_an_adapter_without_effect_fails_even_where_the_numbers_agree():
 def test_the_effect_must_be_ten_times_the_error(times, passes):
     error = 2**-12
     reference, found = outputs([[0.0, times * error]]), outputs([[error, times * error]])
-    gates = Tolerances(1e-2, 1e-2, None, 0.0, 10, "made up")
+    gates = Tolerances(1e-2, 1e-2, None, 0.0, 10, 1e-3, "made up")
     case = judged(reference, found, without=outputs([[0.0, 0.0]]), gates=gates)
     assert case.passed is passes and case.effect_ratio == times
 
@@ -115,7 +117,7 @@ def test_kl_is_the_textbooks():
 
 
 def test_kl_gates_half_precision():
-    gates = Tolerances(None, 1.0, 1e-3, 0.0, 10, "made up")
+    gates = Tolerances(None, 1.0, 1e-3, 0.0, 10, 1e-3, "made up")
     case = judged(outputs([[0.0, 0.0]]), outputs([[0.2, 0.0]]), gates=gates)
     assert case.failures[0].startswith("the distributions differ by 4.9") and case.tolerance is None
     assert judged(outputs([[0.0, 0.0]]), outputs([[0.02, 0.0]]), gates=gates).passed
@@ -134,9 +136,9 @@ def test_top1_gates():
     rows[:, 0] = 5
     wrong = rows.copy()
     wrong[:2] = [0, 5, 0]
-    gates = Tolerances(None, 1.0, None, 0.99, 10, "made up")
+    gates = Tolerances(None, 1.0, None, 0.99, 10, 1e-3, "made up")
     # Without a relative tolerance the noise is taken from the error itself, so the flips must exceed it.
-    case = judged(outputs(rows), outputs(wrong), gates=Tolerances(1e-3, 1.0, None, 0.99, 10, "made up"))
+    case = judged(outputs(rows), outputs(wrong), gates=Tolerances(1e-3, 1.0, None, 0.99, 10, 1e-3, "made up"))
     assert case.top1 == pytest.approx(0.98)
     assert any("the best class agrees in 98.00% of positions" in failure for failure in case.failures)
     assert gates.top1 == 0.99
@@ -154,6 +156,6 @@ def test_accuracy_counts_labelled_rows():
 def test_every_dtype_and_provider_has_gates_that_gate(dtype, provider):
     gates = tolerances(dtype, provider)
     assert gates.relative is not None or gates.kl is not None
-    assert 0.9 < gates.top1 <= 1 and gates.effect_ratio >= 10 and gates.reason
+    assert 0.9 < gates.top1 <= 1 and 0 < gates.effect_share < 0.01 and gates.reason
     if dtype == "float32":
-        assert gates.relative <= 1e-3
+        assert gates.relative <= 1e-3 and gates.effect_ratio >= 10
