@@ -190,7 +190,7 @@ def read_result() -> tuple[list[Cell], list[SoundExport]]:
     """What `results/mutations.json` holds."""
     fields = json.loads(RESULT.read_text(encoding="utf-8"))
     cells = [Cell(**entry | {"measures": tuple(entry["measures"])}) for entry in fields["cells"]]
-    return cells, [SoundExport(**entry) for entry in fields["sound"]]
+    return cells, [SoundExport(**entry | {"ranks": tuple(entry["ranks"])}) for entry in fields["sound"]]
 
 
 def unavailable(base: Path, folder: Path) -> dict[str, str]:

@@ -52,8 +52,9 @@ class SoundExport:
 
     def line(self) -> str:
         what = f"{self.architecture:<15} {self.option:<16} {self.dtype:<8} {self.kind:<8} ranks {self.ranks}"
-        how = f"alpha {self.alpha}, strength {self.strength:.3f}, effect/error {self.effect_ratio or 0:.1e}, share {self.share_used or 0:.2f}"
-        return f"sound {self.seed:>3}  {what} {how}  {self.seconds:.1f} s  {self.failure or 'passes'}"
+        how = f"alpha {self.alpha}, strength {self.strength:.3f}"
+        measured = f"effect/error {self.effect_ratio or 0:.1e}, {self.share_used or 0:.2f} of what a share may be off"
+        return f"sound {self.seed:>3}  {what} {how}  {measured}  {self.seconds:.1f} s  {self.failure or 'passes'}"
 
 
 def sound_exports(n: int, bases: Mapping[str, Path], dtypes: Sequence[str], folder: Path) -> Iterator[SoundExport]:

@@ -80,6 +80,14 @@ def test_the_effect_must_be_ten_times_the_error(times, passes):
     assert case.passed is passes and case.effect_ratio == times
 
 
+def test_a_scale_that_is_one_percent_off_fails_with_the_share_that_arrived():
+    rng = np.random.default_rng(0)
+    base, effect = rng.standard_normal((64, 5)), rng.standard_normal((64, 5))
+    case = judged(outputs(base + effect), outputs(base + 1.01 * effect), outputs(base), tolerances("float16", "cpu"))
+    assert case.failures == ("101.00% of the adapter's effect arrives; 100 % to within 0.10% is expected",)
+    assert case.effect_share == pytest.approx(1.01, abs=1e-5) and case.effect_ratio_minimum is None
+
+
 def test_no_adapter_has_no_effect_to_show():
     case = judged(outputs([[1.0]]), outputs([[1.0]]))
     assert case.effect is None and case.effect_ratio_minimum is None and case.passed
