@@ -1,22 +1,21 @@
 """Does `check` catch what it must, and does it pass what is right? Exports damaged on purpose, and sound ones.
 
-    python ci/benchmarks/mutations.py                                          # all; writes results/mutations.json
-    python ci/benchmarks/mutations.py --architecture llama --damage "alpha"    # some; only prints, unless --record
+    python ci/benchmarks/mutations.py                                        # all; writes results/mutations.json
+    python ci/benchmarks/mutations.py --architecture llama --damage alpha    # some; only prints, unless --record
 
 Every damage (`damages.py`, `graph_damages.py`) is done to every export that it applies to (`subjects.py`), the
 manifest's hash rewritten as if the tool had been wrong, and `check` is run: it is caught if the verdict is "fail" or
 the export is refused. Then 200 sound exports of other seeds, ranks, scales and strengths must all pass
-(`sound_exports.py`). The exit code is 1 if a damage was missed or a sound export failed.
+(`sound_exports.py`). README's table is written with the result. The exit code is 1 if a damage was missed or a sound
+export failed.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -25,64 +24,32 @@ import torch
 import transformers
 from adapter_values import read_trained
 from architectures import CATALOGUE, make_base
-from damages import DAMAGES, Damage
-from graph_damages import GRAPH_DAMAGES, GraphDamage
-from results import RESULTS
+from damages import Damage
+from graph_damages import GraphDamage
+from mutation_results import (
+    EVERY,
+    README,
+    RESULT,
+    Cell,
+    among_recorded,
+    markdown,
+    measures_of,
+    write_readme_table,
+    write_result,
+)
 from sound_exports import SoundExport, sound_exports
 from stored_tensors import change_graph
 from subjects import ARCHITECTURES, DTYPES, Subject, base_arrays, checked, copy_of, export_subject, subjects
 from trained_adapters import make_adapter
 from wrong_exports import write_values
 
-from lora_export.artifact import Kind, read_manifest, versions
+from lora_export.artifact import Kind, read_manifest
 from lora_export.errors import LoraExportError
-from lora_export.verify.check_results import CheckReport, ParityCase
+from lora_export.verify.check_results import CheckReport
 from lora_export.verify.results import Verdict
 
-RESULT = RESULTS / "mutations.json"
-EVERY = (*DAMAGES, *GRAPH_DAMAGES)
 _RANKS = (3, 6)
 N_SOUND = 200
-# What a failure says, and the measure that it is of.
-_MEASURES = {
-    "NaN or infinite": "not finite",
-    "shapes differ": "shapes",
-    "the error is": "error",
-    "the distributions differ": "KL",
-    "the best class agrees": "top-1",
-    "the adapter has no effect": "effect",
-    "of the adapter's effect arrives": "share of the effect",
-    "greedy tokens agree": "greedy tokens",
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What `check` said of one damaged export.
-
-    Attributes:
-        case: The first case that failed; "" where none did, "refused" where the export was.
-        measures: All that failed in any case.
-        error, sound_error: The largest error over the output's size in any case, and that before the damage; infinite
-            as None.
-        seconds: Damage and check.
-    """
-
-    damage: str
-    option: str
-    architecture: str
-    task: str
-    dtype: str
-    kind: str
-    case: str
-    measures: tuple[str, ...]
-    error: float | None
-    sound_error: float | None
-    seconds: float
-
-    @property
-    def caught(self) -> bool:
-        return bool(self.case)
 
 
 def run_subject(subject: Subject, damages: Sequence[Damage | GraphDamage], base: Path, folder: Path) -> Iterator[Cell]:
@@ -140,57 +107,9 @@ def _judged(found: CheckReport | LoraExportError) -> tuple[str, tuple[str, ...],
     return failed[0].name if failed else "", tuple(measures), _largest_error(found)
 
 
-def measures_of(case: ParityCase) -> Iterator[str]:
-    """The measures that `case` failed by.
-
-    Raises:
-        LookupError: A failure is of no measure that this script knows.
-    """
-    for failure in case.failures:
-        known = [measure for phrase, measure in _MEASURES.items() if phrase in failure]
-        if not known:
-            raise LookupError(f"name the measure of this failure in _MEASURES: {failure}")
-        yield known[0]
-
-
 def _largest_error(report: CheckReport) -> float | None:
     errors = [case.error_relative for case in report.cases if not math.isnan(case.error_relative)]
     return max(errors) if math.isfinite(max(errors)) else None
-
-
-def markdown(cells: Sequence[Cell], sound: Sequence[SoundExport]) -> str:
-    """Damages by dtype, how many of how many were caught, and by what; and the sound exports in a sentence."""
-    dtypes = [dtype for dtype in DTYPES if any(cell.dtype == dtype for cell in cells)]
-    lines = ["| damage | " + " | ".join(dtypes) + " | caught by |", "|---|" + "---:|" * len(dtypes) + "---|"]
-    for damage in (damage.name for damage in EVERY):
-        rows = [cell for cell in cells if cell.damage == damage]
-        if rows:
-            counts = [_counted([cell for cell in rows if cell.dtype == dtype]) for dtype in dtypes]
-            measures = dict.fromkeys(measure for cell in rows for measure in cell.measures)
-            lines.append(f"| {damage} | " + " | ".join(counts) + f" | {', '.join(sorted(measures))} |")
-    totals = [_counted([cell for cell in cells if cell.dtype == dtype]) for dtype in dtypes]
-    lines.append("| all | " + " | ".join(totals) + " | |")
-    alarms = sum(not entry.passed for entry in sound)
-    return "\n".join(lines) + f"\n\nOf {len(sound)} sound exports {alarms} failed.\n"
-
-
-def _counted(cells: Sequence[Cell]) -> str:
-    return f"{sum(cell.caught for cell in cells)} of {len(cells)}" if cells else "–"
-
-
-def write_result(cells: Sequence[Cell], sound: Sequence[SoundExport], not_run: dict[str, str]) -> None:
-    """`results/mutations.json`, a line for each cell and each sound export."""
-    head = json.dumps({"versions": versions(), "not_run": not_run}, indent=1)[:-2]
-    rows = {"cells": [asdict(cell) for cell in cells], "sound": [asdict(entry) for entry in sound]}
-    parts = [f' "{name}": [\n' + ",\n".join(f"  {json.dumps(row)}" for row in of) + "\n ]" for name, of in rows.items()]
-    RESULT.write_text(head + ",\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-
-
-def read_result() -> tuple[list[Cell], list[SoundExport]]:
-    """What `results/mutations.json` holds."""
-    fields = json.loads(RESULT.read_text(encoding="utf-8"))
-    cells = [Cell(**entry | {"measures": tuple(entry["measures"])}) for entry in fields["cells"]]
-    return cells, [SoundExport(**entry | {"ranks": tuple(entry["ranks"])}) for entry in fields["sound"]]
 
 
 def unavailable(base: Path, folder: Path) -> dict[str, str]:
@@ -209,7 +128,7 @@ def unavailable(base: Path, folder: Path) -> dict[str, str]:
 @click.option("--architecture", "architectures", multiple=True, help="Part of an architecture's name; repeatable.")
 @click.option("--damage", "names", multiple=True, help="Part of a damage's name; repeatable.")
 @click.option("--sound", "n_sound", type=int, help="How many sound exports; 200 if not given, none with a part.")
-@click.option("--record", is_flag=True, help="Write the result of a part, too.")
+@click.option("--record", is_flag=True, help="Write the result of a part, too, among the rest.")
 def main(architectures: tuple[str, ...], names: tuple[str, ...], n_sound: int | None, record: bool) -> None:
     """Damage exports and check them, or the part of them that is named."""
     torch.set_num_threads(1)
@@ -237,8 +156,10 @@ def main(architectures: tuple[str, ...], names: tuple[str, ...], n_sound: int | 
             click.echo(entry.line())
     click.echo("\n" + markdown(cells, sound))
     if is_whole or record:
-        write_result(cells, sound, not_run)
-        click.echo(f"wrote {RESULT}")
+        recorded = (cells, sound) if is_whole else among_recorded(cells, sound)
+        write_result(*recorded, not_run)
+        write_readme_table(markdown(*recorded))
+        click.echo(f"wrote {RESULT} and the table in {README}")
     missed = [cell for cell in cells if not cell.caught]
     for cell in missed:
         click.echo("missed: " + _line(cell))

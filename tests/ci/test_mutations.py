@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "ci/benchmarks"))
 
+import mutation_results
 import mutations
 import sound_exports
 from adapter_options import OPTIONS
@@ -71,7 +72,7 @@ def bases(tmp_path_factory, _silent_libraries):
 
 def test_a_damage_is_caught(damaged, bases, tmp_path):
     of, names = damaged
-    damages = [damage for damage in mutations.EVERY if not names or damage.name in names]
+    damages = [damage for damage in mutation_results.EVERY if not names or damage.name in names]
     cells = list(mutations.run_subject(of, damages, bases(of.architecture), tmp_path))
     assert [cell for cell in cells if not cell.caught] == []
     assert cells and (not names or {cell.damage for cell in cells} == set(names))
@@ -131,7 +132,7 @@ def test_an_export_that_fails_before_it_is_damaged_proves_nothing(bases, tmp_pat
 def test_a_failure_of_an_unknown_measure_must_be_named():
     case = ParityCase("a", "adapter", "b", 0.0, 0.0, None, 1, failures=("it is purple",))
     with pytest.raises(LookupError, match="name the measure of this failure in _MEASURES: it is purple"):
-        list(mutations.measures_of(case))
+        list(mutation_results.measures_of(case))
 
 
 def test_a_sound_export_is_the_same_for_a_seed_and_passes(bases, tmp_path):
@@ -144,22 +145,36 @@ def test_a_sound_export_is_the_same_for_a_seed_and_passes(bases, tmp_path):
 
 
 def test_the_result_is_written_and_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(mutations, "RESULT", tmp_path / "mutations.json")
+    monkeypatch.setattr(mutation_results, "RESULT", tmp_path / "mutations.json")
     cell = mutations.Cell(
         "A transposed", "lora", "ViT", "image-classification", "float32", "merged", "a", ("error",), None, 1e-6, 0.1
     )
     entry = sound_exports.SoundExport(0, "ViT", "lora", "float32", "merged", (3,), 8, 0.1, 5.0, 0.1, "", 0.1)
-    mutations.write_result([cell, replace(cell, case="", measures=())], [entry], {"bfloat16": "no kernel"})
-    cells, sound = mutations.read_result()
+    mutation_results.write_result([cell, replace(cell, case="", measures=())], [entry], {"bfloat16": "no kernel"})
+    cells, sound = mutation_results.read_result()
     assert cells == [cell, replace(cell, case="", measures=())] and sound == [entry]
-    table = mutations.markdown(cells, sound)
+    table = mutation_results.markdown(cells, sound)
     assert table.splitlines()[2:] == [
         "| A transposed | 1 of 2 | error |", "| all | 1 of 2 | |", "", "Of 1 sound exports 0 failed.",
     ]  # fmt: skip
 
 
+def test_a_part_is_recorded_among_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutation_results, "RESULT", tmp_path / "mutations.json")
+    where = ("lora", "ViT", "image-classification", "float32", "merged")
+    missed, other = (mutations.Cell(name, *where, "", (), 1.0, 1.0, 0.1) for name in ("A transposed", "B transposed"))
+    caught = replace(missed, case="a", measures=("error",))
+    assert mutation_results.among_recorded([missed], []) == ([missed], [])
+    mutation_results.write_result([missed, other], [], {})
+    assert mutation_results.among_recorded([caught], []) == ([caught, other], [])
+
+
+def test_readme_has_the_records_table():
+    assert mutation_results.readme_table() == mutation_results.markdown(*mutation_results.read_result())
+
+
 def test_the_record_has_every_damage_and_nothing_missed():
-    cells, sound = mutations.read_result()
-    assert {cell.damage for cell in cells} == {damage.name for damage in mutations.EVERY}
+    cells, sound = mutation_results.read_result()
+    assert {cell.damage for cell in cells} == {damage.name for damage in mutation_results.EVERY}
     assert [cell for cell in cells if not cell.caught] == []
     assert len(sound) == mutations.N_SOUND and all(entry.passed for entry in sound)
