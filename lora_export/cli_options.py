@@ -100,7 +100,7 @@ tolerances = click.option(
     multiple=True,
     metavar="MEASURE=LIMIT",
     callback=parse_limits,
-    help="Limit in place of the table's (error, features, rounding, kl, top1, perplexity, effect); recorded; repeat.",
+    help="Limit to use instead: of error, features, rounding, kl, top1, perplexity, effect or effect_share; repeat.",
 )
 
 

@@ -18,6 +18,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--whole-matrix", action="store_true", help="run every cell of ci/benchmarks/matrix.py instead of a few"
     )
+    parser.addoption(
+        "--all-mutations", action="store_true", help="run every cell of ci/benchmarks/mutations.py instead of a few"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
-import peft
 import torch
 import transformers
 from adapter_options import MERGED, OPTIONS, REFUSED, SERVED, AdapterOption
 from architectures import CATALOGUE, make_base
 from results import RESULTS, write_json
+from trained_adapters import make_adapter
 
 from lora_export.artifact import versions
 from lora_export.errors import InputRefused
@@ -101,26 +101,12 @@ def run_option(name: str, option: AdapterOption, base: Path, folder: Path) -> It
 
 def _run(name: str, option: AdapterOption, base: Path, folder: Path, mode: str) -> CheckReport:
     torch.set_num_threads(1)  # per thread of Python
-    adapters = [make_adapter(name, option, base, rank, folder / f"rank-{rank}") for rank in _RANKS]
+    adapters = [make_adapter(CATALOGUE[name], option, base, rank, folder / f"rank-{rank}") for rank in _RANKS]
     chosen = tuple((str(path), None) for path in (adapters[:1] if mode == "merge" else adapters))
     export(Request(str(base), chosen, mode, CATALOGUE[name].task, option.dtype, "cpu"), ExportOptions(folder / mode))
     merged = folder / "merge" if mode == "dynamic" and (folder / "merge").is_dir() else None
     report, _ = check(folder / mode, SourceOverrides(), provider="cpu", merged=merged)
     return report
-
-
-def make_adapter(name: str, option: AdapterOption, base: Path, rank: int, folder: Path) -> Path:
-    """An adapter as PEFT saves it, every trained parameter moved by noise (a fresh one does nothing)."""
-    if folder.is_dir():
-        return folder
-    torch.manual_seed(rank)
-    model = getattr(transformers, CATALOGUE[name].auto).from_pretrained(base)
-    model = peft.get_peft_model(model, option.config(CATALOGUE[name], rank))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-    model.save_pretrained(folder)
-    return folder
 
 
 def _judged(report: CheckReport, mode: str) -> dict:

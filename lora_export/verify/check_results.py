@@ -49,7 +49,9 @@ class ParityCase:
         top1: Share of positions where both have the same largest logit, counting only margins above the noise; 0 to 1.
         top1_tolerance: Likewise (a lower bound).
         effect: Largest absolute difference that the adapter makes in the reference; None where there is no adapter.
-        effect_ratio: `effect / error`; must be at least `effect_ratio_minimum`.
+        effect_ratio: `effect / error`; must be at least `effect_ratio_minimum`, where that gates.
+        effect_share: How much of the effect the export has, 1 if all of it; see `effect.py`.
+        effect_share_tolerance: How far that may be from 1.
         rounding: The same against PyTorch at a wider dtype; None where that was not run.
         rounding_ratio: The export's root mean square over PyTorch's, there; may be at most `rounding_ratio_maximum`.
         perplexity_reference, perplexity_exported: Of a language model, on the data.
@@ -73,6 +75,8 @@ class ParityCase:
     effect: float | None = None
     effect_ratio: float | None = None
     effect_ratio_minimum: float | None = None
+    effect_share: float | None = None
+    effect_share_tolerance: float | None = None
     rounding: Rounding | None = None
     rounding_ratio: float | None = None
     rounding_ratio_maximum: float | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_export.verify.check_results import ParityCase, Rounding
+from lora_export.verify.effect import effect_share
 from lora_export.verify.measures import mean_kl, perplexity, rms, scatter_of_ratio, top1_agreement
 from lora_export.verify.tolerances import Tolerances
 
@@ -104,9 +105,7 @@ def compare(
     if reference.name == "logits":
         case = _with_distributions(case, reference.target_positions(), expected, actual, gates)
     if without is not None:
-        effect = float(np.abs(expected[: len(other := without.positions())] - other).max(initial=0))
-        ratio = effect / max(error, np.finfo(np.float64).tiny)
-        case = replace(case, effect=effect, effect_ratio=ratio, effect_ratio_minimum=gates.effect)
+        case = _with_effect(case, expected, actual, without.positions(), gates)
     return replace(case, failures=tuple(_failures(case)))
 
 
@@ -161,6 +160,18 @@ def _with_distributions(
     return replace(case, kl=mean_kl(expected, actual), kl_tolerance=gates.kl)
 
 
+def _with_effect(
+    case: ParityCase, expected: np.ndarray, actual: np.ndarray, without: np.ndarray, gates: Tolerances
+) -> ParityCase:
+    """What the adapter changes in the reference, and how much of it the export has."""
+    effect = float(np.abs(expected[: len(without)] - without).max(initial=0))
+    ratio = effect / max(case.error, np.finfo(np.float64).tiny)
+    case = replace(case, effect=effect, effect_ratio=ratio, effect_ratio_minimum=gates.effect)
+    share = effect_share(expected, actual, without, gates.effect_share or 0)
+    tolerance = None if gates.effect_share is None else share.tolerance
+    return replace(case, effect_share=share.value, effect_share_tolerance=tolerance)
+
+
 def noise_of(case: ParityCase, expected: np.ndarray, gates: Tolerances) -> float | None:
     """How far a logit may be off by rounding alone; None where nothing tells.
 
@@ -195,6 +206,11 @@ def _failures(case: ParityCase) -> Iterator[str]:
         yield (
             f"the adapter has no effect here: it changes the reference by {case.effect:.2e}, "
             f"less than {case.effect_ratio_minimum:g} × the error of {case.error:.2e}"
+        )
+    if case.effect_share_tolerance is not None and not abs(case.effect_share - 1) <= case.effect_share_tolerance:
+        yield (
+            f"{case.effect_share:.2%} of the adapter's effect arrives; "
+            f"100 % to within {case.effect_share_tolerance:.2%} is expected"
         )
 
 

@@ -22,6 +22,7 @@ from lora_export.verify.reference import Reference
 from lora_export.verify.runs import Bench, CheckRequest, run_export, run_reference
 from lora_export.verify.seq2seq_decoding import seq2seq_decoding_cases
 from lora_export.verify.seq2seq_examples import Seq2SeqBatcher
+from lora_export.verify.side_outputs import side_output_cases
 from lora_export.verify.tolerances import tolerances
 
 AnyBatcher = Batcher | Seq2SeqBatcher
@@ -100,7 +101,7 @@ def _decoding_cases(
         return decoding_cases(label, adapter, bench.session, reference, batcher, data[None], bench.gates)
     if bench.task in SEQ2SEQ:
         return seq2seq_decoding_cases(label, adapter, bench.session, reference, batcher, data.get(None), bench.gates)
-    return _similarity_cases(label, adapter, bench, reference)
+    return side_output_cases(label, adapter, bench, reference)
 
 
 def _dynamic_cases(bench: Bench, batcher: AnyBatcher, data, skipped: list[str], progress) -> list[ParityCase]:
@@ -129,7 +130,7 @@ def _dynamic_cases(bench: Bench, batcher: AnyBatcher, data, skipped: list[str], 
         expected = run_reference(reference, bench.own[None], precisely=True)
         found = bench.run(bench.own[None], None)
         cases.append(compare("base", "base", "the base in PyTorch", expected, found, bench.gates))
-        cases += _similarity_cases("base", None, bench, reference)
+        cases += side_output_cases("base", None, bench, reference)
     else:
         skipped.append("The base's own scores: its checkpoint has no head, so rows without an adapter score zero.")
     cases += _row_cases(bench, alone)
@@ -146,20 +147,6 @@ def _without(reference: Reference, batches: Sequence[Batch], records: Sequence[A
     brings_head = any(record.replaced for record in records)
     with reference.without_pairs() if brings_head else reference.without_adapter():
         return run_reference(reference, batches[:_EFFECT_BATCHES])
-
-
-def _similarity_cases(label: str, adapter: RowAdapter, bench: Bench, reference: Reference) -> list[ParityCase]:
-    """A dual encoder's scores, one image against many texts: what it computes across rows, and with unequal batches."""
-    name = "logits_per_image"
-    if bench.task is not Task.ZERO_SHOT_IMAGE_CLASSIFICATION:
-        return []
-    inputs = bench.mixed.inputs | {"pixel_values": bench.mixed.inputs["pixel_values"][:1]}
-    wider = () if reference.precise is None else (reference.precise.run(inputs)[name],)
-    expected = Outputs("logits", (reference.run(inputs)[name],), (None,), precise=wider)
-    values = bench.session.run(inputs, adapter, outputs=[name])[name].astype(np.float32)
-    found = Outputs("logits", (values,), (None,))
-    group = "adapter" if adapter else "base"
-    return [compare(f"{label}: texts for an image", group, "PEFT, unmerged", expected, found, bench.gates)]
 
 
 def _body_case(bench: Bench, reference: Reference, record: AdapterRecord) -> ParityCase:

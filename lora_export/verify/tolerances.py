@@ -40,6 +40,7 @@ MEASURES = {
     "top1": "share of positions with the same best class, flips within the noise aside; at least",
     "perplexity": "relative difference of the perplexities on the data; at most",
     "effect": "what the adapter changes in the reference over the error, else it counts as dropped; at least",
+    "effect_share": "distance from 1 of the share of that effect which arrives, beyond what rounding does; at most",
 }
 _AT_LEAST = ("top1", "effect")
 
@@ -73,7 +74,12 @@ _TABLE = (
     ("perplexity", ("float32",), _BOTH, 1e-4, "a mean over positions of errors near 1e-6"),
     ("perplexity", ("float16",), _BOTH, 1e-2, "a mean of errors of either sign of some 1e-2"),
     ("perplexity", ("bfloat16",), _BOTH, 5e-2, "five times float16's; the errors are eight times as large"),
-    ("effect", _ANY, _BOTH, 10.0, "an effect within a few errors cannot be told from none"),
+    ("effect", ("float32",), _BOTH, 10.0, "an effect within a few errors cannot be told from none"),
+    ("effect", _HALF, _BOTH, None, "a weak effect is a few roundings in one place, clear over all: effect_share gates"),
+    ("effect_share", ("float32",), ("cpu",), 1e-4, "as the error"),
+    ("effect_share", ("float32",), ("cuda",), 1e-3, "as the error"),
+    ("effect_share", ("float16",), _BOTH, 1e-3, "two roundings of factors that were scaled, multiplied and stored"),
+    ("effect_share", ("bfloat16",), _BOTH, 8e-3, "as float16, at eight times the rounding"),
 )
 _EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
@@ -94,6 +100,7 @@ class Tolerances:
     top1: float | None
     perplexity: float | None
     effect: float | None
+    effect_share: float | None
     epsilon: float = 2.0**-23
     gates: tuple[Gate, ...] = ()
 

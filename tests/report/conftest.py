@@ -74,6 +74,8 @@ def _case(name: str, group: str = "adapter", **changes: object) -> ParityCase:
         "effect": 4.2,
         "effect_ratio": 2.8e06,
         "effect_ratio_minimum": 100.0,
+        "effect_share": 1.0,
+        "effect_share_tolerance": 1e-4,
     }
     return ParityCase(**(values | changes))
 
@@ -91,7 +93,8 @@ MEASURED = {
 
 @pytest.fixture
 def passing_check(subject: Subject, environment: Environment) -> CheckReport:
-    without = {"effect": None, "effect_ratio": None, "effect_ratio_minimum": None}
+    names = ("effect", "effect_ratio", "effect_ratio_minimum", "effect_share", "effect_share_tolerance")
+    without = dict.fromkeys(names)
     cases = (
         _case("base", "base", reference="the base in PyTorch", error=9.5e-07, error_relative=2e-07, **without),
         _case("topic", accuracy_reference=0.941, accuracy_exported=0.941, **MEASURED),

@@ -13,7 +13,9 @@ from lora_export.verify.compare import Outputs, accuracy, compare
 from lora_export.verify.measures import mean_kl, scatter_of_ratio, top1_agreement
 from lora_export.verify.tolerances import MEASURES, Tolerances, limits_from_below, tolerances
 
-GATES = Tolerances(error=1e-3, features=1e-2, rounding=2, kl=1e-3, top1=0.99, perplexity=1e-2, effect=10)
+GATES = Tolerances(
+    error=1e-3, features=1e-2, rounding=2, kl=1e-3, top1=0.99, perplexity=1e-2, effect=10, effect_share=1e-3
+)
 
 
 def gates_of(**limits: float | None) -> Tolerances:
@@ -84,6 +86,15 @@ def test_the_effect_must_be_ten_times_the_error(times, passes):
     gates = gates_of(error=1e-2, effect=10)
     case = judged(reference, found, without=outputs([[0.0, 0.0]]), gates=gates)
     assert case.passed is passes and case.effect_ratio == times
+
+
+def test_a_scale_that_is_one_percent_off_fails_with_the_share_that_arrived():
+    rng = np.random.default_rng(0)
+    base, effect = rng.standard_normal((64, 5)), rng.standard_normal((64, 5))
+    reference, found, without = outputs(base + effect), outputs(base + 1.01 * effect), outputs(base)
+    case = judged(reference, found, without, gates_of(effect_share=1e-3))
+    assert case.failures == ("101.00% of the adapter's effect arrives; 100 % to within 0.10% is expected",)
+    assert case.effect_share == pytest.approx(1.01, abs=1e-5) and case.effect_ratio_minimum is None
 
 
 def test_no_adapter_has_no_effect_to_show():
@@ -234,11 +245,11 @@ def test_accuracy_counts_labelled_rows():
 def test_every_dtype_and_provider_has_gates_that_gate(dtype, provider):
     gates = tolerances(dtype, provider)
     assert gates.error is not None or gates.kl is not None
-    assert 0.9 < gates.top1 <= 1 and gates.effect >= 10 and 1 < gates.rounding <= 4
+    assert 0.9 < gates.top1 <= 1 and 0 < gates.effect_share < 0.01 and 1 < gates.rounding <= 4
     assert {gate.measure: gate.limit for gate in gates.gates} == {name: getattr(gates, name) for name in MEASURES}
     assert all(gate.reason and not gate.overridden for gate in gates.gates)
     if dtype == "float32":
-        assert gates.error <= 1e-3
+        assert gates.error <= 1e-3 and gates.effect >= 10
 
 
 def test_a_limit_can_be_given_and_is_recorded_as_such():
