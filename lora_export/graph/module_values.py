@@ -1,0 +1,214 @@
+"""Find the modules of the base in a written graph, and look into it: values by module, and the graph with more outputs.
+
+A fused graph has lost part of its module paths, but its weights keep the names of the checkpoint. Where a module's
+weight is read, the module is computed:
+
+1. The anchor is the node that reads `<module>.weight`: a product, a lookup, a convolution or a normalization. Of
+   projections packed into one product, `a.weight+b.weight`, each has its part of the Split behind it.
+2. The module's output is where the chain of its own nodes ends: those that add the product of its pair or its bias,
+   scale it by its gain, and reshape it. A node is the module's own if it reads one of the module's tensors, or carries
+   the module's path.
+3. A bias that a fused operator adds, together with what belongs to the next module, is never added in a value of its
+   own: `bias_is_pending`.
+4. A normalization that reads its weight in another operator than a normalization (it was not fused) is where its path
+   ends: the last value of its nodes that others read.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lora_export.graph.sites import NAME_SCOPES
+
+# Operator → the input that is data; the weight is the other of the first two, or the third of skip normalizations.
+_ANCHORS = {
+    "MatMul": 0, "FusedMatMul": 0, "Gemm": 0, "FusedGemm": 0, "Conv": 0, "FusedConv": 0, "Gather": 1,
+    "LayerNormalization": 0, "SimplifiedLayerNormalization": 0, "RMSNormalization": 0,
+    "SkipLayerNormalization": None, "SkipSimplifiedLayerNormalization": None,
+}  # fmt: skip
+# The output of a skip normalization that holds the sum it normalizes.
+_SKIP_SUM = 3
+_FOLLOWED = frozenset({"Add", "Mul", "Reshape", "Cast", "Unsqueeze", "Squeeze", "Sum"})
+_PAIR = (".lora_A.weight", ".lora_B.weight")
+_OWN = (*_PAIR, ".lora_magnitude", ".token_ids", ".token_delta", ".weight", ".bias")
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """One node: names of its values ("" for one left out), and the path of the module it was traced in, if known."""
+
+    name: str
+    op_type: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    module: str | None
+
+
+@dataclass(frozen=True)
+class ModuleSite:
+    """One use of a module in the graph.
+
+    Attributes:
+        module: The module's path, from the path of its node, else from its weight's name (a tied weight has one name).
+        weight: The weight's name; empty in case 4.
+        is_lookup: Whether it is an embedding's lookup.
+        position: Where in the graph its output is complete.
+        input, output: Values; no input where the graph does not have it by itself.
+        parts: Values inside an adapted module: "base" (before the adapter), "lora_A" and "lora_B".
+        bias_is_pending: Case 3.
+        base_has_bias: Whether the anchor adds the module's bias.
+    """
+
+    module: str
+    weight: str
+    is_lookup: bool
+    position: int
+    input: str | None
+    output: str
+    parts: Mapping[str, str]
+    bias_is_pending: bool = False
+    base_has_bias: bool = False
+
+
+class WrittenGraph:
+    """A graph file as values by name; its weights are not read."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = ir.load(path)
+        graph = self._model.graph
+        self.nodes = tuple(_node(node) for node in graph)
+        self.inputs = frozenset(value.name for value in graph.inputs)
+        self.constants = frozenset(graph.initializers)
+        self.outputs = tuple(value.name for value in graph.outputs)
+        self._types = {value.name: value.dtype for node in graph for value in node.outputs}
+
+    @cached_property
+    def producers(self) -> dict[str, int]:
+        """Position of the node that gives a value."""
+        return {value: index for index, node in enumerate(self.nodes) for value in node.outputs if value}
+
+    @cached_property
+    def consumers(self) -> dict[str, list[int]]:
+        """Positions of the nodes that read a value."""
+        found: dict[str, list[int]] = {}
+        for index, node in enumerate(self.nodes):
+            for value in dict.fromkeys(filter(None, node.inputs)):
+                found.setdefault(value, []).append(index)
+        return found
+
+    def node_of(self, value: str) -> GraphNode | None:
+        """The node that gives `value`; None for an input or a constant."""
+        index = self.producers.get(value)
+        return None if index is None else self.nodes[index]
+
+    def may_be_float(self, value: str) -> bool:
+        """Whether `value` holds floats, or the file does not say."""
+        return self._types.get(value) is None or self._types[value] in _FLOATS
+
+    def with_outputs(self, values: Iterable[str]) -> bytes:
+        """The model with `values` as further outputs, serialized; its weights stay where they are.
+
+        Args:
+            values: Names of values of nodes; those that are outputs already are left as they are.
+        """
+        graph, names = self._model.graph, set(self.outputs)
+        by_name = {value.name: value for node in graph for value in node.outputs}
+        added = [by_name[name] for name in dict.fromkeys(values) if name in by_name and name not in names]
+        graph.outputs.extend(added)
+        try:
+            return ir.serde.serialize_model(self._model).SerializeToString()
+        finally:
+            del graph.outputs[len(self.outputs) :]
+
+    def sites(self) -> list[ModuleSite]:
+        """The uses of all modules that are found, in the order of the graph."""
+        found = [site for index in range(len(self.nodes)) for site in self._anchored(index)]
+        anchored = {site.module for site in found}
+        return sorted([*found, *self._unfused_norms(anchored)], key=lambda site: site.position)
+
+    def _anchored(self, index: int) -> list[ModuleSite]:
+        node = self.nodes[index]
+        if node.op_type not in _ANCHORS:
+            return []
+        data, weight = _operands(node)
+        if weight not in self.constants | self.inputs or not weight.endswith(".weight") or weight.endswith(_PAIR):
+            return []
+        if data is not None and data not in self.producers and node.op_type != "Gather" and data not in self.inputs:
+            return []
+        names = weight.split("+")
+        if len(names) == 1:
+            module = node.module if _fits(node.module) else weight.removesuffix(".weight")
+            return [self._site(module, weight, node, node.outputs[0], data)]
+        split = next((self.nodes[i] for i in self.consumers[node.outputs[0]] if self.nodes[i].op_type == "Split"), None)
+        if split is None:
+            return []
+        pairs = zip(names, split.outputs, strict=True)
+        return [self._site(name.removesuffix(".weight"), name, node, value, data) for name, value in pairs]
+
+    def _site(self, module: str, weight: str, node: GraphNode, start: str, data: str | None) -> ModuleSite:
+        output = start
+        seen = {start}
+        pending = False
+        while True:
+            readers = [self.nodes[i] for i in self.consumers.get(output, ())]
+            pending = any(f"{module}.bias" in reader.inputs and reader.op_type not in _FOLLOWED for reader in readers)
+            own = [n for n in readers if n.op_type in _FOLLOWED and self._is_own(n, module) and n.outputs[0] not in seen]
+            if not own:
+                break
+            output = own[0].outputs[0]
+            seen.add(output)
+        parts = {"base": start} if output != start else {}
+        for part, suffix in zip(("lora_A", "lora_B"), _PAIR, strict=True):
+            reading = [n for i in self.consumers.get(f"{module}{suffix}", ()) if (n := self.nodes[i]).op_type == "MatMul"]
+            if reading:
+                # Of a module called several times, the one that belongs to this call.
+                before = [n for n in reading if self.producers[n.outputs[0]] <= self.producers[output]]
+                parts[part] = (before or reading)[-1].outputs[0]
+        position = self.producers[output]
+        has_bias = f"{module}.bias" in node.inputs
+        return ModuleSite(module, weight, node.op_type == "Gather", position, data, output, parts, pending, has_bias)
+
+    def _is_own(self, node: GraphNode, module: str) -> bool:
+        return node.module == module or any(
+            value.removesuffix(suffix) == module for value in node.inputs for suffix in _OWN if value.endswith(suffix)
+        )
+
+    def _unfused_norms(self, anchored: set[str]) -> list[ModuleSite]:
+        """Case 4."""
+        weights = [name for name in self.constants if name.endswith(".weight") and "+" not in name]
+        found = []
+        for module in {name.removesuffix(".weight") for name in weights} - anchored:
+            own = [index for index, node in enumerate(self.nodes) if node.module == module]
+            last = [i for i in own if any(c not in own for v in self.nodes[i].outputs for c in self.consumers.get(v, ()))]
+            if last and self.may_be_float(self.nodes[last[-1]].outputs[0]):
+                output = self.nodes[last[-1]].outputs[0]
+                found.append(ModuleSite(module, "", False, last[-1], None, output, {}))
+        return found
+
+
+def _fits(module: str | None) -> bool:
+    return bool(module) and not module.startswith("_")
+
+
+def _node(node: ir.Node) -> GraphNode:
+    scopes = node.metadata_props.get(NAME_SCOPES)
+    entries = ast.literal_eval(scopes) if scopes else []
+    module = entries[-2] if len(entries) >= 2 else None
+    names = (tuple("" if v is None else v.name or "" for v in values) for values in (node.inputs, node.outputs))
+    return GraphNode(node.name or "", node.op_type, *names, module)
+
+
+def _operands(node: GraphNode) -> tuple[str | None, str]:
+    """The data and the weight; of a skip normalization the data is the sum, where the graph has it as an output."""
+    data = _ANCHORS[node.op_type]
+    if data is not None:
+        return node.inputs[data], node.inputs[1 - data]
+    total = node.outputs[_SKIP_SUM] if len(node.outputs) > _SKIP_SUM else ""
+    return total or None, node.inputs[2]
