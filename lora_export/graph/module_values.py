@@ -17,6 +17,7 @@ weight is read, the module is computed:
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,8 @@ _ANCHORS = {
 # The output of a skip normalization that holds the sum it normalizes.
 _SKIP_SUM = 3
 _FOLLOWED = frozenset({"Add", "Mul", "Reshape", "Cast", "Unsqueeze", "Squeeze", "Sum"})
+# A name that two values would have had ends with a number.
+_WEIGHT = re.compile(r"(?P<module>.+?)(?<!\.lora_A)(?<!\.lora_B)\.weight(_\d+)?")
 _PAIR = (".lora_A.weight", ".lora_B.weight")
 _OWN = (*_PAIR, ".lora_magnitude", ".token_ids", ".token_delta", ".weight", ".bias")
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
@@ -57,7 +60,7 @@ class ModuleSite:
 
     Attributes:
         module: The module's path, from the path of its node, else from its weight's name (a tied weight has one name).
-        weight: The weight's name; empty in case 4.
+        named: The module in the weight's name; empty in case 4.
         is_lookup: Whether it is an embedding's lookup.
         position: Where in the graph its output is complete.
         input, output: Values; no input where the graph does not have it by itself.
@@ -67,7 +70,7 @@ class ModuleSite:
     """
 
     module: str
-    weight: str
+    named: str
     is_lookup: bool
     position: int
     input: str | None
@@ -138,55 +141,59 @@ class WrittenGraph:
         if node.op_type not in _ANCHORS:
             return []
         data, weight = _operands(node)
-        if weight not in self.constants | self.inputs or not weight.endswith(".weight") or weight.endswith(_PAIR):
+        owners = [_WEIGHT.fullmatch(part) for part in weight.split("+")]
+        if weight not in self.constants | self.inputs or not all(owners):
             return []
         if data is not None and data not in self.producers and node.op_type != "Gather" and data not in self.inputs:
             return []
-        names = weight.split("+")
-        if len(names) == 1:
-            module = node.module if _fits(node.module) else weight.removesuffix(".weight")
-            return [self._site(module, weight, node, node.outputs[0], data)]
+        named = [owner["module"] for owner in owners]
+        if len(named) == 1:
+            module = node.module if _fits(node.module) else named[0]
+            return [self._site(module, named[0], node, node.outputs[0], data)]
         split = next((self.nodes[i] for i in self.consumers[node.outputs[0]] if self.nodes[i].op_type == "Split"), None)
         if split is None:
             return []
-        pairs = zip(names, split.outputs, strict=True)
-        return [self._site(name.removesuffix(".weight"), name, node, value, data) for name, value in pairs]
+        return [self._site(name, name, node, value, data) for name, value in zip(named, split.outputs, strict=True)]
 
-    def _site(self, module: str, weight: str, node: GraphNode, start: str, data: str | None) -> ModuleSite:
-        output = start
-        seen = {start}
-        pending = False
-        while True:
-            readers = [self.nodes[i] for i in self.consumers.get(output, ())]
-            pending = any(f"{module}.bias" in reader.inputs and reader.op_type not in _FOLLOWED for reader in readers)
-            own = [n for n in readers if n.op_type in _FOLLOWED and self._is_own(n, module) and n.outputs[0] not in seen]
-            if not own:
-                break
-            output = own[0].outputs[0]
-            seen.add(output)
+    def _site(self, module: str, named: str, node: GraphNode, start: str, data: str | None) -> ModuleSite:
+        chain = [start]
+        while own := [value for value in self._following(chain[-1], module) if value not in chain]:
+            chain.append(own[0])
+        output = chain[-1]
+        readers = [self.nodes[index] for index in self.consumers.get(output, ())]
+        pending = any(f"{module}.bias" in reader.inputs and reader.op_type not in _FOLLOWED for reader in readers)
         parts = {"base": start} if output != start else {}
         for part, suffix in zip(("lora_A", "lora_B"), _PAIR, strict=True):
-            reading = [n for i in self.consumers.get(f"{module}{suffix}", ()) if (n := self.nodes[i]).op_type == "MatMul"]
-            if reading:
-                # Of a module called several times, the one that belongs to this call.
-                before = [n for n in reading if self.producers[n.outputs[0]] <= self.producers[output]]
-                parts[part] = (before or reading)[-1].outputs[0]
+            reading = [self.nodes[index] for index in self.consumers.get(f"{module}{suffix}", ())]
+            products = [reader.outputs[0] for reader in reading if reader.op_type == "MatMul"]
+            # Of a module called several times, the one that belongs to this call.
+            before = [value for value in products if self.producers[value] <= self.producers[output]]
+            if products:
+                parts[part] = (before or products)[-1]
         position = self.producers[output]
         has_bias = f"{module}.bias" in node.inputs
-        return ModuleSite(module, weight, node.op_type == "Gather", position, data, output, parts, pending, has_bias)
+        return ModuleSite(module, named, node.op_type == "Gather", position, data, output, parts, pending, has_bias)
+
+    def _following(self, value: str, module: str) -> list[str]:
+        """The values that the module's own nodes make of one of its values."""
+        readers = [self.nodes[index] for index in self.consumers.get(value, ())]
+        return [n.outputs[0] for n in readers if n.op_type in _FOLLOWED and self._is_own(n, module)]
 
     def _is_own(self, node: GraphNode, module: str) -> bool:
         return node.module == module or any(
             value.removesuffix(suffix) == module for value in node.inputs for suffix in _OWN if value.endswith(suffix)
         )
 
+    def _readers(self, index: int) -> set[int]:
+        return {reader for value in self.nodes[index].outputs for reader in self.consumers.get(value, ())}
+
     def _unfused_norms(self, anchored: set[str]) -> list[ModuleSite]:
         """Case 4."""
-        weights = [name for name in self.constants if name.endswith(".weight") and "+" not in name]
+        owners = [_WEIGHT.fullmatch(name) for name in self.constants if "+" not in name]
         found = []
-        for module in {name.removesuffix(".weight") for name in weights} - anchored:
+        for module in sorted({owner["module"] for owner in owners if owner} - anchored):
             own = [index for index, node in enumerate(self.nodes) if node.module == module]
-            last = [i for i in own if any(c not in own for v in self.nodes[i].outputs for c in self.consumers.get(v, ()))]
+            last = [index for index in own if not self._readers(index) <= set(own)]
             if last and self.may_be_float(self.nodes[last[-1]].outputs[0]):
                 output = self.nodes[last[-1]].outputs[0]
                 found.append(ModuleSite(module, "", False, last[-1], None, output, {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from lora_export.verify.divergence_results import Divergence, LayerErrors
 from lora_export.verify.results import Environment, Subject, Verdict, scope_of
 
 
@@ -59,6 +60,8 @@ class CheckReport:
     Attributes:
         data: What inputs were used, in words (file and number of rows, or the seed).
         skipped: What was not compared, and why, one sentence each.
+        layers: The error by layer of each adapter and the base, whether or not a case failed.
+        divergence: Where the first failing case differs from PyTorch, or why that was not found; None if none failed.
     """
 
     subject: Subject
@@ -67,6 +70,8 @@ class CheckReport:
     cases: tuple[ParityCase, ...]
     skipped: tuple[str, ...]
     seconds: float
+    layers: tuple[LayerErrors, ...] = ()
+    divergence: Divergence | None = None
     schema: int = 1
 
     @property

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Names of the files that reproduce a failure.
+SCRIPT, ARRAYS = "reproduce.py", "reproduce.npz"
+
 
 @dataclass(frozen=True)
 class ComparedValue:

@@ -34,7 +34,8 @@ class Row:
         """The row's part of a value of the graph: of a leading axis of the batch, or of batch and tokens in one."""
         if self.n_rows == 1 or array.ndim == 0 or array.shape[0] == 1 or array.shape[0] % self.n_rows:
             return array
-        return array.reshape(self.n_rows, -1, *array.shape[1:])[self.index]
+        n_each = array.shape[0] // self.n_rows
+        return array[n_each * self.index : n_each * (self.index + 1)]
 
     def of_reference(self, array: np.ndarray) -> np.ndarray:
         """What the graph computes of a tensor `[1, length, …]` or `[1, heads, length, …]` of the reference."""
@@ -44,22 +45,31 @@ class Row:
         return np.take(array, range(array.shape[axis] - self.n_last, array.shape[axis]), axis)
 
     def real_of(self, array: np.ndarray) -> np.ndarray:
-        """The real positions of an array that has the reference's shape after `of_reference`."""
+        """The real positions of an array that has the reference's shape after `of_reference`.
+
+        Of scores `[1, heads, length, length]`, those of real positions for real positions.
+        """
         if self.real is None:
             return array
-        real = self.real if self.n_last is None else self.real[-self.n_last :]
-        axis = next((a for a in _POSITION_AXES.get(array.ndim, ()) if array.shape[a] == len(real)), None)
-        return array if axis is None else np.compress(real, array, axis)
+        for axis in range(int(array.ndim > 0 and array.shape[0] == 1), array.ndim):
+            for real in (self.real, self.real if self.n_last is None else self.real[-self.n_last :]):
+                if array.shape[axis] == len(real) and not real.all():
+                    array = np.compress(real, array, axis)
+                    break
+        return array
 
     def _position_axis(self, array: np.ndarray) -> int | None:
         if self.real is None:
             return None
-        axes = _POSITION_AXES.get(array.ndim, ())
+        # A tensor without a row axis (a bias by position) starts with the positions that are asked from.
+        axes = (0,) if array.ndim and array.shape[0] > 1 else _POSITION_AXES.get(array.ndim, ())
         return next((axis for axis in axes if array.shape[axis] == len(self.real)), None)
 
 
 # Where a tensor of so many axes has its positions: [1, length], [1, length, n], [1, heads, length, n], [1, length, …].
 _POSITION_AXES = {2: (1,), 3: (1,), 4: (2, 1)}
+# What masks use for "not at all": any number beyond stands for it.
+_NEVER = 1e30
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ def pair(sites: Sequence[ModuleSite], calls: Sequence[ModuleCall], available: Ma
         call = wholes[number]
         rank = order[id(call)]
         expected = call.output - call.bias if site.bias_is_pending and call.bias is not None else call.output
-        if site.input in available and call.input is not None and np.issubdtype(call.input.dtype, np.floating):
+        if site.input in available and not call.is_lookup and _is_floating(call.input):
             found.append((rank, 0, Pairing(call, site, INPUT, site.input, call.input)))
         # Of a merged module the product alone is no longer the base's.
         served = site.parts if LORA_A in site.parts else {}
@@ -117,9 +127,9 @@ def pair(sites: Sequence[ModuleSite], calls: Sequence[ModuleCall], available: Ma
 
 def _called(site: ModuleSite, by_module: Mapping[tuple[str, str], list[ModuleCall]]) -> str | None:
     """The path of the module that `site` is a use of: its own, or that of a module with the same weight."""
-    own = site.weight.removesuffix(".weight") if site.weight else site.module
-    named = [by_module[path, WHOLE][0] for path in (site.module, own) if by_module.get((path, WHOLE))]
-    if named and (not site.weight or named[0].is_lookup == site.is_lookup):
+    paths = (site.module, site.named)
+    named = [by_module[path, WHOLE][0] for path in paths if by_module.get((path, WHOLE))]
+    if named and (not site.named or named[0].is_lookup == site.is_lookup):
         return named[0].module
     weights = {call.weight for call in named} - {None}
     for (path, part), calls in by_module.items():
@@ -128,12 +138,23 @@ def _called(site: ModuleSite, by_module: Mapping[tuple[str, str], list[ModuleCal
     return None
 
 
+def _is_floating(array: np.ndarray | None) -> bool:
+    return array is not None and np.issubdtype(array.dtype, np.floating)
+
+
 def compare_values(
-    graph: WrittenGraph, stem: str, pairings: Iterable[Pairing], values: Mapping[str, np.ndarray], row: Row, limit: float
+    graph: WrittenGraph,
+    stem: str,
+    pairings: Iterable[Pairing],
+    values: Mapping[str, np.ndarray],
+    row: Row,
+    limit: float,
 ) -> list[ComparedValue]:
     """Compare each pairing on `row`; more than `limit`, relative to the largest reference value, diverges."""
-    return [compare_value(graph, stem, p.call.module, p.what, p.value, p.expected, values[p.value], row, limit)
-            for p in pairings]  # fmt: skip
+    return [
+        compare_value(graph, stem, p.call.module, p.what, p.value, p.expected, values[p.value], row, limit)
+        for p in pairings
+    ]
 
 
 def compare_value(
@@ -159,8 +180,11 @@ def compare_value(
 def _brought_to(expected: np.ndarray, found: np.ndarray, what: str) -> np.ndarray:
     """`found` without what a mixed batch pads it with: the ranks of a pair, the classes of a head."""
     n = expected.shape[-1] if expected.ndim else 0
-    if found.size == expected.size or not found.ndim or found.shape[-1] <= n or found.size * n != (
-        expected.size * found.shape[-1]
+    if (
+        found.size == expected.size
+        or not found.ndim
+        or found.shape[-1] <= n
+        or found.size * n != (expected.size * found.shape[-1])
     ):
         return found
     rest = found[..., n:].astype(np.float32)
@@ -171,15 +195,20 @@ def _brought_to(expected: np.ndarray, found: np.ndarray, what: str) -> np.ndarra
 def difference(expected: np.ndarray, found: np.ndarray, row: Row) -> tuple[float, float]:
     """The largest absolute difference over real positions, and that over the largest absolute expected value.
 
-    Infinite where the sizes differ; NaN where a number is not finite on one side only, or not the same infinity.
+    Infinite where the sizes differ; NaN where a number is NaN, infinite or a mask's lowest number on one side only.
     """
     if expected.size != found.size:
         return float("inf"), float("inf")
     a = row.real_of(expected).astype(np.float64)
     b = row.real_of(found.reshape(expected.shape)).astype(np.float64)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    if not np.isfinite(a[~same]).all() or not np.isfinite(b[~same]).all():
+    plain = np.abs(a) < _NEVER
+    if not (_special(a[~plain]) == _special(b[~plain])).all() or not (np.abs(b[plain]) < _NEVER).all():
         return float("nan"), float("nan")
-    error = float(np.abs(a - b)[~same].max(initial=0))
-    finite = np.abs(a[np.isfinite(a)]).max(initial=0)
-    return error, error / max(float(finite), np.finfo(np.float32).tiny) if error else 0.0
+    a, b = a[plain], b[plain]
+    error = float(np.abs(a - b).max(initial=0))
+    return error, error / max(float(np.abs(a).max(initial=0)), float(np.finfo(np.float32).tiny))
+
+
+def _special(array: np.ndarray) -> np.ndarray:
+    """0 for NaN, and for what is beyond all scores its sign."""
+    return np.where(np.isnan(array), 0.0, np.where(np.abs(array) < _NEVER, np.inf, np.sign(array)))

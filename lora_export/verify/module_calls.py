@@ -53,10 +53,17 @@ class ModuleCall:
 
 @dataclass
 class Recording:
-    """What a run left behind: the calls in the order in which they ended, and the results of the module `within`."""
+    """What a run left behind.
+
+    Attributes:
+        calls: In the order in which they ended.
+        results: Of the operations of the module `within`.
+        views: Of those of its operations that only arrange numbers.
+    """
 
     calls: list[ModuleCall] = field(default_factory=list)
     results: list[np.ndarray] = field(default_factory=list)
+    views: list[np.ndarray] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -176,9 +183,13 @@ class _Results(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        found = self._observer.found.results
+        found, views = self._observer.found.results, self._observer.found.views
         if self._observer.is_within and len(found) < _MOST_RESULTS:
-            found += [_copy(t) for t in _tensors(_values(result)) if t.is_floating_point() and t.numel() > 1]
+            given = {tensor.data_ptr() for tensor in _tensors(tuple(args))}
+            made = [t for t in _tensors(_values(result)) if t.is_floating_point() and t.numel() > 1]
+            for tensor in made:
+                # A view is the same numbers once more.
+                (views if tensor.data_ptr() in given else found).append(_copy(tensor))
         return result
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,11 +19,14 @@ from lora_export.verify.decoding import decoding_cases
 from lora_export.verify.environment import environment, subject
 from lora_export.verify.examples import Batch, Batcher, built_in_examples
 from lora_export.verify.invoked import with_invocation
+from lora_export.verify.probe import Probe
+from lora_export.verify.probes import row_of, row_probes, whole_probe, with_feeds, worst_probes, worst_row
 from lora_export.verify.reference import Reference
 from lora_export.verify.runs import Bench, CheckRequest, run_export, run_reference
 from lora_export.verify.seq2seq_decoding import seq2seq_decoding_cases
 from lora_export.verify.seq2seq_examples import Seq2SeqBatcher
 from lora_export.verify.tolerances import tolerances
+from lora_export.verify.where import Where
 
 AnyBatcher = Batcher | Seq2SeqBatcher
 
@@ -32,8 +36,10 @@ _MIXED_ROWS = 8
 _EFFECT_BATCHES = 8
 
 
-def run_check(request: CheckRequest, progress: Callable[[str, int, int], None]) -> CheckReport:
-    """Run every case that the export allows.
+def run_check(
+    request: CheckRequest, progress: Callable[[str, int, int], None]
+) -> tuple[CheckReport, Mapping[str, bytes]]:
+    """Run every case that the export allows; the report, and the files that reproduce what failed by name.
 
     Raises:
         LoraExportError: The export, its base or an adapter cannot be used; a failed gate is a result, not an error.
@@ -58,22 +64,28 @@ def run_check(request: CheckRequest, progress: Callable[[str, int, int], None]) 
         mixed = with_invocation(mixed, tokens, index / (len(invocations) + 1))
     bench = Bench(request, session, task, tolerances(manifest.dtype, session.provider), own, mixed)
     skipped: list[str] = []
+    where = Where(bench.gates, request.folder)
     if manifest.kind is Kind.MERGED:
-        cases = _merged_cases(bench, batcher, data, skipped, progress)
+        cases = _merged_cases(bench, batcher, data, skipped, where, progress)
     else:
-        cases = _dynamic_cases(bench, batcher, data, skipped, progress)
+        cases = _dynamic_cases(bench, batcher, data, skipped, where, progress)
     inputs = [f"{name or 'default'}: {examples.description}" for name, examples in data.items()]
-    return CheckReport(
+    report = CheckReport(
         subject=subject(request.folder, manifest),
         environment=described,
         data=tuple(inputs or [batcher.noise_description]),
         cases=tuple(cases),
         skipped=tuple(skipped),
         seconds=time.monotonic() - started,
+        layers=tuple(where.layers),
+        divergence=where.divergence,
     )
+    return report, where.files
 
 
-def _merged_cases(bench: Bench, batcher: AnyBatcher, data, skipped: list[str], progress) -> list[ParityCase]:
+def _merged_cases(
+    bench: Bench, batcher: AnyBatcher, data, skipped: list[str], where: Where, progress
+) -> list[ParityCase]:
     records = bench.session.manifest.adapters
     names = [record.name for record in records]
     progress("checking", 0, 1)
@@ -85,22 +97,27 @@ def _merged_cases(bench: Bench, batcher: AnyBatcher, data, skipped: list[str], p
     label = " + ".join(names) or "base"
     described = "PEFT, unmerged" if names else "the base in PyTorch"
     group = "adapter" if names else "base"
-    cases = [compare(label, group, described, expected, bench.run(batches, None), bench.gates, without=without)]
-    return cases + _decoding_cases(bench, label, None, reference, batcher, data)
+    found = bench.run(batches, None)
+    case = compare(label, group, described, expected, found, bench.gates, without=without)
+    where.measure(label, case, worst_probes(bench.session, None, reference, batches, expected, found))
+    return [case, *_decoding_cases(bench, label, None, reference, batcher, data, where)]
 
 
 def _decoding_cases(
-    bench: Bench, label: str, adapter: RowAdapter, reference: Reference, batcher: AnyBatcher, data
+    bench: Bench, label: str, adapter: RowAdapter, reference: Reference, batcher: AnyBatcher, data, where: Where
 ) -> list[ParityCase]:
     """What only a decoder does; none for other tasks."""
     if bench.task is Task.TEXT_GENERATION:
-        return decoding_cases(label, adapter, bench.session, reference, batcher, data[None], bench.gates)
+        return decoding_cases(label, adapter, bench.session, reference, batcher, data[None], bench.gates, where)
     if bench.task in SEQ2SEQ:
-        return seq2seq_decoding_cases(label, adapter, bench.session, reference, batcher, data.get(None), bench.gates)
-    return _similarity_cases(label, adapter, bench, reference)
+        examples = data.get(None)
+        return seq2seq_decoding_cases(label, adapter, bench.session, reference, batcher, examples, bench.gates, where)
+    return _similarity_cases(label, adapter, bench, reference, where)
 
 
-def _dynamic_cases(bench: Bench, batcher: AnyBatcher, data, skipped: list[str], progress) -> list[ParityCase]:
+def _dynamic_cases(
+    bench: Bench, batcher: AnyBatcher, data, skipped: list[str], where: Where, progress
+) -> list[ParityCase]:
     cases: list[ParityCase] = []
     alone: dict[str | None, Outputs] = {}
     records = bench.session.manifest.adapters
@@ -115,10 +132,12 @@ def _dynamic_cases(bench: Bench, batcher: AnyBatcher, data, skipped: list[str], 
         without = _without(reference, batches, [record], bench)
         found = bench.run(batches, record.name)
         cases.append(compare(record.name, "adapter", "PEFT, unmerged", expected, found, bench.gates, without=without))
+        probes = worst_probes(bench.session, record.name, reference, batches, expected, found)
+        where.measure(record.name, cases[-1], probes)
         alone[record.name] = run_reference(reference, [bench.mixed])
-        cases += _decoding_cases(bench, record.name, record.name, reference, batcher, data)
+        cases += _decoding_cases(bench, record.name, record.name, reference, batcher, data, where)
         if not has_own_head and done == 0:
-            cases.append(_body_case(bench, reference, record))
+            cases.append(_body_case(bench, reference, record, where))
     progress("checking", len(records), len(records) + 1)
     if has_own_head:
         reference = bench.reference([], None)
@@ -126,13 +145,15 @@ def _dynamic_cases(bench: Bench, batcher: AnyBatcher, data, skipped: list[str], 
         expected = run_reference(reference, bench.own[None])
         found = bench.run(bench.own[None], None)
         cases.append(compare("base", "base", "the base in PyTorch", expected, found, bench.gates))
-        cases += _similarity_cases("base", None, bench, reference)
+        probes = worst_probes(bench.session, None, reference, bench.own[None], expected, found)
+        where.measure("base", cases[-1], probes)
+        cases += _similarity_cases("base", None, bench, reference, where)
     else:
         skipped.append("The base's own scores: its checkpoint has no head, so rows without an adapter score zero.")
-    cases += _row_cases(bench, alone)
-    cases += _sequence_cases(bench)
+    cases += _row_cases(bench, alone, where)
+    cases += _sequence_cases(bench, where)
     if bench.request.merged is not None:
-        cases.append(_merged_against_dynamic(bench))
+        cases.append(_merged_against_dynamic(bench, where))
     else:
         skipped.append("Merged against dynamic: no merged export was named (--merged).")
     return cases
@@ -145,7 +166,9 @@ def _without(reference: Reference, batches: Sequence[Batch], records: Sequence[A
         return run_reference(reference, batches[:_EFFECT_BATCHES])
 
 
-def _similarity_cases(label: str, adapter: RowAdapter, bench: Bench, reference: Reference) -> list[ParityCase]:
+def _similarity_cases(
+    label: str, adapter: RowAdapter, bench: Bench, reference: Reference, where: Where
+) -> list[ParityCase]:
     """A dual encoder's scores, one image against many texts: what it computes across rows, and with unequal batches."""
     name = "logits_per_image"
     if bench.task is not Task.ZERO_SHOT_IMAGE_CLASSIFICATION:
@@ -155,10 +178,17 @@ def _similarity_cases(label: str, adapter: RowAdapter, bench: Bench, reference: 
     values = bench.session.run(inputs, adapter, outputs=[name])[name].astype(np.float32)
     found = Outputs("logits", (values,), (None,))
     group = "adapter" if adapter else "base"
-    return [compare(f"{label}: texts for an image", group, "PEFT, unmerged", expected, found, bench.gates)]
+    case = compare(f"{label}: texts for an image", group, "PEFT, unmerged", expected, found, bench.gates)
+    text = int(np.nan_to_num(np.abs(values - expected.values[0])[0], nan=np.inf).argmax())
+    pixels = {"pixel_values": inputs["pixel_values"]}
+    one = row_of(bench.mixed, text)
+    one = replace(one, inputs=one.inputs | pixels)
+    described = f"text {text + 1} of {values.shape[1]}, which has the largest error, with the image"
+    where.find(case, lambda: [whole_probe(bench.session, adapter, reference, one, 0, described)])
+    return [case]
 
 
-def _body_case(bench: Bench, reference: Reference, record: AdapterRecord) -> ParityCase:
+def _body_case(bench: Bench, reference: Reference, record: AdapterRecord, where: Where) -> ParityCase:
     """The base's body, seen through the head of an adapter whose pairs are off, where the base has no head."""
     with reference.without_pairs():
         expected = run_reference(reference, bench.own[None])
@@ -168,16 +198,24 @@ def _body_case(bench: Bench, reference: Reference, record: AdapterRecord) -> Par
         if entry.kind in (AdapterInputKind.WEIGHT, AdapterInputKind.BIAS)
     }
     name = expected.name
-    values = []
-    for batch in bench.own[None]:
+
+    def feeds(batch: Batch) -> dict[str, np.ndarray]:
         stacked = bench.session.stacked(record.name, len(batch.labels))
-        feeds = batch.inputs | {key: value for key, value in stacked.items() if key in heads}
-        values.append(bench.session.session.run([name], feeds)[0].astype(np.float32))
+        return batch.inputs | {key: value for key, value in stacked.items() if key in heads}
+
+    values = [bench.session.session.run([name], feeds(batch))[0].astype(np.float32) for batch in bench.own[None]]
     found = Outputs(name, tuple(values), expected.real, expected.labels)
-    return compare("base", "base", f"PEFT with {record.name}'s head and its pairs off", expected, found, bench.gates)
+    described = f"PEFT with {record.name}'s head and its pairs off"
+    case = compare("base", "base", described, expected, found, bench.gates)
+    probes = worst_probes(bench.session, record.name, reference, bench.own[None], expected, found)
+    with reference.without_pairs():
+        probe = next(probes)
+        only_head = {key: array for key, array in probe.runs[0].feeds.items() if key in heads | probe.inputs.keys()}
+        where.measure("base", case, [with_feeds(probe, only_head)])
+    return case
 
 
-def _row_cases(bench: Bench, alone: Mapping[str | None, Outputs]) -> list[ParityCase]:
+def _row_cases(bench: Bench, alone: Mapping[str | None, Outputs], where: Where) -> list[ParityCase]:
     """A batch with another adapter in each row, against each row alone, in PEFT and in ONNX Runtime."""
     names = list(alone)
     n_rows = len(bench.mixed.labels)
@@ -203,13 +241,29 @@ def _row_cases(bench: Bench, alone: Mapping[str | None, Outputs]) -> list[Parity
         return Outputs("rows", (np.concatenate(flat, axis=1),), (None,))
 
     label = f"{n_rows} mixed rows"
-    return [
-        compare(label, "rows", "PEFT, each row's adapter", rows(expected), rows(found), bench.gates),
-        compare(f"{label} alone", "rows", "ONNX Runtime, each row alone", rows(single), rows(found), bench.gates),
-    ]
+    in_peft = compare(label, "rows", "PEFT, each row's adapter", rows(expected), rows(found), bench.gates)
+    parts = Outputs(mixed.name, tuple(expected), tuple(masks)), Outputs(mixed.name, tuple(found), tuple(masks))
+    where.find(in_peft, lambda: _mixed_probes(bench, assigned, *parts))
+    in_onnx = compare(f"{label} alone", "rows", "ONNX Runtime, each row alone", rows(single), rows(found), bench.gates)
+    where.cannot(
+        in_onnx,
+        "Each row agrees with PEFT, and the batch differs from its rows alone by more than rounding: both are ONNX "
+        "Runtime's results, so there is no PyTorch to compare nodes with.",
+    )
+    return [in_peft, in_onnx]
 
 
-def _sequence_cases(bench: Bench) -> list[ParityCase]:
+def _mixed_probes(bench: Bench, assigned: Sequence[str | None], expected: Outputs, found: Outputs) -> Iterator[Probe]:
+    """The row of the mixed batch with the largest error, against its own adapter in PEFT."""
+    row, _ = worst_row(expected, found)
+    name = assigned[row]
+    n_labels = bench.session.manifest.adapter(name).n_labels if name else None
+    reference = bench.reference([name] if name else [], n_labels)
+    described = f"row {row + 1} of {len(assigned)} mixed rows ({name or 'base'}), which has the largest error"
+    yield whole_probe(bench.session, assigned, reference, bench.mixed, row, described)
+
+
+def _sequence_cases(bench: Bench, where: Where) -> list[ParityCase]:
     """A → B → A → none in one session, against a fresh session for each."""
     names = list(bench.session.adapters)
     if not names:
@@ -226,14 +280,33 @@ def _sequence_cases(bench: Bench) -> list[ParityCase]:
     def joined(parts: list[np.ndarray]) -> Outputs:
         return Outputs("rows", (np.concatenate(parts, axis=1),), (None,))
 
-    return [compare(label, "sequence", "a fresh session for each", joined(fresh), joined(values), bench.gates)]
+    case = compare(label, "sequence", "a fresh session for each", joined(fresh), joined(values), bench.gates)
+    where.cannot(
+        case,
+        "The same graph gives something else after other adapters than in a fresh session: what the session feeds "
+        "differs, no node, so there is none to name.",
+    )
+    return [case]
 
 
-def _merged_against_dynamic(bench: Bench) -> ParityCase:
+def _merged_against_dynamic(bench: Bench, where: Where) -> ParityCase:
     merged = open_export(bench.request.merged, bench.session.provider)
     names = [record.name for record in merged.manifest.adapters]
     blend = dict.fromkeys(names, 1.0)
     batches = bench.own.get(names[0] if names else None) or bench.own[None]
     expected, found = run_export(merged, batches, None), bench.run(batches, blend or None)
     label = f"merged {' + '.join(names) or 'base'}"
-    return compare(label, "merged-dynamic", f"the merged export {bench.request.merged}", expected, found, bench.gates)
+    against = f"the merged export {bench.request.merged}"
+    case = compare(label, "merged-dynamic", against, expected, found, bench.gates)
+
+    def probes() -> Iterator[Probe]:
+        n_labels = next((record.n_labels for record in merged.manifest.adapters if record.n_labels), None)
+        reference = bench.reference(names, n_labels)
+        sides = {"the merged export": (merged, None), "the dynamic export": (bench.session, blend or None)}
+        for side, (session, adapters) in sides.items():
+            batch, row = worst_row(expected, found)
+            described = f"the row with the largest difference between the two, in {side}"
+            yield next(row_probes(session, adapters, reference, batches[batch], row, described))
+
+    where.find(case, probes)
+    return case
