@@ -10,8 +10,11 @@ weight is read, the module is computed:
    the module's path.
 3. A bias that a fused operator adds, together with what belongs to the next module, is never added in a value of its
    own: `bias_is_pending`.
-4. A normalization that reads its weight in another operator than a normalization (it was not fused) is where its path
-   ends: the last value of its nodes that others read.
+4. A module without an anchor (a normalization that was not fused, its weight folded into a constant) is where its
+   path ends: the last value of its nodes that others read.
+5. Where the product of a pair is added by a skip normalization, as if it were a residual, the output is the sum that
+   it gives, or if it gives none, of two values: `addend`.
+6. A product may have a factor: `scale`.
 """
 
 from __future__ import annotations
@@ -45,13 +48,15 @@ _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT1
 
 @dataclass(frozen=True)
 class GraphNode:
-    """One node: names of its values ("" for one left out), and the path of the module it was traced in, if known."""
+    """One node: names of its values ("" for one left out), the path of the module it was traced in, if known, and the
+    factor of a product."""
 
     name: str
     op_type: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     module: str | None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class ModuleSite:
         parts: Values inside an adapted module: "base" (before the adapter), "lora_A" and "lora_B".
         bias_is_pending: Case 3.
         base_has_bias: Whether the anchor adds the module's bias.
+        addend: Case 5.
+        scale: Case 6.
     """
 
     module: str
@@ -78,6 +85,8 @@ class ModuleSite:
     parts: Mapping[str, str]
     bias_is_pending: bool = False
     base_has_bias: bool = False
+    addend: str | None = None
+    scale: float = 1.0
 
 
 class WrittenGraph:
@@ -134,7 +143,7 @@ class WrittenGraph:
         """The uses of all modules that are found, in the order of the graph."""
         found = [site for index in range(len(self.nodes)) for site in self._anchored(index)]
         anchored = {site.module for site in found}
-        return sorted([*found, *self._unfused_norms(anchored)], key=lambda site: site.position)
+        return sorted([*found, *self._by_path(anchored)], key=lambda site: site.position)
 
     def _anchored(self, index: int) -> list[ModuleSite]:
         node = self.nodes[index]
@@ -170,9 +179,33 @@ class WrittenGraph:
             before = [value for value in products if self.producers[value] <= self.producers[output]]
             if products:
                 parts[part] = (before or products)[-1]
-        position = self.producers[output]
+        total, addend = self._skip_sum(output, parts.get("lora_B"))
+        pending = pending and total is None
+        output = total or output
         has_bias = f"{module}.bias" in node.inputs
-        return ModuleSite(module, named, node.op_type == "Gather", position, data, output, parts, pending, has_bias)
+        position = max(self.producers[value] for value in (output, addend) if value)
+        facts = (position, data, output, parts, pending, has_bias, addend, node.scale)
+        return ModuleSite(module, named, node.op_type == "Gather", *facts)
+
+    def _skip_sum(self, output: str, product: str | None) -> tuple[str | None, str | None]:
+        """Case 5: the sum, or the value to be added; neither where the product of the pair is added by itself."""
+        for index in self.consumers.get(output, ()):
+            node = self.nodes[index]
+            if node.op_type in _ANCHORS and _ANCHORS[node.op_type] is None and product is not None:
+                other = next((value for value in node.inputs[:2] if value != output), None)
+                if other is not None and self._is_made_of(other, product):
+                    total = node.outputs[_SKIP_SUM] if len(node.outputs) > _SKIP_SUM else ""
+                    return (total, None) if total else (None, other)
+        return None, None
+
+    def _is_made_of(self, value: str, product: str) -> bool:
+        """Whether `value` is `product`, reshaped or not."""
+        while value != product:
+            node = self.node_of(value)
+            if node is None or node.op_type != "Reshape":
+                return False
+            value = node.inputs[0]
+        return True
 
     def _following(self, value: str, module: str) -> list[str]:
         """The values that the module's own nodes make of one of its values."""
@@ -187,16 +220,17 @@ class WrittenGraph:
     def _readers(self, index: int) -> set[int]:
         return {reader for value in self.nodes[index].outputs for reader in self.consumers.get(value, ())}
 
-    def _unfused_norms(self, anchored: set[str]) -> list[ModuleSite]:
+    def _by_path(self, anchored: set[str]) -> list[ModuleSite]:
         """Case 4."""
-        owners = [_WEIGHT.fullmatch(name) for name in self.constants if "+" not in name]
+        paths: dict[str, list[int]] = {}
+        for index, node in enumerate(self.nodes):
+            if _fits(node.module) and node.module not in anchored:
+                paths.setdefault(node.module, []).append(index)
         found = []
-        for module in sorted({owner["module"] for owner in owners if owner} - anchored):
-            own = [index for index, node in enumerate(self.nodes) if node.module == module]
+        for module, own in paths.items():
             last = [index for index in own if not self._readers(index) <= set(own)]
             if last and self.may_be_float(self.nodes[last[-1]].outputs[0]):
-                output = self.nodes[last[-1]].outputs[0]
-                found.append(ModuleSite(module, "", False, last[-1], None, output, {}))
+                found.append(ModuleSite(module, "", False, last[-1], None, self.nodes[last[-1]].outputs[0], {}))
         return found
 
 
@@ -209,7 +243,8 @@ def _node(node: ir.Node) -> GraphNode:
     entries = ast.literal_eval(scopes) if scopes else []
     module = entries[-2] if len(entries) >= 2 else None
     names = (tuple("" if v is None else v.name or "" for v in values) for values in (node.inputs, node.outputs))
-    return GraphNode(node.name or "", node.op_type, *names, module)
+    scale = node.attributes.get_float("alpha", 1.0) if node.op_type == "FusedMatMul" else 1.0
+    return GraphNode(node.name or "", node.op_type, *names, module, scale)
 
 
 def _operands(node: GraphNode) -> tuple[str | None, str]:

@@ -198,6 +198,6 @@ def _sentence(found: _Found, node: GraphNode, between: Sequence[GraphNode], agre
             return f"{where} is the first node that differs from PyTorch: the shape of {what} is {shapes}."
         return f"{where} is the first node that differs from PyTorch: all that it reads agrees, {what} does not."
     return (
-        f"{where} is the first node that gives nothing that PyTorch computes there, from values that agree; "
+        f"{where} is the first node whose output is nothing that PyTorch computes there, from inputs that agree; "
         f"{value.value} ({value.op_type} {value.node}), {len(between)} nodes on, is known to differ."
     )

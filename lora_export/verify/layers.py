@@ -74,13 +74,22 @@ _NEVER = 1e30
 
 @dataclass(frozen=True)
 class Pairing:
-    """A value of the graph and the tensor that it should hold; `call` is the module's."""
+    """A value of the graph, with another added to it if need be, and the tensor that it should hold; `call` is the
+    module's."""
 
     call: ModuleCall
-    site: ModuleSite
     what: str
     value: str
     expected: np.ndarray
+    addend: str | None = None
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        return (self.value,) if self.addend is None else (self.value, self.addend)
+
+    def found(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        first, *more = (values[name] for name in self.values)
+        return sum((array.astype(np.float32) for array in more), first)
 
 
 def pair(sites: Sequence[ModuleSite], calls: Sequence[ModuleCall], available: Mapping[str, object]) -> list[Pairing]:
@@ -105,13 +114,14 @@ def pair(sites: Sequence[ModuleSite], calls: Sequence[ModuleCall], available: Ma
         number = uses[module]
         uses[module] += 1
         wholes = by_module[module, WHOLE]
-        if number >= len(wholes):
+        if number >= len(wholes) or (not site.named and wholes[number].weight is None):
             continue
         call = wholes[number]
         rank = order[id(call)]
         expected = call.output - call.bias if site.bias_is_pending and call.bias is not None else call.output
+        expected = expected if site.scale == 1 else expected * np.float32(site.scale)
         if site.input in available and not call.is_lookup and _is_floating(call.input):
-            found.append((rank, 0, Pairing(call, site, INPUT, site.input, call.input)))
+            found.append((rank, 0, Pairing(call, INPUT, site.input, call.input)))
         # Of a merged module the product alone is no longer the base's.
         served = site.parts if LORA_A in site.parts else {}
         for place, (part, value) in enumerate(served.items(), 1):
@@ -120,8 +130,8 @@ def pair(sites: Sequence[ModuleSite], calls: Sequence[ModuleCall], available: Ma
                 inside = parts[number]
                 is_later = part == BASE and inside.bias is not None and not site.base_has_bias
                 tensor = inside.output - inside.bias if is_later else inside.output
-                found.append((rank, place, Pairing(call, site, part, value, tensor)))
-        found.append((rank, 9, Pairing(call, site, WHOLE, site.output, expected)))
+                found.append((rank, place, Pairing(call, part, value, tensor)))
+        found.append((rank, 9, Pairing(call, WHOLE, site.output, expected, site.addend)))
     return [pairing for _, _, pairing in sorted(found, key=lambda entry: entry[:2])]
 
 
@@ -152,7 +162,7 @@ def compare_values(
 ) -> list[ComparedValue]:
     """Compare each pairing on `row`; more than `limit`, relative to the largest reference value, diverges."""
     return [
-        compare_value(graph, stem, p.call.module, p.what, p.value, p.expected, values[p.value], row, limit)
+        compare_value(graph, stem, p.call.module, p.what, p.value, p.expected, p.found(values), row, limit)
         for p in pairings
     ]
 

@@ -112,7 +112,7 @@ def _look(run: GraphRun, calls: Sequence[ModuleCall], outputs: Mapping[str, np.n
     pairings = pair(graph.sites(), calls, graph.producers.keys() | graph.inputs)
     names = _ENCODED if "encoder" in session.graph else {}
     expected = {name: outputs[names.get(name, name)] for name in graph.outputs if names.get(name, name) in outputs}
-    wanted = list(dict.fromkeys([*(p.value for p in pairings if p.value in graph.producers), *expected]))
+    wanted = list(dict.fromkeys([*(v for p in pairings for v in p.values if v in graph.producers), *expected]))
     values = run_for_values(graph.with_outputs(wanted), session.folder, session.provider, run.feeds, wanted)
     compared = compare_values(graph, session.graph, pairings, {**run.feeds, **values}, run.row, limit)
     final = [

@@ -18,8 +18,7 @@ Tensors = dict[str, np.ndarray]
 def adapter(folder: Path, file: str, change: Callable[[Tensors], None]) -> None:
     """Rewrite an adapter's file and its hash, as if the packing itself had been wrong."""
     path = folder / "adapters" / file
-    read = ort.AdapterFormat.read_adapter(str(path))
-    tensors = {key: value.numpy().copy() for key, value in read.get_parameters().items()}
+    tensors = tensors_of(path)
     change(tensors)
     written = ort.AdapterFormat()
     values = {key: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for key, v in tensors.items()}
@@ -55,22 +54,12 @@ def graph(folder: Path, change: Callable[[onnx.ModelProto], None], stem: str = "
     onnx.save(model, path)
 
 
-def attribute(name: str, value: float, node: str) -> Callable[[onnx.ModelProto], None]:
-    """Set a float attribute of the node that gives `node`'s value."""
-
-    def change(model: onnx.ModelProto) -> None:
-        found = producer(model, node)
-        next(a for a in found.attribute if a.name == name).f = value
-
-    return change
-
-
 def producer(model: onnx.ModelProto, value: str) -> onnx.NodeProto:
     return next(node for node in model.graph.node if value in node.output)
 
 
-def reader(model: onnx.ModelProto, value: str, op_type: str | None = None) -> onnx.NodeProto:
-    return next(node for node in model.graph.node if value in node.input and op_type in (None, node.op_type))
+def reader(model: onnx.ModelProto, value: str) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if value in node.input)
 
 
 def stored(folder: Path, name: str, change: Callable[[np.ndarray], np.ndarray], stem: str = "model") -> None:
@@ -94,3 +83,9 @@ def stored(folder: Path, name: str, change: Callable[[np.ndarray], np.ndarray], 
 def weight_of(folder: Path, name: str, stem: str = "model") -> np.ndarray:
     model = onnx.load(folder / f"{stem}.onnx")
     return onnx.numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == name)).copy()
+
+
+def tensors_of(file: Path) -> Tensors:
+    """An adapter's tensors by input name."""
+    read = ort.AdapterFormat.read_adapter(str(file))
+    return {key: value.numpy().copy() for key, value in read.get_parameters().items()}
