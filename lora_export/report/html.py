@@ -35,6 +35,7 @@ def render_check_html(report: CheckReport) -> str:
             plot=Markup(parity_plot(report)),
             cases=case_table(report, with_accuracy=False),
             accuracy=accuracy_table(report),
+            reproduction=layers.reproduction_sentences(report),
             divergence_facts=layers.divergence_facts(report.divergence),
             compared=layers.divergence_table(report.divergence),
             layer_plot=Markup(layers.layer_plot(report)),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from lora_export.report import format as fmt
 from lora_export.report import summary
 from lora_export.report.as_json import Report
-from lora_export.report.layer_tables import where_sentences
+from lora_export.report.layer_tables import reproduction_sentences, where_sentences
 from lora_export.report.provenance import environment_facts, subject_facts
 from lora_export.verify.bench_results import BenchReport, Ratio, Variant
 from lora_export.verify.check_results import CheckReport, ParityCase
@@ -66,7 +66,8 @@ def render_bench_junit(report: BenchReport) -> str:
 
 def _parity_case(report: CheckReport, case: ParityCase) -> _TestCase:
     figures = _figures(case, _CASE_FIGURES)
-    reasons = (*case.failures, *where_sentences(report, case.name))
+    where = where_sentences(report, case.name)
+    reasons = (*case.failures, *where, *(reproduction_sentences(report) if where else ()))
     return _TestCase(case.group, case.name, summary.case_verdict(case), reasons, figures)
 
 

@@ -150,16 +150,21 @@ def divergence_facts(divergence: Divergence | None) -> tuple[tuple[str, str], ..
 
 
 def where_sentences(report: CheckReport, case: str) -> tuple[str, ...]:
-    """Where `case` differs and how to see it, in full sentences; nothing for cases that were not looked into."""
+    """Where `case` differs first, or why that is not known; nothing for cases that were not looked into."""
     divergence = report.divergence
     if divergence is None or divergence.case != case:
         return ()
-    sentences = [f"First difference: {divergence.sentence}" if divergence.found else divergence.sentence]
-    if divergence.reproduction is not None:
-        shown = divergence.reproduction
-        error, tolerance = fmt.scientific(shown.error), fmt.scientific(shown.tolerance)
-        sentences.append(
-            f"python {report.subject.folder}/{shown.script} shows it with onnxruntime and numpy alone: {shown.output} "
-            f"differs by {error}, where {tolerance} is tolerated."
-        )
-    return tuple(sentences)
+    return (f"First difference: {divergence.sentence}" if divergence.found else divergence.sentence,)
+
+
+def reproduction_sentences(report: CheckReport) -> tuple[str, ...]:
+    """How to see the difference without PyTorch; nothing where no script was written."""
+    divergence = report.divergence
+    if divergence is None or divergence.reproduction is None:
+        return ()
+    shown = divergence.reproduction
+    error, tolerance = fmt.scientific(shown.error), fmt.scientific(shown.tolerance)
+    return (
+        f"python {report.subject.folder}/{shown.script} shows it with onnxruntime and numpy alone: {shown.output} "
+        f"differs by {error}, where {tolerance} is tolerated.",
+    )

@@ -107,7 +107,7 @@ def open_session(
 
     Args:
         graph: A file, or a serialized model.
-        weights: The folder with the external weights of a serialized model.
+        weights: The folder with the external weights of a serialized model, which is run once or twice.
 
     TF32 is off, as in PyTorch's matmul, so that float32 means float32. ONNX Runtime's warnings about optional inputs
     are silenced; errors are not.
@@ -124,6 +124,8 @@ def open_session(
         options.intra_op_num_threads = n_threads
     if weights is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+        # Run once: a copy of the weights in another layout would cost more than it gains.
+        options.add_session_config_entry("session.disable_prepacking", "1")
     wanted: list = [PROVIDERS["cpu"]]
     if provider == "cuda":
         wanted.insert(0, (PROVIDERS["cuda"], {"use_tf32": "0"}))

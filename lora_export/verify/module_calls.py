@@ -77,7 +77,7 @@ def recorded(model: torch.nn.Module, within: str | None = None) -> Iterator[Reco
     observer = _Observer(found, within, _scales(model))
     handles = []
     for name, module in model.named_modules():
-        path = _WRAPPED.sub("", name.removeprefix(_PREFIX))
+        path = _path(name)
         handles.append(module.register_forward_pre_hook(observer.before(path), with_kwargs=True))
         handles.append(module.register_forward_hook(observer.after(path), always_call=True))
     results = _Results(observer) if within is not None else contextlib.nullcontext()
@@ -87,6 +87,11 @@ def recorded(model: torch.nn.Module, within: str | None = None) -> Iterator[Reco
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _path(name: str) -> str:
+    """The path in the base of a module of PEFT's model; "" for the model itself and what PEFT wraps it in."""
+    return "" if f"{name}." in (_PREFIX, "base_model.") else _WRAPPED.sub("", name.removeprefix(_PREFIX))
 
 
 class _Observer:

@@ -207,7 +207,8 @@ DAMAGES = {
     "Llama fused for CUDA, packed weight": Damage(
         "llama-cuda-base",
         scaled("+".join(f"{LLAMA}.1.self_attn.{name}_proj.weight" for name in "qkv"), 1.01), "base",
-        f"{LLAMA}.1.self_attn.q_proj", "Split", "", between=None,
+        f"{LLAMA}.1.self_attn.q_proj", "MatMul", "+".join(f"{LLAMA}.1.self_attn.{name}_proj.weight" for name in "qkv"),
+        between=2,
     ),
     "Llama fused for CUDA, pair dropped": Damage(
         "llama-cuda", dropped(f"{LLAMA}.1.self_attn.v_proj", "chat.onnx_adapter"), "chat",
@@ -281,7 +282,7 @@ def test_the_node_is_known_and_its_script_passes_once_the_export_is_sound(export
     shown = report.divergence.reproduction
     assert {"reproduce.py", "reproduce.npz"} <= set(files)
     assert "shape" in report.divergence.sentence and "[1, 96, 4] in PyTorch" in report.divergence.sentence
-    text = (folder / "reports" / "check.md").read_text()
+    text = (folder / "reports" / "check.html").read_text()
     assert report.divergence.module in text and f"python {folder}/reports/reproduce.py" in text
     stored = json.loads((folder / "reports" / "check.json").read_text())["divergence"]
     assert stored["module"] == report.divergence.module and stored["reproduction"]["script"] == shown.script
@@ -325,7 +326,9 @@ def test_the_error_by_layer_of_a_sound_export_is_rounding_in_every_adapted_modul
     assert {layers.name for layers in report.layers} == {*records, *(["base"] if "merged" not in name else [])}
     for layers in report.layers:
         assert layers.not_seen == ()
-        assert all(module.what == "output" and module.error_relative < 1e-5 for module in layers.modules)
+        worst = layers.worst
+        assert worst.error_relative < 5e-5, worst
+        assert all(module.what == "output" for module in layers.modules)
         assert sum(module.error_relative > 0 for module in layers.modules) > len(layers.modules) / 2
         targets = records.get(layers.name, {"targets": []})["targets"]
         assert set(targets) <= {module.module for module in layers.modules}
