@@ -3,7 +3,8 @@
 1. Values are taken in PyTorch's order: each module's input, the parts of an adapted one, its output. The first that
    differs, while all before it agree, bounds the search: the node lies between it and the agreeing values before it.
 2. A module's output that differs while its input agrees is that module's. An input that differs was computed by the
-   module that gave it in PyTorch: an attention's core, a residual sum.
+   module that gave it in PyTorch: an attention's core, a residual sum. An output of the graph that differs alone was
+   computed by the model itself.
 3. Where several nodes lie between, the results of all of PyTorch's operations in that module (its attention one by one)
    are sought among the graph's values: those found agree, too, and the search goes on from them.
 4. Of what is left, the first node all of whose known inputs agree is named; it is known for sure if it is the only one.
@@ -28,6 +29,7 @@ from lora_export.verify.probe import Seen, SeenGraph
 
 _SHOWN_BEFORE, _SHOWN_AFTER = 6, 4
 _MOST_AXES = 4
+_FINER = 0.1
 # Operators that arrange numbers; of a `Where`, PyTorch's attention has none.
 _KEEPING = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Cast", "Identity", "Where"})
 
@@ -38,21 +40,26 @@ class _Found:
 
     graph: SeenGraph
     index: int
+    value: ComparedValue
     module: str
 
-    @property
-    def value(self) -> ComparedValue:
-        return self.graph.compared[self.index]
 
+def locate(seen: Seen, case: str) -> Divergence:
+    """The first diverging node on a row whose outputs differ.
 
-def locate(seen: Seen, case: str) -> Divergence | None:
-    """The first diverging node on a row whose outputs differ; None if no value inside differs."""
+    Where no value inside differs by more than the limit, one by a tenth of it is sought, as it may grow into the
+    outputs' difference; then the difference is taken to arise after the last value.
+    """
     found = _first(seen)
     if found is None:
-        return None
+        finer = seen.with_limit(_FINER * seen.limit)
+        found = _first(finer)
+        seen = seen if found is None else finer
+    found = found or _last(seen)
     graph = found.graph.graph
     known = {value.value for value in found.graph.compared[: found.index] if not value.diverges}
-    known |= {value.value for value in found.graph.compared if not value.diverges and _precedes(graph, value, found)}
+    others = (*found.graph.compared, *found.graph.outputs)
+    known |= {value.value for value in others if not value.diverges and _precedes(graph, value, found)}
     known.discard(found.value.value)
     between = _between(graph, found.value.value, known)
     if len(between) > 1:
@@ -89,8 +96,15 @@ def _first(seen: Seen) -> _Found | None:
         if others and not any(later.diverges for later in others):
             continue
         call = graph.pairings[index].call
-        return _Found(graph, index, call.input_from if value.what == INPUT else value.module)
+        return _Found(graph, index, value, call.input_from if value.what == INPUT else value.module)
     return None
+
+
+def _last(seen: Seen) -> _Found:
+    """A differing output, all that could be compared inside agreeing."""
+    differing = ((graph, output) for graph in seen.graphs for output in graph.outputs if output.diverges)
+    graph, output = next(differing)
+    return _Found(graph, len(graph.compared), output, "")
 
 
 def _precedes(graph: WrittenGraph, value: ComparedValue, found: _Found) -> bool:

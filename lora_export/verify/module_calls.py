@@ -105,7 +105,9 @@ class _Observer:
 
     @property
     def is_within(self) -> bool:
-        return any(path == self.within for path, _, _ in self._stack)
+        """Whether an operation is one of the module's; of the model itself, those of no module inside it."""
+        paths = [path for path, _, _ in self._stack]
+        return self.within in paths if self.within else paths[-1:] == [""]
 
     def before(self, path: str):
         def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -191,7 +193,7 @@ class _Results(TorchDispatchMode):
         found, views = self._observer.found.results, self._observer.found.views
         if self._observer.is_within and len(found) < _MOST_RESULTS:
             given = {tensor.data_ptr() for tensor in _tensors(tuple(args))}
-            made = [t for t in _tensors(_values(result)) if t.is_floating_point() and t.numel() > 1]
+            made = [t for t in _tensors(_values(result)) if t.is_floating_point() and t.ndim]
             for tensor in made:
                 # A view is the same numbers once more.
                 (views if tensor.data_ptr() in given else found).append(_copy(tensor))

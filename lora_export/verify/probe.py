@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -85,6 +85,14 @@ class Seen:
     def differs(self) -> bool:
         """Whether an output of the export differs on this row."""
         return any(output.diverges for graph in self.graphs for output in graph.outputs)
+
+    def with_limit(self, limit: float) -> Seen:
+        """The same, judged by another limit inside; outputs stay as they were judged."""
+        graphs = []
+        for graph in self.graphs:
+            compared = tuple(replace(value, diverges=not value.error_relative <= limit) for value in graph.compared)
+            graphs.append(replace(graph, compared=compared))
+        return replace(self, graphs=tuple(graphs), limit=limit)
 
     def layer_errors(self, name: str) -> LayerErrors:
         modules = [value for graph in self.graphs for value in graph.compared if value.what == WHOLE]

@@ -9,13 +9,10 @@ from pathlib import Path
 
 from lora_export.verify.check_results import ParityCase
 from lora_export.verify.divergence import locate
-from lora_export.verify.divergence_results import Divergence, LayerErrors
+from lora_export.verify.divergence_results import ComparedValue, Divergence, LayerErrors
 from lora_export.verify.probe import Probe, Seen, look
 from lora_export.verify.reproduction import reproduction
 from lora_export.verify.tolerances import Tolerances
-
-# Below the limit of the outputs, a difference inside may still be the one that grows into it.
-_FINER = 0.1
 
 
 @dataclass
@@ -71,14 +68,7 @@ class Where:
             worst = last.layer_errors("").worst
             self.divergence = Divergence(case.name, last.probe.described, self.limit, _nothing(case, worst))
             return
-        found = locate(last, case.name) or locate(_finer(last, self.limit * _FINER), case.name)
-        if found is None:
-            sentence = (
-                "The outputs differ from PyTorch on this row, but none of the values inside that could be compared "
-                "does: the difference arises behind the last of them."
-            )
-            found = Divergence(case.name, last.probe.described, self.limit, sentence, compared=_outputs(last))
-        self.divergence = self._reproduced(found, last)
+        self.divergence = self._reproduced(locate(last, case.name), last)
 
     def _reproduced(self, divergence: Divergence, seen: Seen) -> Divergence:
         differing = [graph for graph in seen.graphs if any(output.diverges for output in graph.outputs)]
@@ -92,25 +82,9 @@ class Where:
         return replace(divergence, reproduction=shown)
 
 
-def _nothing(case: ParityCase, worst) -> str:
+def _nothing(case: ParityCase, worst: ComparedValue | None) -> str:
     largest = "" if worst is None else f" (largest relative error {worst.error_relative:.1e}, {worst.module})"
     return (
         f"On the row with the largest error every module agrees with PyTorch{largest}, with intermediate values as "
         f"outputs of the graph; the case failed because {'; '.join(case.failures)}."
     )
-
-
-def _outputs(seen: Seen):
-    return tuple(output for graph in seen.graphs for output in graph.outputs)
-
-
-def _finer(seen: Seen, limit: float) -> Seen:
-    """The same with a finer limit inside."""
-    graphs = tuple(
-        replace(
-            graph,
-            compared=tuple(replace(v, diverges=not v.error_relative <= limit) for v in graph.compared),
-        )
-        for graph in seen.graphs
-    )
-    return replace(seen, graphs=graphs, limit=limit)

@@ -149,6 +149,20 @@ def cache_off_by_one(layer: int) -> Callable[[Path], None]:
     return lambda folder: damage.graph(folder, change)
 
 
+def other_scores(folder: Path) -> None:
+    """Another factor on the scores of texts and images, which no module computes."""
+
+    def change(model: onnx.ModelProto) -> None:
+        makes = {value: node for node in model.graph.node for value in node.output}
+        scores = damage.producer(model, "logits_per_image")
+        while scores.op_type != "Mul":
+            scores = makes[scores.input[0]]
+        factor = next(entry for entry in model.graph.initializer if entry.name in scores.input)
+        factor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(factor) * np.float32(2), factor.name))
+
+    damage.graph(folder, change)
+
+
 def first_row_for_all(name: str) -> Callable[[Path], None]:
     """An adapter input of which every row takes the first row's."""
 
@@ -228,6 +242,13 @@ DAMAGES = {
     "ViT merged, NaN": Damage(
         "vit-merged", nan_in(f"{VIT}.1.mlp.fc1.weight"), "sights", f"{VIT}.1.mlp.fc1", "MatMul", f"{VIT}.1.mlp.fc1.weight",
     ),
+    "ViT, a bias in a fused operator": Damage(
+        "vit-merged", scaled(f"{VIT}.0.mlp.fc1.bias", 2), "sights",
+        f"{VIT}.0.mlp.activation_fn", "BiasGelu", f"{VIT}.0.mlp.fc1.bias",
+    ),
+    "CLIP merged, the scores' scale": Damage(
+        "clip-merged", other_scores, "pairs: texts for an image", "", "Mul", "", between=None,
+    ),
     "T5, encoder": Damage(
         "t5-dynamic", dropped("encoder.block.1.layer.0.SelfAttention.q", "t5-attention.encoder_model.onnx_adapter"),
         "t5-attention", "encoder.block.1.layer.0.SelfAttention.q", "MatMul",
@@ -260,7 +281,7 @@ def test_the_damaged_module_and_node_are_named(name, exports, own):
     assert not damaged.reads or damaged.reads in found.reads
     assert damaged.between in (None, found.between) and found.between > 0
     assert found.module in found.sentence and found.node in found.sentence
-    # Before it all agrees, and it leads to the output.
+    # Before it all agrees, or nothing is compared, and it leads to the output.
     states = [value.diverges for value in found.compared]
     assert states[0] is False and states[-1] is True
     done = reproduced(folder, found.reproduction)
