@@ -24,7 +24,7 @@ import numpy as np
 from lora_export.graph.module_values import GraphNode, WrittenGraph
 from lora_export.verify.divergence_results import ComparedValue, Divergence
 from lora_export.verify.layers import INPUT, Row, difference
-from lora_export.verify.module_calls import Recording, recorded
+from lora_export.verify.module_calls import WHOLE, Recording, recorded
 from lora_export.verify.probe import Seen, SeenGraph
 
 _SHOWN_BEFORE, _SHOWN_AFTER = 6, 4
@@ -72,7 +72,7 @@ def locate(seen: Seen, case: str) -> Divergence:
         case=case,
         row=seen.probe.described,
         limit=seen.limit,
-        sentence=_sentence(found, node, between, agreed),
+        sentence=_sentence(found, node, between),
         graph=found.graph.stem,
         module=found.module,
         node=node.name,
@@ -89,7 +89,7 @@ def _first(seen: Seen) -> _Found | None:
     points = [(graph, index) for graph in seen.graphs for index in range(len(graph.compared))]
     for place, (graph, index) in enumerate(points):
         value = graph.compared[index]
-        if not value.diverges or graph.graph.node_of(value.value) is None:
+        if not value.diverges or graph.graph.node_of(value.value) is None or _is_inside_agreeing(graph, index):
             continue
         rest = [g.compared[i] for g, i in points[place + 1 :]]
         others = [later for later in rest if later.module != value.module and later.value != value.value]
@@ -98,6 +98,13 @@ def _first(seen: Seen) -> _Found | None:
         call = graph.pairings[index].call
         return _Found(graph, index, value, call.input_from if value.what == INPUT else value.module)
     return None
+
+
+def _is_inside_agreeing(graph: SeenGraph, index: int) -> bool:
+    """Whether a value is a part of an adapted module whose output agrees: computed otherwise, to the same end."""
+    call = graph.pairings[index].call
+    outputs = [c for p, c in zip(graph.pairings, graph.compared, strict=True) if p.call is call and p.what == WHOLE]
+    return graph.compared[index].what not in (INPUT, WHOLE) and not any(output.diverges for output in outputs)
 
 
 def _last(seen: Seen) -> _Found:
@@ -202,7 +209,7 @@ def _arrangements(tensor: np.ndarray) -> Iterable[np.ndarray]:
             yield plain.transpose(order)
 
 
-def _sentence(found: _Found, node: GraphNode, between: Sequence[GraphNode], agreed: Sequence[str]) -> str:
+def _sentence(found: _Found, node: GraphNode, between: Sequence[GraphNode]) -> str:
     value = found.value
     where = f"{found.module or 'the model itself'}: {node.op_type} {node.name}"
     if len(between) == 1:

@@ -21,6 +21,9 @@ WHOLE, BASE, LORA_A, LORA_B = "output", "base", "lora_A", "lora_B"
 _PREFIX = "base_model.model."
 _WRAPPED = re.compile(r"\.(modules_to_save\.[^.]+|original_module|token_adapter)(?=\.|$)")
 _PART = re.compile(r"^(?P<module>.*)\.(?P<part>base_layer|lora_A\.[^.]+|lora_B\.[^.]+)$")
+_INSIDE = re.compile(r"\.(base_layer|lora_[^.]+)(\..*)?$")
+# Values of init_lora_weights that leave the base's weights as they are.
+_STARTS_BESIDE_THE_BASE = ("gaussian", "eva", "orthogonal")
 # Softmax and its like give one result; more of a huge module would not fit.
 _MOST_RESULTS = 20_000
 
@@ -73,8 +76,11 @@ def recorded(model: torch.nn.Module, within: str | None = None) -> Iterator[Reco
     Args:
         within: The path of a module whose operations' floating results are recorded, in place of the calls.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     found = Recording()
-    observer = _Observer(found, within, _scales(model))
+    layers = {_path(name) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    observer = _Observer(found, within, _scales(model), layers)
     handles = []
     for name, module in model.named_modules():
         path = _path(name)
@@ -97,8 +103,8 @@ def _path(name: str) -> str:
 class _Observer:
     """Follows the calls of a run; tensors are told apart by where they lie, so they are kept until it is over."""
 
-    def __init__(self, found: Recording, within: str | None, scales: dict[int, float | None]) -> None:
-        self.found, self.within, self._scales = found, within, scales
+    def __init__(self, found: Recording, within: str | None, scales: dict[int, float], layers: set[str]) -> None:
+        self.found, self.within, self._scales, self._layers = found, within, scales, layers
         self._stack: list[tuple[str, torch.Tensor | None, str]] = []
         self._made_by: dict[tuple, str] = {}
         self._kept: list[torch.Tensor] = []
@@ -145,7 +151,9 @@ class _Observer:
                 if scale is None:
                     return
                 made = made * scale if part == LORA_B else made
-        base = getattr(module, "base_layer", module)
+        elif any(path.startswith(f"{layer}.") for layer in self._layers):
+            return  # what a tuner has inside: a gain, a rotation
+        base = _wrapped(module)
         bias, weight = getattr(base, "bias", None), getattr(base, "weight", None)
         self.found.calls.append(
             ModuleCall(
@@ -162,22 +170,38 @@ class _Observer:
         )
 
     def _keep(self, tensor: torch.Tensor, path: str) -> None:
-        self._made_by[_key(tensor)] = path
+        self._made_by[_key(tensor)] = _INSIDE.sub("", path)
         self._kept.append(tensor)
 
 
-def _scales(model: torch.nn.Module) -> dict[int, float | None]:
-    """The scale of each pair's A and B, by identity; only of plain pairs, whose product is added as it is."""
+def _wrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """What computes a module that PEFT has wrapped: its own layer, or the one that an adapter brings whole."""
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        active = [name for name in module.active_adapters if name in module.modules_to_save]
+        return module.modules_to_save[active[0]] if active and not module.disable_adapters else module.original_module
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return module.original_module
+    return getattr(module, "base_layer", module)
+
+
+def _scales(model: torch.nn.Module) -> dict[int, float]:
+    """The scale of each pair's A and B, by identity; only of pairs that a graph holds as they are: not with a gain, a
+    gate or a bias of B, and not where the start of training changed the base, so that they are taken against another.
+    """
     from peft.tuners.lora import LoraLayer
 
-    found: dict[int, float | None] = {}
+    configs = next((module.peft_config for module in model.modules() if hasattr(module, "peft_config")), {})
+    found: dict[int, float] = {}
     for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
         active = [name for name in layer.active_adapters if name in layer.scaling]
-        if len(active) == 1 and not layer.lora_variant.get(active[0]):
-            name = active[0]
-            for pair in (layer.lora_A, layer.lora_B):
-                if name in pair:
-                    found[id(pair[name])] = layer.scaling[name]
+        if len(active) != 1 or layer.lora_variant.get(active[0]) or layer.lora_bias.get(active[0]):
+            continue
+        name = active[0]
+        start = getattr(configs.get(name), "init_lora_weights", True)
+        if isinstance(start, bool) or start in _STARTS_BESIDE_THE_BASE:
+            found |= {id(pair[name]): layer.scaling[name] for pair in (layer.lora_A, layer.lora_B) if name in pair}
     return found
 
 
