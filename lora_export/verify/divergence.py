@@ -220,5 +220,5 @@ def _sentence(found: _Found, node: GraphNode, between: Sequence[GraphNode]) -> s
         return f"{where} is the first node that differs from PyTorch: all that it reads agrees, {what} does not."
     return (
         f"{where} is the first node whose output is nothing that PyTorch computes there, from inputs that agree; "
-        f"{value.value} ({value.op_type} {value.node}), {len(between)} nodes on, is known to differ."
+        f"{value.value} ({value.op_type} {value.node}), {len(between) - 1} nodes further on, is known to differ."
     )
