@@ -160,7 +160,7 @@ class WrittenGraph:
             module = node.module if _fits(node.module) else named[0]
             return [self._site(module, named[0], node, node.outputs[0], data)]
         split = next((self.nodes[i] for i in self.consumers[node.outputs[0]] if self.nodes[i].op_type == "Split"), None)
-        if split is None:
+        if split is None or len(split.outputs) != len(named):
             return []
         return [self._site(name, name, node, value, data) for name, value in zip(named, split.outputs, strict=True)]
 
