@@ -29,7 +29,8 @@ def check(
     """Compare the export OUT with its adapters in unmerged PEFT; exit 1 if it differs.
 
     Each adapter, the base, swaps, mixed rows, and for decoders caches, padding and greedy generation. An adapter
-    without effect fails. Writes OUT/reports/check.html, .json, .junit.xml and .md.
+    without effect fails. Writes OUT/reports/check.html, .json, .junit.xml and .md, with the error by layer; of what
+    failed first, the node that differs, and reproduce.py, which shows it with onnxruntime and numpy alone.
 
     \b
     Example:

@@ -34,7 +34,7 @@ from lora_export.genai import write_genai_config
 from lora_export.graph.bind import write_graphs
 from lora_export.plan import Plan, Request, make_plan, resolve
 from lora_export.records import hash_adapter, hash_sources, merged_record, served_record, write_config
-from lora_export.report.write import write_reports
+from lora_export.report.write import write_reports, write_reproduction
 from lora_export.signature import sign, signer_with
 from lora_export.sources import SourceOverrides, locate_sources
 from lora_export.staging import refuse_existing, require_disk, staging
@@ -227,8 +227,9 @@ def check(
     for name in filter(None, data or {}):
         manifest.adapter(name)
     examples = {name: read_examples(path, n_rows) for name, path in (data or {}).items()}
-    report = run_check(CheckRequest(folder, base, adapters, provider, examples, merged, tolerances or {}), progress)
-    return report, write_reports(report, folder / REPORTS)
+    request = CheckRequest(folder, base, adapters, provider, examples, merged, tolerances or {})
+    report, files = run_check(request, progress)
+    return report, write_reports(report, folder / REPORTS) | write_reproduction(files, folder / REPORTS)
 
 
 def bench(

@@ -1,4 +1,4 @@
-"""Curves over two logarithmic axes as an inline SVG.
+"""Curves over a logarithmic axis, against another or against a count, as an inline SVG.
 
 The curves lie in a nested image that stretches with the width, while strokes, text and marks keep their size.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 _LEFT, _RIGHT, _TOP, _HEIGHT, _AXIS_HEIGHT = 8.0, 98.0, 26, 320, 52
 _MOST_DECADES = 8
+_MOST_COUNTS = 10
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,21 @@ class Curve:
     points: Sequence[tuple[float, float]]
 
 
-def curve_plot(key: str, title: str, description: str, curves: Sequence[Curve], x_title: str, y_title: str) -> str:
-    """The SVG of `curves`, the last ones on top; empty without a point. `key` must be unique within the page."""
+def curve_plot(
+    key: str,
+    title: str,
+    description: str,
+    curves: Sequence[Curve],
+    x_title: str,
+    y_title: str,
+    *,
+    log_x: bool = True,
+) -> str:
+    """The SVG of `curves`, the last ones on top; empty without a point. `key` must be unique within the page.
+
+    Args:
+        log_x: Whether the horizontal axis, from 1 on, is logarithmic, too.
+    """
     points = [point for curve in curves for point in curve.points]
     if not points:
         return ""
@@ -37,12 +51,13 @@ def curve_plot(key: str, title: str, description: str, curves: Sequence[Curve], 
     ET.SubElement(root, "desc", {"id": f"{key}-desc"}).text = description
 
     def across(x: float) -> float:
-        return math.log(x) / math.log(right)
+        return math.log(x) / math.log(right) if log_x else (x - 1) / (right - 1)
 
     def down(y: float) -> float:
         return (math.log10(high) - math.log10(y)) / (math.log10(high) - math.log10(low))
 
-    _grid(root, right, low, high, across, down)
+    ticks = _powers_of_two(right) if log_x else _counts(right)
+    _grid(root, ticks, low, high, across, down)
     _text(root, x_title, "50%", _TOP + _HEIGHT + 44, "axis middle")
     _text(root, y_title, f"{_LEFT}%", _TOP - 12, "axis")
     place = {"x": f"{_LEFT}%", "y": str(_TOP), "width": f"{_RIGHT - _LEFT}%", "height": str(_HEIGHT)}
@@ -54,11 +69,22 @@ def curve_plot(key: str, title: str, description: str, curves: Sequence[Curve], 
     return ET.tostring(root, encoding="unicode")
 
 
-def _grid(root: ET.Element, right: float, low: float, high: float, across, down) -> None:
-    for power in range(math.floor(math.log2(right)) + 1):
-        x = f"{_LEFT + (_RIGHT - _LEFT) * across(2.0**power):.2f}%"
+def _powers_of_two(right: float) -> list[int]:
+    return [2**power for power in range(math.floor(math.log2(right)) + 1)]
+
+
+def _counts(right: float) -> list[int]:
+    """1 and round numbers, at most `_MOST_COUNTS` of them."""
+    powers = (10**power for power in range(12))
+    step = next(step for power in powers for step in (power, 2 * power, 5 * power) if right / step <= _MOST_COUNTS)
+    return sorted({1, *range(step, math.floor(right) + 1, step)})
+
+
+def _grid(root: ET.Element, ticks: Sequence[int], low: float, high: float, across, down) -> None:
+    for tick in ticks:
+        x = f"{_LEFT + (_RIGHT - _LEFT) * across(float(tick)):.2f}%"
         _line(root, (x, x), (_TOP, _TOP + _HEIGHT))
-        _text(root, str(2**power), x, _TOP + _HEIGHT + 18, "tick middle")
+        _text(root, str(tick), x, _TOP + _HEIGHT + 18, "tick middle")
     first, last = round(math.log10(low)), round(math.log10(high))
     step = math.ceil((last - first) / _MOST_DECADES)
     for power in range(last, first - 1, -1):

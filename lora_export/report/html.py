@@ -9,6 +9,7 @@ from jinja2 import PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lora_export.report import format as fmt
+from lora_export.report import layer_tables as layers
 from lora_export.report import summary
 from lora_export.report.as_json import Report
 from lora_export.report.bench_plots import MOST_DOTS, latency_plot, ratio_plot
@@ -37,6 +38,14 @@ def render_check_html(report: CheckReport) -> str:
             perplexity=perplexity_table(report),
             rounding=rounding_table(report),
             gates=gate_table(report),
+            reproduction=layers.reproduction_sentences(report),
+            divergence_facts=layers.divergence_facts(report.divergence),
+            compared=layers.divergence_table(report.divergence),
+            layer_plot=Markup(layers.layer_plot(report)),
+            layer_summary=layers.layer_summary(report),
+            layer_tables=[layers.layer_table(entry) for entry in report.layers],
+            layers_open=layers.layers_open(report),
+            unseen=layers.unseen_sentences(report),
         )
     )
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from lora_export.report import format as fmt
 from lora_export.report import summary
 from lora_export.report.as_json import Report
+from lora_export.report.layer_tables import reproduction_sentences, where_sentences
 from lora_export.report.provenance import environment_facts, subject_facts
 from lora_export.verify.bench_results import BenchReport, Ratio, Variant
 from lora_export.verify.check_results import CheckReport, ParityCase
@@ -46,7 +47,7 @@ class _TestCase:
 
 def render_check_junit(report: CheckReport) -> str:
     """The check as one suite with a test case for each comparison."""
-    cases = [_parity_case(case) for case in report.cases]
+    cases = [_parity_case(report, case) for case in report.cases]
     if not cases:
         cases = [_TestCase("check", "comparisons", Verdict.FAIL, (summary.check_summary(report),))]
     cases += [
@@ -65,9 +66,11 @@ def render_bench_junit(report: BenchReport) -> str:
     return _rendered("bench", report, cases)
 
 
-def _parity_case(case: ParityCase) -> _TestCase:
+def _parity_case(report: CheckReport, case: ParityCase) -> _TestCase:
     figures = _figures(case, _CASE_FIGURES)
-    return _TestCase(case.group, case.name, summary.case_verdict(case), case.failures, figures)
+    where = where_sentences(report, case.name)
+    reasons = (*case.failures, *where, *(reproduction_sentences(report) if where else ()))
+    return _TestCase(case.group, case.name, summary.case_verdict(case), reasons, figures)
 
 
 def _variant_case(workload: str, variant: Variant, ratio: Ratio | None) -> _TestCase:

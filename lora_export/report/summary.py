@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lora_export.report import format as fmt
+from lora_export.report.layer_tables import where_sentences
 from lora_export.verify.bench_results import BenchReport, Ratio, Workload
 from lora_export.verify.check_results import CheckReport, ParityCase
 from lora_export.verify.results import Verdict
@@ -103,7 +104,11 @@ def given_gates(report: CheckReport) -> Iterator[str]:
 
 
 def check_findings(report: CheckReport) -> tuple[Finding, ...]:
-    return tuple(Finding(case.name, Verdict.FAIL, case.failures) for case in report.cases if not case.passed)
+    return tuple(
+        Finding(case.name, Verdict.FAIL, (*case.failures, *where_sentences(report, case.name)))
+        for case in report.cases
+        if not case.passed
+    )
 
 
 def bench_summary(report: BenchReport) -> str:

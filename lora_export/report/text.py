@@ -9,6 +9,7 @@ from lora_export.report import summary
 from lora_export.report.as_json import Report
 from lora_export.report.bench_tables import latency_table, memory_table, ratio_table, swap_table
 from lora_export.report.check_tables import case_table, perplexity_table
+from lora_export.report.layer_tables import divergence_table, layer_summary, reproduction_sentences, unseen_sentences
 from lora_export.report.provenance import environment_facts, size_table, subject_facts
 from lora_export.report.summary import MARKS, Finding
 from lora_export.report.tables import Row, Table
@@ -28,6 +29,10 @@ def render_check_text(report: CheckReport) -> str:
         _table(case_table(report)),
         _table(perplexity_table(report)),
         _findings(summary.check_findings(report)),
+        _table(divergence_table(report.divergence)),
+        _bullets("To see it", reproduction_sentences(report)),
+        _table(layer_summary(report)),
+        _bullets("Without an error of their own", unseen_sentences(report)),
         _bullets("Not compared", report.skipped),
         _bullets("Data", report.data),
         _bullets("Gates given", tuple(summary.given_gates(report))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 from lora_export.report.as_json import Report, file_name, render_json
@@ -10,6 +11,7 @@ from lora_export.report.html import render_bench_html, render_check_html
 from lora_export.report.junit import render_bench_junit, render_check_junit
 from lora_export.report.markdown import render_bench_markdown, render_check_markdown
 from lora_export.verify.check_results import CheckReport
+from lora_export.verify.divergence_results import ARRAYS, SCRIPT
 
 
 def write_reports(report: Report, folder: Path) -> dict[str, Path]:
@@ -28,10 +30,17 @@ def write_reports(report: Report, folder: Path) -> dict[str, Path]:
     return {suffix: _write(folder / file_name(report, suffix), text) for suffix, text in contents.items()}
 
 
-def _write(path: Path, text: str) -> Path:
+def write_reproduction(files: Mapping[str, bytes], folder: Path) -> dict[str, Path]:
+    """Write the files that reproduce a failure; the paths by name. Those of an earlier failure are removed."""
+    for name in {SCRIPT, ARRAYS} - set(files):
+        (folder / name).unlink(missing_ok=True)
+    return {name: _write(folder / name, content) for name, content in files.items()}
+
+
+def _write(path: Path, content: str | bytes) -> Path:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -180,6 +180,15 @@ class AdapterSession:
             return None
         return self._gate(input_ids, self._rows(adapters, len(input_ids)))
 
+    def feeds(
+        self, inputs: Mapping[str, np.ndarray], adapters: Sequence[RowAdapter] | RowAdapter = None
+    ) -> dict[str, np.ndarray]:
+        """All that `run` feeds the graph for a batch: its own inputs, the gate and the adapters, as arrays."""
+        self._require_inputs(inputs)
+        rows = self._rows(adapters, len(next(iter(inputs.values()))))
+        stacked = stack_rows(self._contract, self._adapters, rows, self._defaults)
+        return {**self._with_gate(inputs, rows), **{name: v for name, v in stacked.items() if name not in inputs}}
+
     def stacked(self, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> dict[str, np.ndarray]:
         """The adapter inputs of a batch as arrays, for hosts with another runtime; absent inputs keep their default."""
         return stack_rows(self._contract, self._adapters, self._rows(adapters, batch), self._defaults)

@@ -145,13 +145,13 @@ class Seq2SeqSession:
         Raises:
             UsageProblem: An unknown adapter, the number of entries is not the batch size, or an input is missing.
         """
-        source, targets = self._split(inputs)
-        return self.sessions[DECODER].run(self._encode(source, adapters) | {"input_ids": targets}, adapters, outputs)
+        source, targets = self.split(inputs)
+        return self.sessions[DECODER].run(self.encode(source, adapters) | {"input_ids": targets}, adapters, outputs)
 
     def begin(self, inputs: Mapping[str, np.ndarray], adapters: RowAdapters = None) -> tuple[np.ndarray, DecoderState]:
         """As `run`: the logits at the given targets, and the state to go on from."""
-        source, targets = self._split(inputs)
-        encoded = self._encode(source, adapters)
+        source, targets = self.split(inputs)
+        encoded = self.encode(source, adapters)
         results = self.sessions[DECODER].run(encoded | {"input_ids": targets}, adapters)
         past = {name.replace("present", "past_key_values"): value for name, value in results.items()}
         past.pop("logits")
@@ -216,7 +216,7 @@ class Seq2SeqSession:
             targets = best[:, None].astype(np.int64)
         return generated
 
-    def _split(self, inputs: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def split(self, inputs: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         if "decoder_input_ids" not in inputs:
             raise UsageProblem(
                 "The inputs lack the targets to decode at",
@@ -226,7 +226,7 @@ class Seq2SeqSession:
         source = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
         return source, inputs["decoder_input_ids"]
 
-    def _encode(self, source: Mapping[str, np.ndarray], adapters: RowAdapters) -> dict[str, np.ndarray]:
+    def encode(self, source: Mapping[str, np.ndarray], adapters: RowAdapters) -> dict[str, np.ndarray]:
         """The decoder's inputs from the source."""
         states = self.sessions[ENCODER].run(source, adapters)["last_hidden_state"]
         mask = {"encoder_attention_mask": source["attention_mask"]} if "attention_mask" in source else {}

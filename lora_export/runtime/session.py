@@ -96,9 +96,18 @@ def device_name(provider: str) -> str:
 
 
 def open_session(
-    graph: Path, provider: str, *, n_threads: int | None = None, stop_spinning: bool = False
+    graph: Path | bytes,
+    provider: str,
+    *,
+    n_threads: int | None = None,
+    stop_spinning: bool = False,
+    weights: Path | None = None,
 ) -> ort.InferenceSession:
     """A session of `graph` on `provider`.
+
+    Args:
+        graph: A file, or a serialized model.
+        weights: The folder with the external weights of a serialized model, which is run once or twice.
 
     TF32 is off, as in PyTorch's matmul, so that float32 means float32. ONNX Runtime's warnings about optional inputs
     are silenced; errors are not.
@@ -113,15 +122,19 @@ def open_session(
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if n_threads is not None:
         options.intra_op_num_threads = n_threads
+    if weights is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+        # Run once: a copy of the weights in another layout would cost more than it gains.
+        options.add_session_config_entry("session.disable_prepacking", "1")
     wanted: list = [PROVIDERS["cpu"]]
     if provider == "cuda":
         wanted.insert(0, (PROVIDERS["cuda"], {"use_tf32": "0"}))
     try:
-        session = ort.InferenceSession(str(graph), options, providers=wanted)
+        session = ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=wanted)
     except ort.capi.onnxruntime_pybind11_state.NotImplemented as error:
         raise EnvironmentUnusable(
             f"The {provider} provider has no kernel for an operator of this graph in its dtype",
-            where=str(graph),
+            where=str(weights or graph),
             found=str(error),
             next_step="run it where it was fused for (--provider), or export with --dtype float32",
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from lora_export.verify.divergence_results import Divergence, LayerErrors
 from lora_export.verify.results import Environment, Subject, Verdict, scope_of
 from lora_export.verify.tolerances import Gate
 
@@ -101,6 +102,8 @@ class CheckReport:
         data: What inputs were used, in words (file and number of rows, or the seed).
         gates: The limits that the cases were judged by, each with its reason.
         skipped: What was not compared, and why, one sentence each.
+        layers: The error by layer of each adapter and the base, whether or not a case failed.
+        divergence: Where the first failing case differs from PyTorch, or why that was not found; None if none failed.
     """
 
     subject: Subject
@@ -110,6 +113,8 @@ class CheckReport:
     gates: tuple[Gate, ...]
     skipped: tuple[str, ...]
     seconds: float
+    layers: tuple[LayerErrors, ...] = ()
+    divergence: Divergence | None = None
     schema: int = 1
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -14,13 +14,20 @@ from lora_export.verify.check_results import ParityCase
 from lora_export.verify.compare import Outputs, compare, noise_of
 from lora_export.verify.examples import Batch, Batcher, Examples
 from lora_export.verify.invoked import with_invocation
+from lora_export.verify.probe import Probe
+from lora_export.verify.probes import step_probe, worst_probes
 from lora_export.verify.reference import Reference
 from lora_export.verify.runs import run_reference
 from lora_export.verify.tolerances import Tolerances
+from lora_export.verify.where import Where
 
 _ROWS = 4
 GREEDY_TOKENS = 32
 _PROMPT_TOKENS = 12
+NO_GREEDY = (
+    "The cached steps of given tokens agree with PyTorch, so the tokens that a generation chooses are looked into no "
+    "further: their inputs are its own."
+)
 
 
 def decoding_cases(
@@ -31,51 +38,84 @@ def decoding_cases(
     batcher: Batcher,
     examples: Examples,
     gates: Tolerances,
+    where: Where,
 ) -> list[ParityCase]:
     """Left padding, cached steps (a chunk, then single tokens) and greedy agreement of one adapter."""
     invocation = session.manifest.adapter(adapter).invocation_tokens if isinstance(adapter, str) else None
     batch = with_invocation(batcher.batch(examples.rows[-_ROWS:], padding_side="left"), invocation)
     expected = run_reference(reference, [batch], precisely=True)
     whole = session.run(batch.inputs | empty_cache(session, _ROWS), adapter)["logits"].astype(np.float32)
-    stepped = _in_steps(session, batch, adapter)
+    stepped = np.concatenate([logits for *_, logits in _steps(session, batch, adapter)], axis=1)
     described = "PEFT, unmerged, without a cache"
 
     def case(suffix: str, values: np.ndarray) -> ParityCase:
         found = Outputs("logits", (values,), (batch.real,))
         return compare(f"{label}: {suffix}", "decoding", described, expected, found, gates)
 
-    cached = case("cached steps", stepped)
+    padded, cached = case("padded on the left", whole), case("cached steps", stepped)
+    with_whole = Outputs("logits", (whole,), (batch.real,))
+    where.find(padded, lambda: worst_probes(session, adapter, reference, [batch], expected, with_whole))
+    where.find(cached, lambda: _step_probes(session, adapter, reference, batch, expected.values[0], stepped, gates))
     prompts = [
         ids[real][:_PROMPT_TOKENS].tolist() + list(invocation or ())
         for ids, real in zip(batch.inputs["input_ids"], batch.real, strict=True)
     ]
     found = generate(session, prompts, adapter, max_new_tokens=GREEDY_TOKENS)
     behind = [_behind(reference, *pair) for pair in zip(prompts, found, strict=True)]
-    return [
-        case("padded on the left", whole),
-        cached,
-        greedy_case(label, behind, noise_of(cached, expected.positions(), gates), gates),
-    ]
+    greedy = greedy_case(label, behind, noise_of(cached, expected.positions(), gates), gates)
+    where.cannot(greedy, NO_GREEDY)
+    return [padded, cached, greedy]
 
 
-def _in_steps(session: AdapterSession, batch: Batch, adapter: RowAdapter) -> np.ndarray:
-    """The logits of `batch` from half of it as a prefill, then two tokens, then one by one, on a growing cache."""
+def _steps(
+    session: AdapterSession, batch: Batch, adapter: RowAdapter
+) -> Iterator[tuple[int, int, dict[str, np.ndarray], np.ndarray]]:
+    """Half of `batch` as a prefill, then two tokens, then one by one, on a growing cache.
+
+    Yields:
+        First and last position of a step, what the graph is given, and its logits.
+    """
     length = batch.inputs["input_ids"].shape[1]
     middle = length // 2
     cuts = [0, middle, min(middle + 2, length), *range(min(middle + 2, length) + 1, length + 1)]
     cache = empty_cache(session, len(batch.labels))
     gate = session.gate(batch.inputs["input_ids"], adapter)
     by_token = batch.inputs if gate is None else batch.inputs | {GATE_INPUT: gate}
-    found = []
     for start, end in itertools.pairwise(cuts):
         if start == end:
             continue
         inputs = {name: array[:, start:end] for name, array in by_token.items()}
         inputs["attention_mask"] = batch.inputs["attention_mask"][:, :end]
         results = session.run(inputs | cache, adapter)
+        yield start, end, inputs | cache, results["logits"].astype(np.float32)
         cache = {name: results[name.replace("past_key_values", "present")] for name in cache}
-        found.append(results["logits"].astype(np.float32))
-    return np.concatenate(found, axis=1)
+
+
+def _step_probes(
+    session: AdapterSession,
+    adapter: RowAdapter,
+    reference: Reference,
+    batch: Batch,
+    expected: np.ndarray,
+    stepped: np.ndarray,
+    gates: Tolerances,
+) -> Iterator[Probe]:
+    """The first step that fails, on the cache that the export made up to there."""
+    row, position = first_failing(expected, stepped, batch.real, gates)
+    start, end, inputs, _ = next(step for step in _steps(session, batch, adapter) if step[1] > position)
+    described = f"row {row + 1} of {len(stepped)}, positions {start} to {end - 1} on a cache of {start}"
+    yield step_probe(session, adapter, reference, batch, row, (start, end, inputs), described)
+
+
+def first_failing(expected: np.ndarray, found: np.ndarray, real: np.ndarray, gates: Tolerances) -> tuple[int, int]:
+    """Row and position of the first logits, `[batch, position, n]`, that differ by more than rounding; of the largest
+    difference, if none does."""
+    difference = np.abs(expected.astype(np.float64) - found).max(axis=-1)
+    error = np.where(real, np.where(np.isfinite(difference), difference, np.inf), 0.0)
+    limit = gates.features if gates.error is None else gates.error
+    fails = error > limit * max(1.0, float(np.abs(expected[real]).max(initial=0)))
+    position = int(fails.any(axis=0).argmax()) if fails.any() else int(error.max(axis=0).argmax())
+    return int(error[:, position].argmax()), position
 
 
 def greedy_case(label: str, behind: Sequence[np.ndarray], noise: float | None, gates: Tolerances) -> ParityCase:

@@ -20,7 +20,7 @@ WIDER = {"float16": "float32", "bfloat16": "float32", "float32": "float64"}
 _DTYPES = TORCH_DTYPES | {"float64": torch.float64}
 _OUTPUTS = (
     "logits", "logits_per_image", "logits_per_text", "text_embeds", "image_embeds",
-    "last_hidden_state", "pooler_output",
+    "last_hidden_state", "pooler_output", "encoder_last_hidden_state",
 )  # fmt: skip
 
 
@@ -96,6 +96,24 @@ class Reference:
                     tensor += adapter.weight * (merged[name] - base[name])
         model.load_state_dict(total)
         return model.to(self._dtype)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """What a run calls."""
+        return self._callable()
+
+    @contextlib.contextmanager
+    def eager_attention(self) -> Iterator[None]:
+        """Attention operation by operation, so that what is inside can be seen."""
+        from transformers import PreTrainedModel
+
+        inner = next(m for m in self._model.modules() if isinstance(m, PreTrainedModel))
+        before = inner.config._attn_implementation
+        inner.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            inner.set_attn_implementation(before)
 
     def _callable(self) -> torch.nn.Module:
         # PEFT's own forward for this task type names text inputs; the pairs are in the base's modules all the same.

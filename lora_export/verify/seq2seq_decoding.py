@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from lora_export.runtime.adapter_session import RowAdapter
-from lora_export.runtime.seq2seq_session import Seq2SeqSession
+from lora_export.runtime.seq2seq_session import DecoderState, Seq2SeqSession
 from lora_export.verify.check_results import ParityCase
 from lora_export.verify.compare import Outputs, compare, noise_of
-from lora_export.verify.decoding import GREEDY_TOKENS, greedy_case
+from lora_export.verify.decoding import GREEDY_TOKENS, NO_GREEDY, first_failing, greedy_case
 from lora_export.verify.examples import Batch, Examples
+from lora_export.verify.probe import Probe
+from lora_export.verify.probes import seq2seq_step_probe, whole_probe, worst_probes
 from lora_export.verify.reference import Reference
 from lora_export.verify.runs import run_reference
 from lora_export.verify.seq2seq_examples import Seq2SeqBatcher
 from lora_export.verify.tolerances import Tolerances
+from lora_export.verify.where import Where
 
 _ROWS = 4
 
@@ -28,6 +33,7 @@ def seq2seq_decoding_cases(
     batcher: Seq2SeqBatcher,
     examples: Examples | None,
     gates: Tolerances,
+    where: Where,
 ) -> list[ParityCase]:
     """Left padding (text), cached steps (a chunk, then single tokens) and greedy agreement of one adapter.
 
@@ -43,17 +49,24 @@ def seq2seq_decoding_cases(
         found = Outputs("logits", (values.astype(np.float32),), (batch.real,))
         return compare(f"{label}: {suffix}", "decoding", described, expected, found, gates)
 
-    cases = [case("cached steps", _in_steps(session, batch, adapter))]
+    stepped = np.concatenate([logits for *_, logits in _steps(session, batch, adapter)], axis=1)
+    cases = [case("cached steps", stepped)]
     if text is not None:
-        cases.insert(0, case("padded on the left", session.run(batch.inputs, adapter)["logits"]))
+        whole = session.run(batch.inputs, adapter)["logits"].astype(np.float32)
+        cases.insert(0, case("padded on the left", whole))
+        found = Outputs("logits", (whole,), (batch.real,))
+        where.find(cases[0], lambda: worst_probes(session, adapter, reference, [batch], expected, found))
+    where.find(cases[-1], lambda: _step_probes(session, adapter, reference, batch, expected.values[0], stepped, gates))
     sources = {name: array for name, array in batch.inputs.items() if name != "decoder_input_ids"}
-    found = session.generate(
+    generated = session.generate(
         sources, adapter, max_new_tokens=GREEDY_TOKENS, start_ids=(batcher.start_id,), eos_ids=frozenset()
     )
-    rows = zip(_rows(sources), found, strict=True)
+    rows = zip(_rows(sources), generated, strict=True)
     behind = [_behind(reference, source, batcher.start_id, targets) for source, targets in rows]
     noise = noise_of(cases[-1], expected.positions(), gates)
-    return [*cases, greedy_case(label, behind, noise, gates)]
+    greedy = greedy_case(label, behind, noise, gates)
+    where.cannot(greedy, NO_GREEDY)
+    return [*cases, greedy]
 
 
 def _behind(reference: Reference, source: dict[str, np.ndarray], start: int, targets: list[int]) -> np.ndarray:
@@ -63,18 +76,45 @@ def _behind(reference: Reference, source: dict[str, np.ndarray], start: int, tar
     return logits.max(axis=-1) - logits[np.arange(len(targets)), targets]
 
 
-def _in_steps(session: Seq2SeqSession, batch: Batch, adapter: RowAdapter) -> np.ndarray:
-    """The logits at half of the targets at once, then at two, then one by one, on a growing cache."""
+def _steps(
+    session: Seq2SeqSession, batch: Batch, adapter: RowAdapter
+) -> Iterator[tuple[int, int, DecoderState | None, np.ndarray]]:
+    """Half of the targets at once, then two, then one by one, on a growing cache.
+
+    Yields:
+        First and last position of a step, the state that it starts from (None for the first), and its logits.
+    """
     targets = batch.inputs["decoder_input_ids"]
     length = targets.shape[1]
     middle = max(1, length // 2)
     cuts = sorted({0, middle, min(middle + 2, length), *range(min(middle + 2, length), length + 1)})
     logits, state = session.begin(batch.inputs | {"decoder_input_ids": targets[:, :middle]}, adapter)
-    found = [logits]
+    yield 0, middle, None, logits
     for start, end in itertools.pairwise(cuts[1:]):
-        logits, state = session.advance(state, targets[:, start:end])
-        found.append(logits)
-    return np.concatenate(found, axis=1)
+        logits, following = session.advance(state, targets[:, start:end])
+        yield start, end, state, logits
+        state = following
+
+
+def _step_probes(
+    session: Seq2SeqSession,
+    adapter: RowAdapter,
+    reference: Reference,
+    batch: Batch,
+    expected: np.ndarray,
+    stepped: np.ndarray,
+    gates: Tolerances,
+) -> Iterator[Probe]:
+    """The first step that fails, on the cache that the export made up to there."""
+    row, position = first_failing(expected, stepped, batch.real, gates)
+    start, end, state, _ = next(step for step in _steps(session, batch, adapter) if step[1] > position)
+    described = f"row {row + 1} of {len(stepped)}, targets {start} to {end - 1} on a cache of {start}"
+    if state is not None:
+        yield seq2seq_step_probe(session, reference, batch, row, (start, end, state), described)
+        return
+    targets = {"decoder_input_ids": batch.inputs["decoder_input_ids"][:, :end]}
+    begun = replace(batch, inputs=batch.inputs | targets, real=batch.real[:, :end])
+    yield whole_probe(session, adapter, reference, begun, row, described)
 
 
 def _rows(sources: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -11,18 +12,25 @@ from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.runtime.adapter_session import RowAdapter
 from lora_export.verify.check_results import ParityCase
 from lora_export.verify.compare import Outputs, compare
+from lora_export.verify.probes import row_of, whole_probe, worst_probes
 from lora_export.verify.reference import Reference
 from lora_export.verify.runs import Bench, main_outputs
+from lora_export.verify.where import Where
 
 
-def side_output_cases(label: str, adapter: RowAdapter, bench: Bench, reference: Reference) -> list[ParityCase]:
+def side_output_cases(
+    label: str, adapter: RowAdapter, bench: Bench, reference: Reference, where: Where
+) -> list[ParityCase]:
     """Pooled outputs, and a dual encoder's scores; none for decoders, which give logits and a cache only."""
     if bench.task is Task.TEXT_GENERATION or bench.task in SEQ2SEQ:
         return []
-    return [*_pooled_cases(label, adapter, bench, reference), *_similarity_cases(label, adapter, bench, reference)]
+    how = (label, adapter, bench, reference, where)
+    return [*_pooled_cases(*how), *_similarity_cases(*how)]
 
 
-def _pooled_cases(label: str, adapter: RowAdapter, bench: Bench, reference: Reference) -> Iterator[ParityCase]:
+def _pooled_cases(
+    label: str, adapter: RowAdapter, bench: Bench, reference: Reference, where: Where
+) -> Iterator[ParityCase]:
     """Every other output that is no score: those of a row depend on that row alone."""
     given = [spec.name for spec in bench.session.manifest.contract.outputs]
     main = main_outputs(given)
@@ -33,10 +41,15 @@ def _pooled_cases(label: str, adapter: RowAdapter, bench: Bench, reference: Refe
     for name in names:
         theirs, mine = (Outputs(name, (of[name].astype(np.float32),), (bench.mixed.real,)) for of in (expected, found))
         theirs = replace(theirs, precise=(precise[name],) if precise else ())
-        yield compare(f"{label}: {name}", _group(bench, adapter), "PyTorch", theirs, mine, bench.gates)
+        case = compare(f"{label}: {name}", _group(bench, adapter), "PyTorch", theirs, mine, bench.gates)
+        probes = partial(worst_probes, bench.session, adapter, reference, [bench.mixed], theirs, mine)
+        where.find(case, probes)
+        yield case
 
 
-def _similarity_cases(label: str, adapter: RowAdapter, bench: Bench, reference: Reference) -> Iterator[ParityCase]:
+def _similarity_cases(
+    label: str, adapter: RowAdapter, bench: Bench, reference: Reference, where: Where
+) -> Iterator[ParityCase]:
     """A dual encoder's scores, one image against many texts: what it computes across rows, and with unequal batches."""
     if bench.task is not Task.ZERO_SHOT_IMAGE_CLASSIFICATION:
         return
@@ -46,8 +59,14 @@ def _similarity_cases(label: str, adapter: RowAdapter, bench: Bench, reference: 
     expected = Outputs("logits", (reference.run(inputs)[name],), (None,), precise=wider)
     values = bench.session.run(inputs, adapter, outputs=[name])[name].astype(np.float32)
     found = Outputs("logits", (values,), (None,))
-    described = f"{label}: texts for an image"
-    yield compare(described, _group(bench, adapter), "PEFT, unmerged", expected, found, bench.gates)
+    title = f"{label}: texts for an image"
+    case = compare(title, _group(bench, adapter), "PEFT, unmerged", expected, found, bench.gates)
+    text = int(np.nan_to_num(np.abs(values - expected.values[0])[0], nan=np.inf).argmax())
+    one = row_of(bench.mixed, text)
+    one = replace(one, inputs=one.inputs | {"pixel_values": inputs["pixel_values"]})
+    described = f"text {text + 1} of {values.shape[1]}, which has the largest error, with the image"
+    where.find(case, lambda: [whole_probe(bench.session, adapter, reference, one, 0, described)])
+    yield case
 
 
 def _group(bench: Bench, adapter: RowAdapter) -> str:

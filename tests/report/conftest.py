@@ -10,6 +10,7 @@ import pytest
 
 from lora_export.verify.bench_results import BenchReport, Ratio, Swap, Variant, Workload
 from lora_export.verify.check_results import CheckReport, ParityCase, Rounding
+from lora_export.verify.divergence_results import ComparedValue, Divergence, LayerErrors, Reproduction
 from lora_export.verify.results import Environment, Subject, Verdict
 from lora_export.verify.tolerances import tolerances
 
@@ -91,6 +92,42 @@ MEASURED = {
 }
 
 
+def _value(module: str, place: int, error: float, what: str = "output", shape: tuple[int, ...] = (1, 7, 32)):
+    names = (f"value_{place}", f"node_{place}", "MatMul")
+    return ComparedValue("model", module, what, *names, shape, (1, 7, 32), error, error / 4, not error < 1e-3)
+
+
+def _layers() -> tuple[LayerErrors, ...]:
+    """Twelve modules of two adapters and the base, some exact; one adapter's names need escaping."""
+    paths = [f"encoder.layer.{n // 4}.{['attention.query', 'mlp.up', 'mlp.down', 'norm'][n % 4]}" for n in range(12)]
+    return tuple(
+        LayerErrors(
+            name,
+            "row 3 of 16, which has the largest error, alone",
+            tuple(_value(path, n, scale * n * 1e-7) for n, path in enumerate(paths)),
+            not_seen=("router",) if name == "topic" else (),
+        )
+        for name, scale in (("topic", 1.0), (HOSTILE, 2.0), ("base", 0.5))
+    )
+
+
+def _divergence() -> Divergence:
+    compared = (
+        _value("layer.0.query", 0, 1e-6, "input"),
+        _value("layer.0.query", 1, math.inf, "lora_A", (1, 7, 0)),
+        _value("layer.0.query", 2, 0.3),
+        _value("", 3, 0.82, "logits"),
+    )
+    return Divergence(
+        "swapped <b>names</b>",
+        "row 5 of 16, which has the largest error, alone",
+        1e-4,
+        "layer.0.query: MatMul node_1 is the first node that differs from PyTorch: its shape is another.",
+        "model", "layer.0.query", "node_1", "MatMul", "value_1", ("value_0", HOSTILE), ("value_0",), 1, compared,
+        Reproduction("reports/reproduce.py", "reports/reproduce.npz", "logits", 0.82, 1e-4),
+    )  # fmt: skip
+
+
 @pytest.fixture
 def passing_check(subject: Subject, environment: Environment) -> CheckReport:
     names = ("effect", "effect_ratio", "effect_ratio_minimum", "effect_share", "effect_share_tolerance")
@@ -105,7 +142,7 @@ def passing_check(subject: Subject, environment: Environment) -> CheckReport:
     )
     data = ("topics.jsonl, 256 rows", "random token ids, seed 7")
     skipped = ("Decoding: the task has no cache.",)
-    return CheckReport(subject, environment, data, cases, GATES, skipped, seconds=41.26)
+    return CheckReport(subject, environment, data, cases, GATES, skipped, seconds=41.26, layers=_layers())
 
 
 @pytest.fixture
@@ -119,7 +156,9 @@ def failing_check(passing_check: CheckReport, subject: Subject, environment: Env
         "half precision", error=math.nan, error_relative=math.nan, kl=math.inf, effect=math.inf, effect_ratio=math.nan,
         failures=("ONNX Runtime returned NaN in 12 of 256 rows.",),
     )  # fmt: skip
-    return CheckReport(subject, environment, (), (*passing_check.cases, swapped, broken), GATES, (), seconds=131.0)
+    cases = (*passing_check.cases, swapped, broken)
+    layers = (*passing_check.layers, LayerErrors("broken", "row 2 of 8", (_value("layer.0", 0, math.nan),)))
+    return CheckReport(subject, environment, (), cases, GATES, (), 131.0, layers, _divergence())
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from lora_export.report.github import annotations
+from lora_export.report.layer_tables import where_sentences
 from lora_export.verify.bench_results import BenchReport
 from lora_export.verify.check_results import CheckReport
 from lora_export.verify.results import Verdict
@@ -32,7 +33,10 @@ def test_one_for_each_failure(failing_check: CheckReport) -> None:
     failed = [case for case in failing_check.cases if not case.passed]
     assert [name for name, _, _ in found] == ["error", "error"]
     assert [title for _, title, _ in found] == [f"lora-export check: {case.name}" for case in failed]
-    assert [message for _, _, message in found] == [" ".join(case.failures) for case in failed]
+    assert [message for _, _, message in found] == [
+        " ".join((*case.failures, *where_sentences(failing_check, case.name))) for case in failed
+    ]
+    assert "First difference: layer.0.query: MatMul node_1" in found[0][2] and "reproduce.py" not in found[0][2]
 
 
 def test_an_undecided_ratio_warns_after_the_failures(gated_bench: BenchReport, hostile: str) -> None:

@@ -73,8 +73,10 @@ def test_a_failed_comparison_tells_why(failing_check: CheckReport) -> None:
         results = cases[f"lora-export.check.{case.group}", case.name].result
         assert [type(result) for result in results] == ([] if case.passed else [Failure])
         for result in results:
-            assert result.message == " ".join(case.failures) and result.type == "fail"
-            assert result.text == "\n".join(case.failures)
+            assert result.message.startswith(" ".join(case.failures)) and result.type == "fail"
+            assert ("First difference: layer.0.query" in result.message) == (case.name == "swapped <b>names</b>")
+            assert ("reproduce.py shows it" in result.message) == (case.name == "swapped <b>names</b>")
+            assert result.text.startswith("\n".join(case.failures))
 
 
 def test_figures_are_at_full_precision(passing_check: CheckReport, gated_bench: BenchReport) -> None:

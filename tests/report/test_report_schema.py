@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 
 from lora_export.report import check_tables
 from lora_export.report.as_json import json_value, render_json, report_schema
-from lora_export.verify import bench_results, check_results, results, tolerances
+from lora_export.verify import bench_results, check_results, divergence_results, results, tolerances
 
 REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench", "gpu_check")
 SCHEMA = report_schema()
@@ -42,6 +42,10 @@ def test_reports_are_valid(name: str, request: pytest.FixtureRequest) -> None:
         ("ratio", bench_results.Ratio, set()),
         ("workload", bench_results.Workload, {"name"}),
         ("swap", bench_results.Swap, set()),
+        ("compared_value", divergence_results.ComparedValue, set()),
+        ("layer_errors", divergence_results.LayerErrors, set()),
+        ("reproduction", divergence_results.Reproduction, set()),
+        ("divergence", divergence_results.Divergence, set()),
         ("check", check_results.CheckReport, {"report", "verdict", "scope"}),
         ("bench", bench_results.BenchReport, {"report", "verdict", "scope"}),
     ],
@@ -95,6 +99,9 @@ BROKEN = {
     "an error as text": ("passing_check", _set("cases", 0, "error", "1e-6")),
     "top-1 in percent": ("passing_check", _set("cases", 0, "top1", 99.9)),
     "a group nobody knows": ("passing_check", _set("cases", 0, "group", "others")),
+    "an error by layer without its module": ("passing_check", _drop("layers", 0, "modules", 0, "module")),
+    "a difference without a sentence": ("failing_check", _set("divergence", "sentence", "")),
+    "a script without its tolerance": ("failing_check", _drop("divergence", "reproduction", "tolerance")),
     "a hash cut short": ("passing_check", _set("subject", "graph_sha256", "9f2c")),
     "no provider": ("passing_check", _drop("environment", "provider")),
     "a time that is none": ("gated_bench", _set("environment", "started_at", "yesterday")),

@@ -12,6 +12,7 @@ from lora_export.verify.examples import Batcher, built_in_examples
 from lora_export.verify.reference import Reference
 from lora_export.verify.tolerances import tolerances
 from lora_export.verify.trained import TrainedAdapter
+from lora_export.verify.where import Where
 
 
 @pytest.fixture
@@ -34,7 +35,9 @@ def greedy(exports, bases, adapters, monkeypatch):
                 decoding, "greedy_case", lambda label, behind, _, gates: judge(label, behind, noise, gates)
             )
         gates = tolerances("float32", "cpu")
-        return decoding.decoding_cases("chat", "chat", session, reference, batcher, built_in_examples(), gates)[-1]
+        return decoding.decoding_cases(
+            "chat", "chat", session, reference, batcher, built_in_examples(), gates, Where(gates, session.folder)
+        )[-1]
 
     return run
 
