@@ -28,12 +28,14 @@ class Damage:
         options: The adapter options (`adapter_options.py`) that it is done to.
         change: The wrong adapters, or None where there is nothing to damage.
         dtypes: The dtypes of exports that it is done to; empty for all.
+        not_on: Architectures that it does nothing to.
     """
 
     name: str
     change: Callable[[Adapters], Adapters | None]
     options: tuple[str, ...] = ("lora",)
     dtypes: tuple[str, ...] = ()
+    not_on: tuple[str, ...] = ()
 
 
 def _first(change: Callable[[Trained], Trained | None]) -> Callable[[Adapters], Adapters | None]:

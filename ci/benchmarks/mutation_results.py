@@ -97,6 +97,10 @@ def markdown(cells: Sequence[Cell], sound: Sequence[SoundExport]) -> str:
     return "\n".join(lines) + f"\n\nOf {len(sound)} sound exports {alarms} failed.\n"
 
 
+def _sound(entry: dict) -> SoundExport:
+    return SoundExport(**entry | {name: tuple(entry[name]) for name in ("ranks", "alphas")})
+
+
 def _counted(cells: Sequence[Cell]) -> str:
     return f"{sum(cell.caught for cell in cells)} of {len(cells)}" if cells else "–"
 
@@ -134,4 +138,4 @@ def read_result() -> tuple[list[Cell], list[SoundExport]]:
     """What `results/mutations.json` holds."""
     fields = json.loads(RESULT.read_text(encoding="utf-8"))
     cells = [Cell(**entry | {"measures": tuple(entry["measures"])}) for entry in fields["cells"]]
-    return cells, [SoundExport(**entry | {"ranks": tuple(entry["ranks"])}) for entry in fields["sound"]]
+    return cells, [_sound(entry) for entry in fields["sound"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.generate import empty_cache, generate
 from lora_export.verify.check_results import ParityCase
 from lora_export.verify.compare import Outputs, compare
-from lora_export.verify.examples import Batch, Batcher, Examples
+from lora_export.verify.examples import Batch, Batcher, Examples, ragged
 from lora_export.verify.invoked import with_invocation
 from lora_export.verify.reference import Reference
 from lora_export.verify.tolerances import Tolerances
@@ -33,7 +34,7 @@ def decoding_cases(
 ) -> list[ParityCase]:
     """Left padding, cached steps (a chunk, then single tokens) and greedy agreement of one adapter."""
     invocation = session.manifest.adapter(adapter).invocation_tokens if isinstance(adapter, str) else None
-    batch = with_invocation(batcher.batch(examples.rows[-_ROWS:], padding_side="left"), invocation)
+    batch = with_invocation(_ragged(batcher.batch(examples.rows[-_ROWS:], padding_side="left")), invocation)
     expected = reference.run(batch.inputs)["logits"]
     outputs = Outputs("logits", (expected,), (batch.real,))
     whole = session.run(batch.inputs | empty_cache(session, _ROWS), adapter)["logits"].astype(np.float32)
@@ -46,8 +47,8 @@ def decoding_cases(
 
     cached = case("cached steps", stepped)
     prompts = [
-        ids[real][:_PROMPT_TOKENS].tolist() + list(invocation or ())
-        for ids, real in zip(batch.inputs["input_ids"], batch.real, strict=True)
+        ids[real][: _PROMPT_TOKENS * (row + 1) // _ROWS].tolist() + list(invocation or ())
+        for row, (ids, real) in enumerate(zip(batch.inputs["input_ids"], batch.real, strict=True))
     ]
     found = generate(session, prompts, adapter, max_new_tokens=GREEDY_TOKENS)
     behind = [_behind(reference, *pair) for pair in zip(prompts, found, strict=True)]
@@ -56,6 +57,11 @@ def decoding_cases(
         cached,
         greedy_case(label, behind, noise_of(cached, expected[batch.real], gates), gates),
     ]
+
+
+def _ragged(batch: Batch) -> Batch:
+    inputs = ragged(batch.inputs)
+    return replace(batch, inputs=inputs, real=inputs["attention_mask"].astype(bool))
 
 
 def _in_steps(session: AdapterSession, batch: Batch, adapter: RowAdapter) -> np.ndarray:

@@ -6,7 +6,7 @@ import inspect
 import json
 import pkgutil
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,6 +186,21 @@ class Batcher:
     @property
     def takes_text(self) -> bool:
         return not self.takes_images
+
+
+def ragged(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`inputs` of texts padded on the left, each row cut to another length: the first to a share, the last not.
+
+    Long texts are all cut to the same length, and a batch of those has no padding to get wrong.
+    """
+    mask = inputs["attention_mask"].copy()
+    n_rows, length = mask.shape
+    for row in range(n_rows):
+        mask[row, : length - max(1, length * (row + 1) // n_rows)] = 0
+    found = dict(inputs) | {"attention_mask": mask}
+    if "position_ids" in inputs:
+        found["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    return found
 
 
 def _load_processor(folder: Path, *, images: bool):

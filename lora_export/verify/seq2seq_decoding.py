@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from lora_export.runtime.seq2seq_session import Seq2SeqSession
 from lora_export.verify.check_results import ParityCase
 from lora_export.verify.compare import Outputs, compare
 from lora_export.verify.decoding import GREEDY_TOKENS, greedy_case, noise_of
-from lora_export.verify.examples import Batch, Examples
+from lora_export.verify.examples import Batch, Examples, ragged
 from lora_export.verify.reference import Reference
 from lora_export.verify.seq2seq_examples import Seq2SeqBatcher
 from lora_export.verify.tolerances import Tolerances
@@ -35,6 +36,8 @@ def seq2seq_decoding_cases(
     """
     text = None if examples is None else examples.rows[-_ROWS:]
     batch = batcher.noise(_ROWS) if text is None else batcher.batch(text, padding_side="left")
+    if text is not None:
+        batch = replace(batch, inputs=ragged(batch.inputs))
     expected = Outputs("logits", (reference.run(batch.inputs)["logits"],), (batch.real,))
     described = "PEFT, unmerged, without a cache"
 
