@@ -20,9 +20,12 @@ from lora_export.cli_output import Display, conclude, guarded
     help="Examples (for one adapter): text lines, JSON lines with text and label_id, or a folder of images; repeat.",
 )
 @click.option("--rows", "n_rows", default=128, show_default=True, help="Most rows of each data file to compare on.")
+@options.tolerances
 @click.option("--merged", type=click.Path(path_type=Path), help="A merged export to compare this dynamic one with.")
 @options.examine_options
-def check(out: Path, data: dict, n_rows: int, merged: Path | None, **given: object) -> None:
+def check(
+    out: Path, data: dict, n_rows: int, tolerances: dict[str, float], merged: Path | None, **given: object
+) -> None:
     """Compare the export OUT with its adapters in unmerged PEFT; exit 1 if it differs.
 
     Each adapter, the base, swaps, mixed rows, and for decoders caches, padding and greedy generation. An adapter
@@ -46,6 +49,7 @@ def check(out: Path, data: dict, n_rows: int, merged: Path | None, **given: obje
             data={name: Path(path) for name, path in data.items()},
             merged=merged,
             n_rows=n_rows,
+            tolerances=tolerances,
             progress=display.progress,
         )
         conclude(report, render_check_text(report), files, display)

@@ -82,6 +82,28 @@ moved_adapters = click.option(
 )
 
 
+def parse_limits(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
+    """`MEASURE=LIMIT` values as numbers by measure."""
+    found = {}
+    for value in values:
+        measure, _, limit = value.partition("=")
+        try:
+            found[measure] = float(limit)
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not MEASURE=LIMIT, such as top1=0.98") from None
+    return found
+
+
+tolerances = click.option(
+    "--tolerance",
+    "tolerances",
+    multiple=True,
+    metavar="MEASURE=LIMIT",
+    callback=parse_limits,
+    help="Limit in place of the table's (error, features, rounding, kl, top1, perplexity, effect); recorded; repeat.",
+)
+
+
 def parse_rank(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
     """A rank as a whole number, or a share of the energy as a number between 0 and 1."""
     try:

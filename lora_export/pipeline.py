@@ -208,9 +208,16 @@ def check(
     data: Mapping[str | None, Path] | None = None,
     merged: Path | None = None,
     n_rows: int = 128,
+    tolerances: Mapping[str, float] | None = None,
     progress: Progress = silent,
 ) -> tuple[CheckReport, dict[str, Path]]:
     """Compare the export in `folder` with unmerged PEFT; the report, and the files it was written to.
+
+    Args:
+        data: Files of examples by adapter name; the key None serves all others.
+        merged: A merged export to compare a dynamic one with.
+        n_rows: Most rows of each file.
+        tolerances: Limits in place of the table's, by measure (`verify.tolerances.MEASURES`).
 
     Raises:
         LoraExportError: The export, its base or an adapter cannot be used; a failed gate is a result, not an error.
@@ -220,7 +227,7 @@ def check(
     for name in filter(None, data or {}):
         manifest.adapter(name)
     examples = {name: read_examples(path, n_rows) for name, path in (data or {}).items()}
-    report = run_check(CheckRequest(folder, base, adapters, provider, examples, merged), progress)
+    report = run_check(CheckRequest(folder, base, adapters, provider, examples, merged, tolerances or {}), progress)
     return report, write_reports(report, folder / REPORTS)
 
 

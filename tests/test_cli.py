@@ -255,6 +255,15 @@ def test_bench_reports_and_gates(exports, own):
     assert "FAIL" in fails(1, *shared, "--max-ratio", "0.001")
 
 
+def test_a_limit_given_on_the_command_line_gates_and_is_recorded(exports, own):
+    folder = own(exports["classifier-merged"])
+    given = json.loads(call("check", folder, "--provider", "cpu", "--tolerance", "error=1e-12", "--json").output)
+    assert given["verdict"] == "fail" and "at most 1e-12 is rounding" in given["cases"][0]["failures"][0]
+    assert [gate["measure"] for gate in given["gates"] if gate["overridden"]] == ["error"]
+    assert "is not MEASURE=LIMIT" in fails(2, "check", folder, "--tolerance", "error")
+    assert "for a measure that there is not" in fails(2, "check", folder, "--tolerance", "errors=1")
+
+
 def test_a_failed_check_annotates_the_run_and_fills_the_job_summary(exports, own, tmp_path, monkeypatch):
     folder = own(exports["classifier-merged"])
     data = bytearray((folder / "model.onnx.data").read_bytes())

@@ -13,6 +13,7 @@ import pytest
 
 from lora_export.adapters.support import markdown_table
 from lora_export.cli import main
+from lora_export.verify.tolerances import markdown_table as gates_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,8 +24,13 @@ def options_of(command: click.Command) -> set[str]:
 
 
 def test_support_table_is_the_one_that_drives_the_refusals():
-    between = README.split("held by a test -->\n")[1].split("<!-- end of support table -->")[0]
+    between = README.split("support, held by a test -->\n")[1].split("<!-- end of support table -->")[0]
     assert between == markdown_table()
+
+
+def test_gates_are_those_that_check_uses():
+    between = README.split("tolerances, held by a test -->\n")[1].split("<!-- end of gates -->")[0]
+    assert between == gates_table()
 
 
 def test_every_command_is_named_and_every_named_command_exists():

@@ -25,7 +25,9 @@ EVERY = (*DAMAGES, *GRAPH_DAMAGES)
 _MEASURES = {
     "NaN or infinite": "not finite",
     "shapes differ": "shapes",
+    "what PyTorch itself loses": "error over rounding",
     "the error is": "error",
+    "the perplexity is": "perplexity",
     "the distributions differ": "KL",
     "the best class agrees": "top-1",
     "the adapter has no effect": "effect",

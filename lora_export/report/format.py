@@ -29,6 +29,20 @@ def multiple(value: float | None) -> str:
     return f"{value:.3g}×" if 1 <= value < 1000 else f"{scientific(value)}×"
 
 
+def factor(value: float | None) -> str:
+    """A factor around 1, roughly: 0.97×, 3.1×, 8.1e+05×."""
+    if value is None or not math.isfinite(value):
+        return _special(value)
+    return f"{value:.2f}×" if value < 10 else multiple(value)
+
+
+def significant(value: float | None) -> str:
+    """Seven significant digits: 12.34568."""
+    if value is None or not math.isfinite(value):
+        return _special(value)
+    return f"{value:.7g}"
+
+
 def ratio(value: float | None) -> str:
     """A ratio near 1: 1.031×."""
     if value is None or not math.isfinite(value):

@@ -14,7 +14,7 @@ from lora_export.report.as_json import Report
 from lora_export.report.bench_plots import MOST_DOTS, latency_plot, ratio_plot
 from lora_export.report.bench_tables import latency_table, memory_table, ratio_table, swap_table
 from lora_export.report.check_plots import parity_plot
-from lora_export.report.check_tables import accuracy_table, case_table
+from lora_export.report.check_tables import accuracy_table, case_table, gate_table, perplexity_table, rounding_table
 from lora_export.report.provenance import environment_facts, pair_table, size_table, subject_facts
 from lora_export.verify.bench_results import BenchReport
 from lora_export.verify.check_results import CheckReport
@@ -34,6 +34,9 @@ def render_check_html(report: CheckReport) -> str:
             plot=Markup(parity_plot(report)),
             cases=case_table(report, with_accuracy=False),
             accuracy=accuracy_table(report),
+            perplexity=perplexity_table(report),
+            rounding=rounding_table(report),
+            gates=gate_table(report),
         )
     )
 

@@ -25,8 +25,9 @@ from lora_export.verify.results import Verdict
 _NOT_XML = re.compile("[\ufffe\uffff]")
 _CASE_FIGURES = (
     "error", "error_relative", "tolerance", "effect", "effect_ratio", "effect_ratio_minimum", "effect_share",
-    "effect_share_tolerance", "kl", "kl_tolerance", "top1", "top1_tolerance", "accuracy_reference",
-    "accuracy_exported", "n_rows",
+    "effect_share_tolerance", "kl", "kl_tolerance", "top1", "top1_tolerance", "rounding_ratio",
+    "rounding_ratio_maximum", "perplexity_reference", "perplexity_exported", "perplexity_difference",
+    "perplexity_tolerance", "accuracy_reference", "accuracy_exported", "n_rows",
 )  # fmt: skip
 _RATIO_FIGURES = ("median", "low", "high", "confidence", "allowance")
 

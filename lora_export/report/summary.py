@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lora_export.report import format as fmt
@@ -81,6 +81,9 @@ def check_figures(report: CheckReport) -> tuple[tuple[str, str], ...]:
     errors = [case.error_relative for case in report.cases]
     if errors:
         figures.append(("Largest relative error", fmt.scientific(_worst(max, errors))))
+    roundings = [case.rounding_ratio for case in report.cases if case.rounding_ratio is not None]
+    if roundings:
+        figures.append(("Largest error ÷ PyTorch's rounding", fmt.factor(_worst(max, roundings))))
     ratios = [case.effect_ratio for case in report.cases if case.effect_ratio is not None]
     if ratios:
         figures.append(("Smallest effect ÷ error", fmt.multiple(_worst(min, ratios))))
@@ -90,6 +93,13 @@ def check_figures(report: CheckReport) -> tuple[tuple[str, str], ...]:
 def _worst(choose: Callable[[list[float]], float], values: list[float]) -> float:
     """The extreme value; NaN if there is one, which min and max may pass over depending on the order."""
     return math.nan if any(map(math.isnan, values)) else choose(values)
+
+
+def given_gates(report: CheckReport) -> Iterator[str]:
+    """Limits that the user gave in place of the table's."""
+    for gate in report.gates:
+        if gate.overridden:
+            yield f"{gate.measure}: {gate.limit:g} ({gate.reason})"
 
 
 def check_findings(report: CheckReport) -> tuple[Finding, ...]:

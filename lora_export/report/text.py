@@ -8,7 +8,7 @@ from lora_export.report import format as fmt
 from lora_export.report import summary
 from lora_export.report.as_json import Report
 from lora_export.report.bench_tables import latency_table, memory_table, ratio_table, swap_table
-from lora_export.report.check_tables import case_table
+from lora_export.report.check_tables import case_table, perplexity_table
 from lora_export.report.provenance import environment_facts, size_table, subject_facts
 from lora_export.report.summary import MARKS, Finding
 from lora_export.report.tables import Row, Table
@@ -26,9 +26,11 @@ def render_check_text(report: CheckReport) -> str:
     blocks = [
         _opening(report, summary.check_headline(report), summary.check_summary(report)),
         _table(case_table(report)),
+        _table(perplexity_table(report)),
         _findings(summary.check_findings(report)),
         _bullets("Not compared", report.skipped),
         _bullets("Data", report.data),
+        _bullets("Gates given", tuple(summary.given_gates(report))),
         _where(report.subject, report.environment, report.seconds),
     ]
     return _joined(blocks)

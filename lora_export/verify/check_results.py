@@ -5,6 +5,32 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from lora_export.verify.results import Environment, Subject, Verdict, scope_of
+from lora_export.verify.tolerances import Gate
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far PyTorch at the export's dtype, and the export, are from PyTorch at a wider one, over the same positions.
+
+    The wider dtype is float32 for half precision and float64 for float32.
+
+    Attributes:
+        rms_reference, rms_exported: Root mean square of the differences.
+        error_reference, error_exported: The largest absolute difference.
+        kl_reference, kl_exported: Mean Kullback-Leibler divergence from the wider, nats; None without logits.
+        top1_reference, top1_exported: Share of positions with the wider's largest logit, no margin; 0 to 1.
+        perplexity: The wider's own, on the data; None if the model is no language model.
+    """
+
+    rms_reference: float
+    rms_exported: float
+    error_reference: float
+    error_exported: float
+    kl_reference: float | None = None
+    kl_exported: float | None = None
+    top1_reference: float | None = None
+    top1_exported: float | None = None
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -26,6 +52,10 @@ class ParityCase:
         effect_ratio: `effect / error`; must be at least `effect_ratio_minimum`, where that gates.
         effect_share: How much of the effect the export has, 1 if all of it; see `effect.py`.
         effect_share_tolerance: How far that may be from 1.
+        rounding: The same against PyTorch at a wider dtype; None where that was not run.
+        rounding_ratio: The export's root mean square over PyTorch's, there; may be at most `rounding_ratio_maximum`.
+        perplexity_reference, perplexity_exported: Of a language model, on the data.
+        perplexity_difference: `|exported / reference − 1|`; may be at most `perplexity_tolerance`.
         accuracy_reference, accuracy_exported: On labelled data, 0 to 1.
         n_rows: Rows (examples) compared.
         failures: Why the case failed, one sentence each; empty if it passed.
@@ -47,6 +77,13 @@ class ParityCase:
     effect_ratio_minimum: float | None = None
     effect_share: float | None = None
     effect_share_tolerance: float | None = None
+    rounding: Rounding | None = None
+    rounding_ratio: float | None = None
+    rounding_ratio_maximum: float | None = None
+    perplexity_reference: float | None = None
+    perplexity_exported: float | None = None
+    perplexity_difference: float | None = None
+    perplexity_tolerance: float | None = None
     accuracy_reference: float | None = None
     accuracy_exported: float | None = None
     failures: tuple[str, ...] = ()
@@ -62,6 +99,7 @@ class CheckReport:
 
     Attributes:
         data: What inputs were used, in words (file and number of rows, or the seed).
+        gates: The limits that the cases were judged by, each with its reason.
         skipped: What was not compared, and why, one sentence each.
     """
 
@@ -69,6 +107,7 @@ class CheckReport:
     environment: Environment
     data: tuple[str, ...]
     cases: tuple[ParityCase, ...]
+    gates: tuple[Gate, ...]
     skipped: tuple[str, ...]
     seconds: float
     schema: int = 1

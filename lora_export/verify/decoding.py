@@ -12,10 +12,12 @@ from lora_export.contract import GATE_INPUT
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.generate import empty_cache, generate
 from lora_export.verify.check_results import ParityCase
-from lora_export.verify.compare import Outputs, compare
-from lora_export.verify.examples import Batch, Batcher, Examples, ragged
+from lora_export.verify.compare import Outputs, compare, noise_of
+from lora_export.verify.examples import Batch, Batcher, Examples
 from lora_export.verify.invoked import with_invocation
+from lora_export.verify.ragged import ragged
 from lora_export.verify.reference import Reference
+from lora_export.verify.runs import run_reference
 from lora_export.verify.tolerances import Tolerances
 
 _ROWS = 4
@@ -35,15 +37,14 @@ def decoding_cases(
     """Left padding, cached steps (a chunk, then single tokens) and greedy agreement of one adapter."""
     invocation = session.manifest.adapter(adapter).invocation_tokens if isinstance(adapter, str) else None
     batch = with_invocation(_ragged(batcher.batch(examples.rows[-_ROWS:], padding_side="left")), invocation)
-    expected = reference.run(batch.inputs)["logits"]
-    outputs = Outputs("logits", (expected,), (batch.real,))
+    expected = run_reference(reference, [batch], precisely=True)
     whole = session.run(batch.inputs | empty_cache(session, _ROWS), adapter)["logits"].astype(np.float32)
     stepped = _in_steps(session, batch, adapter)
     described = "PEFT, unmerged, without a cache"
 
     def case(suffix: str, values: np.ndarray) -> ParityCase:
         found = Outputs("logits", (values,), (batch.real,))
-        return compare(f"{label}: {suffix}", "decoding", described, outputs, found, gates)
+        return compare(f"{label}: {suffix}", "decoding", described, expected, found, gates)
 
     cached = case("cached steps", stepped)
     prompts = [
@@ -55,7 +56,7 @@ def decoding_cases(
     return [
         case("padded on the left", whole),
         cached,
-        greedy_case(label, behind, noise_of(cached, expected[batch.real], gates), gates),
+        greedy_case(label, behind, noise_of(cached, expected.positions(), gates), gates),
     ]
 
 
@@ -84,13 +85,7 @@ def _in_steps(session: AdapterSession, batch: Batch, adapter: RowAdapter) -> np.
     return np.concatenate(found, axis=1)
 
 
-def noise_of(cached: ParityCase, expected: np.ndarray, gates: Tolerances) -> float:
-    """How far a logit may be off by rounding: the tolerance, or where that gates no error, what was seen."""
-    scale = max(1.0, float(np.abs(expected).max()))
-    return cached.error if gates.relative is None else gates.relative * scale
-
-
-def greedy_case(label: str, behind: Sequence[np.ndarray], noise: float, gates: Tolerances) -> ParityCase:
+def greedy_case(label: str, behind: Sequence[np.ndarray], noise: float | None, gates: Tolerances) -> ParityCase:
     """Greedy tokens of rows in one padded batch with a cache: each must be PyTorch's best after those before it.
 
     A token within twice the `noise` of PyTorch's best is a tie and agrees; what follows it is judged after it, so one
@@ -98,8 +93,9 @@ def greedy_case(label: str, behind: Sequence[np.ndarray], noise: float, gates: T
 
     Args:
         behind: How far each token's logit is below the best in PyTorch, `[tokens]` for each row.
+        noise: What rounding may move a logit by; None where nothing tells, and only PyTorch's own best agrees.
     """
-    agreement = float((np.concatenate(behind) <= 2 * noise).mean())
+    agreement = float((np.concatenate(behind) <= 2 * (noise or 0)).mean())
     failures = ()
     if agreement < gates.top1:
         failures = (f"{agreement:.1%} of {GREEDY_TOKENS} greedy tokens agree; {gates.top1:.1%} are expected",)

@@ -31,6 +31,31 @@ def environment(provider: str, reason: str, settings: dict[str, str]) -> Environ
     )
 
 
+# Beside the export's session (1 ×), the reference at its dtype (1 ×) and at a wider one (2 ×), of the weights' bytes.
+_MEMORY_OF_A_PRECISE_REFERENCE = 4
+
+
+def lack_of_memory(manifest: Manifest, folder: Path) -> str | None:
+    """Why the reference cannot also run at a wider dtype, a sentence; None if the memory suffices or is unknown."""
+    weights = sum((folder / name).stat().st_size for name in manifest.graph_files)
+    needed, free = _MEMORY_OF_A_PRECISE_REFERENCE * weights, _available_memory()
+    if free is None or needed <= free:
+        return None
+    return (
+        f"Rounding: PyTorch at a wider dtype beside the rest needs about {needed / 1e9:.1f} GB, "
+        f"{free / 1e9:.1f} GB are free, so errors are not judged by what PyTorch itself loses at this dtype."
+    )
+
+
+def _available_memory() -> int | None:
+    """Bytes that new processes can have without swapping; None where the kernel does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -6,7 +6,7 @@ import inspect
 import json
 import pkgutil
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +35,30 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Arrays by input name, `[batch, …]`, the mask of real positions `[batch, sequence]` (None for images), labels."""
+    """Inputs of the rows of a batch.
+
+    Attributes:
+        inputs: Arrays by input name, `[batch, …]`.
+        real: The mask of real positions `[batch, sequence]`; None for images.
+        labels: The rows' classes, None where unknown.
+        predicted: The input that a language model predicts the next tokens of; None for other models.
+    """
 
     inputs: dict[str, np.ndarray]
     real: np.ndarray | None
     labels: tuple[int | None, ...]
+    predicted: str | None = None
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        """The token that follows each position, `[batch, sequence]`, -1 where none does; None for other models."""
+        if self.predicted is None:
+            return None
+        ids = self.inputs[self.predicted]
+        found = np.full_like(ids, -1)
+        is_followed = self.real[:, :-1] & self.real[:, 1:]
+        found[:, :-1][is_followed] = ids[:, 1:][is_followed]
+        return found
 
 
 @dataclass(frozen=True)
@@ -160,7 +179,8 @@ class Batcher:
             inputs["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)
         if self._pixels is not None:  # a dual encoder: images beside the texts, seeded noise
             inputs |= self.noise(len(rows)).inputs
-        return Batch(inputs, mask.astype(bool), labels)
+        is_predicted = self._task is Task.TEXT_GENERATION
+        return Batch(inputs, mask.astype(bool), labels, "input_ids" if is_predicted else None)
 
     def _pixel_values(self, rows: Sequence[Row]) -> np.ndarray:
         from PIL import Image
@@ -186,21 +206,6 @@ class Batcher:
     @property
     def takes_text(self) -> bool:
         return not self.takes_images
-
-
-def ragged(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`inputs` of texts padded on the left, each row cut to another length: the first to a share, the last not.
-
-    Long texts are all cut to the same length, and a batch of those has no padding to get wrong.
-    """
-    mask = inputs["attention_mask"].copy()
-    n_rows, length = mask.shape
-    for row in range(n_rows):
-        mask[row, : length - max(1, length * (row + 1) // n_rows)] = 0
-    found = dict(inputs) | {"attention_mask": mask}
-    if "position_ids" in inputs:
-        found["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    return found
 
 
 def _load_processor(folder: Path, *, images: bool):

@@ -15,7 +15,7 @@ from lora_export.runtime.seq2seq_session import open_export
 from lora_export.verify.check_results import CheckReport, ParityCase
 from lora_export.verify.compare import Outputs, compare
 from lora_export.verify.decoding import decoding_cases
-from lora_export.verify.environment import environment, subject
+from lora_export.verify.environment import environment, lack_of_memory, subject
 from lora_export.verify.examples import Batch, Batcher, built_in_examples
 from lora_export.verify.invoked import with_invocation
 from lora_export.verify.reference import Reference
@@ -57,8 +57,10 @@ def run_check(request: CheckRequest, progress: Callable[[str, int, int], None]) 
     invocations = [record.invocation_tokens for record in manifest.adapters if record.invocation_tokens]
     for index, tokens in enumerate(invocations, 1):
         mixed = with_invocation(mixed, tokens, index / (len(invocations) + 1))
-    bench = Bench(request, session, task, tolerances(manifest.dtype, session.provider), own, mixed)
-    skipped: list[str] = []
+    gates = tolerances(manifest.dtype, session.provider, request.tolerances)
+    lack = lack_of_memory(manifest, request.folder)
+    skipped = [] if lack is None else [lack]
+    bench = Bench(request, session, task, gates, lack is None, own, mixed)
     if manifest.kind is Kind.MERGED:
         cases = _merged_cases(bench, batcher, data, skipped, progress)
     else:
@@ -69,6 +71,7 @@ def run_check(request: CheckRequest, progress: Callable[[str, int, int], None]) 
         environment=described,
         data=tuple(inputs or [batcher.noise_description]),
         cases=tuple(cases),
+        gates=gates.gates,
         skipped=tuple(skipped),
         seconds=time.monotonic() - started,
     )
@@ -81,7 +84,7 @@ def _merged_cases(bench: Bench, batcher: AnyBatcher, data, skipped: list[str], p
     batches = bench.own.get(names[0] if names else None) or bench.own[None]
     n_labels = next((record.n_labels for record in records if record.n_labels), None)
     reference = bench.reference(names, n_labels)
-    expected = run_reference(reference, batches)
+    expected = run_reference(reference, batches, precisely=True)
     without = _without(reference, batches, records, bench) if names else None
     label = " + ".join(names) or "base"
     described = "PEFT, unmerged" if names else "the base in PyTorch"
@@ -112,19 +115,19 @@ def _dynamic_cases(bench: Bench, batcher: AnyBatcher, data, skipped: list[str], 
         batches = bench.own.get(record.name) or bench.own[None]
         batches = [with_invocation(batch, record.invocation_tokens) for batch in batches]
         reference = bench.reference([record.name], record.n_labels)
-        expected = run_reference(reference, batches)
+        expected = run_reference(reference, batches, precisely=True)
         without = _without(reference, batches, [record], bench)
         found = bench.run(batches, record.name)
         cases.append(compare(record.name, "adapter", "PEFT, unmerged", expected, found, bench.gates, without=without))
-        alone[record.name] = run_reference(reference, [bench.mixed])
+        alone[record.name] = run_reference(reference, [bench.mixed], precisely=True)
         cases += _decoding_cases(bench, record.name, record.name, reference, batcher, data)
         if not has_own_head and done == 0:
             cases.append(_body_case(bench, reference, record))
     progress("checking", len(records), len(records) + 1)
     if has_own_head:
         reference = bench.reference([], None)
-        alone[None] = run_reference(reference, [bench.mixed])
-        expected = run_reference(reference, bench.own[None])
+        alone[None] = run_reference(reference, [bench.mixed], precisely=True)
+        expected = run_reference(reference, bench.own[None], precisely=True)
         found = bench.run(bench.own[None], None)
         cases.append(compare("base", "base", "the base in PyTorch", expected, found, bench.gates))
         cases += side_output_cases("base", None, bench, reference)
@@ -149,7 +152,7 @@ def _without(reference: Reference, batches: Sequence[Batch], records: Sequence[A
 def _body_case(bench: Bench, reference: Reference, record: AdapterRecord) -> ParityCase:
     """The base's body, seen through the head of an adapter whose pairs are off, where the base has no head."""
     with reference.without_pairs():
-        expected = run_reference(reference, bench.own[None])
+        expected = run_reference(reference, bench.own[None], precisely=True)
     heads = {
         entry.name
         for entry in bench.session.manifest.contract.adapter_inputs
@@ -171,29 +174,33 @@ def _row_cases(bench: Bench, alone: Mapping[str | None, Outputs]) -> list[Parity
     n_rows = len(bench.mixed.labels)
     assigned = [names[row % len(names)] for row in range(n_rows)]
     mixed = bench.run([bench.mixed], assigned)
-    expected, found, single = [], [], []
+    expected, precise, found, single = [], [], [], []
     for row, name in enumerate(assigned):
         reference = alone[name].values[0][row : row + 1]
-        n_classes = reference.shape[-1]
         one = Batch(
             {key: value[row : row + 1] for key, value in bench.mixed.inputs.items()},
             None if bench.mixed.real is None else bench.mixed.real[row : row + 1],
             (None,),
         )
         expected.append(reference)
-        found.append(mixed.values[0][row : row + 1, ..., :n_classes])
+        precise += [values[row : row + 1] for values in alone[name].precise]
+        found.append(mixed.values[0][row : row + 1, ..., : reference.shape[-1]])
         single.append(bench.run([one], name).values[0])
-    masks = [None if bench.mixed.real is None else bench.mixed.real[row : row + 1] for row in range(n_rows)]
 
-    def rows(values: list[np.ndarray]) -> Outputs:
+    def rows(values: list[np.ndarray]) -> np.ndarray:
         # Heads differ in size, so rows are compared as one long list of numbers, padding left out.
+        masks = [None if bench.mixed.real is None else bench.mixed.real[row : row + 1] for row in range(n_rows)]
         flat = [Outputs(mixed.name, (v,), (m,)).positions().reshape(1, -1) for v, m in zip(values, masks, strict=True)]
-        return Outputs("rows", (np.concatenate(flat, axis=1),), (None,))
+        return np.concatenate(flat, axis=1)
 
-    label = f"{n_rows} mixed rows"
+    label, described = f"{n_rows} mixed rows", "PEFT, each row's adapter"
+    n_positions = n_rows if mixed.values[0].ndim < 3 or bench.mixed.real is None else int(bench.mixed.real.sum())
+    wider = (rows(precise),) if precise else ()
+    peft = Outputs("rows", (rows(expected),), (None,), precise=wider, n_flattened=n_positions)
+    together, apart = (Outputs("rows", (rows(values),), (None,)) for values in (found, single))
     return [
-        compare(label, "rows", "PEFT, each row's adapter", rows(expected), rows(found), bench.gates),
-        compare(f"{label} alone", "rows", "ONNX Runtime, each row alone", rows(single), rows(found), bench.gates),
+        compare(label, "rows", described, peft, together, bench.gates),
+        compare(f"{label} alone", "rows", "ONNX Runtime, each row alone", apart, together, bench.gates),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The reference: unmerged PEFT in PyTorch, in eval mode, at the export's dtype."""
+"""The reference: unmerged PEFT in PyTorch, in eval mode, at the export's dtype, and at a wider one beside it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from lora_export.quiet import quiet
 from lora_export.verify.trained import TrainedAdapter, adds_up, untied, vocabulary_of, with_one, with_several
 from lora_export.weights import as_numpy
 
+# What rounding at a dtype is told from.
+WIDER = {"float16": "float32", "bfloat16": "float32", "float32": "float64"}
+_DTYPES = TORCH_DTYPES | {"float64": torch.float64}
 _OUTPUTS = (
     "logits", "logits_per_image", "logits_per_text", "text_embeds", "image_embeds",
     "last_hidden_state", "pooler_output",
@@ -29,14 +32,27 @@ class Reference:
 
     Args:
         adapters: All active at once; none for the base alone.
+        dtype: "float32", "float16", "bfloat16" or "float64".
         n_labels: Size of the head to build; None for the base's own.
+        with_precise: Whether to keep the same model at a wider dtype as well.
+
+    Attributes:
+        precise: The same at the wider dtype, whose distance from this one is PyTorch's rounding; None without.
     """
 
     def __init__(
-        self, task: Task, base: Path, adapters: Sequence[TrainedAdapter], dtype: str, n_labels: int | None
+        self,
+        task: Task,
+        base: Path,
+        adapters: Sequence[TrainedAdapter],
+        dtype: str,
+        n_labels: int | None,
+        *,
+        with_precise: bool = False,
     ) -> None:
         self._task, self._base, self._n_labels = task, base, n_labels
-        self._dtype = TORCH_DTYPES[dtype]
+        self._dtype = _DTYPES[dtype]
+        self.precise = Reference(task, base, adapters, WIDER[dtype], n_labels) if with_precise else None
         with quiet():
             if not adapters:
                 model = self._load(self._dtype)
@@ -46,6 +62,8 @@ class Reference:
                 model = with_several(self._load(self._dtype), adapters)
             else:
                 model = self._summed(adapters)
+        if self._dtype is torch.float64:
+            model = model.to(torch.float64)  # PEFT loads adapters in float32
         self._model = model.eval().requires_grad_(False)
 
     def _load(self, dtype: torch.dtype) -> torch.nn.Module:
@@ -83,7 +101,7 @@ class Reference:
         return self._model.get_base_model() if is_wrapped and self._task is Task.SPEECH_RECOGNITION else self._model
 
     def run(self, inputs: dict[str, np.ndarray], *, n_generated: int = 0) -> dict[str, np.ndarray]:
-        """Outputs (`logits`, `last_hidden_state`, …) in float32, `[batch, …]`, without a cache.
+        """Outputs (`logits`, `last_hidden_state`, …) in float32 or float64, `[batch, …]`, without a cache.
 
         Args:
             n_generated: How many of the last tokens were generated: an activated LoRA looks for its invocation in what
@@ -94,7 +112,8 @@ class Reference:
         with torch.no_grad():
             found = self._callable()(**tensors, **self._offsets(tensors, n_generated))
         names = [name for name in _OUTPUTS if found.get(name) is not None]
-        return {name: as_numpy(found[name].float()) for name in names}
+        shown = torch.promote_types(self._dtype, torch.float32)
+        return {name: as_numpy(found[name].to(shown)) for name in names}
 
     def _offsets(self, tensors: dict[str, torch.Tensor], n_generated: int) -> dict[str, list[int | None]]:
         """Where an activated LoRA begins, counted from the end, as PEFT finds it; nothing for other adapters."""
@@ -112,18 +131,16 @@ class Reference:
         """The same model with its adapted layers off, replaced modules (heads) staying."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        layers = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
-        if not layers:  # summed as weights
-            with self.without_adapter():
-                yield
-            return
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
-            yield
-        finally:
+        with contextlib.ExitStack() as stack:
+            if self.precise is not None:
+                stack.enter_context(self.precise.without_pairs())
+            layers = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
+            if not layers:  # summed as weights
+                stack.enter_context(self.without_adapter())
             for layer in layers:
-                layer.enable_adapters(True)
+                layer.enable_adapters(False)
+                stack.callback(layer.enable_adapters, True)
+            yield
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,9 @@ from lora_export.verify.reference import Reference
 from lora_export.verify.tolerances import Tolerances
 from lora_export.verify.trained import TrainedAdapter
 
+# Rounding is as large in so many batches as in all.
+_PRECISE_BATCHES = 8
+
 AnySession = AdapterSession | Seq2SeqSession
 
 
@@ -30,6 +33,7 @@ class CheckRequest:
         adapters: PEFT folders by adapter name, all that the export holds.
         data: Examples by adapter name; the key None serves all others.
         merged: A merged export of one of the adapters, to compare a dynamic export with.
+        tolerances: Limits in place of the table's, by measure.
     """
 
     folder: Path
@@ -38,16 +42,24 @@ class CheckRequest:
     provider: str | None
     data: Mapping[str | None, Examples]
     merged: Path | None = None
+    tolerances: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One export with its session and inputs, as the cases below use it."""
+    """One export with its session and inputs, as the cases use it.
+
+    Attributes:
+        with_precise: Whether references also run at a wider dtype.
+        own: Batches by adapter name; the key None serves all others.
+        mixed: One batch whose rows get another adapter each.
+    """
 
     request: CheckRequest
     session: AnySession
     task: Task
     gates: Tolerances
+    with_precise: bool
     own: Mapping[str | None, Sequence[Batch]]
     mixed: Batch
 
@@ -60,7 +72,8 @@ class Bench:
         adapters = [
             TrainedAdapter(self.request.adapters[r.name], r.weight, r.convert_rank, r.residual_base) for r in records
         ]
-        return Reference(self.task, self.request.base, adapters, manifest.dtype, n_labels)
+        how = (manifest.dtype, n_labels)
+        return Reference(self.task, self.request.base, adapters, *how, with_precise=self.with_precise)
 
 
 # What the rows of a batch are compared by: the first of these that a model gives; of a dual encoder, two embeddings.
@@ -92,12 +105,22 @@ def run_export(session: AnySession, batches: Sequence[Batch], adapters: RowAdapt
     return _joined(names, found, batches)
 
 
-def run_reference(reference: Reference, batches: Sequence[Batch]) -> Outputs:
-    """The reference's main output over `batches`."""
+def run_reference(reference: Reference, batches: Sequence[Batch], *, precisely: bool = False) -> Outputs:
+    """The reference's main output over `batches`; `precisely`, also at its wider dtype, if it has one."""
     found = [reference.run(batch.inputs) for batch in batches]
-    return _joined(main_outputs(found[0]), found, batches)
+    names = main_outputs(found[0])
+    outputs = _joined(names, found, batches)
+    if not precisely or reference.precise is None:
+        return outputs
+    wider = [reference.precise.run(batch.inputs) for batch in batches[:_PRECISE_BATCHES]]
+    return replace(outputs, precise=tuple(_main(run, names) for run in wider))
 
 
 def _joined(names: Sequence[str], found: Sequence[Mapping[str, np.ndarray]], batches: Sequence[Batch]) -> Outputs:
-    values = tuple(np.concatenate([run[name].astype(np.float32) for name in names], axis=-1) for run in found)
-    return Outputs(" and ".join(names), values, tuple(b.real for b in batches), tuple(b.labels for b in batches))
+    values = tuple(_main(run, names).astype(np.float32) for run in found)
+    masks, labels = tuple(b.real for b in batches), tuple(b.labels for b in batches)
+    return Outputs(" and ".join(names), values, masks, labels, tuple(b.targets for b in batches))
+
+
+def _main(run: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+    return np.concatenate([run[name] for name in names], axis=-1)

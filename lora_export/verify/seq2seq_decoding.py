@@ -10,10 +10,12 @@ import numpy as np
 from lora_export.runtime.adapter_session import RowAdapter
 from lora_export.runtime.seq2seq_session import Seq2SeqSession
 from lora_export.verify.check_results import ParityCase
-from lora_export.verify.compare import Outputs, compare
-from lora_export.verify.decoding import GREEDY_TOKENS, greedy_case, noise_of
-from lora_export.verify.examples import Batch, Examples, ragged
+from lora_export.verify.compare import Outputs, compare, noise_of
+from lora_export.verify.decoding import GREEDY_TOKENS, greedy_case
+from lora_export.verify.examples import Batch, Examples
+from lora_export.verify.ragged import ragged
 from lora_export.verify.reference import Reference
+from lora_export.verify.runs import run_reference
 from lora_export.verify.seq2seq_examples import Seq2SeqBatcher
 from lora_export.verify.tolerances import Tolerances
 
@@ -38,7 +40,7 @@ def seq2seq_decoding_cases(
     batch = batcher.noise(_ROWS) if text is None else batcher.batch(text, padding_side="left")
     if text is not None:
         batch = replace(batch, inputs=ragged(batch.inputs))
-    expected = Outputs("logits", (reference.run(batch.inputs)["logits"],), (batch.real,))
+    expected = run_reference(reference, [batch], precisely=True)
     described = "PEFT, unmerged, without a cache"
 
     def case(suffix: str, values: np.ndarray) -> ParityCase:
@@ -54,7 +56,7 @@ def seq2seq_decoding_cases(
     )
     rows = zip(_rows(sources), found, strict=True)
     behind = [_behind(reference, source, batcher.start_id, targets) for source, targets in rows]
-    noise = noise_of(cases[-1], expected.values[0][batch.real], gates)
+    noise = noise_of(cases[-1], expected.positions(), gates)
     return [*cases, greedy_case(label, behind, noise, gates)]
 
 

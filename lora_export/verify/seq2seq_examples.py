@@ -71,7 +71,7 @@ class Seq2SeqBatcher:
         texts = [ids[mask == 1] for ids, mask in zip(*inputs.values(), strict=True)]
         targets = [[self.start_id, *text[: self._most_targets - 1]] for text in texts]
         inputs["decoder_input_ids"], real = self._padded(targets)
-        return Batch(inputs, real, tuple(row.label for row in rows))
+        return Batch(inputs, real, tuple(row.label for row in rows), "decoder_input_ids")
 
     def _padded(self, targets: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         lengths = np.array([len(target) for target in targets])
@@ -88,4 +88,4 @@ class Seq2SeqBatcher:
         targets[:, 0] = self.start_id
         features = rng.standard_normal(shape).astype(numpy_dtype(self._features.dtype))
         inputs = {"input_features": features, "decoder_input_ids": targets}
-        return Batch(inputs, np.ones(targets.shape, bool), (None,) * n_rows)
+        return Batch(inputs, np.ones(targets.shape, bool), (None,) * n_rows, "decoder_input_ids")

@@ -26,11 +26,14 @@ def _pooled_cases(label: str, adapter: RowAdapter, bench: Bench, reference: Refe
     given = [spec.name for spec in bench.session.manifest.contract.outputs]
     main = main_outputs(given)
     expected = reference.run(bench.mixed.inputs)
+    wider = None if reference.precise is None else reference.precise.run(bench.mixed.inputs)
     names = [name for name in given if name in expected and name not in main and not name.startswith("logits")]
     found = bench.session.run(bench.mixed.inputs, adapter, outputs=names) if names else {}
     for name in names:
-        outputs = [Outputs(name, (of[name].astype(np.float32),), (bench.mixed.real,)) for of in (expected, found)]
-        yield compare(f"{label}: {name}", _group(bench, adapter), "PyTorch", *outputs, bench.gates)
+        masks, precise = (bench.mixed.real,), () if wider is None else (wider[name],)
+        theirs = Outputs(name, (expected[name].astype(np.float32),), masks, precise=precise)
+        mine = Outputs(name, (found[name].astype(np.float32),), masks)
+        yield compare(f"{label}: {name}", _group(bench, adapter), "PyTorch", theirs, mine, bench.gates)
 
 
 def _similarity_cases(label: str, adapter: RowAdapter, bench: Bench, reference: Reference) -> Iterator[ParityCase]:
@@ -39,7 +42,8 @@ def _similarity_cases(label: str, adapter: RowAdapter, bench: Bench, reference: 
         return
     name = "logits_per_image"
     inputs = bench.mixed.inputs | {"pixel_values": bench.mixed.inputs["pixel_values"][:1]}
-    expected = Outputs("logits", (reference.run(inputs)[name],), (None,))
+    wider = () if reference.precise is None else (reference.precise.run(inputs)[name],)
+    expected = Outputs("logits", (reference.run(inputs)[name],), (None,), precise=wider)
     values = bench.session.run(inputs, adapter, outputs=[name])[name].astype(np.float32)
     found = Outputs("logits", (values,), (None,))
     described = f"{label}: texts for an image"

@@ -1,51 +1,153 @@
-"""What a parity error may be, by dtype and provider: one table, a reason for each number.
+"""What a parity measure may be, by dtype and provider: one table, a reason for each number.
 
 float32 is judged by the largest error relative to the largest reference magnitude (at least 1). In half precision the
 largest of many roundings says little, so distributions are compared instead; where there are no logits, the relative
-error is, at what a dozen layers of roundings amount to.
+error is, at what a dozen layers of roundings amount to. At every dtype the export's distance from PyTorch at a wider
+dtype may be at most a multiple of PyTorch's own: of all gates the sharpest, as it knows how well the model can be
+computed at this dtype.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from lora_export.errors import UsageProblem
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One limit.
+
+    Attributes:
+        measure: What is limited, a name in `MEASURES`.
+        limit: None where the measure does not gate at this dtype.
+        reason: Why this number.
+        overridden: Whether the limit was given by the user.
+    """
+
+    measure: str
+    limit: float | None
+    reason: str
+    overridden: bool = False
+
+
+MEASURES = {
+    "error": "largest absolute difference of the logits over max(1, largest absolute reference value); at most",
+    "features": "the same for outputs without logits (hidden states, embeddings); at most",
+    "rounding": "root mean square of (export − PyTorch at a wider dtype) over that of PyTorch at this dtype; at most",
+    "kl": "mean Kullback-Leibler divergence of the distributions, nats; at most",
+    "top1": "share of positions with the same best class, flips within the noise aside; at least",
+    "perplexity": "relative difference of the perplexities on the data; at most",
+    "share": "distance from 1 of the share of the adapter's effect that arrives, beside a slope's rounding; at most",
+    "effect": "what the adapter changes in the reference over the error, else it counts as dropped; at least",
+}
+_AT_LEAST = ("top1", "effect")
+
+_ANY = ("float32", "float16", "bfloat16")
+_HALF = ("float16", "bfloat16")
+_BOTH = ("cpu", "cuda")
+# Measure, dtypes, providers, limit, reason; the first row that fits counts.
+_TABLE = (
+    ("error", ("float32",), ("cpu",), 1e-4, "float32 rounding through a deep network stays near 1e-6"),
+    ("error", ("float32",), ("cuda",), 1e-3, "a GPU sums in other orders; TF32 is off"),
+    ("error", _HALF, _BOTH, None, "the largest of many roundings says little; the distributions gate"),
+    ("features", ("float32",), ("cpu",), 1e-4, "as the error of logits"),
+    ("features", ("float32",), ("cuda",), 1e-3, "as the error of logits"),
+    ("features", ("float16",), _BOTH, 2e-2, "11-bit significands: errors of 1e-3 a layer, over a dozen layers"),
+    ("features", ("bfloat16",), _BOTH, 1e-1, "8-bit significands: eight times float16's rounding, less with depth"),
+    ("rounding", _ANY, ("cpu",), 2.0, "seen: 0.6 to 1.3; the same sums in another order round as much, not twice"),
+    ("rounding", ("float32",), ("cuda",), 4.0, "PyTorch's rounding is taken on the CPU; a GPU's longer sums are not"),
+    ("rounding", _HALF, ("cuda",), 2.0, "the roundings to the dtype outweigh those of the sums"),
+    ("kl", ("float32",), _BOTH, None, "the error gates"),
+    ("kl", ("float16",), _BOTH, 1e-3, "errors of up to 4e-2 in the logits, squared and halved"),
+    (
+        "kl",
+        ("bfloat16",),
+        _BOTH,
+        1e-2,
+        "8 times as coarse, and squared; ten times float16's, not 64",
+    ),
+    ("top1", ("float32",), _BOTH, 0.999, "a flip beyond the noise is an error; one in a thousand may sit at its edge"),
+    ("top1", ("float16",), _BOTH, 0.99, "as float32, with a wider edge"),
+    ("top1", ("bfloat16",), _BOTH, 0.98, "as float16, with a wider edge"),
+    ("perplexity", ("float32",), _BOTH, 1e-4, "a mean over positions of errors near 1e-6"),
+    ("perplexity", ("float16",), _BOTH, 1e-2, "a mean of errors of either sign of some 1e-2"),
+    ("perplexity", ("bfloat16",), _BOTH, 5e-2, "five times float16's; the errors are eight times as large"),
+    ("share", ("float32",), ("cpu",), 1e-4, "as the error of logits"),
+    ("share", ("float32",), ("cuda",), 1e-3, "as the error of logits"),
+    ("share", ("float16",), _BOTH, 1e-3, "factors that were scaled and multiplied are rounded once more"),
+    ("share", ("bfloat16",), _BOTH, 8e-3, "as float16, eight times as coarse"),
+    ("effect", ("float32",), _BOTH, 10.0, "an effect within a few errors cannot be told from none"),
+    ("effect", _HALF, _BOTH, None, "a weak one is a few roundings at one place and clear over all: its share gates"),
+)
+_EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 @dataclass(frozen=True)
 class Tolerances:
-    """Gates of one dtype on one provider; None where a measure does not gate.
+    """The gates of one dtype on one provider; None where a measure does not gate. See `MEASURES`.
 
     Attributes:
-        relative: Of the error over max(1, largest absolute reference value).
-        features: The same for outputs without logits (hidden states).
-        kl: Of the mean Kullback-Leibler divergence, nats.
-        top1: Lower bound of the agreement of the largest logit, 0 to 1.
-        effect_ratio: Lower bound of (effect of the adapter) / error, else the adapter is taken for dropped. Not in half
-            precision, where a weak adapter's effect is a few roundings at one place and clear over all of them.
-        effect_share: How far the share of the effect that arrives may be from 1, beside what rounding of the outputs
-            does (see `effect.py`): two units of the dtype for factors that were scaled, multiplied and rounded; in
-            float32 what `relative` allows.
-        reason: Why these numbers.
+        epsilon: Distance from 1 to the next number of the dtype.
+        gates: The same limits with their reasons, to be recorded.
     """
 
-    relative: float | None
-    features: float
+    error: float | None
+    features: float | None
+    rounding: float | None
     kl: float | None
-    top1: float
-    effect_ratio: float | None
-    effect_share: float
-    reason: str
+    top1: float | None
+    perplexity: float | None
+    share: float | None
+    effect: float | None
+    epsilon: float = 2.0**-23
+    gates: tuple[Gate, ...] = ()
 
 
-_FLOAT32_CPU = Tolerances(1e-4, 1e-4, None, 0.999, 10, 1e-4, "float32 rounding through a deep network stays near 1e-6")
-_FLOAT32_CUDA = Tolerances(1e-3, 1e-3, None, 0.999, 10, 1e-3, "other summation orders on a GPU; TF32 is off")
-_FLOAT16 = Tolerances(
-    None, 2e-2, 1e-3, 0.99, None, 2**-10, "11-bit significands: errors of 1e-3 a layer, top-1 may flip at ties"
-)
-_BFLOAT16 = Tolerances(None, 1e-1, 1e-2, 0.98, None, 2**-7, "8-bit significands: eight times float16's rounding")
+def tolerances(dtype: str, provider: str, overrides: Mapping[str, float] | None = None) -> Tolerances:
+    """The gates for an export of `dtype` run on `provider` ("cpu" or "cuda").
+
+    Args:
+        overrides: Limits to put in place of the table's, by measure.
+
+    Raises:
+        UsageProblem: An override names no measure.
+    """
+    given = dict(overrides or {})
+    unknown = sorted(set(given) - set(MEASURES))
+    if unknown:
+        raise UsageProblem(
+            "A tolerance is for a measure that there is not",
+            where="--tolerance",
+            expected=", ".join(MEASURES),
+            found=", ".join(unknown),
+        )
+    gates = tuple(_gate(measure, dtype, provider, given) for measure in MEASURES)
+    return Tolerances(**{gate.measure: gate.limit for gate in gates}, epsilon=_EPSILON[dtype], gates=gates)
 
 
-def tolerances(dtype: str, provider: str) -> Tolerances:
-    """The gates for an export of `dtype` run on `provider` ("cpu" or "cuda")."""
-    if dtype == "float32":
-        return _FLOAT32_CUDA if provider == "cuda" else _FLOAT32_CPU
-    return _FLOAT16 if dtype == "float16" else _BFLOAT16
+def _gate(measure: str, dtype: str, provider: str, given: Mapping[str, float]) -> Gate:
+    row = next(row for row in _TABLE if row[0] == measure and dtype in row[1] and provider in row[2])
+    if measure in given:
+        return Gate(measure, given[measure], f"given; the table says {_shown(row[3])}: {row[4]}", overridden=True)
+    return Gate(measure, row[3], row[4])
+
+
+def _shown(limit: float | None) -> str:
+    return "none" if limit is None else f"{limit:g}"
+
+
+def limits_from_below(measure: str) -> bool:
+    """Whether the measure must be at least its limit, not at most."""
+    return measure in _AT_LEAST
+
+
+def markdown_table() -> str:
+    """The gates on the CPU provider as Markdown, for README; kept equal to it by a test."""
+    by_dtype = {dtype: tolerances(dtype, "cpu").gates for dtype in _ANY}
+    lines = ["| measure | " + " | ".join(by_dtype) + " | |", "|---|" + "---:|" * len(by_dtype) + "---|"]
+    for number, (measure, meaning) in enumerate(MEASURES.items()):
+        limits = [_shown(gates[number].limit).replace("none", "–") for gates in by_dtype.values()]
+        lines.append(f"| `{measure}` | {' | '.join(limits)} | {meaning} |")
+    return "\n".join(lines) + "\n"

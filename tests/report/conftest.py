@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 
 from lora_export.verify.bench_results import BenchReport, Ratio, Swap, Variant, Workload
-from lora_export.verify.check_results import CheckReport, ParityCase
+from lora_export.verify.check_results import CheckReport, ParityCase, Rounding
 from lora_export.verify.results import Environment, Subject, Verdict
+from lora_export.verify.tolerances import tolerances
 
+GATES = tolerances("float32", "cpu", {"kl": 1e-6}).gates
 HOSTILE = "<script>alert('x')</script> & \"a|b\""
 
 
@@ -78,13 +80,24 @@ def _case(name: str, group: str = "adapter", **changes: object) -> ParityCase:
     return ParityCase(**(values | changes))
 
 
+MEASURED = {
+    "rounding": Rounding(1.1e-07, 1.3e-07, 9.0e-07, 1.2e-06, 3e-13, 4e-13, 1.0, 0.9998, 12.345678),
+    "rounding_ratio": 1.18,
+    "rounding_ratio_maximum": 2.0,
+    "perplexity_reference": 12.345679,
+    "perplexity_exported": 12.345681,
+    "perplexity_difference": 1.6e-07,
+    "perplexity_tolerance": 1e-4,
+}
+
+
 @pytest.fixture
 def passing_check(subject: Subject, environment: Environment) -> CheckReport:
     names = ("effect", "effect_ratio", "effect_ratio_minimum", "effect_share", "effect_share_tolerance")
     without = dict.fromkeys(names)
     cases = (
         _case("base", "base", reference="the base in PyTorch", error=9.5e-07, error_relative=2e-07, **without),
-        _case("topic", accuracy_reference=0.941, accuracy_exported=0.941),
+        _case("topic", accuracy_reference=0.941, accuracy_exported=0.941, **MEASURED),
         _case("kind", error=2.4e-06, error_relative=4.8e-07, effect=1.31, effect_ratio=5.5e05, top1=0.99996),
         _case(HOSTILE, error=0.0, error_relative=0.0, effect_ratio=math.inf),
         _case("mixed rows", "rows", error=3.3e-05, error_relative=6.2e-05, effect_ratio=1.3e05),
@@ -92,7 +105,7 @@ def passing_check(subject: Subject, environment: Environment) -> CheckReport:
     )
     data = ("topics.jsonl, 256 rows", "random token ids, seed 7")
     skipped = ("Decoding: the task has no cache.",)
-    return CheckReport(subject, environment, data, cases, skipped, seconds=41.26)
+    return CheckReport(subject, environment, data, cases, GATES, skipped, seconds=41.26)
 
 
 @pytest.fixture
@@ -106,7 +119,7 @@ def failing_check(passing_check: CheckReport, subject: Subject, environment: Env
         "half precision", error=math.nan, error_relative=math.nan, kl=math.inf, effect=math.inf, effect_ratio=math.nan,
         failures=("ONNX Runtime returned NaN in 12 of 256 rows.",),
     )  # fmt: skip
-    return CheckReport(subject, environment, (), (*passing_check.cases, swapped, broken), (), seconds=131.0)
+    return CheckReport(subject, environment, (), (*passing_check.cases, swapped, broken), GATES, (), seconds=131.0)
 
 
 @pytest.fixture
@@ -117,7 +130,7 @@ def gpu_check(passing_check: CheckReport, environment: Environment, subject: Sub
 
 @pytest.fixture
 def empty_check(subject: Subject, environment: Environment) -> CheckReport:
-    return CheckReport(subject, environment, (), (), (), seconds=0.4)
+    return CheckReport(subject, environment, (), (), GATES, (), seconds=0.4)
 
 
 def _variant(name: str, centre: float, n: int, seed: int, description: str = "") -> Variant:

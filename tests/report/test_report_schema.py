@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 
 from lora_export.report import check_tables
 from lora_export.report.as_json import json_value, render_json, report_schema
-from lora_export.verify import bench_results, check_results, results
+from lora_export.verify import bench_results, check_results, results, tolerances
 
 REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench", "gpu_check")
 SCHEMA = report_schema()
@@ -36,6 +36,8 @@ def test_reports_are_valid(name: str, request: pytest.FixtureRequest) -> None:
         ("environment", results.Environment, set()),
         ("subject", results.Subject, set()),
         ("case", check_results.ParityCase, {"passed"}),
+        ("rounding", check_results.Rounding, set()),
+        ("gate", tolerances.Gate, set()),
         ("variant", bench_results.Variant, set()),
         ("ratio", bench_results.Ratio, set()),
         ("workload", bench_results.Workload, {"name"}),

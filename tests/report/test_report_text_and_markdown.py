@@ -65,7 +65,7 @@ def test_columns_are_aligned(passing_check: CheckReport) -> None:
     lines = render_check_text(passing_check).splitlines()
     header = next(line for line in lines if line.startswith("  Case "))
     row = next(line for line in lines if line.startswith("  topic  "))
-    assert row.index("1.0e-04") + len("1.0e-04") == header.index("Tolerance") + len("Tolerance")
+    assert row.index("3.0e-07") + len("3.0e-07") == header.index("Relative") + len("Relative")
     assert len(row) == len(header)
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from lora_export.verify.compare import Outputs, accuracy, compare, mean_kl, top1_agreement
-from lora_export.verify.tolerances import Tolerances, tolerances
+from lora_export.errors import UsageProblem
+from lora_export.verify.compare import Outputs, accuracy, compare
+from lora_export.verify.measures import mean_kl, scatter_of_ratio, top1_agreement
+from lora_export.verify.tolerances import MEASURES, Tolerances, limits_from_below, tolerances
 
-GATES = Tolerances(
-    relative=1e-3, features=1e-2, kl=1e-3, top1=0.99, effect_ratio=10, effect_share=1e-3, reason="made up"
-)
+GATES = Tolerances(error=1e-3, features=1e-2, rounding=2, kl=1e-3, top1=0.99, perplexity=1e-2, share=1e-3, effect=10)
+
+
+def gates_of(**limits: float | None) -> Tolerances:
+    """Only these gate."""
+    return Tolerances(**(dict.fromkeys(MEASURES) | limits))
 
 
 def outputs(*values, name: str = "logits", real=None, labels=()) -> Outputs:
@@ -75,7 +81,7 @@ def test_an_adapter_without_effect_fails_even_where_the_numbers_agree():
 def test_the_effect_must_be_ten_times_the_error(times, passes):
     error = 2**-12
     reference, found = outputs([[0.0, times * error]]), outputs([[error, times * error]])
-    gates = Tolerances(1e-2, 1e-2, None, 0.0, 10, 1e-3, "made up")
+    gates = gates_of(error=1e-2, effect=10)
     case = judged(reference, found, without=outputs([[0.0, 0.0]]), gates=gates)
     assert case.passed is passes and case.effect_ratio == times
 
@@ -125,7 +131,7 @@ def test_kl_is_the_textbooks():
 
 
 def test_kl_gates_half_precision():
-    gates = Tolerances(None, 1.0, 1e-3, 0.0, 10, 1e-3, "made up")
+    gates = gates_of(kl=1e-3)
     case = judged(outputs([[0.0, 0.0]]), outputs([[0.2, 0.0]]), gates=gates)
     assert case.failures[0].startswith("the distributions differ by 4.9") and case.tolerance is None
     assert judged(outputs([[0.0, 0.0]]), outputs([[0.02, 0.0]]), gates=gates).passed
@@ -144,12 +150,84 @@ def test_top1_gates():
     rows[:, 0] = 5
     wrong = rows.copy()
     wrong[:2] = [0, 5, 0]
-    gates = Tolerances(None, 1.0, None, 0.99, 10, 1e-3, "made up")
-    # Without a relative tolerance the noise is taken from the error itself, so the flips must exceed it.
-    case = judged(outputs(rows), outputs(wrong), gates=Tolerances(1e-3, 1.0, None, 0.99, 10, 1e-3, "made up"))
+    case = judged(outputs(rows), outputs(wrong), gates=gates_of(error=1e-3, top1=0.99))
     assert case.top1 == pytest.approx(0.98)
     assert any("the best class agrees in 98.00% of positions" in failure for failure in case.failures)
-    assert gates.top1 == 0.99
+
+
+def test_top1_is_not_measured_by_the_error_that_was_seen():
+    """By that, a flip is never beyond the noise."""
+    flipped = judged(outputs([[5.0, 0.0]]), outputs([[0.0, 5.0]]), gates=gates_of(top1=0.99))
+    assert flipped.top1 is None and flipped.top1_tolerance is None
+    reference = replace(outputs([[5.0, 0.0]]), precise=(np.array([[5.001, 0.0]]),))
+    known = judged(reference, outputs([[0.0, 5.0]]), gates=gates_of(top1=0.99, rounding=2))
+    assert known.top1 == 0 and not known.passed
+    tie = replace(outputs([[5.0, 4.999]]), precise=(np.array([[5.001, 4.999]]),))
+    assert judged(tie, outputs([[4.999, 5.0]]), gates=gates_of(top1=0.99, rounding=2)).top1 == 1
+
+
+def rounded(n: int, *, by: float, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, by, (n, 4))
+
+
+@pytest.mark.parametrize(("times", "passes"), [(1.0, True), (1.9, True), (2.6, False)])
+def test_the_error_may_be_twice_pytorchs_own_against_a_wider_dtype(times, passes):
+    precise = np.random.default_rng(1).normal(size=(1200, 4))
+    reference = replace(outputs(precise + rounded(1200, by=1e-3)), precise=(precise,))
+    found = outputs(precise + rounded(1200, by=1e-3 * times, seed=2))
+    case = judged(reference, found, gates=gates_of(rounding=2))
+    assert case.passed is passes and case.rounding_ratio == pytest.approx(times, rel=0.1)
+    expected = float(np.sqrt(((found.values[0].astype(np.float64) - precise) ** 2).mean()))
+    assert case.rounding.rms_exported == pytest.approx(expected)
+    assert case.rounding.kl_exported == pytest.approx(mean_kl(precise, found.values[0].astype(np.float64)))
+    if not passes:
+        assert "× what PyTorch itself loses by rounding at this dtype; at most 2.23 ×" in case.failures[0]
+
+
+def test_few_positions_leave_more_to_chance():
+    """By a simulation: what the same rounding on both sides exceeds once in ten thousand."""
+    rng = np.random.default_rng(0)
+    for n in (16, 100, 1000):
+        ratios = np.sqrt(rng.chisquare(n, 400_000) / rng.chisquare(n, 400_000))
+        assert np.quantile(ratios, 0.9999) == pytest.approx(scatter_of_ratio(n), rel=0.08), n
+
+
+def test_pytorchs_luck_does_not_count_as_no_rounding():
+    """Where the reference hits the wider dtype exactly, rounding the output alone is still allowed."""
+    precise = np.full((2000, 4), 1.0)
+    reference = replace(outputs(precise), precise=(precise,))
+    gates = replace(gates_of(rounding=2), epsilon=2.0**-10)
+    assert judged(reference, outputs(precise + 2.0**-12), gates=gates).passed
+    assert not judged(reference, outputs(precise + 2.0**-10), gates=gates).passed
+
+
+def test_the_wider_dtype_may_cover_the_first_batches_only():
+    first, second = np.ones((2, 3)), np.full((2, 3), 7.0)
+    reference = replace(outputs(first, second), precise=(first + 0.5,))
+    case = judged(reference, outputs(first + 1, second), gates=gates_of(rounding=2))
+    assert (case.rounding.error_reference, case.rounding.error_exported, case.rounding_ratio) == (0.5, 0.5, 1)
+
+
+def test_perplexity_is_the_textbooks_over_real_targets():
+    logits = np.log(np.array([[[0.5, 0.5, 1e-9], [0.1, 0.1, 0.8], [0.2, 0.2, 0.6]]]))
+    targets = np.array([[0, 2, -1]])
+    mask = np.ones((1, 3), bool)
+    reference = replace(outputs(logits, real=[mask]), targets=(targets,))
+    case = judged(reference, outputs(logits - 3, real=[mask]), gates=gates_of(perplexity=1e-5))
+    assert case.perplexity_reference == pytest.approx((0.5 * 0.8) ** -0.5, rel=1e-6) and case.passed
+    wrong = judged(reference, outputs(logits[:, ::-1].copy(), real=[mask]), gates=gates_of(perplexity=1e-2))
+    assert not wrong.passed and "the perplexity is" in wrong.failures[0]
+
+
+def test_no_target_is_no_perplexity():
+    mask = np.ones((1, 1), bool)
+    reference = replace(outputs([[[1.0, 2.0]]], real=[mask]), targets=(np.array([[-1]]),))
+    assert judged(reference, outputs([[[1.0, 2.0]]], real=[mask])).perplexity_reference is None
+
+
+def test_a_reference_that_is_no_number_fails():
+    case = judged(outputs([[np.nan, 1.0]]), outputs([[1.0, 1.0]]))
+    assert not case.passed and "the error is nan" in case.failures[0]
 
 
 def test_accuracy_counts_labelled_rows():
@@ -163,7 +241,22 @@ def test_accuracy_counts_labelled_rows():
 @pytest.mark.parametrize("provider", ["cpu", "cuda"])
 def test_every_dtype_and_provider_has_gates_that_gate(dtype, provider):
     gates = tolerances(dtype, provider)
-    assert gates.relative is not None or gates.kl is not None
-    assert 0.9 < gates.top1 <= 1 and 0 < gates.effect_share < 0.01 and gates.reason
+    assert gates.error is not None or gates.kl is not None
+    assert 0.9 < gates.top1 <= 1 and 0 < gates.share < 0.01 and 1 < gates.rounding <= 4
+    assert {gate.measure: gate.limit for gate in gates.gates} == {name: getattr(gates, name) for name in MEASURES}
+    assert all(gate.reason and not gate.overridden for gate in gates.gates)
     if dtype == "float32":
-        assert gates.relative <= 1e-3 and gates.effect_ratio >= 10
+        assert gates.error <= 1e-3 and gates.effect >= 10
+
+
+def test_a_limit_can_be_given_and_is_recorded_as_such():
+    gates = tolerances("float16", "cpu", {"top1": 0.97})
+    given = next(gate for gate in gates.gates if gate.measure == "top1")
+    assert gates.top1 == 0.97 and given.overridden and given.reason.startswith("given; the table says 0.99")
+    assert limits_from_below("top1") and not limits_from_below("kl")
+
+
+def test_a_limit_for_no_measure_is_refused():
+    with pytest.raises(UsageProblem, match="for a measure that there is not") as refused:
+        tolerances("float32", "cpu", {"top-1": 0.9})
+    assert refused.value.found == "top-1" and "top1" in refused.value.expected

@@ -85,8 +85,8 @@ def test_the_distance_to_the_best_token_is_measured_after_those_before_it():
     logits = np.array([[[9.0, 1, 2], [0, 5, 4], [7, 7, 0], [1, 1, 1]]], np.float32)
 
     class Fixed:
-        def run(self, inputs):
-            assert inputs["input_ids"].tolist() == [[2, 0, 1, 2]]
+        def run(self, inputs, *, n_generated):
+            assert inputs["input_ids"].tolist() == [[2, 0, 1, 2]] and n_generated == 2
             return {"logits": logits}
 
     assert decoding._behind(Fixed(), [2, 0], [1, 2]).tolist() == [0, 7]

@@ -10,7 +10,7 @@ import pytest
 from lora_export.artifact import read_manifest
 from lora_export.base.tasks import Task
 from lora_export.errors import InputRefused
-from lora_export.verify.examples import Batcher, Row, built_in_examples, ragged, read_examples
+from lora_export.verify.examples import Batcher, Row, built_in_examples, read_examples
 
 
 def test_text_lines_and_json_lines(tmp_path):
@@ -95,6 +95,15 @@ def test_decoders_get_positions_and_padding_on_the_side_asked_for(exports):
     assert not any(name.startswith("past") for name in made.inputs)
 
 
+@pytest.mark.parametrize(("side", "expected"), [("right", [[1, 2, -1], [-1] * 3]), ("left", [[1, 2, -1], [-1] * 3])])
+def test_a_decoders_targets_are_the_tokens_that_follow(side, expected, exports):
+    made = batcher(exports, "llama-base", Task.TEXT_GENERATION).batch([Row("abc"), Row("a")], padding_side=side)
+    ids = made.inputs["input_ids"]
+    wanted = [[-1 if place < 0 else ids[row, place] for place in places] for row, places in enumerate(expected)]
+    assert made.targets.tolist() == wanted
+    assert batcher(exports, "bert-merged", Task.TEXT_CLASSIFICATION).batch([Row("abc")]).targets is None
+
+
 def test_long_texts_are_cut(exports):
     found = batcher(exports, "llama-base", Task.TEXT_GENERATION).batch([Row("x" * 5000)])
     assert found.inputs["input_ids"].shape == (1, 96)
@@ -129,18 +138,3 @@ def test_rows_are_batched_in_order(exports):
     batches = made.batches(examples, 2)
     assert [len(batch.labels) for batch in batches] == [2, 2, 1]
     json.dumps(examples.description)
-
-
-def test_rows_of_one_length_are_cut_to_different_ones_on_the_left():
-    mask = np.ones((4, 8), np.int64)
-    inputs = {"input_ids": np.arange(32).reshape(4, 8), "attention_mask": mask, "position_ids": mask.cumsum(axis=1) - 1}
-    found = ragged(inputs)
-    assert found["attention_mask"].sum(axis=1).tolist() == [2, 4, 6, 8]
-    assert found["position_ids"][0].tolist() == [0, 0, 0, 0, 0, 0, 0, 1]
-    assert (found["input_ids"] == inputs["input_ids"]).all() and mask.all(), "the inputs are left as they were"
-
-
-def test_a_row_that_is_short_already_keeps_its_tokens():
-    mask = np.array([[0, 0, 0, 1], [1, 1, 1, 1]])
-    assert ragged({"attention_mask": mask})["attention_mask"].tolist() == [[0, 0, 0, 1], [1, 1, 1, 1]]
-    assert ragged({"attention_mask": np.ones((3, 2), np.int64)})["attention_mask"].sum(axis=1).tolist() == [1, 1, 2]

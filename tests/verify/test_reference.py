@@ -52,3 +52,16 @@ def test_several_adapters_add_up(bases, adapters):
     with both.without_adapter():
         plain = outputs_of(unmerged(bases["llama"], "LlamaForCausalLM"), inputs)
         np.testing.assert_allclose(both.run(inputs)["logits"], plain, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "wider"), [("float16", np.float32), ("float32", np.float64)])
+def test_the_same_model_at_a_wider_dtype_is_nearer_to_the_truth(dtype, wider, bases, adapters):
+    chat, inputs = [TrainedAdapter(adapters["chat"])], inputs_for("llama")
+    found = Reference(Task.TEXT_GENERATION, bases["llama"], chat, dtype, None, with_precise=True)
+    truth = Reference(Task.TEXT_GENERATION, bases["llama"], chat, "float64", None).run(inputs)["logits"]
+    own, precise = found.run(inputs)["logits"], found.precise.run(inputs)["logits"]
+    assert precise.dtype == wider and own.dtype == np.float32
+    assert 0 < np.abs(own - truth).max() > 100 * np.abs(precise - truth).max()
+    with found.without_pairs():
+        assert np.abs(found.precise.run(inputs)["logits"] - precise).max() > 0.01
+    assert np.array_equal(found.precise.run(inputs)["logits"], precise)
