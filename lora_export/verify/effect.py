@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Standard errors: over 200 sound exports the largest deviation was below 3.
+# Standard errors: of 200 sound exports the one that came nearest used 0.84 of the tolerance.
 _STANDARD_ERRORS = 4
 # A share that is not even known to be nearer to 1 than to 0 shows no adapter.
 _LARGEST = 0.5
