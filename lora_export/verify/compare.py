@@ -108,7 +108,7 @@ def compare(
         effect = float(np.abs(expected[: len(other := without.positions())] - other).max(initial=0))
         ratio = effect / max(error, np.finfo(np.float64).tiny)
         case = replace(case, effect=effect, effect_ratio=ratio, effect_ratio_minimum=gates.effect)
-        share = effect_share(expected, actual, other, gates.share or 0)
+        share = effect_share(expected, actual, other, gates.share or 0, _largest_rounding(case, expected, gates))
         maximum = None if gates.share is None else share.tolerance
         case = replace(case, effect_share=share.value, effect_share_tolerance=maximum)
     return replace(case, failures=tuple(_failures(case)))
@@ -142,6 +142,13 @@ def _with_rounding(
     luck = scatter_of_ratio(reference.n_flattened or len(precise))
     maximum = None if gates.rounding is None else gates.rounding * luck
     return replace(case, rounding=found, rounding_ratio=ratio, rounding_ratio_maximum=maximum)
+
+
+def _largest_rounding(case: ParityCase, expected: np.ndarray, gates: Tolerances) -> float | None:
+    """Root mean square of what the outputs may be off by rounding: what is allowed of PyTorch's; None if unknown."""
+    if case.rounding is None or gates.rounding is None:
+        return None
+    return gates.rounding * max(case.rounding.rms_reference, gates.epsilon / 4 * rms(expected))
 
 
 def _perplexity(reference: Outputs, logits: np.ndarray) -> float | None:
