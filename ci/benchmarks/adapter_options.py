@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import peft
@@ -68,9 +68,9 @@ def whole_head(architecture: Architecture, rank: int) -> peft.LoraConfig | None:
     return lora(architecture, rank, modules_to_save=[architecture.head]) if architecture.head else None
 
 
-def tokens(architecture: Architecture, rank: int) -> peft.LoraConfig | None:
+def tokens(architecture: Architecture, rank: int, chosen: Sequence[int] = (5, 9, 30)) -> peft.LoraConfig | None:
     """Rows of the embedding, which PEFT finds by itself but in CLIP."""
-    indices = [5, 9, 30]
+    indices = list(chosen)
     found = {"token_embedding": indices} if architecture.config.startswith("CLIP") else indices
     return None if architecture.config in IMAGES else lora(architecture, rank, trainable_token_indices=found)
 

@@ -22,12 +22,14 @@ class GraphDamage:
         options: The adapter options (`adapter_options.py`) that it is done to.
         change: Alters the graph in place; whether there was anything to damage.
         dtypes: The dtypes of exports that it is done to; empty for all.
+        not_on: Architectures that it does nothing to.
     """
 
     name: str
     change: Callable[[onnx.ModelProto, GraphContract], bool]
     options: tuple[str, ...] = ("lora",)
     dtypes: tuple[str, ...] = ()
+    not_on: tuple[str, ...] = ()
 
 
 class _Prelude:
@@ -147,7 +149,8 @@ def gate_one_late(model: onnx.ModelProto, contract: GraphContract) -> bool:
 
 
 GRAPH_DAMAGES = (
-    GraphDamage("padding read", padding_read),
+    # CLIP's texts are padded on the right only, and its attention is causal.
+    GraphDamage("padding read", padding_read, not_on=("CLIP",)),
     GraphDamage("cache read one short", past_one_short),
     GraphDamage("positions off by one after a cache", positions_after_a_past),
     GraphDamage("a row reads its neighbour's adapter", neighbours_row, ("lora", "modules_to_save", "bias", "dora")),

@@ -25,8 +25,8 @@ EVERY = (*DAMAGES, *GRAPH_DAMAGES)
 _MEASURES = {
     "NaN or infinite": "not finite",
     "shapes differ": "shapes",
-    "of the output's size": "error",
-    "what PyTorch itself loses": "rounding",
+    "what PyTorch itself loses": "error over rounding",
+    "the error is": "error",
     "the perplexity is": "perplexity",
     "the distributions differ": "KL",
     "the best class agrees": "top-1",
@@ -99,6 +99,10 @@ def markdown(cells: Sequence[Cell], sound: Sequence[SoundExport]) -> str:
     return "\n".join(lines) + f"\n\nOf {len(sound)} sound exports {alarms} failed.\n"
 
 
+def _sound(entry: dict) -> SoundExport:
+    return SoundExport(**entry | {name: tuple(entry[name]) for name in ("ranks", "alphas")})
+
+
 def _counted(cells: Sequence[Cell]) -> str:
     return f"{sum(cell.caught for cell in cells)} of {len(cells)}" if cells else "–"
 
@@ -136,4 +140,4 @@ def read_result() -> tuple[list[Cell], list[SoundExport]]:
     """What `results/mutations.json` holds."""
     fields = json.loads(RESULT.read_text(encoding="utf-8"))
     cells = [Cell(**entry | {"measures": tuple(entry["measures"])}) for entry in fields["cells"]]
-    return cells, [SoundExport(**entry | {"ranks": tuple(entry["ranks"])}) for entry in fields["sound"]]
+    return cells, [_sound(entry) for entry in fields["sound"]]

@@ -85,7 +85,8 @@ def run_subject(subject: Subject, damages: Sequence[Damage | GraphDamage], base:
 
 
 def _applies(damage: Damage | GraphDamage, subject: Subject) -> bool:
-    return subject.option.name in damage.options and (not damage.dtypes or subject.dtype in damage.dtypes)
+    is_for_it = subject.option.name in damage.options and subject.architecture not in damage.not_on
+    return is_for_it and (not damage.dtypes or subject.dtype in damage.dtypes)
 
 
 def _do(damage: Damage | GraphDamage, folder: Path, trained: tuple, n_used: int) -> bool:

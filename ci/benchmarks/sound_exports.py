@@ -16,8 +16,10 @@ from lora_export.artifact import Kind
 from lora_export.errors import LoraExportError
 from lora_export.verify.results import Verdict
 
-# Of the noise that stands for a training, from weak (a change of a weight's few percent) to strong.
-_STRENGTHS = (0.003, 0.3)
+# Of the noise that stands for a training: a change of a weight of a few percent of its size, to one as large as it.
+_STRENGTHS = (0.003, 0.1)
+# α over the rank, as it is usually chosen.
+_SCALES = (0.5, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class SoundExport:
     dtype: str
     kind: str
     ranks: tuple[int, ...]
-    alpha: int
+    alphas: tuple[float, ...]
     strength: float
     effect_ratio: float | None
     share_used: float | None
@@ -52,7 +54,7 @@ class SoundExport:
 
     def line(self) -> str:
         what = f"{self.architecture:<15} {self.option:<16} {self.dtype:<8} {self.kind:<8} ranks {self.ranks}"
-        how = f"alpha {self.alpha}, strength {self.strength:.3f}"
+        how = f"alphas {self.alphas}, strength {self.strength:.3f}"
         measured = f"effect/error {self.effect_ratio or 0:.1e}, {self.share_used or 0:.2f} of what a share may be off"
         return f"sound {self.seed:>3}  {what} {how}  {measured}  {self.seconds:.1f} s  {self.failure or 'passes'}"
 
@@ -73,14 +75,14 @@ def sound_export(subject: Subject, seed: int, base: Path, folder: Path) -> Sound
     ranks = tuple(draw.randint(1, 12) for _ in range(draw.randint(1, 3)))
     if subject.kind is Kind.MERGED and subject.brings_head:
         ranks = ranks[:1]  # a merged graph holds one head
-    alpha = draw.choice((1, 4, 8, 16, 32))
+    alphas = tuple(rank * draw.choice(_SCALES) for rank in ranks)
     strength = math.exp(draw.uniform(*map(math.log, _STRENGTHS)))
     adapters = [
         make_adapter(
             subject.base, subject.option, base, rank, folder / f"adapter-{index}",
             strength=strength, seed=1000 * seed + index, alpha=alpha,
         )
-        for index, rank in enumerate(ranks)
+        for index, (rank, alpha) in enumerate(zip(ranks, alphas, strict=True))
     ]  # fmt: skip
     export_subject(subject, base, adapters, folder / "export")
     report = checked(folder / "export")
@@ -93,6 +95,6 @@ def sound_export(subject: Subject, seed: int, base: Path, folder: Path) -> Sound
         failure = "; ".join(f"{case.name}: {text}" for case in report.cases for text in case.failures)
         failure = failure or ("" if report.verdict is Verdict.PASS else "nothing was compared")
     return SoundExport(
-        seed, subject.architecture, subject.option.name, subject.dtype, str(subject.kind), ranks, alpha, strength,
+        seed, subject.architecture, subject.option.name, subject.dtype, str(subject.kind), ranks, alphas, strength,
         min(ratios, default=None), max(used, default=None), failure, round(time.monotonic() - started, 2),
     )  # fmt: skip

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import transformers
-from adapter_options import OPTIONS, REFUSED, AdapterOption
+from adapter_options import OPTIONS, REFUSED, AdapterOption, tokens
 from adapter_values import Arrays
 from architectures import CATALOGUE, Architecture
 
@@ -26,6 +27,9 @@ _EVERY = (
     "lora", "dora", "rslora", "rank_pattern", "modules_to_save", "bias", "lora_bias", "trainable_tokens", "embedding",
 )  # fmt: skip
 _BY_NAME = {option.name: option for option in OPTIONS}
+# Half of the vocabulary, so that every text has some of them.
+_TOKENS = replace(_BY_NAME["trainable_tokens"], config=partial(tokens, chosen=range(4, 304)))
+_BY_NAME["trainable_tokens"] = _TOKENS
 # What is exported of each architecture: every option where its task has no other, else what only it shows.
 _OPTIONS = {
     "BERT, features": ("lora", "dora", "rslora", "modules_to_save", "embedding"),

@@ -13,6 +13,10 @@ from lora_export.verify.effect import effect_share
 from lora_export.verify.measures import mean_kl, perplexity, rms, scatter_of_ratio, top1_agreement
 from lora_export.verify.tolerances import Tolerances
 
+# Of the limit of two, 1.3 is what sound exports have where there are many positions; the rest is a margin for chance,
+# beyond which few positions widen it.
+_OF_THE_LIMIT = 0.65
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -134,9 +138,18 @@ def _with_rounding(
     # Rounding the output alone, to the dtype, gives a quarter of a unit; PyTorch may have had more luck than that.
     least = gates.epsilon / 4 * rms(precise)
     ratio = found.rms_exported / max(found.rms_reference, least, np.finfo(np.float64).tiny)
-    luck = scatter_of_ratio(reference.n_flattened or len(precise))
+    luck = max(1.0, _OF_THE_LIMIT * scatter_of_ratio(reference.n_flattened or len(precise)))
     maximum = None if gates.rounding is None else gates.rounding * luck
     return replace(case, rounding=found, rounding_ratio=ratio, rounding_ratio_maximum=maximum)
+
+
+def _largest_rounding(case: ParityCase, expected: np.ndarray, gates: Tolerances) -> float | None:
+    """Root mean square of the export less PyTorch at the same dtype that rounding explains, both sides' together; None
+    if unknown."""
+    if case.rounding is None or gates.rounding is None:
+        return None
+    own = max(case.rounding.rms_reference, gates.epsilon / 4 * rms(expected))
+    return math.hypot(1.0, _OF_THE_LIMIT * gates.rounding) * own
 
 
 def _perplexity(reference: Outputs, logits: np.ndarray) -> float | None:
@@ -167,7 +180,7 @@ def _with_effect(
     effect = float(np.abs(expected[: len(without)] - without).max(initial=0))
     ratio = effect / max(case.error, np.finfo(np.float64).tiny)
     case = replace(case, effect=effect, effect_ratio=ratio, effect_ratio_minimum=gates.effect)
-    share = effect_share(expected, actual, without, gates.effect_share or 0)
+    share = effect_share(expected, actual, without, gates.effect_share or 0, _largest_rounding(case, expected, gates))
     tolerance = None if gates.effect_share is None else share.tolerance
     return replace(case, effect_share=share.value, effect_share_tolerance=tolerance)
 

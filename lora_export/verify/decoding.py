@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from lora_export.verify.examples import Batch, Batcher, Examples
 from lora_export.verify.invoked import with_invocation
 from lora_export.verify.probe import Probe
 from lora_export.verify.probes import step_probe, worst_probes
+from lora_export.verify.ragged import ragged
 from lora_export.verify.reference import Reference
 from lora_export.verify.runs import run_reference
 from lora_export.verify.tolerances import Tolerances
@@ -42,7 +44,7 @@ def decoding_cases(
 ) -> list[ParityCase]:
     """Left padding, cached steps (a chunk, then single tokens) and greedy agreement of one adapter."""
     invocation = session.manifest.adapter(adapter).invocation_tokens if isinstance(adapter, str) else None
-    batch = with_invocation(batcher.batch(examples.rows[-_ROWS:], padding_side="left"), invocation)
+    batch = with_invocation(_ragged(batcher.batch(examples.rows[-_ROWS:], padding_side="left")), invocation)
     expected = run_reference(reference, [batch], precisely=True)
     whole = session.run(batch.inputs | empty_cache(session, _ROWS), adapter)["logits"].astype(np.float32)
     stepped = np.concatenate([logits for *_, logits in _steps(session, batch, adapter)], axis=1)
@@ -57,14 +59,19 @@ def decoding_cases(
     where.find(padded, lambda: worst_probes(session, adapter, reference, [batch], expected, with_whole))
     where.find(cached, lambda: _step_probes(session, adapter, reference, batch, expected.values[0], stepped, gates))
     prompts = [
-        ids[real][:_PROMPT_TOKENS].tolist() + list(invocation or ())
-        for ids, real in zip(batch.inputs["input_ids"], batch.real, strict=True)
+        ids[real][: _PROMPT_TOKENS * (row + 1) // _ROWS].tolist() + list(invocation or ())
+        for row, (ids, real) in enumerate(zip(batch.inputs["input_ids"], batch.real, strict=True))
     ]
     found = generate(session, prompts, adapter, max_new_tokens=GREEDY_TOKENS)
     behind = [_behind(reference, *pair) for pair in zip(prompts, found, strict=True)]
     greedy = greedy_case(label, behind, noise_of(cached, expected.positions(), gates), gates)
     where.cannot(greedy, NO_GREEDY)
     return [padded, cached, greedy]
+
+
+def _ragged(batch: Batch) -> Batch:
+    inputs = ragged(batch.inputs)
+    return replace(batch, inputs=inputs, real=inputs["attention_mask"].astype(bool))
 
 
 def _steps(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Standard errors: over 200 sound exports the largest deviation was below 3.
+# Standard errors: of 200 sound exports the one that came nearest used 0.84 of the tolerance.
 _STANDARD_ERRORS = 4
 # A share that is not even known to be nearer to 1 than to 0 shows no adapter.
 _LARGEST = 0.5
@@ -28,7 +28,9 @@ class EffectShare:
     tolerance: float
 
 
-def effect_share(expected: np.ndarray, found: np.ndarray, without: np.ndarray, rounding: float) -> EffectShare:
+def effect_share(
+    expected: np.ndarray, found: np.ndarray, without: np.ndarray, rounding: float, noise: float | None = None
+) -> EffectShare:
     """The share of the effect that `found` has, over the first positions, which `without` holds.
 
     The tolerance is `rounding + 4 ρ/√n + ρ²`, at most 0.5, for `n` positions: that of a slope whose `n` errors are
@@ -38,6 +40,8 @@ def effect_share(expected: np.ndarray, found: np.ndarray, without: np.ndarray, r
     Args:
         expected, found, without: `[positions, values]`.
         rounding: What the rounding of the stored factors alone may change a scale by.
+        noise: The most that rounding of the outputs can be, root mean square, where that is known: `ρ` is no larger
+            than it makes it, as what a damage bends is no rounding.
     """
     effect = expected[: len(without)] - without
     arrived = found[: len(without)] - without
@@ -46,5 +50,7 @@ def effect_share(expected: np.ndarray, found: np.ndarray, without: np.ndarray, r
         return EffectShare(0.0, _LARGEST)
     share = float((arrived * effect).sum()) / square
     rest = math.sqrt(float(np.square(arrived - share * effect).sum()) / square)
+    if noise is not None:
+        rest = min(rest, noise / math.sqrt(square / effect.size))
     tolerance = rounding + _STANDARD_ERRORS * rest / math.sqrt(len(without)) + rest**2
     return EffectShare(share, min(_LARGEST, tolerance))

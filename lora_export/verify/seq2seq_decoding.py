@@ -16,6 +16,7 @@ from lora_export.verify.decoding import GREEDY_TOKENS, NO_GREEDY, first_failing,
 from lora_export.verify.examples import Batch, Examples
 from lora_export.verify.probe import Probe
 from lora_export.verify.probes import seq2seq_step_probe, whole_probe, worst_probes
+from lora_export.verify.ragged import ragged
 from lora_export.verify.reference import Reference
 from lora_export.verify.runs import run_reference
 from lora_export.verify.seq2seq_examples import Seq2SeqBatcher
@@ -42,6 +43,8 @@ def seq2seq_decoding_cases(
     """
     text = None if examples is None else examples.rows[-_ROWS:]
     batch = batcher.noise(_ROWS) if text is None else batcher.batch(text, padding_side="left")
+    if text is not None:
+        batch = replace(batch, inputs=ragged(batch.inputs))
     expected = run_reference(reference, [batch], precisely=True)
     described = "PEFT, unmerged, without a cache"
 

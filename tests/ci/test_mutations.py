@@ -149,7 +149,7 @@ def test_the_result_is_written_and_read_back(tmp_path, monkeypatch):
     cell = mutations.Cell(
         "A transposed", "lora", "ViT", "image-classification", "float32", "merged", "a", ("error",), None, 1e-6, 0.1
     )
-    entry = sound_exports.SoundExport(0, "ViT", "lora", "float32", "merged", (3,), 8, 0.1, 5.0, 0.1, "", 0.1)
+    entry = sound_exports.SoundExport(0, "ViT", "lora", "float32", "merged", (3,), (8,), 0.1, 5.0, 0.1, "", 0.1)
     mutation_results.write_result([cell, replace(cell, case="", measures=())], [entry], {"bfloat16": "no kernel"})
     cells, sound = mutation_results.read_result()
     assert cells == [cell, replace(cell, case="", measures=())] and sound == [entry]

@@ -42,6 +42,24 @@ def greedy(exports, bases, adapters, monkeypatch):
     return run
 
 
+def test_the_built_in_examples_pad_a_decoder_on_the_left(exports, bases, adapters, monkeypatch):
+    """Without padding in it, a graph that reads padding would pass."""
+    seen = []
+    session = AdapterSession(exports["llama-dynamic"], "cpu")
+    original = session.run
+    monkeypatch.setattr(session, "run", lambda inputs, *rest: seen.append(inputs) or original(inputs, *rest))
+    reference = Reference(Task.TEXT_GENERATION, bases["llama"], [TrainedAdapter(adapters["chat"])], "float32", None)
+    batcher = Batcher(exports["llama-dynamic"], Task.TEXT_GENERATION, session.manifest.contract)
+    gates = tolerances("float32", "cpu")
+    where = Where(gates, exports["llama-dynamic"])
+    cases = decoding.decoding_cases("chat", "chat", session, reference, batcher, built_in_examples(), gates, where)
+    assert all(case.passed for case in cases)
+    whole, prompts = seen[0]["attention_mask"], seen[-32]["attention_mask"]
+    for mask in (whole, prompts):
+        assert len(set(mask.sum(axis=1).tolist())) == 4, "rows of four lengths"
+        assert (np.diff(mask, axis=1) >= 0).all(), "padded on the left"
+
+
 def change_the_last_token(continuations: list[list[int]]) -> None:
     """Nothing follows it."""
     continuations[0][-1] = (continuations[0][-1] + 1) % 260

@@ -70,3 +70,14 @@ def test_only_the_first_positions_are_looked_at_where_the_reference_without_has_
     expected, found, without = made(noise=0)
     found[100:] += 7
     assert effect_share(expected, found, without[:100], ROUNDING).value == pytest.approx(1, abs=1e-12)
+
+
+def test_what_a_damage_bends_is_not_taken_for_rounding_where_that_is_known():
+    expected, found, without = made(noise=0.001, scale=1.01, n=16)
+    bent = found + 0.03 * (expected - without) ** 2
+    share = effect_share(expected, bent, without, ROUNDING)
+    known = effect_share(expected, bent, without, ROUNDING, noise=0.002)
+    assert share.value == known.value and known.tolerance < 0.005 < share.tolerance
+    assert effect_share(expected, found, without, ROUNDING, noise=9.0) == effect_share(
+        expected, found, without, ROUNDING
+    )

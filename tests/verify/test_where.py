@@ -22,6 +22,7 @@ from lora_export.verify import probe, where
 from lora_export.verify.check_results import CheckReport
 from lora_export.verify.divergence_results import Reproduction
 from lora_export.verify.probe import Seen
+from lora_export.verify.runs import run_reference
 
 # Runs a script where nothing but the standard library, NumPy and ONNX Runtime can be imported.
 ONLY_ONNXRUNTIME = """
@@ -327,9 +328,11 @@ def test_the_node_is_known_and_its_script_passes_once_the_export_is_sound(export
 
 def test_an_adapter_without_effect_has_no_node_to_name(exports, own, adapters, monkeypatch):
     """The export is what PEFT computes; the case fails because that is nothing."""
-    from lora_export.verify import compare
+    from lora_export.verify import parity
 
-    monkeypatch.setattr(compare, "_effect", lambda expected, without: 0.0)
+    monkeypatch.setattr(
+        parity, "_without", lambda reference, batches, records, bench: run_reference(reference, batches)
+    )
     found = checked(own(exports["classifier-merged"])).divergence
     assert not found.found and found.reproduction is None
     assert found.sentence.startswith("On the row with the largest error every module agrees with PyTorch")
