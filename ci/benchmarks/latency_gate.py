@@ -13,6 +13,7 @@ Every block ratio is kept, in ten thousandths. Run it pinned to a core, on a mac
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections import Counter
@@ -62,9 +63,10 @@ class _Slowed:
 
 
 def open_slowed(folder: Path, share: float) -> AdapterSession:
-    """A session of the export whose runs take `share` longer."""
+    """A session of the export, whose runs take `share` longer unless that is 0."""
     opened = AdapterSession(folder, "cpu", stop_spinning=True)
-    opened.session = _Slowed(opened.session, share)
+    if share:
+        opened.session = _Slowed(opened.session, share)
     return opened
 
 
@@ -90,9 +92,9 @@ class Outcome:
 
 def one_run(folder: Path, number: int, shares: Mapping[str, float], blocks: int) -> list[Outcome]:
     """Measure as `bench` does: the export, and again with each of the `shares` added."""
-    openers = {name: partial(open_slowed, folder, share) for name, share in shares.items()}
-    openers = {_BASE: partial(AdapterSession, folder, "cpu", stop_spinning=True), **openers}
-    inputs = workload_inputs(read_manifest(folder).graphs, _MODEL.vocab, *_SHAPE)
+    openers = {name: partial(open_slowed, folder, share) for name, share in {_BASE: 0.0, **shares}.items()}
+    vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    inputs = workload_inputs(read_manifest(folder).graphs, vocabulary, *_SHAPE)
     candidates = [Candidate(name, name, name) for name in openers]
     comparisons = [Comparison(name, _BASE, _ALLOWANCE) for name in shares]
     race = Race(_SHAPE, dict.fromkeys(openers, inputs), candidates, comparisons)
