@@ -86,7 +86,7 @@ except SystemExit as done:
         ["bench", "out", "--shape", "4by128"],
         ["bench", "out", "--shape", "4x128x2"],
         ["bench", "out", "--blocks", "3"],
-        ["bench", "out", "--against"],
+        ["bench", "out", "--max-ratio", "tenth"],
         ["run", "out"],
         ["add", "out"],
         ["extract", "base", "-o", "out", "--rank", "4"],
