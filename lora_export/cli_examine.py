@@ -8,6 +8,7 @@ import click
 
 from lora_export import cli_options as options
 from lora_export.cli_output import Display, conclude, guarded
+from lora_export.verify.shapes import Shape
 
 
 @click.command()
@@ -77,7 +78,15 @@ def check(out: Path, data: dict, n_rows: int, merged: Path | None, **given: obje
     help="Another export (yesterday's, say) to time in the same blocks; its base need not exist.",
 )
 @options.examine_options
-def bench(out: Path, **given: object) -> None:
+def bench(
+    out: Path,
+    shapes: tuple[Shape, ...],
+    blocks: int,
+    max_ratio: float | None,
+    budget: Path | None,
+    against: Path | None,
+    **given: object,
+) -> None:
     """Time the export OUT against its base and its merged form, side by side in paired blocks.
 
     With --against also against another export. Measures what changing the adapter takes and the peak memory of each
@@ -97,11 +106,7 @@ def bench(out: Path, **given: object) -> None:
         from lora_export.sources import SourceOverrides
         from lora_export.verify.bench_plan import BenchOptions
 
-        names = ("provider", "shapes", "blocks", "max_ratio", "budget", "against")
-        report, files = pipeline.bench(
-            out,
-            SourceOverrides(given["base"], given["adapters"]),
-            BenchOptions(**{name: given[name] for name in names}),
-            display.progress,
-        )
+        how = BenchOptions(given["provider"], shapes, blocks, max_ratio, budget, against)
+        overrides = SourceOverrides(given["base"], given["adapters"])
+        report, files = pipeline.bench(out, overrides, how, display.progress)
         conclude(report, render_bench_text(report), files, display)

@@ -35,7 +35,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def run_bench(plan: BenchPlan, compared: Mapping[str, Path], progress: Progress) -> BenchReport:
-    """Measure each variant's memory, then time them together, workload by workload.
+    """Open every session once, measure each variant's memory, then time them together, workload by workload.
 
     Args:
         compared: Folders of the base, and of the merged form where the plan has one, by session.
@@ -52,7 +52,6 @@ def run_bench(plan: BenchPlan, compared: Mapping[str, Path], progress: Progress)
     choice = choose_provider(plan.options.provider)
     _require_device(plan, choice.name)
     described = environment(choice.name, choice.reason, _SETTINGS | _memory_settings(choice.name))
-    peaks, memory_notes = measure_memory(plan, folders, choice.name, progress)
     opened: dict[str, tuple[Placement, ...]] = {}
 
     def open_one(name: str) -> Session:
@@ -62,8 +61,12 @@ def run_bench(plan: BenchPlan, compared: Mapping[str, Path], progress: Progress)
 
     openers = {name: partial(open_one, name) for name in dict.fromkeys(c.session for c in plan.races[0].candidates)}
     swaps = ()
-    if plan.manifest.kind is Kind.DYNAMIC:
-        swaps = measure_swap(open_one(EXPORT), plan.races[-1].shape[0], plan.budget)
+    for name, opener in openers.items():  # what cannot run is refused here, before the long measurements
+        session = opener()
+        if name == EXPORT and plan.manifest.kind is Kind.DYNAMIC:
+            swaps = measure_swap(session, plan.races[-1].shape[0], plan.budget)
+        del session
+    peaks, memory_notes = measure_memory(plan, folders, choice.name, progress)
     races = [_race(plan, race) for race in plan.races]
     workloads = measure(openers, races, blocks=plan.options.blocks, progress=partial(progress, "timing"))
     progress("timing", 1, 1)

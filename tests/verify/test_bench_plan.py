@@ -109,3 +109,11 @@ def test_swaps_of_a_merged_export_are_not_measured(exports, tmp_path):
     with pytest.raises(InputRefused, match="a swap that this bench does not measure"):
         plan_of(exports["bert-merged"], tmp_path, "[swap_us]\nbound = 9")
     assert plan_of(exports["bert-dynamic"], tmp_path, "[swap_us]\nbound = 9").budget.swap_us == {"bound": 9.0}
+
+
+def test_the_sample_fits_a_classifier_s_usual_shapes(exports):
+    sample = Path(__file__).parents[2] / "ci/latency-budget.toml"
+    plan = plan_bench(exports["bert-dynamic"], BenchOptions("cpu", budget=sample))
+    by_shape = {race.shape: {c.variant: c.allowance for c in race.comparisons} for race in plan.races}
+    assert by_shape[4, 128, 0]["dynamic"] < by_shape[1, 32, 0]["dynamic"] == by_shape[16, 64, 0]["dynamic"]
+    assert by_shape[16, 64, 0]["mixed rows"] is None is not by_shape[4, 128, 0]["mixed rows"]
