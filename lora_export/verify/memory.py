@@ -10,6 +10,7 @@ has on the device when all has run: ONNX Runtime's arena does not shrink, so tha
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ METHOD = {
 }
 _QUERY = ("nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
 _MIB = 1024**2 / 1e6  # in megabytes of 10⁶ bytes
-_LAST_WORDS = 2000
+_LAST_WORDS, _GRACE_SECONDS = 2000, 10
 
 
 def peaks_mb(job: MemoryJob) -> dict[str, float]:
@@ -47,6 +48,9 @@ def peaks_mb(job: MemoryJob) -> dict[str, float]:
         )
         try:
             found = _watched(process, job)
+            if found is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_GRACE_SECONDS)  # for its own exit status
         finally:
             process.kill()
             process.communicate()

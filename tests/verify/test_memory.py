@@ -51,7 +51,7 @@ def test_a_process_that_ends_early_is_no_peak_of_zero(tmp_path):
     with pytest.raises(EnvironmentUnusable) as caught:
         peaks_mb(MemoryJob(str(tmp_path), "cpu", 100, [((1, 1, 0), None)]))
     assert "its process ended early" in str(caught.value) and "The folder holds no export" in str(caught.value)
-    assert "exit status" in str(caught.value)
+    assert "exit status 1" in str(caught.value)
 
 
 @pytest.fixture
