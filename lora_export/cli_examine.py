@@ -69,7 +69,7 @@ def check(out: Path, data: dict, n_rows: int, merged: Path | None, **given: obje
 @click.option(
     "--budget",
     type=click.Path(path_type=Path),
-    help="TOML file of allowances: ratios by variant and shape, swaps, memory (see ci/latency-budget.toml).",
+    help='TOML file of allowances: [ratio] and [ratio."4x128"] by variant, [swap_us], [memory_mb], [device_memory_mb].',
 )
 @click.option(
     "--against",

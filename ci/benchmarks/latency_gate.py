@@ -5,7 +5,8 @@
 One run is one measurement as `lora-export bench` makes it, through its own code, with an allowance of 1.02. In an
 equal run one export is opened twice, so a FAIL is a false alarm. In a slowed run it is opened three times, as it is and
 with 5 % and 10 % added: a FAIL is right. A slowdown is a busy wait behind each run of ONNX Runtime, of that share of
-the time that this very run took. What simpler methods say of the same samples is recorded beside it.
+the processor's time that this very run took: of the clock's time, it would grow with whatever else wants the core. What
+simpler methods say of the same samples is recorded beside it.
 
 Every block ratio is kept, in ten thousandths. Run it pinned to a core, on a machine that does nothing else.
 """
@@ -47,18 +48,21 @@ _WRITE_EVERY = 10
 
 
 class _Slowed:
-    """An ONNX Runtime session whose runs take `share` longer, by a busy wait in proportion to each run's own time."""
+    """An ONNX Runtime session whose runs take `share` longer, by a busy wait in proportion to each run's own time.
+
+    Pinned to one core, ONNX Runtime runs in the thread that calls it, and that thread's time is the run's.
+    """
 
     def __init__(self, session: ort.InferenceSession, share: float) -> None:
         self._session, self._share = session, share
         self.get_inputs, self.get_outputs, self.io_binding = session.get_inputs, session.get_outputs, session.io_binding
 
     def run_with_iobinding(self, binding: ort.IOBinding) -> None:
-        start = time.perf_counter()
+        start = time.thread_time()
         self._session.run_with_iobinding(binding)
-        now = time.perf_counter()
+        now = time.thread_time()
         end = now + self._share * (now - start)
-        while time.perf_counter() < end:
+        while time.thread_time() < end:
             pass
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lora_export.errors import EnvironmentUnusable
+from lora_export.runtime.seq2seq_session import open_export
 from lora_export.verify import memory
-from lora_export.verify.bench import _unsettled, measure_memory
+from lora_export.verify.bench import _race, _unsettled, measure_memory
 from lora_export.verify.bench_plan import BenchOptions, BenchPlan, plan_bench
 from lora_export.verify.bench_results import Variant, WarmUp, Workload
+from lora_export.verify.latency import bound_runs
 from lora_export.verify.memory_job import MemoryJob
 from lora_export.verify.results import Verdict
 
@@ -70,6 +73,18 @@ def test_an_unknown_peak_with_an_allowance_is_no_pass(exports, tmp_path, monkeyp
     with pytest.raises(EnvironmentUnusable, match="memory that this machine does not tell") as caught:
         measure_memory(planned(folder, tmp_path, "[memory_mb]\ndynamic = 9"), folders(folder), "cpu", quiet)
     assert "dynamic: no figure for the process" in str(caught.value)
+
+
+def test_another_export_gets_the_same_inputs_in_its_own_dtype(exports):
+    """Decoders take the cache in the dtype that they compute in."""
+    plan = plan_bench(exports["llama-base"], BenchOptions("cpu", [(2, 3, 4)], against=exports["llama-f16-merged"]))
+    race = _race(plan, plan.races[0])
+    mine, other = race.inputs["export"]["model"], race.inputs["against"]["model"]
+    past = "past_key_values.0.key"
+    assert (mine[past].dtype, other[past].dtype) == (np.float32, np.float16)
+    np.testing.assert_array_equal(mine[past].astype(np.float16), other[past])
+    np.testing.assert_array_equal(mine["input_ids"], other["input_ids"])
+    bound_runs(open_export(exports["llama-f16-merged"], "cpu"), None, race.inputs["against"])()
 
 
 def test_a_warm_up_that_was_cut_is_named():
