@@ -31,6 +31,10 @@ _SETTINGS = {
     "rounds": f"{ROUNDS}, each with sessions opened anew in another order",
     "warm-up": RULE,
 }
+_UNKNOWN_MEMORY = {
+    "process": "Memory in the process: unknown, this system has no /proc.",
+    "device": "Memory on the GPU: unknown, nvidia-smi does not name the process (a container hides the ids it knows).",
+}
 Progress = Callable[[str, int, int], None]
 
 
@@ -124,7 +128,7 @@ def measure_memory(
                 )
             else:
                 missing.add(place)
-    return tuple(found), tuple(f"Memory of the {place}: this machine does not tell." for place in sorted(missing))
+    return tuple(found), tuple(_UNKNOWN_MEMORY[place] for place in sorted(missing))
 
 
 def _memory_settings(provider: str) -> dict[str, str]:
