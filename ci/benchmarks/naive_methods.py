@@ -49,8 +49,10 @@ _METHODS: dict[str, Callable[[Sequence[float], Sequence[float]], bool]] = {
 }
 
 
-def verdicts(reference: Sequence[float], other: Sequence[float]) -> dict[str, bool]:
+def verdicts(reference: Sequence[float], other: Sequence[float], what: str) -> dict[str, bool]:
     """Whether each method fails the job, by name, on samples taken in turn and on samples taken one after the other.
+
+    `what` names the samples. The two have as many of them.
 
     "In turn" has every sample of both. "One after the other" has the reference's first half and the other's second
     half: what two jobs would have had that ran one behind the other, each with sessions of its own.
@@ -58,5 +60,7 @@ def verdicts(reference: Sequence[float], other: Sequence[float]) -> dict[str, bo
     half = len(reference) // 2
     pairs = {"in turn": (reference, other), "one after the other": (reference[:half], other[half:])}
     return {
-        f"{method}, {taken}": fails(*samples) for taken, samples in pairs.items() for method, fails in _METHODS.items()
+        f"{method}, {what} {taken}": fails(*samples)
+        for taken, samples in pairs.items()
+        for method, fails in _METHODS.items()
     }

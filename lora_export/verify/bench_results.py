@@ -23,13 +23,16 @@ class Variant:
     Attributes:
         name: "base", "merged", "dynamic", "mixed rows", …
         description: What runs, in words.
-        samples_ms: Milliseconds of every timed run, in the order taken.
+        samples_ms: Milliseconds a run of every timed sample, in the order taken; short runs are timed several to a
+            sample, of which this is the mean.
+        fastest_ms: The fastest run of each sample; ratios are taken from these.
         warm_ups: One for each round of blocks.
     """
 
     name: str
     description: str
     samples_ms: tuple[float, ...]
+    fastest_ms: tuple[float, ...]
     median_ms: float
     rows_per_second: float
     warm_ups: tuple[WarmUp, ...] = ()
@@ -40,7 +43,7 @@ class Ratio:
     """The median ratio of a variant's latency to another's over paired blocks, with its exact confidence interval.
 
     Attributes:
-        block_ratios: One ratio for each ABBA block.
+        block_ratios: One ratio for each ABBA block, of the fastest runs of its samples.
         low, high: Bounds of the interval for the median ratio (order statistics).
         confidence: Coverage of the interval, 0 to 1.
         allowance: Largest ratio allowed; None if the ratio is only reported.

@@ -3,6 +3,10 @@
 A block runs base, a, b, …, b, a, base. A drift of the machine's speed that is linear within a block cancels in the
 ratio of the sums, so only ratios are compared, never milliseconds of different moments.
 
+Other processes add time to some runs and never take any away, so of a sample, which holds several short runs, the
+fastest is compared: what a graph costs, it costs in every run. On a busy machine the interval for the median ratio is
+many times narrower than with the samples' means (`ci/benchmarks/latency_gate.py` counts what either finds).
+
 Two things would still favour one candidate in every block, and both are taken out:
 - Threads of idle sessions: they spin for a while and take the cores from the one that is timed (1.2 × seen between two
   sessions of the same graph on two cores). Sessions must be opened with `stop_spinning`.
@@ -150,9 +154,9 @@ def measure(
 
 @dataclass(frozen=True)
 class _Timing:
-    """What accumulates for one candidate: milliseconds a run in the order taken, and each round's warm-up."""
+    """What accumulates for one candidate: each sample's milliseconds a run (mean, fastest), each round's warm-up."""
 
-    samples_ms: list[float]
+    samples_ms: list[tuple[float, float]]
     warm_ups: list[WarmUp]
 
 
@@ -167,14 +171,16 @@ def _take_blocks(
 ) -> Iterator[int]:
     """Warm up and time `n_blocks` ABBA blocks, yielding after each; what is found is added to the `timings`."""
     runs = [bound_runs(sessions[c.session], c.adapters, race.inputs[c.session]) for c in race.candidates]
-    repeats = []
+    fastest = []
     for run, timing in zip(runs, timings, strict=True):
-        warm, fastest = warm_up(run)
+        warm, seconds = warm_up(run)
         timing.warm_ups.append(warm)
-        repeats.append(max(1, round(_SAMPLE_SECONDS / fastest)))
+        fastest.append(seconds)
+    # The same for all: of more runs, the fastest is faster.
+    repeats = max(1, round(_SAMPLE_SECONDS / min(fastest)))
     for block in range(n_blocks):
         for index in [*range(len(runs)), *reversed(range(len(runs)))]:
-            timings[index].samples_ms.append(_sample_ms(runs[index], repeats[index]))
+            timings[index].samples_ms.append(_sample_ms(runs[index], repeats))
         yield block
 
 
@@ -188,16 +194,21 @@ def _workload(race: Race, timings: Sequence[_Timing]) -> Workload:
 
 
 def _variant(candidate: Candidate, timing: _Timing, batch: int) -> Variant:
-    median = statistics.median(timing.samples_ms)
-    samples, warm_ups = tuple(timing.samples_ms), tuple(timing.warm_ups)
-    return Variant(candidate.name, candidate.description, samples, median, batch / median * 1e3, warm_ups)
+    samples, fastest = zip(*timing.samples_ms, strict=True)
+    median = statistics.median(samples)
+    rate, warm_ups = batch / median * 1e3, tuple(timing.warm_ups)
+    return Variant(candidate.name, candidate.description, samples, fastest, median, rate, warm_ups)
 
 
-def _sample_ms(run: Callable[[], None], repeats: int) -> float:
-    """Milliseconds a run; short runs are timed several at once, behind one untimed that fills the caches."""
+def _sample_ms(run: Callable[[], None], repeats: int) -> tuple[float, float]:
+    """Milliseconds of a run, mean and fastest of `repeats`; short runs go behind one untimed that fills the caches."""
     if repeats > 1:
         run()
-    start = time.perf_counter()
+    seconds = []
+    before = time.perf_counter()
     for _ in range(repeats):
         run()
-    return (time.perf_counter() - start) / repeats * 1e3
+        after = time.perf_counter()
+        seconds.append(after - before)
+        before = after
+    return statistics.fmean(seconds) * 1e3, min(seconds) * 1e3

@@ -62,7 +62,7 @@ def test_the_result_is_written_with_every_ratio(exports, tmp_path, monkeypatch, 
     assert [line.split(":")[0] for line in raw] == ["1 equal", "2 5 % slower", "2 10 % slower", "3 equal"]
     assert all(len(line.split(";")[1].split()) == 6 for line in raw)
     assert {sum(counts.values()) for counts in found["verdicts"].values()} == {1, 2}
-    assert "paired blocks (the gate)" in capsys.readouterr().out
+    assert "paired blocks of fastest runs (the gate)" in capsys.readouterr().out
 
 
 def exact_p(reference: list[float], other: list[float]) -> float:
@@ -90,10 +90,10 @@ def test_mann_whitney_is_near_the_exact_test(seed):
 def test_naive_methods_on_halves_and_on_all():
     """A machine that becomes 10 % slower half-way: what ran in turn is equal, what ran one after the other is not."""
     drifting = [10 + 0.01 * (n % 5) + (n >= 30) for n in range(60)]
-    found = naive_methods.verdicts(drifting, drifting)
+    found = naive_methods.verdicts(drifting, drifting, "means")
     assert found == {
-        "Mann-Whitney p < .05, in turn": False, "medians differ by 5 %, in turn": False,
-        "Mann-Whitney p < .05, one after the other": True, "medians differ by 5 %, one after the other": True,
+        "Mann-Whitney p < .05, means in turn": False, "medians differ by 5 %, means in turn": False,
+        "Mann-Whitney p < .05, means one after the other": True, "medians differ by 5 %, means one after the other": True,
     }  # fmt: skip
 
 

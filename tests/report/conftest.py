@@ -122,7 +122,7 @@ def _variant(name: str, centre: float, n: int, seed: int, description: str = "")
     samples = tuple(centre * (1 + 0.03 * noise.expovariate(1)) for _ in range(n))
     median = sorted(samples)[n // 2]
     return Variant(
-        name, description or f"the {name} graph", samples, median, 8000 / median, (WarmUp(40, 0.2, True),) * 4
+        name, description or f"the {name} graph", samples, samples, median, 8000 / median, (WarmUp(40, 0.2, True),) * 4
     )
 
 
@@ -135,7 +135,7 @@ def gated_bench(subject: Subject, environment: Environment) -> BenchReport:
     """One ratio of each verdict; one variant with a straggler far beyond the rest."""
     merged = _variant("merged", 11.9, 300, 1)
     dynamic = _variant("dynamic", 12.2, 300, 2, description="adapter given as inputs")
-    slow = Variant("mixed rows", "one adapter a row", (*_variant("", 12.9, 60, 3).samples_ms, 480.0), 13.1, 610.0)
+    slow = Variant("mixed rows", "one adapter a row", (*_variant("", 12.9, 60, 3).samples_ms, 480.0), (), 13.1, 610.0)
     first = Workload(8, 128, 0, (_variant("base", 11.8, 300, 4), merged, dynamic, slow), (
         _ratio("dynamic", 1.012, 1.031, 1.048, 1.05, Verdict.PASS),
         _ratio("mixed rows", 1.021, 1.049, 1.083, 1.05, Verdict.AMBIGUOUS),
@@ -179,6 +179,6 @@ def compared_bench(gated_bench: BenchReport, subject: Subject) -> BenchReport:
 @pytest.fixture
 def ungated_bench(subject: Subject, environment: Environment) -> BenchReport:
     """Images, no swap, no memory, no notes, and a variant without runs."""
-    none = Variant("none", "never ran", (), math.nan, math.nan)
+    none = Variant("none", "never ran", (), (), math.nan, math.nan)
     workload = Workload(4, 0, 0, (_variant("merged", 25.0, 12, 7), none), ())
     return BenchReport(subject, environment, (workload,), (), (), (), (), seconds=5.0)

@@ -92,7 +92,7 @@ def test_a_warm_up_that_was_cut_is_named():
     settled, cut = WarmUp(9, 0.2, True), WarmUp(9, 2.0, False)
 
     def variant(name: str, *warm_ups: WarmUp) -> Variant:
-        return Variant(name, "", (1.0,), 1.0, 1.0, warm_ups)
+        return Variant(name, "", (1.0,), (1.0,), 1.0, 1.0, warm_ups)
 
     quick = Workload(1, 8, 0, (variant("base", settled, settled), variant("dynamic", settled, settled)), ())
     noisy = Workload(4, 8, 2, (variant("base", settled, cut), variant("dynamic", cut, cut)), ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from lora_export.artifact import read_manifest
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.seq2seq_session import open_export
+from lora_export.verify import latency
 from lora_export.verify.bench_plan import candidates
 from lora_export.verify.budget import Budget
 from lora_export.verify.latency import ROUNDS, Candidate, Comparison, Race, bound_runs, measure
@@ -89,3 +91,22 @@ def test_a_speech_models_sources_have_its_own_length(exports):
     assert inputs["encoder_model"]["input_features"].shape == (2, 8, 100)
     assert inputs["decoder_with_past_model"]["past_key_values.0.encoder.key"].shape == (2, 2, 50, 16)
     bound_runs(open_export(exports["whisper-merged"], "cpu"), None, inputs)()
+
+
+def test_of_a_sample_the_fastest_run_is_compared(monkeypatch):
+    """Two graphs of equal cost, one of them disturbed in four runs of five: the ratio is 1, the mean is not."""
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    now, turns = [0.0], itertools.count()
+
+    def run(disturbed: bool) -> None:
+        now[0] += 0.001 * (5 if disturbed and next(turns) % 5 else 1)
+
+    quiet, noisy = (latency._sample_ms(partial(run, disturbed), 20) for disturbed in (False, True))
+    assert quiet == (pytest.approx(1), pytest.approx(1))
+    assert noisy == (pytest.approx(4.2), pytest.approx(1))
+
+
+def test_a_slow_run_is_a_sample_of_its_own():
+    n_runs = []
+    latency._sample_ms(lambda: n_runs.append(1), 1)
+    assert len(n_runs) == 1
