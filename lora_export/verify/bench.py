@@ -18,7 +18,7 @@ from lora_export.verify.bench_results import BenchReport, Memory, Placement, Wor
 from lora_export.verify.budget import AGAINST
 from lora_export.verify.environment import environment, subject
 from lora_export.verify.intervals import verdict
-from lora_export.verify.latency import ROUNDS, Race, Session, measure
+from lora_export.verify.latency import ROUNDS, SAMPLE_SECONDS, Race, Session, measure
 from lora_export.verify.memory_job import MemoryJob
 from lora_export.verify.placement import placements
 from lora_export.verify.swap import measure_swap
@@ -29,6 +29,7 @@ _SETTINGS = {
     "binding": "inputs, adapters and outputs bound on the device",
     "threads": "those of an idle session rest",
     "rounds": f"{ROUNDS}, each with sessions opened anew in another order",
+    "samples": f"{SAMPLE_SECONDS * 1e3:g} ms, or one run that takes longer; ratios are of each sample's fastest run",
     "warm-up": RULE,
 }
 _UNKNOWN_MEMORY = {

@@ -33,7 +33,7 @@ from lora_export.verify.warm_up import warm_up
 
 ROUNDS = 4
 # A timed sample repeats a run until it lasts this long, so that the clock and the loop do not count.
-_SAMPLE_SECONDS = 0.02
+SAMPLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _take_blocks(
         timing.warm_ups.append(warm)
         fastest.append(seconds)
     # The same for all: of more runs, the fastest is faster.
-    repeats = max(1, round(_SAMPLE_SECONDS / min(fastest)))
+    repeats = max(1, round(SAMPLE_SECONDS / min(fastest)))
     for block in range(n_blocks):
         for index in [*range(len(runs)), *reversed(range(len(runs)))]:
             timings[index].samples_ms.append(_sample_ms(runs[index], repeats))
