@@ -31,8 +31,8 @@ def main(out: Path) -> None:
             ratio = ratios.get(variant["name"])
             compared = f"{ratio['median']:.3f} × base  [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio else ""
             print(f"  {variant['name']:<22} {variant['median_ms']:>8.2f} ms   {compared}")
-    swap = bench["swap"]
-    print(f"\nchanging the adapter: {swap['bound_us']:.0f} µs held, {swap['loaded_us']:.0f} µs from its file")
+    swap = {entry["name"]: entry["median_us"] for entry in bench["swaps"]}
+    print(f"\nchanging the adapter: {swap['bound']:.0f} µs held, {swap['loaded']:.0f} µs from its file")
     shared = sum(size for name, size in sizes.items() if name.startswith("model.onnx"))
     adapters = sum(size for name, size in sizes.items() if name.startswith("adapters/"))
     alone = sum(path.stat().st_size for path in merged.glob("model.onnx*"))

@@ -8,6 +8,7 @@ import click
 
 from lora_export import cli_options as options
 from lora_export.cli_output import Display, conclude, guarded
+from lora_export.verify.shapes import Shape
 
 
 @click.command()
@@ -67,18 +68,40 @@ def check(
     help="Workload to time; repeat.  [default: the task's usual ones]",
 )
 @click.option("--blocks", default=30, show_default=True, type=click.IntRange(min=6), help="Paired blocks a workload.")
-@click.option("--max-ratio", type=float, help="Allowed latency relative to the base: exit 1 above it, 5 if undecided.")
+@click.option(
+    "--max-ratio", type=float, help="Allowed latency relative to the base, where the budget says nothing of it."
+)
+@click.option(
+    "--budget",
+    type=click.Path(path_type=Path),
+    help='TOML file of allowances: [ratio] and [ratio."4x128"] by variant, [swap_us], [memory_mb], [device_memory_mb].',
+)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Another export (yesterday's, say) to time in the same blocks; its base need not exist.",
+)
 @options.examine_options
 def bench(
-    out: Path, shapes: tuple[tuple[int, int, int], ...], blocks: int, max_ratio: float | None, **given: object
+    out: Path,
+    shapes: tuple[Shape, ...],
+    blocks: int,
+    max_ratio: float | None,
+    budget: Path | None,
+    against: Path | None,
+    **given: object,
 ) -> None:
     """Time the export OUT against its base and its merged form, side by side in paired blocks.
 
-    Writes OUT/reports/bench.html, .json, .junit.xml and .md.
+    With --against also against another export. Measures what changing the adapter takes and the peak memory of each
+    variant, and records which provider runs which operators. What an allowance limits is a gate: exit 1 above it, 5 if
+    the machine was too noisy to say. Writes OUT/reports/bench.html, .json, .junit.xml and .md.
 
     \b
-    Example:
+    Examples:
       lora-export bench served --shape 4x128 --max-ratio 1.10
+      lora-export bench served --budget budget.toml --against yesterday/served
     """
     display = Display(as_json=given["as_json"], quiet=given["quiet"])
     with guarded(display):
@@ -86,14 +109,9 @@ def bench(
         from lora_export import pipeline
         from lora_export.report.text import render_bench_text
         from lora_export.sources import SourceOverrides
+        from lora_export.verify.bench_plan import BenchOptions
 
-        report, files = pipeline.bench(
-            out,
-            SourceOverrides(given["base"], given["adapters"]),
-            provider=given["provider"],
-            shapes=shapes,
-            blocks=blocks,
-            max_ratio=max_ratio,
-            progress=display.progress,
-        )
+        how = BenchOptions(given["provider"], shapes, blocks, max_ratio, budget, against)
+        overrides = SourceOverrides(given["base"], given["adapters"])
+        report, files = pipeline.bench(out, overrides, how, display.progress)
         conclude(report, render_bench_text(report), files, display)

@@ -9,6 +9,7 @@ import click
 
 from lora_export.base.tasks import Task
 from lora_export.errors import UsageProblem
+from lora_export.verify.shapes import Shape, parse_shape
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -24,16 +25,12 @@ def named_paths(context: click.Context, parameter: click.Parameter, values: tupl
     return found
 
 
-def parse_shapes(
-    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
-) -> tuple[tuple[int, int, int], ...]:
+def parse_shapes(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Shape, ...]:
     """`BATCHxSEQUENCE[@PAST]` values as (batch, sequence, past)."""
     shapes = []
     for value in values:
-        size, _, past = value.partition("@")
         try:
-            batch, sequence = (int(part) for part in size.split("x"))
-            shapes.append((batch, sequence, int(past or 0)))
+            shapes.append(parse_shape(value))
         except ValueError:
             raise click.BadParameter(f"{value!r} is not BATCHxSEQUENCE or BATCHxSEQUENCE@PAST, such as 4x128") from None
     return tuple(shapes)

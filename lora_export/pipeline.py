@@ -38,7 +38,8 @@ from lora_export.report.write import write_reports, write_reproduction
 from lora_export.signature import sign, signer_with
 from lora_export.sources import SourceOverrides, locate_sources
 from lora_export.staging import refuse_existing, require_disk, staging
-from lora_export.verify.bench import BenchRequest, run_bench
+from lora_export.verify.bench import run_bench
+from lora_export.verify.bench_plan import BASE, MERGED, BenchOptions, BenchPlan, plan_bench
 from lora_export.verify.bench_results import BenchReport
 from lora_export.verify.check_results import CheckReport
 from lora_export.verify.examples import read_examples
@@ -233,36 +234,34 @@ def check(
 
 
 def bench(
-    folder: Path,
-    overrides: SourceOverrides,
-    *,
-    provider: str | None = None,
-    shapes: Sequence[tuple[int, int, int]] = (),
-    blocks: int = 30,
-    max_ratio: float | None = None,
-    progress: Progress = silent,
+    folder: Path, overrides: SourceOverrides, options: BenchOptions, progress: Progress = silent
 ) -> tuple[BenchReport, dict[str, Path]]:
     """Time the export in `folder` against its base and its merged form, exported for the comparison beside it.
 
-    Args:
-        shapes: (batch, sequence, past) of each workload; the task's usual ones if empty.
-        blocks: ABBA blocks for each workload.
-        max_ratio: Allowed latency relative to the base; None to report only.
+    Raises:
+        LoraExportError: The export, its base, an adapter, the budget or the other export cannot be used; a failed gate
+            is a result, not an error.
     """
-    manifest = read_manifest(folder)
-    base, adapters = locate_sources(manifest, overrides)
-    first = tuple(adapters.items())[:1]
+    plan = plan_bench(folder, options)
+    base, adapters = locate_sources(plan.manifest, overrides)
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=folder.resolve().parent) as temporary:
-        compared = {"base": ()}
-        if manifest.kind is Kind.DYNAMIC and first:
-            compared["merged"] = tuple((str(path), name) for name, path in first)
-        for done, (label, chosen) in enumerate(compared.items()):
-            progress("exporting what to compare with", done, len(compared))
-            how = (manifest.task, manifest.dtype, manifest.provider)
-            residual = any(record.residual_base for record in manifest.adapters)
-            request = Request(str(base), chosen, "merge", *how, residual_base=residual)
-            export(request, ExportOptions(Path(temporary) / label, zeros_for_missing_head=True))
-        merged = Path(temporary) / "merged" if "merged" in compared else None
-        request = BenchRequest(folder, Path(temporary) / "base", merged, provider, tuple(shapes), blocks, max_ratio)
-        report = run_bench(request, progress)
+        compared = export_compared(plan, base, adapters, Path(temporary), progress)
+        report = run_bench(plan, compared, progress)
     return report, write_reports(report, folder / REPORTS)
+
+
+def export_compared(
+    plan: BenchPlan, base: Path, adapters: Mapping[str, Path], out: Path, progress: Progress
+) -> dict[str, Path]:
+    """Export the base, and a dynamic export's first adapter folded in, as the export was; the folders under `out`."""
+    manifest, chosen = plan.manifest, {BASE: ()}
+    if manifest.kind is Kind.DYNAMIC and adapters:
+        name, path = next(iter(adapters.items()))
+        chosen[MERGED] = ((str(path), name),)
+    residual = any(record.residual_base for record in manifest.adapters)
+    how = (manifest.task, manifest.dtype, manifest.provider)
+    for done, (label, folded) in enumerate(chosen.items()):
+        progress("exporting what to compare with", done, len(chosen))
+        request = Request(str(base), folded, "merge", *how, residual_base=residual)
+        export(request, ExportOptions(out / label, zeros_for_missing_head=True))
+    return {label: out / label for label in chosen}

@@ -86,6 +86,7 @@ except SystemExit as done:
         ["bench", "out", "--shape", "4by128"],
         ["bench", "out", "--shape", "4x128x2"],
         ["bench", "out", "--blocks", "3"],
+        ["bench", "out", "--max-ratio", "tenth"],
         ["run", "out"],
         ["add", "out"],
         ["extract", "base", "-o", "out", "--rank", "4"],
@@ -252,7 +253,47 @@ def test_bench_reports_and_gates(exports, own):
         "bench.html", "bench.json", "bench.junit.xml", "bench.md",
     }  # fmt: skip
     assert {path.name for path in folder.parent.iterdir()} == before, "the exports to compare with were left"
-    assert "FAIL" in fails(1, *shared, "--max-ratio", "0.001")
+    assert {swap["name"]: len(swap["samples_us"]) for swap in found["swaps"]} == {"bound": 50, "loaded": 10}
+    assert [(entry["variant"], entry["place"]) for entry in found["memory"]] == [(name, "process") for name in names]
+    assert all(entry["peak_mb"] > 0 for entry in found["memory"])
+    assert [entry["session"] for entry in found["placements"]] == ["base", "merged", "export"]
+    assert {entry["provider"] for entry in found["placements"]} == {"CPUExecutionProvider"}
+    assert "warm-up" in found["environment"]["settings"]
+
+
+def test_bench_against_another_export_by_a_budget(exports, own, tmp_path):
+    """Each kind of allowance fails the command; they are all in the report, and the base of the other is not needed."""
+    folder, other = own(exports["classifier-dynamic"]), tmp_path / "other"
+    shutil.copytree(exports["classifier-merged"], other)
+    manifest = json.loads((other / "lora_export.json").read_text())
+    manifest["base"]["given"] = "gone"
+    (other / "lora_export.json").write_text(json.dumps(manifest))
+    budget = tmp_path / "budget.toml"
+    budget.write_text(
+        "[ratio]\ndynamic = 1000\nagainst = 0.001\n[swap_us]\nbound = 0.001\n[memory_mb]\nagainst = 0.001\nbase = 1e6\n"
+    )
+    shared = ["bench", folder, "--provider", "cpu", "--shape", "2x4", "--blocks", "6", "--budget", budget]
+    text = fails(3, *shared)
+    assert "against" in text and "or give --against FOLDER" in text
+    assert not (folder / "reports").exists(), "refused before any work"
+    result = call(*shared, "--against", other, "--max-ratio", "2000", "--json")
+    assert result.exit_code == 1, result.output
+    found = json.loads(result.stdout)
+    ratios = [(r["variant"], r["against"], r["allowance"], r["verdict"]) for r in found["workloads"][0]["ratios"]]
+    assert ratios == [
+        ("merged", "base", 2000, "pass"), ("dynamic, no adapter", "base", 2000, "pass"),
+        ("dynamic", "base", 1000, "pass"), ("mixed rows", "base", 2000, "pass"), ("dynamic", "against", 0.001, "fail"),
+    ]  # fmt: skip
+    assert [(s["name"], s["allowance_us"], s["verdict"]) for s in found["swaps"]] == [
+        ("bound", 0.001, "fail"), ("loaded", None, "not gated"),
+    ]  # fmt: skip
+    judged = {m["variant"]: (m["allowance_mb"], m["verdict"]) for m in found["memory"]}
+    assert judged["against"] == (0.001, "fail") and judged["base"] == (1e6, "pass")
+    assert judged["merged"] == (None, "not gated")
+    assert found["against"]["folder"] == str(other) and found["placements"][-1]["session"] == "against"
+    assert any("--max-ratio 2000 for what it leaves" in note for note in found["notes"])
+    budget.write_text("[device_memory_mb]\ndynamic = 1\n")
+    assert "memory of a GPU, and none is used" in fails(3, *shared)
 
 
 def test_a_limit_given_on_the_command_line_gates_and_is_recorded(exports, own):

@@ -26,7 +26,7 @@ from lora_export.artifact import read_manifest
 from lora_export.pipeline import ExportOptions, export
 from lora_export.plan import Request
 from lora_export.runtime.adapter_session import AdapterSession
-from lora_export.verify.bench import candidates
+from lora_export.verify.bench_plan import candidates, compared_with_base
 from lora_export.verify.bench_results import Ratio, Workload
 from lora_export.verify.intervals import verdict
 from lora_export.verify.latency import Candidate, Race, measure
@@ -107,12 +107,13 @@ def measure_case(case: Case, folders: dict[str, Path], blocks: int) -> list[Work
     for shape in case.shapes:
         found = candidates(manifest, shape[0])
         found.insert(1, Candidate("base again", "another session of the same graph: the noise", "base again"))
-        races.append(Race(shape, workload_inputs(manifest.graphs, vocabulary, *shape), found))
+        inputs = workload_inputs(manifest.graphs, vocabulary, *shape)
+        races.append(Race(shape, dict.fromkeys(openers, inputs), found, compared_with_base(found, {})))
 
     def progress(block: int, total: int) -> None:
         print(f"\r{case.name}: block {block} of {total}", end="", file=sys.stderr, flush=True)
 
-    workloads = measure(openers, races, blocks=blocks, max_ratio=None, progress=progress)
+    workloads = measure(openers, races, blocks=blocks, progress=progress)
     print(file=sys.stderr)
     return workloads
 

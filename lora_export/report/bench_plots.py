@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from lora_export.report import format as fmt
-from lora_export.report.summary import MARKS, ratio_name
+from lora_export.report.gates import ratio_name
+from lora_export.report.summary import MARKS
 from lora_export.report.svg import Axis, Plot
 from lora_export.verify.bench_results import BenchReport, Ratio, Variant, Workload
 from lora_export.verify.results import Verdict

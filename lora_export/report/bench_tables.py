@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 
+from lora_export.contract import SINGLE
 from lora_export.report import format as fmt
-from lora_export.report.summary import ratio_name
+from lora_export.report.gates import SWAP_NAMES, memory_name, ratio_name
 from lora_export.report.tables import Cell, Column, Row, Table, fraction, verdict_cell
-from lora_export.verify.bench_results import BenchReport, Ratio, Workload
+from lora_export.verify.bench_results import BenchReport, Placement, Ratio, Workload
+from lora_export.verify.results import Verdict
+
+_SHOWN_KINDS = 4
 
 
 def latency_table(workload: Workload) -> Table:
@@ -58,19 +62,70 @@ def _ratio_cells(ratio: Ratio) -> tuple[Cell, ...]:
 
 
 def swap_table(report: BenchReport) -> Table:
-    columns = (Column("Adapter", numeric=False), Column("Median"), Column("Swaps"))
-    swap = report.swap
-    times = {"held by the session": swap.bound_us, "read from its file first": swap.loaded_us} if swap else {}
-    rows = [Row((Cell(name), Cell(fmt.microseconds(time)), Cell(str(swap.n)))) for name, time in times.items() if swap]
-    return Table("Changing the adapter", columns, tuple(rows))
+    columns = (Column("Adapter", numeric=False), Column("Median"), Column("Interval"), Column("Swaps"))
+    rows = []
+    for swap in report.swaps:
+        interval = f"{fmt.microseconds(swap.low_us)} to {fmt.microseconds(swap.high_us)}"
+        texts = (SWAP_NAMES[swap.name], fmt.microseconds(swap.median_us), interval, str(len(swap.samples_us)))
+        rows.append((tuple(map(Cell, texts)), fmt.microseconds(swap.allowance_us), swap.verdict))
+    return _with_verdicts("Changing the adapter", columns, rows)
 
 
 def memory_table(report: BenchReport) -> Table:
-    """Resident anonymous memory of one session."""
-    columns = (Column("Variant", numeric=False), Column("Memory"))
-    most = max(filter(math.isfinite, report.memory_mb.values()), default=0)
-    rows = tuple(
-        Row((Cell(name), Cell(fmt.megabytes(size), bar=fraction(size, most))))
-        for name, size in report.memory_mb.items()
+    """Peaks of one session, by where it holds them."""
+    columns = (Column("Variant", numeric=False), Column("Peak"))
+    most = max((m.peak_mb for m in report.memory if math.isfinite(m.peak_mb)), default=0)
+    rows = [
+        (
+            (Cell(memory_name(memory)), Cell(fmt.megabytes(memory.peak_mb), bar=fraction(memory.peak_mb, most))),
+            fmt.megabytes(memory.allowance_mb),
+            memory.verdict,
+        )
+        for memory in report.memory
+    ]
+    return _with_verdicts("Memory of one session", columns, rows)
+
+
+def _with_verdicts(
+    caption: str, columns: tuple[Column, ...], rows: list[tuple[tuple[Cell, ...], str, Verdict]]
+) -> Table:
+    """Rows with their allowance and verdict; without these columns where no row has any."""
+    if all(verdict is Verdict.NOT_GATED for _, _, verdict in rows):
+        return Table(caption, columns, tuple(Row(cells) for cells, _, _ in rows))
+    columns = (*columns, Column("Allowance"), Column("Result", numeric=False))
+    with_all = [Row((*cells, Cell(allowance), verdict_cell(verdict))) for cells, allowance, verdict in rows]
+    return Table(caption, columns, tuple(with_all))
+
+
+def placement_table(report: BenchReport) -> Table:
+    """Operators of each timed session by the execution provider that runs them."""
+    columns = (
+        Column("Session", numeric=False),
+        Column("Provider", numeric=False),
+        Column("Operators"),
+        Column("Most frequent", numeric=False),
     )
-    return Table("Memory of one session", columns, rows)
+    rows = tuple(
+        Row((Cell(_session_name(p)), Cell(p.provider), Cell(str(p.n_operators)), Cell(most_frequent(p))))
+        for p in report.placements
+    )
+    return Table("Operators by provider", columns, rows)
+
+
+def placement_sentences(report: BenchReport) -> tuple[str, ...]:
+    """The same table, a sentence for each row."""
+    return tuple(
+        f"{_session_name(p)}: {fmt.counted(p.n_operators, 'operator')} on {p.provider} ({most_frequent(p)})"
+        for p in report.placements
+    )
+
+
+def _session_name(placement: Placement) -> str:
+    return placement.session if placement.graph == SINGLE else f"{placement.session}, {placement.graph}"
+
+
+def most_frequent(placement: Placement) -> str:
+    """The kinds of which there are most, and how many other kinds there are; the JSON has them all."""
+    kinds = [f"{n} {kind}" for kind, n in placement.operators.items()]
+    rest = len(kinds) - _SHOWN_KINDS
+    return ", ".join(kinds[:_SHOWN_KINDS]) + (f" and {fmt.counted(rest, 'other kind')}" if rest > 0 else "")

@@ -9,14 +9,26 @@ from jinja2 import PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lora_export.report import format as fmt
+from lora_export.report import gates, summary
 from lora_export.report import layer_tables as layers
-from lora_export.report import summary
 from lora_export.report.as_json import Report
 from lora_export.report.bench_plots import MOST_DOTS, latency_plot, ratio_plot
-from lora_export.report.bench_tables import latency_table, memory_table, ratio_table, swap_table
+from lora_export.report.bench_tables import (
+    latency_table,
+    memory_table,
+    placement_table,
+    ratio_table,
+    swap_table,
+)
 from lora_export.report.check_plots import parity_plot
 from lora_export.report.check_tables import accuracy_table, case_table, gate_table, perplexity_table, rounding_table
-from lora_export.report.provenance import environment_facts, pair_table, size_table, subject_facts
+from lora_export.report.provenance import (
+    against_facts,
+    environment_facts,
+    pair_table,
+    size_table,
+    subject_facts,
+)
 from lora_export.verify.bench_results import BenchReport
 from lora_export.verify.check_results import CheckReport
 
@@ -62,8 +74,8 @@ def render_bench_html(report: BenchReport) -> str:
         .get_template("bench.html")
         .render(
             **_common(report),
-            headline=summary.bench_headline(report),
-            summary=summary.bench_summary(report),
+            headline=gates.bench_headline(report),
+            summary=gates.bench_summary(report),
             figures=summary.bench_figures(report),
             findings=summary.bench_findings(report),
             plot=Markup(ratio_plot(report)),
@@ -73,6 +85,9 @@ def render_bench_html(report: BenchReport) -> str:
             swap=swap_table(report),
             swap_sentence=summary.swap_sentence(report),
             memory=memory_table(report),
+            memory_sentence=summary.memory_sentence(report),
+            placements=placement_table(report),
+            against_facts=against_facts(report.against),
         )
     )
 

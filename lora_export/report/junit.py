@@ -14,11 +14,11 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 
 from lora_export.report import format as fmt
-from lora_export.report import summary
+from lora_export.report import gates, summary
 from lora_export.report.as_json import Report
 from lora_export.report.layer_tables import reproduction_sentences, where_sentences
 from lora_export.report.provenance import environment_facts, subject_facts
-from lora_export.verify.bench_results import BenchReport, Ratio, Variant
+from lora_export.verify.bench_results import BenchReport, Ratio, Variant, Workload
 from lora_export.verify.check_results import CheckReport, ParityCase
 from lora_export.verify.results import Verdict
 
@@ -31,6 +31,8 @@ _CASE_FIGURES = (
     "perplexity_tolerance", "accuracy_reference", "accuracy_exported", "n_rows",
 )  # fmt: skip
 _RATIO_FIGURES = ("median", "low", "high", "confidence", "allowance")
+_SWAP_FIGURES = ("median_us", "low_us", "high_us", "confidence", "allowance_us")
+_MEMORY_FIGURES = ("peak_mb", "allowance_mb")
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,39 @@ def render_check_junit(report: CheckReport) -> str:
 
 
 def render_bench_junit(report: BenchReport) -> str:
-    """The bench as one suite with a test case for each variant of each workload."""
-    cases = []
-    for workload in report.workloads:
-        ratios = {ratio.variant: ratio for ratio in workload.ratios}
-        cases += [_variant_case(workload.name, variant, ratios.get(variant.name)) for variant in workload.variants]
+    """The bench as one suite with a test case for each variant of each workload, each swap and each peak of memory."""
+    cases = [case for workload in report.workloads for case in _workload_cases(workload)]
+    cases += [
+        _gated_case("swap", gates.swap_name(swap), swap.verdict, gates.swap_verdict_sentence(swap),
+                    _figures(swap, _SWAP_FIGURES))
+        for swap in report.swaps
+    ]  # fmt: skip
+    cases += [
+        _gated_case("memory", gates.memory_name(memory), memory.verdict, gates.memory_verdict_sentence(memory),
+                    _figures(memory, _MEMORY_FIGURES))
+        for memory in report.memory
+    ]  # fmt: skip
     return _rendered("bench", report, cases)
+
+
+def _workload_cases(workload: Workload) -> list[_TestCase]:
+    """A case for each variant, with its ratio to the base; one of its own for a ratio to another export."""
+    first = {ratio.variant: ratio for ratio in reversed(workload.ratios)}
+    cases = [_variant_case(workload.name, variant, first.get(variant.name)) for variant in workload.variants]
+    for ratio in workload.ratios:
+        if ratio is not first[ratio.variant]:
+            figures = tuple((f"ratio_{name}", value) for name, value in _figures(ratio, _RATIO_FIGURES))
+            name = gates.ratio_name(ratio)
+            cases.append(_gated_case(workload.name, name, ratio.verdict, gates.ratio_sentence(ratio), figures))
+    return cases
+
+
+def _gated_case(
+    group: str, name: str, verdict: Verdict, sentence: str, figures: tuple[tuple[str, str], ...]
+) -> _TestCase:
+    """Without an allowance the figure is for information, and the case passes."""
+    told = verdict in (Verdict.FAIL, Verdict.AMBIGUOUS)
+    return _TestCase(group, name, verdict, (f"{name}: {sentence}",) if told else (), figures)
 
 
 def _parity_case(report: CheckReport, case: ParityCase) -> _TestCase:
@@ -80,7 +109,7 @@ def _variant_case(workload: str, variant: Variant, ratio: Ratio | None) -> _Test
         return _TestCase(workload, variant.name, Verdict.PASS, (), figures, seconds)
     figures += tuple((f"ratio_{name}", value) for name, value in _figures(ratio, _RATIO_FIGURES))
     undecided = ratio.verdict in (Verdict.FAIL, Verdict.AMBIGUOUS)
-    reasons = (f"{summary.ratio_name(ratio)}: {summary.ratio_sentence(ratio)}",) if undecided else ()
+    reasons = (f"{gates.ratio_name(ratio)}: {gates.ratio_sentence(ratio)}",) if undecided else ()
     return _TestCase(workload, variant.name, ratio.verdict, reasons, figures, seconds)
 
 

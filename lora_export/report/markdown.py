@@ -6,12 +6,12 @@ import html
 import re
 
 from lora_export.report import format as fmt
-from lora_export.report import summary
+from lora_export.report import gates, summary
 from lora_export.report.as_json import Report
-from lora_export.report.bench_tables import latency_table, memory_table, ratio_table
+from lora_export.report.bench_tables import latency_table, memory_table, placement_sentences, ratio_table
 from lora_export.report.check_tables import case_table, perplexity_table
 from lora_export.report.layer_tables import divergence_table, layer_summary, reproduction_sentences, unseen_sentences
-from lora_export.report.provenance import environment_facts, subject_facts
+from lora_export.report.provenance import against_facts, environment_facts, subject_facts
 from lora_export.report.summary import MARKS, Finding
 from lora_export.report.tables import Cell, Table
 from lora_export.verify.bench_results import BenchReport
@@ -43,14 +43,15 @@ def render_check_markdown(report: CheckReport) -> str:
 def render_bench_markdown(report: BenchReport) -> str:
     """The bench as Markdown, verdict first."""
     blocks = [
-        _opening(report, summary.bench_headline(report), summary.bench_summary(report)),
+        _opening(report, gates.bench_headline(report), gates.bench_summary(report)),
         _findings(summary.bench_findings(report)),
         _table(ratio_table(report)),
         *(_table(latency_table(workload)) for workload in report.workloads),
         _escaped(summary.swap_sentence(report)),
         _table(memory_table(report)),
+        _bullets("Operators by provider", placement_sentences(report)),
         _bullets("Notes", report.notes),
-        _where(report.subject, report.environment, report.seconds),
+        _where(report.subject, report.environment, report.seconds, against_facts(report.against)),
     ]
     return _joined(blocks)
 
@@ -106,8 +107,8 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _where(subject: Subject, environment: Environment, seconds: float) -> str:
-    facts = [*subject_facts(subject), *environment_facts(environment), ("Duration", fmt.duration(seconds))]
+def _where(subject: Subject, environment: Environment, seconds: float, more: tuple[tuple[str, str], ...] = ()) -> str:
+    facts = [*subject_facts(subject), *more, *environment_facts(environment), ("Duration", fmt.duration(seconds))]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(environment.versions.items()))
     facts += [("Versions", versions)] if versions else []
     lines = [f"- {label}: {_escaped(value)}" for label, value in facts if value]

@@ -32,6 +32,14 @@ def subject_facts(subject: Subject) -> tuple[tuple[str, str], ...]:
     )
 
 
+def against_facts(other: Subject | None) -> tuple[tuple[str, str], ...]:
+    """Label and value of the other export that was timed; empty if there was none."""
+    if other is None:
+        return ()
+    wanted = ("Export", "Kind", "Data type", "Base", "Adapters", "Fused for", "Graph SHA-256")
+    return tuple((f"Against: {label}", value) for label, value in subject_facts(other) if label in wanted)
+
+
 def environment_facts(environment: Environment) -> tuple[tuple[str, str], ...]:
     """Label and value of where it was examined."""
     reason = f" ({environment.provider_reason})" if environment.provider_reason else ""

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lora_export.report import format as fmt
+from lora_export.report.gates import SWAP_NAMES, bench_gates
 from lora_export.report.layer_tables import where_sentences
-from lora_export.verify.bench_results import BenchReport, Ratio, Workload
+from lora_export.verify.bench_results import BenchReport, Workload
 from lora_export.verify.check_results import CheckReport, ParityCase
 from lora_export.verify.results import Verdict
 
@@ -16,12 +17,6 @@ from lora_export.verify.results import Verdict
 MARKS = {Verdict.PASS: "✓", Verdict.FAIL: "✕", Verdict.AMBIGUOUS: "?", Verdict.NOT_GATED: "·"}
 
 _CHECK_HEADLINES = {Verdict.PASS: "Parity check passed", Verdict.FAIL: "Parity check failed"}
-_BENCH_HEADLINES = {
-    Verdict.PASS: "Latency is within the allowance",
-    Verdict.FAIL: "Latency exceeds the allowance",
-    Verdict.AMBIGUOUS: "Latency is undecided",
-    Verdict.NOT_GATED: "Latency was measured, not gated",
-}
 
 
 @dataclass(frozen=True)
@@ -37,16 +32,8 @@ def case_verdict(case: ParityCase) -> Verdict:
     return Verdict.PASS if case.passed else Verdict.FAIL
 
 
-def ratio_name(ratio: Ratio) -> str:
-    return f"{ratio.variant} ÷ {ratio.against}"
-
-
 def check_headline(report: CheckReport) -> str:
     return _CHECK_HEADLINES[report.verdict] if report.cases else "Nothing was compared"
-
-
-def bench_headline(report: BenchReport) -> str:
-    return _BENCH_HEADLINES[report.verdict]
 
 
 def check_summary(report: CheckReport) -> str:
@@ -111,66 +98,44 @@ def check_findings(report: CheckReport) -> tuple[Finding, ...]:
     )
 
 
-def bench_summary(report: BenchReport) -> str:
-    ratios = [ratio for workload in report.workloads for ratio in workload.ratios]
-    gated = [ratio for ratio in ratios if ratio.verdict is not Verdict.NOT_GATED]
-    if not gated:
-        measured = fmt.counted(len(report.workloads), "workload")
-        return f"No latency ratio has an allowance; the figures for {measured} are for information."
-    worst = max(gated, key=lambda ratio: math.inf if math.isnan(ratio.median) else ratio.median)
-    largest = f"the largest is {fmt.ratio(worst.median)} ({fmt.plain(ratio_name(worst))})"
-    of = fmt.counted(len(gated), "gated latency ratio")
-    counts = {verdict: sum(ratio.verdict is verdict for ratio in gated) for verdict in Verdict}
-    if report.verdict is Verdict.PASS:
-        who = "The only gated latency ratio is" if len(gated) == 1 else f"All {of} are"
-        return f"{who} within the allowance; {largest}."
-    states = {Verdict.FAIL: "above the allowance", Verdict.AMBIGUOUS: "undecided"}
-    parts = [f"{counts[v]} {'is' if counts[v] == 1 else 'are'} {words}" for v, words in states.items() if counts[v]]
-    return f"Of {of}, {fmt.listed(parts)}; {largest}."
-
-
 def bench_figures(report: BenchReport) -> tuple[tuple[str, str], ...]:
     """Label and value of what the top of a report shows."""
     n_ratios = sum(len(workload.ratios) for workload in report.workloads)
     figures = [("Workloads", str(len(report.workloads))), ("Latency ratios", str(n_ratios))]
-    if report.swap is not None:
-        figures.append(("Adapter swap, held", fmt.microseconds(report.swap.bound_us)))
+    figures += [("Adapter swap, held", fmt.microseconds(s.median_us)) for s in report.swaps if s.name == "bound"]
     return (*figures, ("Duration", fmt.duration(report.seconds)))
 
 
 def bench_findings(report: BenchReport) -> tuple[Finding, ...]:
     return tuple(
-        Finding(f"{ratio_name(ratio)}, {workload.name}", ratio.verdict, (ratio_sentence(ratio),))
+        Finding(gate.name, gate.verdict, (gate.sentence,))
         for verdict in (Verdict.FAIL, Verdict.AMBIGUOUS)
-        for workload in report.workloads
-        for ratio in workload.ratios
-        if ratio.verdict is verdict
+        for gate in bench_gates(report)
+        if gate.verdict is verdict
     )
-
-
-def ratio_sentence(ratio: Ratio) -> str:
-    interval = f"its {fmt.share(ratio.confidence)} interval is {fmt.interval(ratio.low, ratio.high)}"
-    sentence = f"The median ratio is {fmt.ratio(ratio.median)}; {interval}"
-    if ratio.allowance is None:
-        return f"{sentence}."
-    allowance = f"the allowance of {fmt.ratio(ratio.allowance)}"
-    if ratio.low > ratio.allowance:
-        return f"{sentence}, wholly above {allowance}."
-    if ratio.low <= ratio.allowance < ratio.high:
-        return f"{sentence}, which holds {allowance}, so more blocks are needed to decide."
-    return f"{sentence}, against {allowance}."
 
 
 def swap_sentence(report: BenchReport) -> str:
     """What changing the adapter costs; says so if it was not measured."""
-    swap = report.swap
-    if swap is None:
+    if not report.swaps:
         return "Changing the adapter was not measured."
-    return (
-        f"Changing to an adapter that the session holds takes {fmt.microseconds(swap.bound_us)}; "
-        f"to one read from its file first, {fmt.microseconds(swap.loaded_us)} "
-        f"(medians over {fmt.counted(swap.n, 'swap')})."
-    )
+    parts = [
+        f"{fmt.microseconds(swap.median_us)} to one {SWAP_NAMES[swap.name]} "
+        f"(median over {fmt.counted(len(swap.samples_us), 'swap')})"
+        for swap in report.swaps
+    ]
+    return f"Changing the adapter takes {fmt.listed(parts)}."
+
+
+def memory_sentence(report: BenchReport) -> str:
+    """What the figures of memory are; empty if there are none."""
+    places = dict.fromkeys(memory.place for memory in report.memory)
+    means = {
+        "process": "in the process, the anonymous memory above what it had before (mapped weights do not count)",
+        "device": "on the GPU, all that the process holds there, CUDA's context included",
+    }
+    what = fmt.listed([means[place] for place in places]) if places else ""
+    return f"The most that one session took while it was opened and ran the workloads: {what}." if what else ""
 
 
 def workload_title(workload: Workload) -> str:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import textwrap
 
 from lora_export.report import format as fmt
-from lora_export.report import summary
+from lora_export.report import gates, summary
 from lora_export.report.as_json import Report
-from lora_export.report.bench_tables import latency_table, memory_table, ratio_table, swap_table
+from lora_export.report.bench_tables import (
+    latency_table,
+    memory_table,
+    placement_sentences,
+    ratio_table,
+    swap_table,
+)
 from lora_export.report.check_tables import case_table, perplexity_table
 from lora_export.report.layer_tables import divergence_table, layer_summary, reproduction_sentences, unseen_sentences
-from lora_export.report.provenance import environment_facts, size_table, subject_facts
+from lora_export.report.provenance import against_facts, environment_facts, size_table, subject_facts
 from lora_export.report.summary import MARKS, Finding
 from lora_export.report.tables import Row, Table
 from lora_export.verify.bench_results import BenchReport
@@ -45,15 +51,16 @@ def render_bench_text(report: BenchReport) -> str:
     """The bench as text, verdict first; ends with a line break."""
     swap = swap_table(report)
     blocks = [
-        _opening(report, summary.bench_headline(report), summary.bench_summary(report)),
+        _opening(report, gates.bench_headline(report), gates.bench_summary(report)),
         _table(ratio_table(report)),
         *(_table(latency_table(workload)) for workload in report.workloads),
         _table(swap) if swap.rows else summary.swap_sentence(report),
         _table(memory_table(report)),
+        _bullets("Operators by provider", placement_sentences(report)),
         _table(size_table(report.subject)),
         _findings(summary.bench_findings(report)),
         _bullets("Notes", report.notes),
-        _where(report.subject, report.environment, report.seconds),
+        _where(report.subject, report.environment, report.seconds, against_facts(report.against)),
     ]
     return _joined(blocks)
 
@@ -85,11 +92,12 @@ def _findings(findings: tuple[Finding, ...]) -> str:
     return "\n".join(["Findings", *lines]) if lines else ""
 
 
-def _where(subject: Subject, environment: Environment, seconds: float) -> str:
+def _where(subject: Subject, environment: Environment, seconds: float, more: tuple[tuple[str, str], ...] = ()) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(environment.versions.items()))
     settings = ", ".join(f"{name}={value}" for name, value in sorted(environment.settings.items()))
     facts = [
         *subject_facts(subject),
+        *more,
         *environment_facts(environment),
         ("Duration", fmt.duration(seconds)),
         ("Versions", versions),

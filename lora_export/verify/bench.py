@@ -1,148 +1,180 @@
-"""`bench`: base, merged, dynamic and mixed rows, timed side by side."""
+"""`bench`: base, merged, dynamic, mixed rows and another export, timed side by side."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lora_export.artifact import Kind, Manifest, read_manifest
-from lora_export.base.tasks import SEQ2SEQ, Task
+from lora_export.artifact import Kind, Manifest
+from lora_export.base.tasks import SEQ2SEQ
+from lora_export.errors import EnvironmentUnusable, InputRefused
 from lora_export.runtime.seq2seq_session import open_export
-from lora_export.verify.bench_results import BenchReport
+from lora_export.runtime.session import choose_provider
+from lora_export.verify import memory
+from lora_export.verify.bench_plan import EXPORT, BenchPlan, PlannedRace
+from lora_export.verify.bench_results import BenchReport, Memory, Placement, Workload
+from lora_export.verify.budget import AGAINST
 from lora_export.verify.environment import environment, subject
-from lora_export.verify.latency import Candidate, Race, Session, measure, measure_swap
+from lora_export.verify.intervals import verdict
+from lora_export.verify.latency import ROUNDS, SAMPLE_SECONDS, Race, Session, measure
+from lora_export.verify.memory_job import MemoryJob
+from lora_export.verify.placement import placements
+from lora_export.verify.swap import measure_swap
+from lora_export.verify.warm_up import MOST_SECONDS, RULE
 from lora_export.verify.workloads import source_length, workload_inputs
 
-_USUAL_SHAPES = {
-    Task.TEXT_GENERATION: ((1, 128, 0), (4, 1, 128)),
-    Task.IMAGE_CLASSIFICATION: ((1, 0, 0), (8, 0, 0)),
-    Task.ZERO_SHOT_IMAGE_CLASSIFICATION: ((1, 32, 0), (8, 64, 0)),
-    Task.TEXT2TEXT_GENERATION: ((1, 64, 16), (8, 64, 16)),
-    Task.SPEECH_RECOGNITION: ((1, 0, 16), (4, 0, 16)),
+_SETTINGS = {
+    "binding": "inputs, adapters and outputs bound on the device",
+    "threads": "those of an idle session rest",
+    "rounds": f"{ROUNDS}, each with sessions opened anew in another order",
+    "samples": f"{SAMPLE_SECONDS * 1e3:g} ms, or one run that takes longer; ratios are of each sample's fastest run",
+    "warm-up": RULE,
 }
-_USUAL_TEXT_SHAPES = ((1, 32, 0), (4, 128, 0), (16, 64, 0))
-_BINDING = "inputs, adapters and outputs bound on the device"
-_THREADS = "those of an idle session rest"
+_UNKNOWN_MEMORY = {
+    "process": "Memory in the process: unknown, this system has no /proc.",
+    "device": "Memory on the GPU: unknown, nvidia-smi does not name the process (a container hides the ids it knows).",
+}
+Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class BenchRequest:
-    """What to time.
+def run_bench(plan: BenchPlan, compared: Mapping[str, Path], progress: Progress) -> BenchReport:
+    """Open every session once, measure each variant's memory, then time them together, workload by workload.
 
-    Attributes:
-        folder: The export.
-        base: The base alone, exported the same way.
-        merged: The base with a dynamic export's first adapter folded in; None if there is no such thing.
-        shapes: (batch, sequence, past); empty for the task's usual ones.
-        blocks: ABBA blocks for each workload.
-        max_ratio: Allowed ratio to the base; None to report only.
-    """
-
-    folder: Path
-    base: Path
-    merged: Path | None
-    provider: str | None
-    shapes: tuple[tuple[int, int, int], ...]
-    blocks: int
-    max_ratio: float | None
-
-
-def run_bench(request: BenchRequest, progress: Callable[[str, int, int], None]) -> BenchReport:
-    """Open one session for each variant and time them together, workload by workload.
+    Args:
+        compared: Folders of the base, and of the merged form where the plan has one, by session.
 
     Raises:
-        EnvironmentUnusable: The provider is not usable, or would not run the compute.
+        InputRefused: The budget limits the memory of a GPU that is not used.
+        EnvironmentUnusable: The provider is not usable or would not run the compute, or a memory that the budget
+            limits cannot be measured here.
     """
     started = time.monotonic()
-    manifest = read_manifest(request.folder)
-    folders = {"base": request.base, "export": request.folder}
-    if request.merged is not None:
-        folders["merged"] = request.merged
-    openers = {
-        name: partial(open_export, folder, request.provider, stop_spinning=True) for name, folder in folders.items()
-    }
-    sessions, memory = _open_one_by_one(openers)
-    export = sessions["export"]
-    described = environment(export.provider, export.provider_reason, {"binding": _BINDING, "threads": _THREADS})
-    task = Task(manifest.task)
-    vocabulary = json.loads((request.folder / "config.json").read_text(encoding="utf-8")).get("vocab_size", 2)
-    shapes = [
-        (batch, source_length(manifest.graphs, sequence), past)
-        for batch, sequence, past in request.shapes or _USUAL_SHAPES.get(task, _USUAL_TEXT_SHAPES)
-    ]
-    races = [
-        Race(shape, workload_inputs(manifest.graphs, vocabulary, *shape), candidates(manifest, shape[0]))
-        for shape in shapes
-    ]
-    swap = measure_swap(export, shapes[-1][0]) if manifest.kind is Kind.DYNAMIC else None
-    notes = _notes(export, manifest)
-    del export
-    sessions.clear()  # the rounds open their own
-    workloads = measure(
-        openers, races, blocks=request.blocks, max_ratio=request.max_ratio, progress=partial(progress, "timing")
-    )
+    folders = {EXPORT: plan.folder, **compared}
+    if plan.options.against is not None:
+        folders[AGAINST] = plan.options.against
+    choice = choose_provider(plan.options.provider)
+    _require_device(plan, choice.name)
+    described = environment(choice.name, choice.reason, _SETTINGS | _memory_settings(choice.name))
+    opened: dict[str, tuple[Placement, ...]] = {}
+
+    def open_one(name: str) -> Session:
+        session = open_export(folders[name], choice.name, stop_spinning=True)
+        opened[name] = placements(name, session)
+        return session
+
+    openers = {name: partial(open_one, name) for name in dict.fromkeys(c.session for c in plan.races[0].candidates)}
+    swaps = ()
+    for name, opener in openers.items():  # what cannot run is refused here, before the long measurements
+        session = opener()
+        if name == EXPORT and plan.manifest.kind is Kind.DYNAMIC:
+            swaps = measure_swap(session, plan.races[-1].shape[0], plan.budget)
+        del session
+    peaks, memory_notes = measure_memory(plan, folders, choice.name, progress)
+    races = [_race(plan, race) for race in plan.races]
+    workloads = measure(openers, races, blocks=plan.options.blocks, progress=partial(progress, "timing"))
     progress("timing", 1, 1)
     return BenchReport(
-        subject=subject(request.folder, manifest),
+        subject=subject(plan.folder, plan.manifest),
         environment=described,
         workloads=tuple(workloads),
-        swap=swap,
-        memory_mb=memory,
-        notes=notes,
+        swaps=swaps,
+        memory=peaks,
+        placements=tuple(entry for name in openers for entry in opened[name]),
+        notes=(*_notes(plan, choice.name), *memory_notes, *_unsettled(workloads)),
         seconds=time.monotonic() - started,
+        against=None if plan.against is None else subject(plan.options.against, plan.against),
     )
 
 
-def _open_one_by_one(
-    openers: Mapping[str, Callable[[], Session]],
-) -> tuple[dict[str, Session], dict[str, float]]:
-    """The sessions, and the anonymous memory that each took, megabytes."""
-    sessions, memory = {}, {}
-    for name, opener in openers.items():
-        before = _resident_anonymous_mb()
-        sessions[name] = opener()
-        memory[name] = _resident_anonymous_mb() - before
-    return sessions, memory
+def _race(plan: BenchPlan, race: PlannedRace) -> Race:
+    """With its inputs: the other export may take them in another dtype."""
+    batch, sequence, past = race.shape
+    inputs = {}
+    for session in dict.fromkeys(candidate.session for candidate in race.candidates):
+        graphs = plan.manifest_of(session).graphs
+        inputs[session] = workload_inputs(graphs, plan.vocabulary, batch, source_length(graphs, sequence), past)
+    return Race(race.shape, inputs, race.candidates, race.comparisons)
 
 
-def candidates(manifest: Manifest, batch: int) -> list[Candidate]:
-    """What to time of an export for a batch of this size, the base first."""
-    names = [record.name for record in manifest.adapters]
-    found = [Candidate("base", "the base alone, exported the same way", "base")]
-    if manifest.kind is Kind.MERGED:
-        if names:
-            found.append(Candidate("merged", f"{' + '.join(names)} folded into the weights", "export"))
-        return found
-    if names:
-        found.append(Candidate("merged", f"{names[0]} folded into the weights", "merged"))
-    found.append(Candidate("dynamic, no adapter", "every adapter input at its default", "export"))
-    if names:
-        found.append(Candidate("dynamic", f"{names[0]} for every row", "export", names[0]))
-    if batch > 1 and len(names) > 1:
-        rows = [names[row % len(names)] for row in range(batch)]
-        found.append(Candidate("mixed rows", f"{len(set(rows))} adapters, another in each row", "export", rows))
-    return found
+def measure_memory(
+    plan: BenchPlan, folders: Mapping[str, Path], provider: str, progress: Progress
+) -> tuple[tuple[Memory, ...], tuple[str, ...]]:
+    """The peaks of one session of each variant, judged, and a note if there is none to be had.
+
+    Raises:
+        EnvironmentUnusable: The budget limits one that cannot be measured here.
+    """
+    variants = dict.fromkeys(candidate.name for race in plan.races for candidate in race.candidates)
+    places = ("process", "device") if provider == "cuda" else ("process",)
+    found, missing = [], set()
+    for done, variant in enumerate(variants):
+        progress("measuring memory", done, len(variants))
+        timed = [(race.shape, c) for race in plan.races for c in race.candidates if c.name == variant]
+        session = timed[0][1].session
+        runs = [(shape, candidate.adapters) for shape, candidate in timed]
+        peaks = memory.peaks_mb(MemoryJob(str(folders[session]), provider, plan.vocabulary, runs))
+        for place in places:
+            allowance = plan.budget.memory(place, variant)
+            if place in peaks:
+                judged = verdict(peaks[place], peaks[place], allowance)
+                found.append(Memory(variant, place, peaks[place], allowance, judged))
+            elif allowance is not None:
+                raise EnvironmentUnusable(
+                    "The budget limits a memory that this machine does not tell",
+                    where=plan.budget.where,
+                    found=f"{variant}: no figure for the {place}",
+                    next_step="take the line out, or run where /proc and nvidia-smi tell what a process holds",
+                )
+            else:
+                missing.add(place)
+    return tuple(found), tuple(_UNKNOWN_MEMORY[place] for place in sorted(missing))
 
 
-def _notes(export: Session, manifest: Manifest) -> tuple[str, ...]:
+def _memory_settings(provider: str) -> dict[str, str]:
+    settings = {"memory of the process": memory.METHOD["process"]}
+    return settings | {"memory of the device": memory.METHOD["device"]} if provider == "cuda" else settings
+
+
+def _require_device(plan: BenchPlan, provider: str) -> None:
+    if provider != "cuda" and plan.budget.memory_mb.get("device"):
+        raise InputRefused(
+            "The budget limits memory of a GPU, and none is used",
+            where=f"{plan.budget.where}: device_memory_mb",
+            found=f"provider {provider}",
+            next_step="run with --provider cuda, or take the table out",
+        )
+
+
+def _notes(plan: BenchPlan, provider: str) -> tuple[str, ...]:
     notes = []
-    if manifest.task in SEQ2SEQ:
+    if plan.manifest.task in SEQ2SEQ:
         notes.append(
             "A run is the encoder over the source and one step of the decoder on the past; no text is written."
         )
-    if manifest.provider != export.provider:
-        notes.append(f"The graph is fused for {manifest.provider} and ran on {export.provider}: not its best speed.")
+
+    def note_fusing(what: str, manifest: Manifest) -> None:
+        if manifest.provider != provider:
+            notes.append(f"{what} is fused for {manifest.provider} and ran on {provider}: not its best speed.")
+
+    note_fusing("The graph", plan.manifest)
+    if plan.against is not None:
+        note_fusing("The other export's graph", plan.against)
+    if plan.budget.where:
+        short = "" if plan.options.max_ratio is None else f"; --max-ratio {plan.options.max_ratio:g} for what it leaves"
+        notes.append(f"Budget: {plan.budget.where}{short}.")
     return tuple(notes)
 
 
-def _resident_anonymous_mb() -> float:
-    """This process's anonymous resident memory, megabytes (mapped files do not count); 0 where unknown."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")), 0.0)
+def _unsettled(workloads: list[Workload]) -> tuple[str, ...]:
+    """A note that names the variants whose warm-up was cut short, if there are any."""
+    found = []
+    for workload in workloads:
+        for variant in workload.variants:
+            n_cut = sum(not warm.settled for warm in variant.warm_ups)
+            if n_cut:
+                found.append(f"{variant.name}, {workload.name} ({n_cut} of {len(variant.warm_ups)} rounds)")
+    if not found:
+        return ()
+    return (f"The warm-up was cut short after {MOST_SECONDS:g} s, before times had settled: {'; '.join(found)}.",)

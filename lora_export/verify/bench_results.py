@@ -8,20 +8,34 @@ from lora_export.verify.results import Environment, Subject, Verdict, scope_of
 
 
 @dataclass(frozen=True)
+class WarmUp:
+    """The untimed runs before a round's blocks; `settled` is False if their time still changed when they ended."""
+
+    n_runs: int
+    seconds: float
+    settled: bool
+
+
+@dataclass(frozen=True)
 class Variant:
     """One graph under test in one workload.
 
     Attributes:
         name: "base", "merged", "dynamic", "mixed rows", …
         description: What runs, in words.
-        samples_ms: Milliseconds of every timed run, in the order taken.
+        samples_ms: Milliseconds a run of every timed sample, in the order taken; short runs are timed several to a
+            sample, of which this is the mean.
+        fastest_ms: The fastest run of each sample; ratios are taken from these.
+        warm_ups: One for each round of blocks.
     """
 
     name: str
     description: str
     samples_ms: tuple[float, ...]
+    fastest_ms: tuple[float, ...]
     median_ms: float
     rows_per_second: float
+    warm_ups: tuple[WarmUp, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,7 @@ class Ratio:
     """The median ratio of a variant's latency to another's over paired blocks, with its exact confidence interval.
 
     Attributes:
-        block_ratios: One ratio for each ABBA block.
+        block_ratios: One ratio for each ABBA block, of the fastest runs of its samples.
         low, high: Bounds of the interval for the median ratio (order statistics).
         confidence: Coverage of the interval, 0 to 1.
         allowance: Largest ratio allowed; None if the ratio is only reported.
@@ -66,34 +80,79 @@ class Workload:
 
 @dataclass(frozen=True)
 class Swap:
-    """Changing the adapter between runs, in microseconds: medians over `n` swaps.
+    """Changing the adapter between runs in one way, microseconds.
 
     Attributes:
-        bound_us: To an adapter already held by the session.
-        loaded_us: To one read from its file first.
+        name: "bound" (to an adapter that the session holds) or "loaded" (to one read from its file first).
+        low_us, high_us, confidence: The interval for the median, as of a `Ratio`.
+        allowance_us: Largest median allowed; None if it is only reported.
     """
 
-    bound_us: float
-    loaded_us: float
-    n: int
+    name: str
+    samples_us: tuple[float, ...]
+    median_us: float
+    low_us: float
+    high_us: float
+    confidence: float
+    allowance_us: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The most memory that one session of a variant took while it was opened and ran the workloads, 10⁶ bytes.
+
+    Attributes:
+        place: "process" (anonymous memory above what the process had before) or "device" (the GPU's, all of it).
+        allowance_mb: The most allowed; None if it is only reported.
+    """
+
+    variant: str
+    place: str
+    peak_mb: float
+    allowance_mb: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where ONNX Runtime runs one graph of a timed session: operators with their number, of one execution provider."""
+
+    session: str
+    graph: str
+    provider: str
+    operators: dict[str, int]
+
+    @property
+    def n_operators(self) -> int:
+        return sum(self.operators.values())
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Everything `bench` found."""
+    """Everything `bench` found.
+
+    Attributes:
+        against: The other export that was timed beside it; None if there was none.
+        memory: Empty where it cannot be measured.
+    """
 
     subject: Subject
     environment: Environment
     workloads: tuple[Workload, ...]
-    swap: Swap | None
-    memory_mb: dict[str, float]  # resident anonymous memory of one session by variant, megabytes
+    swaps: tuple[Swap, ...]
+    memory: tuple[Memory, ...]
+    placements: tuple[Placement, ...]
     notes: tuple[str, ...]
     seconds: float
+    against: Subject | None = None
     schema: int = 1
 
     @property
     def verdict(self) -> Verdict:
-        found = [ratio.verdict for workload in self.workloads for ratio in workload.ratios]
+        """The worst of all latencies, swaps and peaks of memory."""
+        ratios = [ratio for workload in self.workloads for ratio in workload.ratios]
+        found = {entry.verdict for entry in (*ratios, *self.swaps, *self.memory)}
         for verdict in (Verdict.FAIL, Verdict.AMBIGUOUS, Verdict.PASS):
             if verdict in found:
                 return verdict

@@ -17,12 +17,12 @@ CONFIDENCE = 0.95
 
 
 def paired_ratio(variant: Variant, base: Variant, allowance: float | None) -> Ratio:
-    """The median over blocks of `variant / base`, with its interval and verdict."""
+    """The median over blocks of `variant / base`, of the samples' fastest runs, with its interval and verdict."""
 
     def block_sums(samples: tuple[float, ...]) -> list[float]:
         return [first + second for first, second in zip(samples[::2], samples[1::2], strict=True)]
 
-    pairs = zip(block_sums(variant.samples_ms), block_sums(base.samples_ms), strict=True)
+    pairs = zip(block_sums(variant.fastest_ms), block_sums(base.fastest_ms), strict=True)
     ratios = [mine / theirs for mine, theirs in pairs]
     low, high, confidence = median_interval(ratios)
     return Ratio(

@@ -3,6 +3,10 @@
 A block runs base, a, b, …, b, a, base. A drift of the machine's speed that is linear within a block cancels in the
 ratio of the sums, so only ratios are compared, never milliseconds of different moments.
 
+Other processes add time to some runs and never take any away, so of a sample, which holds several short runs, the
+fastest is compared: what a graph costs, it costs in every run. On a busy machine the interval for the median ratio is
+many times narrower than with the samples' means (`ci/benchmarks/latency_gate.py` counts what either finds).
+
 Two things would still favour one candidate in every block, and both are taken out:
 - Threads of idle sessions: they spin for a while and take the cores from the one that is timed (1.2 × seen between two
   sessions of the same graph on two cores). Sessions must be opened with `stop_spinning`.
@@ -13,7 +17,6 @@ Two things would still favour one candidate in every block, and both are taken o
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,13 +27,13 @@ import numpy as np
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.arrays import to_ort_value
 from lora_export.runtime.seq2seq_session import Seq2SeqSession
-from lora_export.verify.bench_results import Swap, Variant, Workload
+from lora_export.verify.bench_results import Variant, WarmUp, Workload
 from lora_export.verify.intervals import paired_ratio
+from lora_export.verify.warm_up import warm_up
 
 ROUNDS = 4
 # A timed sample repeats a run until it lasts this long, so that the clock and the loop do not count.
-_SAMPLE_SECONDS = 0.02
-_WARM_UP_SECONDS = 0.15
+SAMPLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -44,17 +47,31 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Two candidates whose ratio is of interest, by name, and the largest ratio allowed (None: only reported)."""
+
+    variant: str
+    reference: str
+    allowance: float | None = None
+
+
+# What makes up one run: inputs by graph, the graphs in their order.
+Inputs = Mapping[str, Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
 class Race:
-    """Candidates on the same inputs; the first is the base that the others are compared with.
+    """Candidates to time side by side on inputs of one shape.
 
     Attributes:
         shape: (batch, sequence, past), as labels.
-        inputs: By graph: those that make up one run, in their order.
+        inputs: By session: the same values, in the dtypes that it takes.
     """
 
     shape: tuple[int, int, int]
-    inputs: Mapping[str, Mapping[str, np.ndarray]]
+    inputs: Mapping[str, Inputs]
     candidates: Sequence[Candidate]
+    comparisons: Sequence[Comparison]
 
 
 Session = AdapterSession | Seq2SeqSession
@@ -65,9 +82,7 @@ def graph_session(session: Session, graph: str) -> AdapterSession:
     return session.sessions[graph] if isinstance(session, Seq2SeqSession) else session
 
 
-def bound_runs(
-    session: Session, adapters: RowAdapter | Sequence[RowAdapter], inputs: Mapping[str, Mapping[str, np.ndarray]]
-) -> Callable[[], None]:
+def bound_runs(session: Session, adapters: RowAdapter | Sequence[RowAdapter], inputs: Inputs) -> Callable[[], None]:
     """One run of each graph in `inputs`, one after the other, everything bound."""
     runs = [bound_run(graph_session(session, graph), adapters, feeds) for graph, feeds in inputs.items()]
     if len(runs) == 1:
@@ -115,7 +130,6 @@ def measure(
     races: Sequence[Race],
     *,
     blocks: int,
-    max_ratio: float | None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Workload]:
     """Time every race, one workload for each.
@@ -123,20 +137,27 @@ def measure(
     Args:
         openers: How to open the sessions that the candidates name; with `stop_spinning`.
         blocks: Number of ABBA blocks for each race, at least 6 (below, no 95 % interval exists).
-        max_ratio: Allowance for each ratio to the base; None to report only.
     """
-    samples = [[[] for _ in race.candidates] for race in races]
+    timings = [[_Timing([], []) for _ in race.candidates] for race in races]
     done = itertools.count(1)
     for number, n_blocks in enumerate(_spread(blocks, ROUNDS)):
         # Each round, another session is opened first.
         names = list(openers)
         turn = number % len(names)
         sessions = {name: openers[name]() for name in [*names[turn:], *names[:turn]]}
-        for race, taken in zip(races, samples, strict=True):
+        for race, taken in zip(races, timings, strict=True):
             for _ in _take_blocks(race, sessions, n_blocks, taken):
                 progress(next(done), blocks * len(races))
         sessions.clear()  # before the next round opens its own
-    return [_workload(race, taken, max_ratio) for race, taken in zip(races, samples, strict=True)]
+    return [_workload(race, taken) for race, taken in zip(races, timings, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """What accumulates for one candidate: each sample's milliseconds a run (mean, fastest), each round's warm-up."""
+
+    samples_ms: list[tuple[float, float]]
+    warm_ups: list[WarmUp]
 
 
 def _spread(blocks: int, rounds: int) -> list[int]:
@@ -146,71 +167,48 @@ def _spread(blocks: int, rounds: int) -> list[int]:
 
 
 def _take_blocks(
-    race: Race, sessions: Mapping[str, Session], n_blocks: int, samples: list[list[float]]
+    race: Race, sessions: Mapping[str, Session], n_blocks: int, timings: Sequence[_Timing]
 ) -> Iterator[int]:
-    """Time `n_blocks` ABBA blocks, yielding after each; milliseconds a run are added to each candidate's `samples`."""
-    runs = [bound_runs(sessions[c.session], c.adapters, race.inputs) for c in race.candidates]
-    repeats = [_warm_up(run) for run in runs]
+    """Warm up and time `n_blocks` ABBA blocks, yielding after each; what is found is added to the `timings`."""
+    runs = [bound_runs(sessions[c.session], c.adapters, race.inputs[c.session]) for c in race.candidates]
+    fastest = []
+    for run, timing in zip(runs, timings, strict=True):
+        warm, seconds = warm_up(run)
+        timing.warm_ups.append(warm)
+        fastest.append(seconds)
+    # The same for all: of more runs, the fastest is faster.
+    repeats = max(1, round(SAMPLE_SECONDS / min(fastest)))
     for block in range(n_blocks):
         for index in [*range(len(runs)), *reversed(range(len(runs)))]:
-            samples[index].append(_sample_ms(runs[index], repeats[index]))
+            timings[index].samples_ms.append(_sample_ms(runs[index], repeats))
         yield block
 
 
-def _workload(race: Race, samples: Sequence[Sequence[float]], max_ratio: float | None) -> Workload:
-    batch = race.shape[0]
-    variants = tuple(
-        Variant(c.name, c.description, tuple(taken), statistics.median(taken), batch / statistics.median(taken) * 1e3)
-        for c, taken in zip(race.candidates, samples, strict=True)
-    )
-    ratios = tuple(paired_ratio(variant, variants[0], max_ratio) for variant in variants[1:])
-    return Workload(*race.shape, variants, ratios)
+def _workload(race: Race, timings: Sequence[_Timing]) -> Workload:
+    variants = {
+        candidate.name: _variant(candidate, timing, race.shape[0])
+        for candidate, timing in zip(race.candidates, timings, strict=True)
+    }
+    ratios = [paired_ratio(variants[c.variant], variants[c.reference], c.allowance) for c in race.comparisons]
+    return Workload(*race.shape, tuple(variants.values()), tuple(ratios))
 
 
-def _warm_up(run: Callable[[], None]) -> int:
-    """Run until warm; how many runs make one timed sample."""
-    deadline, fastest = time.perf_counter() + _WARM_UP_SECONDS, math.inf
-    while (now := time.perf_counter()) < deadline:
-        run()
-        fastest = min(fastest, time.perf_counter() - now)
-    return max(1, round(_SAMPLE_SECONDS / fastest)) if math.isfinite(fastest) else 1
+def _variant(candidate: Candidate, timing: _Timing, batch: int) -> Variant:
+    samples, fastest = zip(*timing.samples_ms, strict=True)
+    median = statistics.median(samples)
+    rate, warm_ups = batch / median * 1e3, tuple(timing.warm_ups)
+    return Variant(candidate.name, candidate.description, samples, fastest, median, rate, warm_ups)
 
 
-def _sample_ms(run: Callable[[], None], repeats: int) -> float:
-    """Milliseconds a run; short runs are timed several at once, behind one untimed that fills the caches."""
+def _sample_ms(run: Callable[[], None], repeats: int) -> tuple[float, float]:
+    """Milliseconds of a run, mean and fastest of `repeats`; short runs go behind one untimed that fills the caches."""
     if repeats > 1:
         run()
-    start = time.perf_counter()
+    seconds = []
+    before = time.perf_counter()
     for _ in range(repeats):
         run()
-    return (time.perf_counter() - start) / repeats * 1e3
-
-
-def measure_swap(session: Session, batch: int, n: int = 50) -> Swap | None:
-    """Microseconds to change the adapter of the next run of `batch` rows in every graph, the run itself left out; None
-    with fewer than two adapters.
-
-    `bound_us`: bind the tensors of an adapter that the session holds. `loaded_us`: read its files, stack and bind them.
-    """
-    names = session.adapters
-    if len(names) < 2:
-        return None
-    graphs = [graph_session(session, graph) for graph in session.manifest.graphs]
-    bindings = [graph.session.io_binding() for graph in graphs]
-    bound, loaded = [], []
-    for index in range(n + 2):
-        name = names[index % 2]
-        start = time.perf_counter()
-        for graph, binding in zip(graphs, bindings, strict=True):
-            graph.bind_adapters(binding, name, batch)
-        bound.append((time.perf_counter() - start) * 1e6)
-    for index in range(n // 5):
-        name = names[index % 2]
-        files = session.manifest.adapter(name).files
-        start = time.perf_counter()
-        for graph, binding in zip(graphs, bindings, strict=True):
-            if graph.graph in files:
-                graph.load(session.folder / files[graph.graph], name)
-            graph.bind_adapters(binding, name, batch)
-        loaded.append((time.perf_counter() - start) * 1e6)
-    return Swap(statistics.median(bound[2:]), statistics.median(loaded), n)
+        after = time.perf_counter()
+        seconds.append(after - before)
+        before = after
+    return statistics.fmean(seconds) * 1e3, min(seconds) * 1e3

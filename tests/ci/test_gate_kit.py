@@ -89,11 +89,11 @@ def shell(script: str, stub: Path, **variables: str) -> int:
     return subprocess.run(["bash", "-e", "-c", script], env=environment | variables, capture_output=True).returncode
 
 
-def run_github(stub: Path, *, check: int, bench: int, undecided: str = "warn") -> list[int]:
+def run_github(stub: Path, *, check: int, bench: int, undecided: str = "warn", budget: str = "") -> list[int]:
     """Exit codes of the steps that export, check and bench."""
     scripts = {step["name"]: step["run"] for step in github_steps() if "run" in step}
     shared = {"BASE": "a base", "ADAPTERS": "one two", "MODE": "dynamic", "PROVIDER": "cuda", "OUT": "out"}
-    shared |= {"ARGUMENTS": "--quiet --json", "MAX_RATIO": "1.10", "UNDECIDED": undecided}
+    shared |= {"ARGUMENTS": "--quiet --json", "MAX_RATIO": "1.10", "BUDGET": budget, "UNDECIDED": undecided}
     shared |= {"CHECK": str(check), "BENCH": str(bench)}
     return [shell(scripts[name], stub, **shared) for name in ("Export", "Check parity", "Bench latency")]
 
@@ -112,6 +112,10 @@ def test_github_passes_the_arguments_on(stub):
         "check|out|--provider|cuda|--quiet|--json|",
         "bench|out|--provider|cuda|--max-ratio|1.10|--quiet|--json|",
     ]
+    run_github(stub, check=0, bench=0, budget="my budget.toml")
+    assert (stub / "log").read_text().splitlines()[-1] == (
+        "bench|out|--provider|cuda|--max-ratio|1.10|--budget|my budget.toml|--quiet|--json|"
+    )
 
 
 def test_github_keeps_the_reports_of_a_failed_check_and_times_it_too():
@@ -122,11 +126,12 @@ def test_github_keeps_the_reports_of_a_failed_check_and_times_it_too():
     assert load(GITHUB)["jobs"]["gate"]["env"]["OUT"] == "lora-export-gate"
 
 
-def run_gitlab(stub: Path, *, check: int, bench: int, base: str = "a base") -> int:
+def run_gitlab(stub: Path, *, check: int, bench: int, base: str = "a base", budget: str = "") -> int:
     """The job's exit code: GitLab runs the lines of a script one after another in one shell that stops at an error."""
     job = load(GITLAB)["lora-export-gate"]
     variables = {name: str(value) for name, value in job["variables"].items() if "$" not in str(value)}
     variables |= {"LORA_EXPORT_BASE": base, "LORA_EXPORT_ADAPTERS": "one two", "LORA_EXPORT_BENCH": "--shape 4x128"}
+    variables["LORA_EXPORT_BUDGET"] = budget
     return shell("\n".join(job["script"]), stub, **variables, CHECK=str(check), BENCH=str(bench))
 
 
@@ -146,7 +151,7 @@ def test_gitlab_allows_what_is_undecided_and_shows_the_reports():
 
 def test_gitlab_passes_the_arguments_on(stub):
     run_gitlab(stub, check=0, bench=0)
-    run_gitlab(stub, check=0, bench=0, base="")
+    run_gitlab(stub, check=0, bench=0, base="", budget="my budget.toml")
     log = (stub / "log").read_text().splitlines()
     assert log[:3] == [
         "dynamic|a base|one|two|--provider|cuda|-o|lora-export-gate|--overwrite|",
@@ -154,6 +159,7 @@ def test_gitlab_passes_the_arguments_on(stub):
         "bench|lora-export-gate|--provider|cuda|--max-ratio|1.10|--shape|4x128|",
     ]
     assert log[3].startswith("dynamic|one|two|--provider"), "an empty base is left out"
+    assert "|--budget|my budget.toml|--shape|4x128|" in log[5]
 
 
 def test_gitlab_s_gate_on_a_real_export(bases, adapters, tmp_path):
@@ -164,6 +170,8 @@ def test_gitlab_s_gate_on_a_real_export(bases, adapters, tmp_path):
     variables = {name: str(value) for name, value in job["variables"].items() if "$" not in str(value)}
     variables |= {"LORA_EXPORT_BASE": str(bases["classifier"]), "LORA_EXPORT_ADAPTERS": str(adapters["plain"])}
     variables |= {"LORA_EXPORT_PROVIDER": "cpu", "LORA_EXPORT_MAX_RATIO": "1000", "LORA_EXPORT_CHECK": "--rows 4"}
+    (tmp_path / "budget.toml").write_text("[ratio]\ndynamic = 1000\n[memory_mb]\ndynamic = 10_000\n")
+    variables |= {"LORA_EXPORT_BUDGET": "budget.toml"}
     variables |= {"LORA_EXPORT_BENCH": "--shape 2x4 --blocks 6", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-e", "-c", "\n".join(job["script"])],

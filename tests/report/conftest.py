@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from lora_export.verify.bench_results import BenchReport, Ratio, Swap, Variant, Workload
+from lora_export.verify.bench_results import BenchReport, Memory, Placement, Ratio, Swap, Variant, WarmUp, Workload
 from lora_export.verify.check_results import CheckReport, ParityCase, Rounding
 from lora_export.verify.divergence_results import ComparedValue, Divergence, LayerErrors, Reproduction
 from lora_export.verify.results import Environment, Subject, Verdict
@@ -176,7 +176,9 @@ def _variant(name: str, centre: float, n: int, seed: int, description: str = "")
     noise = random.Random(seed)
     samples = tuple(centre * (1 + 0.03 * noise.expovariate(1)) for _ in range(n))
     median = sorted(samples)[n // 2]
-    return Variant(name, description or f"the {name} graph", samples, median, 8000 / median)
+    return Variant(
+        name, description or f"the {name} graph", samples, samples, median, 8000 / median, (WarmUp(40, 0.2, True),) * 4
+    )
 
 
 def _ratio(variant: str, low: float, median: float, high: float, allowance: float | None, verdict: Verdict) -> Ratio:
@@ -188,7 +190,7 @@ def gated_bench(subject: Subject, environment: Environment) -> BenchReport:
     """One ratio of each verdict; one variant with a straggler far beyond the rest."""
     merged = _variant("merged", 11.9, 300, 1)
     dynamic = _variant("dynamic", 12.2, 300, 2, description="adapter given as inputs")
-    slow = Variant("mixed rows", "one adapter a row", (*_variant("", 12.9, 60, 3).samples_ms, 480.0), 13.1, 610.0)
+    slow = Variant("mixed rows", "one adapter a row", (*_variant("", 12.9, 60, 3).samples_ms, 480.0), (), 13.1, 610.0)
     first = Workload(8, 128, 0, (_variant("base", 11.8, 300, 4), merged, dynamic, slow), (
         _ratio("dynamic", 1.012, 1.031, 1.048, 1.05, Verdict.PASS),
         _ratio("mixed rows", 1.021, 1.049, 1.083, 1.05, Verdict.AMBIGUOUS),
@@ -197,14 +199,41 @@ def gated_bench(subject: Subject, environment: Environment) -> BenchReport:
     second = Workload(1, 1, 512, (_variant("merged", 0.84, 40, 5), _variant(HOSTILE, 0.97, 40, 6)), (
         _ratio(HOSTILE, 1.122, 1.154, 1.181, 1.05, Verdict.FAIL),
     ))  # fmt: skip
-    memory = {"merged": 212.4, "dynamic": 231.9, HOSTILE: math.nan}
+    memory = (
+        Memory("merged", "process", 212.4, 250.0, Verdict.PASS),
+        Memory("dynamic", "process", 231.9, None, Verdict.NOT_GATED),
+        Memory(HOSTILE, "process", math.nan, None, Verdict.NOT_GATED),
+    )
+    swaps = (
+        Swap("bound", (12.0, 12.34, 13.1), 12.34, 12.0, 13.1, 0.75, 50.0, Verdict.PASS),
+        Swap("loaded", (1790.0, 1830.0, 1950.0), 1830.0, 1790.0, 1950.0, 0.75, None, Verdict.NOT_GATED),
+    )
+    kinds = {"MatMul": 74, "Add": 60, "SkipLayerNormalization": 24, "Gather": 5, "Shape": 4, HOSTILE: 1}
+    placements = (
+        Placement("base", "model", "CUDAExecutionProvider", kinds),
+        Placement("base", "model", "CPUExecutionProvider", {"Shape": 3}),
+        Placement("export", "model", "CUDAExecutionProvider", {"MatMul": 146, "Add": 132}),
+    )
     notes = ("Both cores were shared with other processes.", f"A note with {HOSTILE}")
-    return BenchReport(subject, environment, (first, second), Swap(12.34, 1830.0, 200), memory, notes, seconds=83.5)
+    return BenchReport(subject, environment, (first, second), swaps, memory, placements, notes, seconds=83.5)
+
+
+@pytest.fixture
+def compared_bench(gated_bench: BenchReport, subject: Subject) -> BenchReport:
+    """Another export beside it, with a ratio that fails; a swap that fails and a memory that fails."""
+    workload = gated_bench.workloads[0]
+    against = Ratio("dynamic", "against", 1.06, 1.04, 1.08, 0.9611, (1.06,) * 21, 1.02, Verdict.FAIL)
+    variants = (*workload.variants, _variant("against", 11.5, 300, 8))
+    workload = replace(workload, variants=variants, ratios=(*workload.ratios[:2], against))
+    swap = replace(gated_bench.swaps[0], allowance_us=10.0, verdict=Verdict.FAIL)
+    memory = Memory("dynamic", "device", 912.0, 900.0, Verdict.FAIL)
+    other = replace(subject, folder="yesterday/topic-kind", adapters=("topic",), graph_sha256="aa11" * 16)
+    return replace(gated_bench, workloads=(workload,), swaps=(swap,), memory=(memory,), against=other)
 
 
 @pytest.fixture
 def ungated_bench(subject: Subject, environment: Environment) -> BenchReport:
     """Images, no swap, no memory, no notes, and a variant without runs."""
-    none = Variant("none", "never ran", (), math.nan, math.nan)
+    none = Variant("none", "never ran", (), (), math.nan, math.nan)
     workload = Workload(4, 0, 0, (_variant("merged", 25.0, 12, 7), none), ())
-    return BenchReport(subject, environment, (workload,), None, {}, (), seconds=5.0)
+    return BenchReport(subject, environment, (workload,), (), (), (), (), seconds=5.0)

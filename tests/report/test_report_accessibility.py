@@ -18,7 +18,15 @@ from lora_export.report.html import render_bench_html, render_check_html
 ROOT = Path(__file__).parents[2]
 EXAMINE = ROOT / "ci/accessibility/examine.mjs"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-REPORTS = ("passing_check", "failing_check", "empty_check", "gpu_check", "gated_bench", "ungated_bench")
+REPORTS = (
+    "passing_check",
+    "failing_check",
+    "empty_check",
+    "gpu_check",
+    "gated_bench",
+    "ungated_bench",
+    "compared_bench",
+)
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),

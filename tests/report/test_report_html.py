@@ -17,7 +17,7 @@ from lora_export.report.tables import Table
 from lora_export.verify.bench_results import BenchReport
 from lora_export.verify.check_results import CheckReport
 
-REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench")
+REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench", "compared_bench")
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -173,17 +173,39 @@ def test_check_shows_what_was_skipped_and_where(passing_check: CheckReport) -> N
 
 def test_bench_shows_every_number(gated_bench: BenchReport) -> None:
     page = Page(render_bench_html(gated_bench))
-    tables = [bench_tables.ratio_table, bench_tables.swap_table, bench_tables.memory_table]
+    tables = [
+        bench_tables.ratio_table,
+        bench_tables.swap_table,
+        bench_tables.memory_table,
+        bench_tables.placement_table,
+    ]
     for table in (*(make(gated_bench) for make in tables), *map(bench_tables.latency_table, gated_bench.workloads)):
         _expect_rows(page, table)
     assert all(" ".join(note.split()) in page.text for note in gated_bench.notes)
     assert "120 dots are drawn" in page.text and "1 run off the scale" in page.text
 
 
+def test_bench_says_what_memory_is_and_what_it_was_timed_against(
+    gated_bench: BenchReport, compared_bench: BenchReport
+) -> None:
+    page = Page(render_bench_html(gated_bench))
+    assert "the anonymous memory above what it had before" in page.text and "CUDA's context" not in page.text
+    assert [
+        "base",
+        "CUDAExecutionProvider",
+        "168",
+        "74 MatMul, 60 Add, 24 SkipLayerNormalization, 5 Gather and 2 other kinds",
+    ] in page.rows
+    page = Page(render_bench_html(compared_bench))
+    assert "on the GPU, all that the process holds there" in page.text
+    assert {"dynamic ÷ against", "dynamic, on the GPU"} <= {row[0] for row in page.rows}
+    assert "yesterday/topic-kind" in page.text and "aa11" * 16 in page.text
+
+
 def test_missing_parts_leave_no_empty_sections(empty_check: CheckReport, ungated_bench: BenchReport) -> None:
     empty, ungated = Page(render_check_html(empty_check)), Page(render_bench_html(ungated_bench))
     assert not {"findings", "parity", "cases", "accuracy", "skipped", "data"} & set(empty.ids)
-    assert not {"findings", "ratio-table", "memory", "notes"} & set(ungated.ids)
+    assert not {"findings", "ratio-table", "memory", "placements", "against", "notes"} & set(ungated.ids)
     assert "Changing the adapter was not measured." in ungated.text
 
 

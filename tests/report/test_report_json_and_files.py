@@ -37,8 +37,10 @@ def test_bench_keeps_every_sample(gated_bench: BenchReport, ungated_bench: Bench
     found = _parsed(gated_bench)
     assert len(found["workloads"][0]["variants"][0]["samples_ms"]) == 300
     assert found["workloads"][1]["name"] == "1 × 1 on 512 tokens"
-    assert found["memory_mb"][hostile] is None
-    assert _parsed(ungated_bench)["swap"] is None
+    assert {entry["variant"]: entry["peak_mb"] for entry in found["memory"]}[hostile] is None
+    assert [len(swap["samples_us"]) for swap in found["swaps"]] == [3, 3]
+    assert found["placements"][1]["operators"] == {"Shape": 3}
+    assert _parsed(ungated_bench)["swaps"] == [] and found["against"] is None
 
 
 def test_text_is_stable_and_readable(passing_check: CheckReport) -> None:

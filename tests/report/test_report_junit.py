@@ -14,7 +14,7 @@ from lora_export.verify.bench_results import BenchReport
 from lora_export.verify.check_results import CheckReport
 from lora_export.verify.results import Verdict
 
-REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench")
+REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench", "compared_bench")
 
 # Jenkins' junit-10.xsd, as far as it is used: required and optional attributes, and children in any order.
 STRICT = {
@@ -114,6 +114,19 @@ def test_every_variant_has_its_verdict(gated_bench: BenchReport, hostile: str) -
     assert isinstance(failed, Failure)
     assert failed.message.startswith(f"{hostile} ÷ merged: The median ratio is 1.154×;")
     assert "ratio_allowance=1.05" in cases[second, hostile].system_out
+
+
+def test_another_export_swaps_and_memory_have_cases_of_their_own(compared_bench: BenchReport) -> None:
+    cases = _cases(compared_bench)
+    (failed,) = cases["lora-export.bench.8 × 128 tokens", "dynamic ÷ against"].result
+    assert isinstance(failed, Failure) and failed.message.startswith("dynamic ÷ against: The median ratio is 1.060×;")
+    assert not cases["lora-export.bench.8 × 128 tokens", "dynamic"].result, "its ratio to the base passes"
+    assert "ratio_allowance=1.02" in cases["lora-export.bench.8 × 128 tokens", "dynamic ÷ against"].system_out
+    (failed,) = cases["lora-export.bench.swap", "adapter held by the session"].result
+    assert isinstance(failed, Failure) and "wholly above the allowance of 10.0 µs" in failed.message
+    (failed,) = cases["lora-export.bench.memory", "dynamic, on the GPU"].result
+    assert isinstance(failed, Failure) and "above the allowance of 900.0 MB" in failed.message
+    assert "peak_mb=912.0\nallowance_mb=900.0" in cases["lora-export.bench.memory", "dynamic, on the GPU"].system_out
 
 
 def test_a_cpu_run_is_labelled(passing_check: CheckReport, gpu_check: CheckReport) -> None:

@@ -14,7 +14,15 @@ from lora_export.report import check_tables
 from lora_export.report.as_json import json_value, render_json, report_schema
 from lora_export.verify import bench_results, check_results, divergence_results, results, tolerances
 
-REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench", "gpu_check")
+REPORTS = (
+    "passing_check",
+    "failing_check",
+    "empty_check",
+    "gated_bench",
+    "ungated_bench",
+    "compared_bench",
+    "gpu_check",
+)
 SCHEMA = report_schema()
 VALIDATOR = Draft202012Validator(SCHEMA, format_checker=Draft202012Validator.FORMAT_CHECKER)
 
@@ -41,11 +49,14 @@ def test_reports_are_valid(name: str, request: pytest.FixtureRequest) -> None:
         ("variant", bench_results.Variant, set()),
         ("ratio", bench_results.Ratio, set()),
         ("workload", bench_results.Workload, {"name"}),
+        ("warm_up", bench_results.WarmUp, set()),
         ("swap", bench_results.Swap, set()),
         ("compared_value", divergence_results.ComparedValue, set()),
         ("layer_errors", divergence_results.LayerErrors, set()),
         ("reproduction", divergence_results.Reproduction, set()),
         ("divergence", divergence_results.Divergence, set()),
+        ("memory", bench_results.Memory, set()),
+        ("placement", bench_results.Placement, set()),
         ("check", check_results.CheckReport, {"report", "verdict", "scope"}),
         ("bench", bench_results.BenchReport, {"report", "verdict", "scope"}),
     ],
@@ -108,8 +119,13 @@ BROKEN = {
     "a verdict nobody knows": ("gated_bench", _set("workloads", 0, "ratios", 0, "verdict", "maybe")),
     "samples that are no list": ("gated_bench", _set("workloads", 0, "variants", 0, "samples_ms", 1.5)),
     "a batch of none": ("gated_bench", _set("workloads", 0, "batch", 0)),
-    "a swap without its count": ("gated_bench", _drop("swap", "n")),
-    "memory as text": ("gated_bench", _set("memory_mb", "merged", "212 MB")),
+    "a swap without its samples": ("gated_bench", _set("swaps", 0, "samples_us", [])),
+    "a swap of another kind": ("gated_bench", _set("swaps", 0, "name", "thrown")),
+    "memory as text": ("gated_bench", _set("memory", 0, "peak_mb", "212 MB")),
+    "memory of nowhere": ("gated_bench", _set("memory", 0, "place", "cloud")),
+    "a placement without its provider": ("gated_bench", _drop("placements", 0, "provider")),
+    "a warm-up of no runs": ("gated_bench", _set("workloads", 0, "variants", 0, "warm_ups", 0, "n_runs", 0)),
+    "another export cut short": ("compared_bench", _drop("against", "folder")),
 }  # fmt: skip
 
 
@@ -127,10 +143,11 @@ def test_reports_of_real_exports_are_valid(name: str, exports, own, request: pyt
     """What check and bench write of a real export, in every file that a program reads."""
     from lora_export.pipeline import bench, check
     from lora_export.sources import SourceOverrides
+    from lora_export.verify.bench_plan import BenchOptions
 
     folder = own(exports[name])
     checked, check_files = check(folder, SourceOverrides(), provider="cpu", n_rows=4)
-    benched, bench_files = bench(folder, SourceOverrides(), provider="cpu", shapes=[(2, 4, 0)], blocks=6)
+    benched, bench_files = bench(folder, SourceOverrides(), BenchOptions("cpu", [(2, 4, 0)], blocks=6))
     for report, files in ((checked, check_files), (benched, bench_files)):
         found = json.loads(files["json"].read_text("utf-8"))
         VALIDATOR.validate(found)

@@ -15,7 +15,7 @@ from lora_export.verify.bench_results import BenchReport
 from lora_export.verify.check_results import CheckReport
 from lora_export.verify.results import Verdict
 
-REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench")
+REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench", "compared_bench")
 
 
 def _text(report: CheckReport | BenchReport) -> str:
@@ -46,10 +46,10 @@ def test_verdict_stands_first(
 
 def test_ambiguous_bench(gated_bench: BenchReport) -> None:
     workload = replace(gated_bench.workloads[0], ratios=gated_bench.workloads[0].ratios[:2])
-    report = replace(gated_bench, workloads=(workload,))
+    report = replace(gated_bench, workloads=(workload,), swaps=())
     assert report.verdict is Verdict.AMBIGUOUS
     text = render_bench_text(report)
-    assert text.startswith("? AMBIGUOUS: Latency is undecided\nOf 2 gated latency ratios, 1 is undecided;")
+    assert text.startswith("? AMBIGUOUS: Latency is undecided\nOf 3 gated figures, 1 is undecided;")
     assert "so more blocks are needed to decide." in " ".join(text.split())
 
 
@@ -87,8 +87,34 @@ def test_terminal_escapes_are_taken_out(passing_check: CheckReport) -> None:
 
 
 def test_bench_text_says_what_swaps_cost(gated_bench: BenchReport, ungated_bench: BenchReport) -> None:
-    assert re.search(r"held by the session +12\.3 µs +200", render_bench_text(gated_bench))
+    text = render_bench_text(gated_bench)
+    assert re.search(r"held by the session +12\.3 µs +12\.0 µs to 13\.1 µs +3 +50\.0 µs +pass", text)
+    assert "12.3 µs to one held by the session (median over 3 swaps)" in render_bench_markdown(gated_bench)
     assert "Changing the adapter was not measured." in render_bench_text(ungated_bench)
+
+
+def test_every_kind_of_gate_is_named_where_it_fails(compared_bench: BenchReport) -> None:
+    text = " ".join(render_bench_text(compared_bench).split())
+    assert text.startswith("✕ FAIL: Latency, adapter swap and memory exceed the allowance")
+    assert "Of 5 gated figures, 3 are above the allowance and 1 is undecided" in text
+    assert "“adapter held by the session” takes the most of its allowance, 123%" in text
+    assert "dynamic ÷ against, 8 × 128 tokens: fail" in text
+    assert (
+        "The median is 12.3 µs; its 75.0% interval is 12.0 µs to 13.1 µs, wholly above the allowance of 10.0 µs."
+        in text
+    )
+    assert "The peak is 912.0 MB, above the allowance of 900.0 MB." in text
+    assert "Against: Export yesterday/topic-kind" in text
+
+
+def test_operators_are_told_by_provider(gated_bench: BenchReport) -> None:
+    for text in (render_bench_text(gated_bench), render_bench_markdown(gated_bench)):
+        assert "base: 3 operators on CPUExecutionProvider (3 Shape)" in text
+
+
+def test_memory_alone_does_not_say_latency(compared_bench: BenchReport) -> None:
+    report = replace(compared_bench, workloads=(), swaps=())
+    assert render_bench_text(report).startswith("✕ FAIL: Memory exceeds the allowance\nOf 1 gated figure, 1 is above")
 
 
 @pytest.mark.parametrize(("name", "what"), [("passing_check", "parity"), ("gated_bench", "latency")])

@@ -68,7 +68,7 @@ def test_verdicts(low, high, allowance, expected):
 
 
 def variant(name: str, samples: list[float]) -> Variant:
-    return Variant(name, name, tuple(samples), statistics.median(samples), 0.0)
+    return Variant(name, name, (math.nan,) * len(samples), tuple(samples), statistics.median(samples), 0.0)
 
 
 def blocks(true_ratio: float, n: int, seed: int, drift: float = 0.0, noise: float = 0.0, spikes: float = 0.0):

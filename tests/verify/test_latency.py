@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -9,8 +10,12 @@ import pytest
 from lora_export.artifact import read_manifest
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.seq2seq_session import open_export
-from lora_export.verify.bench import candidates
-from lora_export.verify.latency import ROUNDS, Candidate, Race, bound_runs, measure, measure_swap
+from lora_export.verify import latency
+from lora_export.verify.bench_plan import candidates
+from lora_export.verify.budget import Budget
+from lora_export.verify.latency import ROUNDS, Candidate, Comparison, Race, bound_runs, measure
+from lora_export.verify.results import Verdict
+from lora_export.verify.swap import measure_swap
 from lora_export.verify.workloads import source_length, workload_inputs
 
 
@@ -33,11 +38,22 @@ def test_every_round_opens_all_sessions_anew_in_another_order(session):
 
     openers = {name: partial(opener, name) for name in ("base", "export")}
     inputs = workload_inputs(session().manifest.graphs, 100, 2, 4, 0)
-    race = Race((2, 4, 0), inputs, [Candidate("base", "", "base"), Candidate("export", "", "export")])
-    (workload,) = measure(openers, [race], blocks=7, max_ratio=None)
+    timed = [Candidate("base", "", "base"), Candidate("export", "", "export")]
+    comparisons = [Comparison("export", "base"), Comparison("base", "export", 1e9)]
+    race = Race((2, 4, 0), dict.fromkeys(openers, inputs), timed, comparisons)
+    (workload,) = measure(openers, [race], blocks=7)
     assert opened == ["base", "export", "export", "base"] * (ROUNDS // 2)
     assert [len(variant.samples_ms) for variant in workload.variants] == [14, 14]
-    assert [len(ratio.block_ratios) for ratio in workload.ratios] == [7]
+    assert [(ratio.variant, ratio.against) for ratio in workload.ratios] == [("export", "base"), ("base", "export")]
+    assert [ratio.verdict for ratio in workload.ratios] == [Verdict.NOT_GATED, Verdict.PASS]
+    mine, theirs = (ratio.block_ratios for ratio in workload.ratios)
+    assert len(mine) == 7 and mine == pytest.approx([1 / ratio for ratio in theirs])
+    for variant in workload.variants:
+        assert len(variant.warm_ups) == ROUNDS and all(warm.n_runs >= 9 for warm in variant.warm_ups)
+
+
+def test_one_adapter_is_nothing_to_change_between(exports):
+    assert measure_swap(open_export(exports["gpt2-dynamic"], "cpu"), 1, Budget()) == ()
 
 
 def test_mixed_rows_are_timed_where_there_are_rows_and_adapters_to_mix(session):
@@ -60,8 +76,12 @@ def test_a_run_of_an_encoder_decoder_is_its_encoder_and_one_step(exports):
     assert step["past_key_values.1.encoder.value"] == (2, 2, 7, 16)
     session = open_export(exports["bart-dynamic"], "cpu", stop_spinning=True)
     bound_runs(session, ["bart-all", None], inputs)()
-    swap = measure_swap(session, 2, n=10)
-    assert swap.bound_us > 0 and swap.loaded_us > swap.bound_us
+    bound, loaded = measure_swap(session, 2, Budget(swap_us={"bound": 1e9, "loaded": 1e-9}))
+    assert (bound.name, loaded.name, len(bound.samples_us), len(loaded.samples_us)) == ("bound", "loaded", 50, 10)
+    assert 0 < bound.low_us <= bound.median_us <= bound.high_us < loaded.median_us
+    assert bound.confidence >= 0.95 and loaded.confidence >= 0.95
+    assert (bound.verdict, loaded.verdict) == (Verdict.PASS, Verdict.FAIL)
+    assert (bound.allowance_us, loaded.allowance_us) == (1e9, 1e-9)
 
 
 def test_a_speech_models_sources_have_its_own_length(exports):
@@ -71,3 +91,22 @@ def test_a_speech_models_sources_have_its_own_length(exports):
     assert inputs["encoder_model"]["input_features"].shape == (2, 8, 100)
     assert inputs["decoder_with_past_model"]["past_key_values.0.encoder.key"].shape == (2, 2, 50, 16)
     bound_runs(open_export(exports["whisper-merged"], "cpu"), None, inputs)()
+
+
+def test_of_a_sample_the_fastest_run_is_compared(monkeypatch):
+    """Two graphs of equal cost, one of them disturbed in four runs of five: the ratio is 1, the mean is not."""
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    now, turns = [0.0], itertools.count()
+
+    def run(disturbed: bool) -> None:
+        now[0] += 0.001 * (5 if disturbed and next(turns) % 5 else 1)
+
+    quiet, noisy = (latency._sample_ms(partial(run, disturbed), 20) for disturbed in (False, True))
+    assert quiet == (pytest.approx(1), pytest.approx(1))
+    assert noisy == (pytest.approx(4.2), pytest.approx(1))
+
+
+def test_a_slow_run_is_a_sample_of_its_own():
+    n_runs = []
+    latency._sample_ms(lambda: n_runs.append(1), 1)
+    assert len(n_runs) == 1

@@ -1,0 +1,147 @@
+"""Everything of a bench that an allowance limits, in one form: latency ratios, swaps, peaks of memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lora_export.report import format as fmt
+from lora_export.verify.bench_results import BenchReport, Memory, Ratio, Swap, Workload
+from lora_export.verify.results import Verdict
+
+SWAP_NAMES = {"bound": "held by the session", "loaded": "read from its file first"}
+MEMORY_PLACES = {"process": "in the process", "device": "on the GPU"}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One figure with an allowance.
+
+    Attributes:
+        kind: "latency", "adapter swap" or "memory".
+        used: Median or peak over the allowance.
+    """
+
+    kind: str
+    name: str
+    verdict: Verdict
+    sentence: str
+    used: float
+
+
+def ratio_name(ratio: Ratio) -> str:
+    return f"{ratio.variant} ÷ {ratio.against}"
+
+
+def swap_name(swap: Swap) -> str:
+    return f"adapter {SWAP_NAMES[swap.name]}"
+
+
+def memory_name(memory: Memory) -> str:
+    return f"{memory.variant}, {MEMORY_PLACES[memory.place]}"
+
+
+def bench_gates(report: BenchReport) -> tuple[Gate, ...]:
+    """All that have an allowance, in the order of the report."""
+    found = [
+        _gate(
+            "latency", f"{ratio_name(ratio)}, {workload.name}", ratio, ratio_sentence(ratio), ratio.median / allowance
+        )
+        for workload, ratio in _ratios(report)
+        if (allowance := ratio.allowance) is not None
+    ]
+    found += [
+        _gate("adapter swap", swap_name(swap), swap, swap_verdict_sentence(swap), swap.median_us / allowance)
+        for swap in report.swaps
+        if (allowance := swap.allowance_us) is not None
+    ]
+    found += [
+        _gate("memory", memory_name(memory), memory, memory_verdict_sentence(memory), memory.peak_mb / allowance)
+        for memory in report.memory
+        if (allowance := memory.allowance_mb) is not None
+    ]
+    return tuple(found)
+
+
+def _ratios(report: BenchReport) -> list[tuple[Workload, Ratio]]:
+    return [(workload, ratio) for workload in report.workloads for ratio in workload.ratios]
+
+
+def _gate(kind: str, name: str, figure: Ratio | Swap | Memory, sentence: str, used: float) -> Gate:
+    return Gate(kind, name, figure.verdict, sentence, used)
+
+
+def ratio_sentence(ratio: Ratio) -> str:
+    interval = f"its {fmt.share(ratio.confidence)} interval is {fmt.interval(ratio.low, ratio.high)}"
+    sentence = f"The median ratio is {fmt.ratio(ratio.median)}; {interval}"
+    if ratio.allowance is None:
+        return f"{sentence}."
+    return _against_allowance(sentence, ratio.low, ratio.high, ratio.allowance, fmt.ratio(ratio.allowance))
+
+
+def swap_verdict_sentence(swap: Swap) -> str:
+    bounds = f"{fmt.microseconds(swap.low_us)} to {fmt.microseconds(swap.high_us)}"
+    sentence = (
+        f"The median is {fmt.microseconds(swap.median_us)}; its {fmt.share(swap.confidence)} interval is {bounds}"
+    )
+    if swap.allowance_us is None:
+        return f"{sentence}."
+    allowance = fmt.microseconds(swap.allowance_us)
+    return _against_allowance(sentence, swap.low_us, swap.high_us, swap.allowance_us, allowance)
+
+
+def _against_allowance(sentence: str, low: float, high: float, allowance: float, shown: str) -> str:
+    if low > allowance:
+        return f"{sentence}, wholly above the allowance of {shown}."
+    if low <= allowance < high:
+        return f"{sentence}, which holds the allowance of {shown}, so {_more_is_needed(sentence)} to decide."
+    return f"{sentence}, against the allowance of {shown}."
+
+
+def _more_is_needed(sentence: str) -> str:
+    return "more blocks are needed" if "ratio" in sentence else "a quieter machine is needed"
+
+
+def memory_verdict_sentence(memory: Memory) -> str:
+    peak = f"The peak is {fmt.megabytes(memory.peak_mb)}"
+    if memory.allowance_mb is None:
+        return f"{peak}."
+    relation = "above" if memory.peak_mb > memory.allowance_mb else "within"
+    return f"{peak}, {relation} the allowance of {fmt.megabytes(memory.allowance_mb)}."
+
+
+def bench_headline(report: BenchReport) -> str:
+    """What of the report decides its verdict, and how."""
+    kinds = list(dict.fromkeys(gate.kind for gate in bench_gates(report) if gate.verdict is report.verdict))
+    if not kinds:
+        return "Latency was measured, not gated"
+    who = fmt.listed(kinds).capitalize()
+    many = len(kinds) > 1
+    match report.verdict:
+        case Verdict.FAIL:
+            return f"{who} {'exceed' if many else 'exceeds'} the allowance"
+        case Verdict.AMBIGUOUS:
+            return f"{who} {'are' if many else 'is'} undecided"
+        case _:
+            return f"{who} {'are' if many else 'is'} within the allowance"
+
+
+def bench_summary(report: BenchReport) -> str:
+    gates = bench_gates(report)
+    if not gates:
+        measured = fmt.counted(len(report.workloads), "workload")
+        return f"Nothing has an allowance; the figures for {measured} are for information."
+    worst = max(gates, key=lambda gate: math.inf if math.isnan(gate.used) else gate.used)
+    nearest = f"“{fmt.plain(worst.name)}” takes the most of its allowance, {_percent(worst.used)}"
+    of = fmt.counted(len(gates), "gated figure")
+    if report.verdict is Verdict.PASS:
+        who = "The only gated figure is" if len(gates) == 1 else f"All {of} are"
+        return f"{who} within the allowance; {nearest}."
+    counts = {verdict: sum(gate.verdict is verdict for gate in gates) for verdict in Verdict}
+    states = {Verdict.FAIL: "above the allowance", Verdict.AMBIGUOUS: "undecided"}
+    parts = [f"{counts[v]} {'is' if counts[v] == 1 else 'are'} {words}" for v, words in states.items() if counts[v]]
+    return f"Of {of}, {fmt.listed(parts)}; {nearest}."
+
+
+def _percent(used: float) -> str:
+    return f"{100 * used:.0f}%" if math.isfinite(used) else fmt.ratio(used)
