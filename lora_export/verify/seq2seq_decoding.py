@@ -73,7 +73,7 @@ def seq2seq_decoding_cases(
 
 
 def _behind(reference: Reference, source: dict[str, np.ndarray], start: int, targets: list[int]) -> np.ndarray:
-    """How far each target's logit is below the reference's best, `[targets]`, in one forward pass without padding."""
+    """How far each target's logit is below the reference's best, `[targets]`, in one forward pass."""
     inputs = source | {"decoder_input_ids": np.array([[start, *targets[:-1]]], np.int64)}
     logits = reference.run(inputs)["logits"][0]
     return logits.max(axis=-1) - logits[np.arange(len(targets)), targets]
@@ -121,10 +121,6 @@ def _step_probes(
 
 
 def _rows(sources: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """Each source alone, without its padding."""
-    rows = [
-        {name: array[i : i + 1] for name, array in sources.items()} for i in range(len(sources[next(iter(sources))]))
-    ]
-    if "attention_mask" not in sources:
-        return rows
-    return [{name: array[:, row["attention_mask"][0] == 1] for name, array in row.items()} for row in rows]
+    """Each source alone, its padding kept: BART counts positions from the padding's start."""
+    n_rows = len(next(iter(sources.values())))
+    return [{name: array[row : row + 1] for name, array in sources.items()} for row in range(n_rows)]

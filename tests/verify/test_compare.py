@@ -173,7 +173,7 @@ def rounded(n: int, *, by: float, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, by, (n, 4))
 
 
-@pytest.mark.parametrize(("times", "passes"), [(1.0, True), (1.9, True), (2.6, False)])
+@pytest.mark.parametrize(("times", "passes"), [(1.0, True), (1.9, True), (2.2, False)])
 def test_the_error_may_be_twice_pytorchs_own_against_a_wider_dtype(times, passes):
     precise = np.random.default_rng(1).normal(size=(1200, 4))
     reference = replace(outputs(precise + rounded(1200, by=1e-3)), precise=(precise,))
@@ -184,7 +184,7 @@ def test_the_error_may_be_twice_pytorchs_own_against_a_wider_dtype(times, passes
     assert case.rounding.rms_exported == pytest.approx(expected)
     assert case.rounding.kl_exported == pytest.approx(mean_kl(precise, found.values[0].astype(np.float64)))
     if not passes:
-        assert "× what PyTorch itself loses by rounding at this dtype; at most 2.23 ×" in case.failures[0]
+        assert "× what PyTorch itself loses by rounding at this dtype; at most 2 ×" in case.failures[0]
 
 
 def test_few_positions_leave_more_to_chance():
