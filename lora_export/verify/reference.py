@@ -63,7 +63,7 @@ class Reference:
             else:
                 model = self._summed(adapters)
         if self._dtype is torch.float64:
-            model = model.to(torch.float64)  # PEFT loads adapters in float32
+            model = model.to(torch.float64)
         self._model = model.eval().requires_grad_(False)
 
     def _load(self, dtype: torch.dtype) -> torch.nn.Module:
@@ -72,6 +72,7 @@ class Reference:
         options = {} if self._n_labels is None else {"num_labels": self._n_labels, "ignore_mismatched_sizes": True}
         if dtype is torch.float64:
             options["experts_implementation"] = "eager"  # the grouped product of a mixture has no float64
+            dtype = torch.float32  # starts that change the base (PiSSA) want it so; made float64 once that is done
         config = AutoConfig.from_pretrained(self._base, trust_remote_code=False, local_files_only=True)
         return model_class(self._task, config).from_pretrained(
             self._base, dtype=dtype, trust_remote_code=False, local_files_only=True, **options
@@ -169,7 +170,7 @@ class Reference:
             with self._model.disable_adapter():
                 yield
             return
-        changed, self._model = self._model, self._load(self._dtype).eval().requires_grad_(False)
+        changed, self._model = self._model, self._load(self._dtype).to(self._dtype).eval().requires_grad_(False)
         try:
             yield
         finally:
