@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 import transformers
 from adapter_options import MERGED, OPTIONS, REFUSED, SERVED, AdapterOption
 from architectures import CATALOGUE, make_base
+from readme_tables import write_into_readme
 from results import RESULTS, write_json
 from trained_adapters import make_adapter
 
@@ -66,13 +67,27 @@ class Cell:
         return self.found == self.expected
 
 
-def run_cells(architectures: Sequence[str], options: Sequence[AdapterOption], folder: Path) -> Iterator[Cell]:
-    """The cells of the table, one base at a time, in `folder`."""
+def run_cells(
+    architectures: Sequence[str], options: Sequence[AdapterOption], folder: Path, done: Collection[tuple[str, str]] = ()
+) -> Iterator[Cell]:
+    """The cells of the table, one base at a time, in `folder`, without the (architecture, option) in `done`."""
     for name in architectures:
-        base = make_base(CATALOGUE[name], folder / name / "base")
-        for option in options:
-            if applies(option, name):
-                yield from run_option(name, option, base, folder / name / option.name)
+        chosen = [option for option in options if applies(option, name) and (name, option.name) not in done]
+        base = make_base(CATALOGUE[name], folder / name / "base") if chosen else folder
+        for option in chosen:
+            yield from run_option(name, option, base, folder / name / option.name)
+
+
+def recorded_as_expected() -> set[tuple[str, str]]:
+    """The (architecture, option) whose cells in the record are all as the tables expect them."""
+    cells = read_result() if RESULT.is_file() else []
+    wrong = {(cell.architecture, cell.option) for cell in cells if not cell.as_expected}
+    wanted = {(option.name, mode): option for option in OPTIONS for mode in MODES}
+    for cell in cells:
+        option = wanted.get((cell.option, cell.mode))
+        if option is None or option.expected(cell.architecture, cell.mode) != cell.found:
+            wrong.add((cell.architecture, cell.option))
+    return {(cell.architecture, cell.option) for cell in cells} - wrong
 
 
 def applies(option: AdapterOption, architecture: str) -> bool:
@@ -136,6 +151,28 @@ def markdown(cells: Sequence[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(cells: Sequence[Cell]) -> str:
+    """A line for each option: on how many architectures it was merged and served, and the largest error of any."""
+    lines = ["| option | merged | served as inputs | refused by name | largest error | smallest effect |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for option in dict.fromkeys(cell.option for cell in cells):
+        rows = [cell for cell in cells if cell.option == option]
+        counts = [sum(cell.found == found for cell in rows) for found in (MERGED, SERVED, REFUSED)]
+        errors = [cell.largest_error for cell in rows if cell.largest_error is not None]
+        effects = [cell.smallest_effect for cell in rows if cell.smallest_effect is not None]
+        figures = [f"{worst(values):.0e}" if values else "–" for worst, values in ((max, errors), (min, effects))]
+        lines.append("| " + " | ".join([option, *map(str, counts), *figures]) + " |")
+    unexpected = sum(not cell.as_expected for cell in cells)
+    architectures = len({cell.architecture for cell in cells})
+    lines.append(f"\n{len(cells)} cells over {architectures} architectures, {unexpected} of them not as expected.")
+    return "\n".join(lines) + "\n"
+
+
+def read_result() -> list[Cell]:
+    """What `results/matrix.json` holds."""
+    return [Cell(**fields) for fields in json.loads(RESULT.read_text(encoding="utf-8"))["cells"]]
+
+
 def _shown(cell: Cell) -> str:
     if not cell.as_expected:
         return f"**{cell.mode} {cell.found}**"
@@ -147,7 +184,8 @@ def recorded(cells: Sequence[Cell], *, keep_others: bool) -> list[dict]:
     fields = json.loads(RESULT.read_text(encoding="utf-8"))["cells"] if keep_others and RESULT.is_file() else []
     found = {(cell["architecture"], cell["option"], cell["mode"]): cell for cell in fields}
     found |= {(cell.architecture, cell.option, cell.mode): asdict(cell) for cell in cells}
-    order = [(name, option.name, mode) for name in CATALOGUE for option in OPTIONS for mode in MODES]
+    pairs = [(name, option) for name in CATALOGUE for option in OPTIONS if applies(option, name)]
+    order = [(name, option.name, mode) for name, option in pairs for mode in MODES]
     return [found[key] for key in order if key in found]
 
 
@@ -155,7 +193,10 @@ def recorded(cells: Sequence[Cell], *, keep_others: bool) -> list[dict]:
 @click.option("--architecture", "architectures", multiple=True, help="Part of an architecture's name; repeatable.")
 @click.option("--option", "options", multiple=True, type=click.Choice([option.name for option in OPTIONS]))
 @click.option("--record", is_flag=True, help="Write a part of the matrix, too: its cells in results/matrix.json.")
-def main(architectures: tuple[str, ...], options: tuple[str, ...], record: bool) -> None:
+@click.option(
+    "--missing", is_flag=True, help="Only what the record lacks or has otherwise than expected; record it."
+)
+def main(architectures: tuple[str, ...], options: tuple[str, ...], record: bool, missing: bool) -> None:
     """Run the matrix, or the part of it that is named."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -163,7 +204,7 @@ def main(architectures: tuple[str, ...], options: tuple[str, ...], record: bool)
     rows = [name for name in CATALOGUE if not architectures or any(a.lower() in name.lower() for a in architectures)]
     cells = []
     with tempfile.TemporaryDirectory() as folder:
-        for cell in run_cells(rows, columns, Path(folder)):
+        for cell in run_cells(rows, columns, Path(folder), recorded_as_expected() if missing else ()):
             cells.append(cell)
             numbers = f"error {cell.largest_error:.1e}, effect {cell.smallest_effect:.1e}" if cell.cases else ""
             flag = "" if cell.as_expected else f"  EXPECTED {cell.expected}"
@@ -174,10 +215,11 @@ def main(architectures: tuple[str, ...], options: tuple[str, ...], record: bool)
             if not cell.as_expected:
                 click.echo(f"    {cell.message}")
     click.echo("\n" + markdown(cells))
-    is_whole = not architectures and not options
-    if is_whole or record:
+    is_whole = not architectures and not options and not missing
+    if is_whole or record or missing:
         write_json(RESULT, {"versions": versions(), "cells": recorded(cells, keep_others=not is_whole)})
-        click.echo(f"wrote {RESULT}")
+        write_into_readme("matrix", summary(read_result()))
+        click.echo(f"wrote {RESULT} and README's table")
     if not all(cell.as_expected for cell in cells):
         raise SystemExit(1)
 

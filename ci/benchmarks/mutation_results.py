@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from damages import DAMAGES
 from graph_damages import GRAPH_DAMAGES
@@ -17,9 +16,6 @@ from lora_export.artifact import versions
 from lora_export.verify.check_results import ParityCase
 
 RESULT = RESULTS / "mutations.json"
-README = Path(__file__).parents[2] / "README.md"
-_TABLE_STARTS = "<!-- mutations table: written by ci/benchmarks/mutations.py, held by a test -->\n"
-_TABLE_ENDS = "<!-- end of mutations table -->"
 EVERY = (*DAMAGES, *GRAPH_DAMAGES)
 # What a failure says, and the measure that it is of.
 _MEASURES = {
@@ -122,18 +118,6 @@ def among_recorded(cells: Sequence[Cell], sound: Sequence[SoundExport]) -> tuple
     old_cells, old_sound = read_result()
     by_export = {cell.key: cell for cell in (*old_cells, *cells)}
     return list(by_export.values()), list({entry.seed: entry for entry in (*old_sound, *sound)}.values())
-
-
-def readme_table() -> str:
-    """The table as README has it."""
-    return README.read_text(encoding="utf-8").split(_TABLE_STARTS)[1].split(_TABLE_ENDS)[0]
-
-
-def write_readme_table(table: str) -> None:
-    """Put `table` in README's place for it."""
-    text = README.read_text(encoding="utf-8")
-    before, after = text.split(_TABLE_STARTS)[0], text.split(_TABLE_ENDS)[1]
-    README.write_text(f"{before}{_TABLE_STARTS}{table}{_TABLE_ENDS}{after}", encoding="utf-8")
 
 
 def read_result() -> tuple[list[Cell], list[SoundExport]]:

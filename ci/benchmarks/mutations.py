@@ -28,15 +28,14 @@ from damages import Damage
 from graph_damages import GraphDamage
 from mutation_results import (
     EVERY,
-    README,
     RESULT,
     Cell,
     among_recorded,
     markdown,
     measures_of,
-    write_readme_table,
     write_result,
 )
+from readme_tables import write_into_readme
 from sound_exports import SoundExport, sound_exports
 from stored_tensors import change_graph
 from subjects import ARCHITECTURES, DTYPES, Subject, base_arrays, checked, copy_of, export_subject, subjects
@@ -159,8 +158,8 @@ def main(architectures: tuple[str, ...], names: tuple[str, ...], n_sound: int | 
     if is_whole or record:
         recorded = (cells, sound) if is_whole else among_recorded(cells, sound)
         write_result(*recorded, not_run)
-        write_readme_table(markdown(*recorded))
-        click.echo(f"wrote {RESULT} and the table in {README}")
+        write_into_readme("mutations", markdown(*recorded))
+        click.echo(f"wrote {RESULT} and README's table")
     missed = [cell for cell in cells if not cell.caught]
     for cell in missed:
         click.echo("missed: " + _line(cell))

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "ci/benchmarks"))
 import matrix
 from adapter_options import MERGED, OPTIONS, REFUSED, SERVED, AdapterOption, lora
 from architectures import CATALOGUE, make_base
+from readme_tables import table_in_readme
 
 FEW = {
     "BERT, features": ("lora", "rank_pattern", "modules_to_save"),
@@ -21,6 +22,19 @@ FEW = {
     "CLIP": ("lora",),
 }
 BY_NAME = {option.name: option for option in OPTIONS}
+
+
+def test_the_record_has_every_cell_as_the_table_expects_it():
+    cells = matrix.read_result()
+    applying = {(name, option.name) for name in CATALOGUE for option in OPTIONS if matrix.applies(option, name)}
+    assert {(cell.architecture, cell.option, cell.mode) for cell in cells} == {
+        (*pair, mode) for pair in applying for mode in matrix.MODES
+    }
+    assert [(c.architecture, c.option, c.mode, c.found) for c in cells if not c.as_expected] == []
+
+
+def test_readme_has_the_records_table():
+    assert table_in_readme("matrix") == matrix.summary(matrix.read_result())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

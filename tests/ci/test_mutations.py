@@ -19,6 +19,7 @@ from adapter_values import read_trained
 from architectures import CATALOGUE, make_base
 from click.testing import CliRunner
 from damages import DAMAGES
+from readme_tables import table_in_readme
 from stored_tensors import adapter_tensors, replace_weights
 from subjects import ARCHITECTURES, Subject, base_arrays, checked, export_subject, subjects
 from trained_adapters import make_adapter
@@ -170,7 +171,7 @@ def test_a_part_is_recorded_among_the_rest(tmp_path, monkeypatch):
 
 
 def test_readme_has_the_records_table():
-    assert mutation_results.readme_table() == mutation_results.markdown(*mutation_results.read_result())
+    assert table_in_readme("mutations") == mutation_results.markdown(*mutation_results.read_result())
 
 
 def test_the_record_has_every_damage_and_nothing_missed():
