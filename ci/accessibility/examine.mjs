@@ -2,7 +2,7 @@
 // as JSON lines, every axe-core violation and every page that scrolls sideways. Exit 0 none, 1 some.
 //
 //   node examine.mjs CHROMIUM [--screenshots FOLDER] PAGE.html...
-import { readFileSync } from "node:fs";
+import { mkdirSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { basename, join, resolve } from "node:path";
 import { pathToFileURL } from "node:url";
@@ -35,6 +35,7 @@ async function examine(page, file, view) {
 
 const [chromium, ...rest] = process.argv.slice(2);
 const screenshots = rest[0] === "--screenshots" ? resolve(rest[1]) : null;
+if (screenshots) mkdirSync(screenshots, { recursive: true });
 const files = screenshots ? rest.slice(2) : rest;
 const browser = await puppeteer.launch({ executablePath: chromium, args: ["--no-sandbox", "--disable-gpu"] });
 let count = 0;

@@ -103,9 +103,9 @@ def convolution(architecture: Architecture, rank: int) -> peft.LoraConfig:
 
 
 def activated(architecture: Architecture, rank: int) -> peft.LoraConfig | None:
-    """Active from the last invocation on; for decoders only. Not OPT, which flattens tokens before its MLP: PEFT then
-    cannot tell which are active."""
-    if architecture.task_type != "CAUSAL_LM" or architecture.config == "OPTConfig":
+    """Active from the last invocation on; for decoders only. Not where tokens are flattened before an MLP: PEFT
+    then cannot tell which are active."""
+    if architecture.task_type != "CAUSAL_LM" or architecture.config in ("OPTConfig", "Qwen2MoeConfig"):
         return None
     return lora(architecture, rank, alora_invocation_tokens=[20, 20 + rank])
 

@@ -193,9 +193,7 @@ def recorded(cells: Sequence[Cell], *, keep_others: bool) -> list[dict]:
 @click.option("--architecture", "architectures", multiple=True, help="Part of an architecture's name; repeatable.")
 @click.option("--option", "options", multiple=True, type=click.Choice([option.name for option in OPTIONS]))
 @click.option("--record", is_flag=True, help="Write a part of the matrix, too: its cells in results/matrix.json.")
-@click.option(
-    "--missing", is_flag=True, help="Only what the record lacks or has otherwise than expected; record it."
-)
+@click.option("--missing", is_flag=True, help="Only what the record lacks or has otherwise than expected; record it.")
 def main(architectures: tuple[str, ...], options: tuple[str, ...], record: bool, missing: bool) -> None:
     """Run the matrix, or the part of it that is named."""
     transformers.utils.logging.disable_progress_bar()

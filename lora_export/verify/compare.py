@@ -13,8 +13,8 @@ from lora_export.verify.effect import effect_share
 from lora_export.verify.measures import mean_kl, perplexity, rms, scatter_of_ratio, top1_agreement
 from lora_export.verify.tolerances import Tolerances
 
-# Of the limit of two, 1.3 is what sound exports have where there are many positions; the rest is a margin for chance,
-# beyond which few positions widen it.
+# Two thirds of the limit are what sound exports have at the most where there are many positions; the rest is a margin
+# for chance, beyond which few positions widen it.
 _OF_THE_LIMIT = 0.65
 
 
