@@ -39,7 +39,7 @@ from lora_export.signature import sign, signer_with
 from lora_export.sources import SourceOverrides, locate_sources
 from lora_export.staging import refuse_existing, require_disk, staging
 from lora_export.verify.bench import run_bench
-from lora_export.verify.bench_plan import BASE, MERGED, BenchOptions, BenchPlan, plan_bench
+from lora_export.verify.bench_plan import BASE, MERGED, BenchOptions, BenchPlan, foldable, plan_bench
 from lora_export.verify.bench_results import BenchReport
 from lora_export.verify.check_results import CheckReport
 from lora_export.verify.examples import read_examples
@@ -253,11 +253,11 @@ def bench(
 def export_compared(
     plan: BenchPlan, base: Path, adapters: Mapping[str, Path], out: Path, progress: Progress
 ) -> dict[str, Path]:
-    """Export the base, and a dynamic export's first adapter folded in, as the export was; the folders under `out`."""
+    """Export the base, and of a dynamic export one adapter folded in, as the export was; the folders under `out`."""
     manifest, chosen = plan.manifest, {BASE: ()}
-    if manifest.kind is Kind.DYNAMIC and adapters:
-        name, path = next(iter(adapters.items()))
-        chosen[MERGED] = ((str(path), name),)
+    name = foldable(manifest) if manifest.kind is Kind.DYNAMIC else None
+    if name is not None:
+        chosen[MERGED] = ((str(adapters[name]), name),)
     residual = any(record.residual_base for record in manifest.adapters)
     how = (manifest.task, manifest.dtype, manifest.provider)
     for done, (label, folded) in enumerate(chosen.items()):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_export.artifact import Kind, Manifest, read_manifest
 from lora_export.base.tasks import Task
+from lora_export.contract import AdapterInputKind
 from lora_export.errors import InputRefused
 from lora_export.verify.budget import AGAINST, Budget, read_budget
 from lora_export.verify.latency import Candidate, Comparison
@@ -104,6 +105,19 @@ def _vocabulary(folder: Path) -> int:
     return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size", 2)
 
 
+def foldable(manifest: Manifest) -> str | None:
+    """The first adapter of a dynamic export that `merge` takes; None if it takes none.
+
+    It takes no adapter that is active for some tokens only, and none that adds a bias to a module without one.
+    """
+    biases = [entry for entry in manifest.adapter_inputs if entry.kind is AdapterInputKind.BIAS]
+    bare = {entry.module for entry in biases if not entry.base_has_default}
+    for record in manifest.adapters:
+        if record.invocation_tokens is None and not bare.intersection(record.targets):
+            return record.name
+    return None
+
+
 def candidates(manifest: Manifest, batch: int) -> list[Candidate]:
     """What to time of an export for a batch of this size, the base first."""
     names = [record.name for record in manifest.adapters]
@@ -112,11 +126,13 @@ def candidates(manifest: Manifest, batch: int) -> list[Candidate]:
         summed = f"{' + '.join(names)} folded into the weights"
         found.append(Candidate("merged", summed, EXPORT) if names else Candidate("export", "the base alone", EXPORT))
         return found
-    if names:
-        found.append(Candidate("merged", f"{names[0]} folded into the weights", MERGED))
+    folded = foldable(manifest)
+    if folded is not None:
+        found.append(Candidate("merged", f"{folded} folded into the weights", MERGED))
     found.append(Candidate("dynamic, no adapter", "every adapter input at its default", EXPORT))
     if names:
-        found.append(Candidate("dynamic", f"{names[0]} for every row", EXPORT, names[0]))
+        served = folded or names[0]
+        found.append(Candidate("dynamic", f"{served} for every row", EXPORT, served))
     if batch > 1 and len(names) > 1:
         rows = [names[row % len(names)] for row in range(batch)]
         found.append(Candidate("mixed rows", f"{len(set(rows))} adapters, another in each row", EXPORT, rows))

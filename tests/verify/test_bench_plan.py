@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from lora_export.artifact import read_manifest
+from lora_export.contract import AdapterInputKind
 from lora_export.errors import InputRefused
-from lora_export.verify.bench_plan import BenchOptions, BenchPlan, plan_bench
+from lora_export.verify.bench_plan import BenchOptions, BenchPlan, candidates, foldable, plan_bench
 
 
 def plan_of(folder: Path, tmp_path: Path, budget: str = "", **options) -> BenchPlan:
@@ -117,3 +120,22 @@ def test_the_sample_fits_a_classifier_s_usual_shapes(exports):
     by_shape = {race.shape: {c.variant: c.allowance for c in race.comparisons} for race in plan.races}
     assert by_shape[4, 128, 0]["dynamic"] < by_shape[1, 32, 0]["dynamic"] == by_shape[16, 64, 0]["dynamic"]
     assert by_shape[16, 64, 0]["mixed rows"] is None is not by_shape[4, 128, 0]["mixed rows"]
+
+
+def test_the_merged_form_is_of_an_adapter_that_merge_takes(exports):
+    """An activated LoRA, and one that adds a bias to a module without one, are served only."""
+    manifest = read_manifest(exports["llama-dynamic"])
+    first, second = manifest.adapters
+    late = replace(manifest, adapters=(replace(first, invocation_tokens=(7,)), second))
+    assert (foldable(manifest), foldable(late)) == (first.name, second.name)
+    found = candidates(late, 1)
+    assert [(each.name, each.description.split()[0]) for each in found if each.name in ("merged", "dynamic")] == [
+        ("merged", second.name), ("dynamic", second.name),
+    ]  # fmt: skip
+    contract = manifest.contract
+    pair = contract.adapter_inputs[0]
+    bias = replace(pair, kind=AdapterInputKind.BIAS, name=f"{pair.module}.bias", base_has_default=False)
+    graphs = {"model": replace(contract, adapter_inputs=(*contract.adapter_inputs, bias))}
+    bare = replace(manifest, graphs=graphs)
+    assert pair.module in first.targets and pair.module in second.targets and foldable(bare) is None
+    assert [each.name for each in candidates(bare, 1)] == ["base", "dynamic, no adapter", "dynamic"]
