@@ -33,7 +33,7 @@ from lora_export.finished_graph import choose_sites, describe, finished_graphs, 
 from lora_export.genai import write_genai_config
 from lora_export.graph.bind import write_graphs
 from lora_export.plan import Plan, Request, make_plan, resolve
-from lora_export.records import hash_adapter, hash_sources, merged_record, served_record, write_config
+from lora_export.records import hash_adapter, hash_sources, merged_record, require_gated, served_record, write_config
 from lora_export.report.write import write_reports, write_reproduction
 from lora_export.signature import sign, signer_with
 from lora_export.sources import SourceOverrides, locate_sources
@@ -180,6 +180,8 @@ def add_adapter(
         )
     progress("reading adapters", 0, 1)
     resolved = resolve(plan)
+    for adapter in resolved.adapters:
+        require_gated(adapter, manifest)
     records, files = list(manifest.adapters), dict(manifest.files)
     written: list[Path] = []
     try:

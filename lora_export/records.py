@@ -10,9 +10,10 @@ from pathlib import Path
 from lora_export.adapters.factors import Adapter
 from lora_export.adapters.folder import AdapterFolder
 from lora_export.adapters.pack import pack, write_onnx_adapter
-from lora_export.artifact import ADAPTERS, AdapterRecord, SourceRecord, sha256_of
+from lora_export.artifact import ADAPTERS, AdapterRecord, Manifest, SourceRecord, sha256_of
 from lora_export.base.stored import weight_files
 from lora_export.contract import GraphContract, adapter_file
+from lora_export.errors import InputRefused
 from lora_export.foreign import source_hashes
 from lora_export.plan import Plan, local_path
 from lora_export.weights import ParameterSource
@@ -73,6 +74,27 @@ def served_record(
 def merged_record(source: AdapterFolder, adapter: Adapter, n_labels: int, weight: float) -> AdapterRecord:
     """Describe an adapter that was folded into the graph, with its weight in the sum."""
     return replace(_record(source, adapter, n_labels, {}), weight=weight)
+
+
+def require_gated(adapter: Adapter, manifest: Manifest) -> None:
+    """Refuse an activated LoRA where the graph has no gate on one of its pairs: it would be active for all tokens.
+
+    A graph has gates where the activated adapters that it was exported with have pairs.
+
+    Raises:
+        InputRefused: Pairs of the adapter have no gate; their modules are named.
+    """
+    if adapter.invocation_tokens is None:
+        return
+    gated = {module for record in manifest.adapters if record.invocation_tokens for module in record.targets}
+    bare = [module for module in adapter.pairs if module not in gated]
+    if bare:
+        raise InputRefused(
+            f"The export has no gate for the activated LoRA {adapter.name!r}",
+            where=", ".join(bare[:5]) + (f" and {len(bare) - 5} more" if len(bare) > 5 else ""),
+            expected="modules that an activated LoRA of this export adapts",
+            next_step="export again with `lora-export dynamic`, this adapter among the others",
+        )
 
 
 def _record(source: AdapterFolder, adapter: Adapter, n_labels: int, files: dict[str, str]) -> AdapterRecord:

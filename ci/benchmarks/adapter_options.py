@@ -130,7 +130,7 @@ _SHARED_TABLE = dict.fromkeys(("T5", "T5 1.1", "BART"), (REFUSED, REFUSED))
 # PEFT turns the routers and experts that "all-linear" finds in these into target_parameters.
 EXPERTS = ("Mixtral", "Qwen2-MoE", "Qwen3-MoE")
 _EXPERTS_MERGED = dict.fromkeys(("Mixtral", "Qwen3-MoE"), (MERGED, REFUSED))
-IMAGE_TOWERS = ("ViT", "CLIP, images")
+IMAGE_TOWERS = ("ViT", "CLIP", "CLIP, images")
 OPTIONS = (
     AdapterOption("lora", lora),
     AdapterOption("all linear", all_linear, named="target_parameters", exceptions=_EXPERTS_MERGED),

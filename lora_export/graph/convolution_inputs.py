@@ -54,10 +54,10 @@ def find_convolutions(graph: ir.Graph, modules: tuple[str, ...]) -> dict[str, li
             start with the batch.
     """
     sites = convolutions_in(graph, modules)
-    batch = graph.inputs[0].shape[0]
+    batches = {value.shape[0] for value in graph.inputs if value.shape}  # of texts and of images
     for module, found in sites.items():
         shapes = [site.node.inputs[0].shape for site in found]
-        if not found or any(shape is None or shape[0] != batch for shape in shapes):
+        if not found or any(shape is None or shape[0] not in batches for shape in shapes):
             raise InputRefused(
                 "An adapted convolution is not called on the batch in the exported graph",
                 where=module,

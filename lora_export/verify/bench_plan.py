@@ -153,20 +153,23 @@ def _planned(
     if other is not None:
         own = [each for each in found if each.session == EXPORT]
         mine = next((each for each in own if isinstance(each.adapters, str)), own[0])
-        found.append(_other_candidate(mine, against, other))
+        folded = [record.name for record in manifest.adapters] if manifest.kind is Kind.MERGED else []
+        served = [mine.adapters] if isinstance(mine.adapters, str) else folded
+        found.append(_other_candidate(served, against, other))
         comparisons.append(Comparison(mine.name, AGAINST, budget.ratio(asked, AGAINST)))
     return PlannedRace(shape, tuple(found), tuple(comparisons))
 
 
-def _other_candidate(mine: Candidate, against: Path, other: Manifest) -> Candidate:
-    """The other export, with the adapter that this one runs with if it has it, else its first, else none."""
+def _other_candidate(served: Sequence[str], against: Path, other: Manifest) -> Candidate:
+    """The other export, with an adapter of those that this one runs with if it has one, else its first; with none if
+    this one has none."""
     names = [record.name for record in other.adapters]
     if other.kind is Kind.MERGED:
         what = f"{' + '.join(names) or 'no adapter'} folded into the weights"
         return Candidate(AGAINST, f"{against}: {what}", AGAINST)
-    if mine.adapters is None or not names:
+    if not served or not names:
         return Candidate(AGAINST, f"{against}: every adapter input at its default", AGAINST)
-    name = mine.adapters if mine.adapters in names else names[0]
+    name = next((name for name in served if name in names), names[0])
     return Candidate(AGAINST, f"{against}: {name} for every row", AGAINST, name)
 
 

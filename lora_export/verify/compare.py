@@ -146,10 +146,10 @@ def _with_rounding(
 def _largest_rounding(case: ParityCase, expected: np.ndarray, gates: Tolerances) -> float | None:
     """Root mean square of the export less PyTorch at the same dtype that rounding explains, both sides' together; None
     if unknown."""
-    if case.rounding is None or gates.rounding is None:
+    if case.rounding is None:
         return None
     own = max(case.rounding.rms_reference, gates.epsilon / 4 * rms(expected))
-    return math.hypot(1.0, _OF_THE_LIMIT * gates.rounding) * own
+    return math.hypot(1.0, _OF_THE_LIMIT * gates.noise) * own
 
 
 def _perplexity(reference: Outputs, logits: np.ndarray) -> float | None:
@@ -191,11 +191,10 @@ def noise_of(case: ParityCase, expected: np.ndarray, gates: Tolerances) -> float
     What PyTorch's own are off, times what is allowed of it; else the tolerance of float32. Never the error that was
     seen: no best class could then be wrong.
     """
-    if case.rounding is not None and gates.rounding is not None:
-        return gates.rounding * max(
-            case.rounding.error_reference, gates.epsilon * float(np.abs(expected).max(initial=0))
-        )
-    return None if gates.error is None else gates.error * max(1.0, float(np.abs(expected).max(initial=0)))
+    largest = float(np.abs(expected).max(initial=0))
+    if case.rounding is not None:
+        return gates.noise * max(case.rounding.error_reference, gates.epsilon * largest)
+    return None if gates.error is None else gates.error * max(1.0, largest)
 
 
 def _failures(case: ParityCase) -> Iterator[str]:

@@ -33,9 +33,9 @@ def effect_share(
 ) -> EffectShare:
     """The share of the effect that `found` has, over the first positions, which `without` holds.
 
-    The tolerance is `rounding + 4 ρ/√n + ρ²`, at most 0.5, for `n` positions: that of a slope whose `n` errors are
-    independent (values at one position are not), and `ρ²` because the reference's own rounding without the adapter is
-    in both `e` and `f`, which moves a slope by the square of it.
+    The tolerance is `rounding + 4 ρ/√n + ρ²`, the last two at most 0.5, for `n` positions: that of a slope whose `n`
+    errors are independent (values at one position are not), and `ρ²` because the reference's own rounding without the
+    adapter is in both `e` and `f`, which moves a slope by the square of it.
 
     Args:
         expected, found, without: `[positions, values]`.
@@ -52,5 +52,5 @@ def effect_share(
     rest = math.sqrt(float(np.square(arrived - share * effect).sum()) / square)
     if noise is not None:
         rest = min(rest, noise / math.sqrt(square / effect.size))
-    tolerance = rounding + _STANDARD_ERRORS * rest / math.sqrt(len(without)) + rest**2
-    return EffectShare(share, min(_LARGEST, tolerance))
+    noise_of_slope = _STANDARD_ERRORS * rest / math.sqrt(len(without)) + rest**2
+    return EffectShare(share, rounding + min(_LARGEST, noise_of_slope))

@@ -31,8 +31,9 @@ def environment(provider: str, reason: str, settings: dict[str, str]) -> Environ
     )
 
 
-# Beside the export's session (1 ×), the reference at its dtype (1 ×) and at a wider one (2 ×), of the weights' bytes.
-_MEMORY_OF_A_PRECISE_REFERENCE = 4
+# Of the weights' bytes: the export's session (1 ×), and the reference at its dtype and a wider one (1 × + 2 ×) twice,
+# as one adapter's is there until the next one's is.
+_MEMORY_OF_A_PRECISE_REFERENCE = 7
 
 
 def lack_of_memory(manifest: Manifest, folder: Path) -> str | None:

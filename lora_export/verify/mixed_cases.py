@@ -97,7 +97,7 @@ def sequence_cases(bench: Bench, where: Where) -> list[ParityCase]:
 def merged_against_dynamic(bench: Bench, where: Where) -> ParityCase:
     merged = open_export(bench.request.merged, bench.session.provider)
     names = [record.name for record in merged.manifest.adapters]
-    blend = dict.fromkeys(names, 1.0)
+    blend = {record.name: record.weight for record in merged.manifest.adapters}
     batches = bench.own.get(names[0] if names else None) or bench.own[None]
     expected, found = run_export(merged, batches, None), bench.run(batches, blend or None)
     label = f"merged {' + '.join(names) or 'base'}"
@@ -106,7 +106,7 @@ def merged_against_dynamic(bench: Bench, where: Where) -> ParityCase:
 
     def probes() -> Iterator[Probe]:
         n_labels = next((record.n_labels for record in merged.manifest.adapters if record.n_labels), None)
-        reference = bench.reference(names, n_labels)
+        reference = bench.reference_of(merged.manifest.adapters, n_labels)
         sides = {"the merged export": (merged, None), "the dynamic export": (bench.session, blend or None)}
         for side, (session, adapters) in sides.items():
             batch, row = worst_row(expected, found)

@@ -10,6 +10,7 @@ import numpy as np
 from lora_export.artifact import AdapterRecord, Kind
 from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.contract import AdapterInputKind
+from lora_export.errors import UsageProblem
 from lora_export.runtime.adapter_session import RowAdapter
 from lora_export.runtime.seq2seq_session import open_export
 from lora_export.verify.check_results import CheckReport, ParityCase
@@ -67,6 +68,12 @@ def run_check(
     skipped = [] if lack is None else [lack]
     bench = Bench(request, session, task, gates, lack is None, own, mixed)
     where = Where(bench.gates, request.folder)
+    if manifest.kind is Kind.MERGED and request.merged is not None:
+        raise UsageProblem(
+            "--merged compares a merged export with a dynamic one, and this one is merged",
+            where=str(request.folder),
+            next_step="name the dynamic export first: lora-export check DYNAMIC --merged MERGED",
+        )
     if manifest.kind is Kind.MERGED:
         cases = _merged_cases(bench, batcher, data, skipped, where, progress)
     else:
@@ -176,7 +183,7 @@ def _body_case(bench: Bench, reference: Reference, record: AdapterRecord, where:
     heads = {
         entry.name
         for entry in bench.session.manifest.contract.adapter_inputs
-        if entry.kind in (AdapterInputKind.WEIGHT, AdapterInputKind.BIAS)
+        if entry.kind in (AdapterInputKind.WEIGHT, AdapterInputKind.BIAS) and entry.name in record.replaced
     }
     name = expected.name
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_export.artifact import AdapterRecord
 from lora_export.base.tasks import Task
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.generate import empty_cache
@@ -67,12 +68,14 @@ class Bench:
         return run_export(self.session, batches, adapters)
 
     def reference(self, names: Sequence[str], n_labels: int | None) -> Reference:
-        manifest = self.session.manifest
-        records = map(manifest.adapter, names)
+        return self.reference_of(list(map(self.session.manifest.adapter, names)), n_labels)
+
+    def reference_of(self, records: Sequence[AdapterRecord], n_labels: int | None) -> Reference:
+        """Unmerged PEFT with the adapters of `records`, each with its weight."""
         adapters = [
             TrainedAdapter(self.request.adapters[r.name], r.weight, r.convert_rank, r.residual_base) for r in records
         ]
-        how = (manifest.dtype, n_labels)
+        how = (self.session.manifest.dtype, n_labels)
         return Reference(self.task, self.request.base, adapters, *how, with_precise=self.with_precise)
 
 

@@ -89,6 +89,7 @@ class Tolerances:
 
     Attributes:
         epsilon: Distance from 1 to the next number of the dtype.
+        noise: Multiple of PyTorch's rounding that outputs may be off by: the table's for `rounding`, not a given one.
         gates: The same limits with their reasons, to be recorded.
     """
 
@@ -101,6 +102,7 @@ class Tolerances:
     effect: float | None
     effect_share: float | None
     epsilon: float = 2.0**-23
+    noise: float = 2.0
     gates: tuple[Gate, ...] = ()
 
 
@@ -123,7 +125,8 @@ def tolerances(dtype: str, provider: str, overrides: Mapping[str, float] | None 
             found=", ".join(unknown),
         )
     gates = tuple(_gate(measure, dtype, provider, given) for measure in MEASURES)
-    return Tolerances(**{gate.measure: gate.limit for gate in gates}, epsilon=_EPSILON[dtype], gates=gates)
+    noise = _gate("rounding", dtype, provider, {}).limit
+    return Tolerances(**{gate.measure: gate.limit for gate in gates}, epsilon=_EPSILON[dtype], noise=noise, gates=gates)
 
 
 def _gate(measure: str, dtype: str, provider: str, given: Mapping[str, float]) -> Gate:

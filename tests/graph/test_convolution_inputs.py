@@ -19,18 +19,19 @@ CONVOLVE = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: tor
 
 
 def convolution(n_axes: int, first_axis: str = "batch") -> ir.Model:
-    """`conv(x)` of an unbound weight and bias, as the exporter records it."""
+    """`conv(x)` of an unbound weight and bias, as the exporter records it; x comes first under another name."""
     float32 = ir.TensorType(ir.DataType.FLOAT)
-    batch = ir.Value(name="n", type=float32, shape=ir.Shape(["batch"]))
-    x = ir.Value(name="x", type=float32, shape=ir.Shape([first_axis, IN, *SIZES[:n_axes]]))
+    given = ir.Value(name="x", type=float32, shape=ir.Shape(["batch", IN, *SIZES[:n_axes]]))
+    before = ir.node("Identity", [given])
+    x = before.outputs[0]
+    x.name, x.type, x.shape = "seen", float32, ir.Shape([first_axis, IN, *SIZES[:n_axes]])
     weight = ir.Value(name="conv.weight", type=float32, shape=ir.Shape([OUT, IN, *KERNEL[:n_axes]]))
     bias = ir.Value(name="conv.bias", type=float32, shape=ir.Shape([OUT]))
     attributes = {"strides": STRIDES[:n_axes], "pads": PADDING[:n_axes] * 2}
     scopes = {NAME_SCOPES: "['', 'conv', 'conv2d']"}
     node = ir.node("Conv", [x, weight, bias], attributes=attributes, metadata_props=scopes)
     node.outputs[0].name, node.outputs[0].type = "y", float32
-    inputs = [x] if first_axis == "batch" else [batch, x]
-    graph = ir.Graph(inputs, [node.outputs[0]], nodes=[node], opset_imports={"": 20}, name="convolution")
+    graph = ir.Graph([given], [node.outputs[0]], nodes=[before, node], opset_imports={"": 20}, name="convolution")
     for value in (weight, bias):
         graph.initializers[value.name] = value
     return ir.Model(graph, ir_version=10)

@@ -10,12 +10,13 @@ from peft import LoraConfig
 from peft.tuners.lora.variants import calculate_alora_offsets
 from references import error
 
-from lora_export.errors import UsageProblem
-from lora_export.pipeline import ExportOptions, export
+from lora_export.errors import InputRefused, UsageProblem
+from lora_export.pipeline import ExportOptions, add_adapter, export
 from lora_export.plan import Request
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.generate import empty_cache
 from lora_export.runtime.invocation import gate_of, last_occurrence
+from lora_export.sources import SourceOverrides
 
 TOKENS = (70, 71)
 
@@ -85,6 +86,17 @@ def test_a_cached_step_takes_the_gate_from_its_host(session: AdapterSession) -> 
     gate = session.gate(np.array([ids[0][:-1]]), "late")[:, -1:]
     assert error(session.run(step | cache | {"lora_gate": gate}, "late")["logits"][0, 0], whole[0, -1]) < 1e-5
     assert error(session.run(step | cache | {"lora_gate": 0 * gate}, "late")["logits"][0, 0], whole[0, -1]) > 0.01
+
+
+def test_an_export_without_its_gate_takes_no_activated_adapter(bases, session, tmp_path) -> None:
+    """It would be active for all tokens, in silence."""
+    late, plain = (str(session.folder.parent / name) for name in ("late", "plain"))
+    request = Request(str(bases["llama"]), ((plain, "plain"),), "dynamic", task="text-generation")
+    export(request, ExportOptions(tmp_path / "out"))
+    with pytest.raises(InputRefused, match="has no gate for the activated LoRA 'later'") as refused:
+        add_adapter(tmp_path / "out", [(late, "later")], SourceOverrides())
+    assert "model.layers.0.self_attn.q_proj" in refused.value.where
+    assert not list((tmp_path / "out/adapters").glob("later*"))
 
 
 def test_a_blend_with_another_adapter_is_refused(session: AdapterSession) -> None:

@@ -40,7 +40,7 @@ def test_a_base_alone_is_timed_too(exports, tmp_path):
     [
         ("bert-dynamic", "bert-dynamic", ("dynamic", "against"), "topic for every row"),
         ("bert-dynamic", "bert-merged", ("dynamic", "against"), "kind folded into the weights"),
-        ("bert-merged", "bert-dynamic", ("merged", "against"), "every adapter input at its default"),
+        ("bert-merged", "bert-dynamic", ("merged", "against"), "kind for every row"),
         ("llama-base", "llama-merged", ("export", "against"), "chat folded into the weights"),
         ("llama-merged", "llama-base", ("merged", "against"), "no adapter folded into the weights"),
     ],

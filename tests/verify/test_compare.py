@@ -169,6 +169,12 @@ def test_top1_is_not_measured_by_the_error_that_was_seen():
     assert judged(tie, outputs([[4.999, 5.0]]), gates=gates_of(top1=0.99, rounding=2)).top1 == 1
 
 
+def test_a_limit_given_for_rounding_moves_no_noise():
+    reference = replace(outputs([[5.0, 4.9]]), precise=(np.array([[5.001, 4.9]]),))
+    gates = replace(gates_of(top1=0.99, rounding=1000), noise=2)
+    assert judged(reference, outputs([[4.9, 5.0]]), gates=gates).top1 == 0
+
+
 def rounded(n: int, *, by: float, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, by, (n, 4))
 

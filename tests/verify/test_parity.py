@@ -11,7 +11,8 @@ import pytest
 
 from lora_export.artifact import sha256_of
 from lora_export.errors import InputRefused, UsageProblem
-from lora_export.pipeline import check
+from lora_export.pipeline import ExportOptions, check, export
+from lora_export.plan import Request
 from lora_export.sources import SourceOverrides
 from lora_export.verify.check_results import CheckReport
 from lora_export.verify.results import Verdict
@@ -54,6 +55,26 @@ def test_a_dynamic_export_is_compared_with_a_merged_one(exports, own):
     report = checked(own(exports["llama-dynamic"]), merged=exports["llama-sum"])
     case = next(case for case in report.cases if case.group == "merged-dynamic")
     assert case.passed and case.name == "merged chat + code"
+
+
+def test_a_weighted_sum_is_compared_with_the_same_blend(exports, own, bases, adapters, tmp_path):
+    chosen = tuple((str(adapters[name]), name) for name in ("chat", "code"))
+    request = Request(str(bases["llama"]), chosen, "merge", weights=(0.7, 0.3))
+    export(request, ExportOptions(tmp_path / "sum"))
+    report = checked(own(exports["llama-dynamic"]), merged=tmp_path / "sum")
+    case = next(case for case in report.cases if case.group == "merged-dynamic")
+    assert case.passed, case.failures
+
+
+def test_a_merged_export_is_not_compared_with_another(exports, own):
+    with pytest.raises(UsageProblem, match="compares a merged export with a dynamic one"):
+        checked(own(exports["llama-merged"]), merged=exports["llama-sum"])
+
+
+def test_two_rows_are_enough_for_a_decoder(exports, own, tmp_path):
+    (tmp_path / "rows.txt").write_text("def f(x):\nReturn a new list of the items.\n")
+    report = checked(own(exports["llama-dynamic"]), data={None: tmp_path / "rows.txt"})
+    assert report.verdict is Verdict.PASS, [(case.name, case.failures) for case in report.cases if case.failures]
 
 
 def test_an_export_with_targets_and_no_adapter_is_checked(exports, own):
