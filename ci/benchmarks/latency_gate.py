@@ -27,6 +27,7 @@ from pathlib import Path
 import onnxruntime as ort
 from naive_methods import verdicts as naive_verdicts
 from random_models import LlamaShape, write_adapter, write_llama
+from readme_tables import write_into_readme
 from results import RESULTS, Target, heading, provenance, table, target_table, write_json
 
 from lora_export.artifact import read_manifest
@@ -193,6 +194,24 @@ def markdown(environment: dict, outcomes: Sequence[Outcome], targets: Sequence[T
     return "\n\n".join([heading(environment), table(columns, rows), target_table(targets)])
 
 
+_IN_README = (
+    "paired blocks of fastest runs (the gate)",
+    "paired blocks of means",
+    "Mann-Whitney p < .05, means one after the other",
+    "medians differ by 5 %, means one after the other",
+)
+
+
+def readme_table(found: dict) -> str:
+    """From what the JSON holds: by method the share of runs that it fails, and what the gate left undecided."""
+    candidates = (_EQUAL, *_DETECTED)
+    shares = found["share_failed_by_method"]
+    rows = [(name, *(f"{100 * shares[name][each]:.0f} %" for each in candidates)) for name in _IN_README]
+    runs = {each: sum(found["verdicts"][each].values()) for each in candidates}
+    undecided = ", ".join(f"{found['verdicts'][each].get('ambiguous', 0)} of {runs[each]}" for each in candidates)
+    return table(("fails of runs that are", *candidates), rows) + f"\n\nThe gate left undecided: {undecided}.\n"
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="for the model and its export")
@@ -229,6 +248,8 @@ def main() -> int:
             seconds = (time.monotonic() - started) / number
             print(f"{number} of {len(planned)} at {seconds:.1f} s: {found}", file=sys.stderr, flush=True)
     print(markdown(environment, outcomes, targets))
+    if args.out == RESULTS / "latency-gate.json":
+        write_into_readme("latency_gate", readme_table(json.loads(args.out.read_text(encoding="utf-8"))))
     return int(any(target.verdict == "fail" for target in targets))
 
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "ci/benchmarks"))
 
 import latency_gate
 import naive_methods
+from readme_tables import table_in_readme
 
 RESULT = Path(__file__).parents[2] / "ci/benchmarks/results/latency-gate.json"
 
@@ -102,7 +103,6 @@ def test_both_kinds_of_runs_are_spread():
     assert kinds == [0, 2, 0, 0, 2, 0]
 
 
-@pytest.mark.skipif(not RESULT.exists(), reason="not run yet")
 def test_the_recorded_run_is_whole_and_its_targets_follow_from_its_lines():
     """A figure in the file that its own verdicts do not give has been typed."""
     found = json.loads(RESULT.read_text("utf-8"))
@@ -111,3 +111,7 @@ def test_the_recorded_run_is_whole_and_its_targets_follow_from_its_lines():
         verdicts = [verdict for name, verdict in lines if name == candidate]
         assert target["value"] == verdicts.count("fail") / len(verdicts)
         assert len(verdicts) >= (200 if candidate == "equal" else 100)
+
+
+def test_readme_has_the_records_table():
+    assert table_in_readme("latency_gate") == latency_gate.readme_table(json.loads(RESULT.read_text("utf-8")))
