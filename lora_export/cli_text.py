@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lora_export.errors import some_of
+
 
 def _megabytes(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:,.1f} MB"
@@ -19,7 +21,7 @@ def export_text(value: dict) -> str:
     for adapter in value["adapters"]:
         ranks = ", ".join(map(str, adapter["ranks"])) or "no pair"
         scales = ", ".join(f"{scale:.4g}" for scale in adapter["scales"])
-        extra = f", replaces {_some(adapter['replaced'])}" if adapter["replaced"] else ""
+        extra = f", replaces {some_of(adapter['replaced'], 4)}" if adapter["replaced"] else ""
         extra += f", weight {adapter['weight']:g}" if adapter["weight"] != 1 else ""
         files = list(adapter["files"].values()) if "files" in adapter else [adapter["file"]] if adapter["file"] else []
         for file in files:
@@ -32,10 +34,6 @@ def export_text(value: dict) -> str:
     if value["signed"]:
         lines.append(f"  {value['path']}/model.sig  a signature; `lora-export verify` checks it")
     return "\n".join(lines)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _conversion(adapter: dict) -> list[str]:
@@ -59,9 +57,9 @@ def plan_text(value: dict) -> str:
             f"read    {adapter['path']}: {adapter['pairs']} pairs of rank {adapter['ranks']}, {adapter['becomes']}"
         )
         if adapter["replaced"]:
-            lines.append(f"        replaces {_some(adapter['replaced'])}")
+            lines.append(f"        replaces {some_of(adapter['replaced'], 4)}")
         if adapter["merged_by_peft"]:
-            lines.append(f"        merged by PEFT's own code: {_some(adapter['merged_by_peft'])}")
+            lines.append(f"        merged by PEFT's own code: {some_of(adapter['merged_by_peft'], 4)}")
         lines += _conversion(adapter)
     inputs = value["inputs"]
     if inputs["pairs"]:

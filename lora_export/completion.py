@@ -13,7 +13,7 @@ import torch
 from lora_export.adapters.factors import Adapter, LoraFactors
 from lora_export.adapters.initialization import changes_base, with_initial_pair
 from lora_export.adapters.peft_layer import PeftLayer
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, some_of
 from lora_export.weights import ParameterSource
 
 
@@ -109,7 +109,7 @@ def _require_servable(adapter: Adapter, base: ParameterSource) -> None:
         if where:
             raise InputRefused(
                 f"Adapter {adapter.name!r} {problem}; a dynamic graph has no inputs for that",
-                where=", ".join(where[:6]) + (f" and {len(where) - 6} more" if len(where) > 6 else ""),
+                where=some_of(where, 6),
                 expected="pairs on linear modules and embeddings, replaced Linear modules, biases, token rows",
                 next_step="merge this adapter into a graph of its own",
             )

@@ -5,6 +5,7 @@ Only `lora_export.cli` turns an error into an exit code; library callers catch `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -63,3 +64,9 @@ class EnvironmentUnusable(LoraExportError):
     """The machine lacks something the command needs: a provider, memory, disk (exit 4)."""
 
     exit_code = 4
+
+
+def some_of(names: Sequence[str], most: int) -> str:
+    """The first `most` names and how many more there are: a, b and 3 more."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

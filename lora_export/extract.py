@@ -21,6 +21,7 @@ from lora_export.artifact import REPORTS, carried_files, sha256_of, versions
 from lora_export.base.checkpoint import Checkpoint, locate
 from lora_export.base.stored import weight_files
 from lora_export.base.tasks import CLASSIFICATION, peft_task_type, resolve_task
+from lora_export.errors import some_of
 from lora_export.extraction.differences import Difference, Kind, Pair, find_differences, open_pair
 from lora_export.extraction.pairs import write_pairs, write_wholes
 from lora_export.extraction.peft_folder import TensorFile, prove_loads, write_config
@@ -181,8 +182,7 @@ def _notes(found: _Found) -> tuple[str, ...]:
             f"`dynamic` refuses it; `dynamic` takes it without them: {' '.join(f'--leave-out {k}' for k in kinds)}."
         )
     if unused := pair.unused():
-        names = ", ".join(unused[:6]) + (f" and {len(unused) - 6} more" if len(unused) > 6 else "")
-        notes.append(f"Not part of the fine-tune's model, so not looked at: {names}.")
+        notes.append(f"Not part of the fine-tune's model, so not looked at: {some_of(unused, 6)}.")
     if pair.base.dtype != pair.tuned.dtype:
         notes.append(
             f"The base is stored in {pair.base.dtype} and the fine-tune in {pair.tuned.dtype}: what the narrower one "

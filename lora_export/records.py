@@ -13,7 +13,7 @@ from lora_export.adapters.pack import pack, write_onnx_adapter
 from lora_export.artifact import ADAPTERS, AdapterRecord, Manifest, SourceRecord, sha256_of
 from lora_export.base.stored import weight_files
 from lora_export.contract import GraphContract, adapter_file
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, some_of
 from lora_export.foreign import source_hashes
 from lora_export.plan import Plan, local_path
 from lora_export.weights import ParameterSource
@@ -91,7 +91,7 @@ def require_gated(adapter: Adapter, manifest: Manifest) -> None:
     if bare:
         raise InputRefused(
             f"The export has no gate for the activated LoRA {adapter.name!r}",
-            where=", ".join(bare[:5]) + (f" and {len(bare) - 5} more" if len(bare) > 5 else ""),
+            where=some_of(bare, 5),
             expected="modules that an activated LoRA of this export adapts",
             next_step="export again with `lora-export dynamic`, this adapter among the others",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_export import EnvironmentUnusable, InputRefused, LoraExportError, UsageProblem
+from lora_export.errors import some_of
 
 
 def test_the_message_has_a_line_for_each_part_that_is_given():
@@ -24,3 +25,8 @@ def test_each_kind_has_its_exit_code(error, code):
     found = error("x", where="y").to_dict()
     assert issubclass(error, LoraExportError)
     assert (found["error"], found["exit_code"], found["what"], found["where"]) == (error.__name__, code, "x", "y")
+
+
+def test_a_long_list_of_names_says_how_many_more_there_are():
+    assert some_of(["a", "b", "c"], 2) == "a, b and 1 more"
+    assert some_of(["a", "b"], 2) == "a, b" and some_of([], 2) == ""

@@ -81,13 +81,15 @@ def run_cells(
 def recorded_as_expected() -> set[tuple[str, str]]:
     """The (architecture, option) whose cells in the record are all as the tables expect them."""
     cells = read_result() if RESULT.is_file() else []
-    wrong = {(cell.architecture, cell.option) for cell in cells if not cell.as_expected}
-    wanted = {(option.name, mode): option for option in OPTIONS for mode in MODES}
-    for cell in cells:
-        option = wanted.get((cell.option, cell.mode))
-        if option is None or option.expected(cell.architecture, cell.mode) != cell.found:
-            wrong.add((cell.architecture, cell.option))
-    return {(cell.architecture, cell.option) for cell in cells} - wrong
+    options = {option.name: option for option in OPTIONS}
+
+    def is_right(cell: Cell) -> bool:
+        option = options.get(cell.option)
+        wanted = None if option is None else option.expected(cell.architecture, cell.mode)
+        return cell.as_expected and cell.found == wanted
+
+    pairs = {(cell.architecture, cell.option) for cell in cells}
+    return pairs - {(cell.architecture, cell.option) for cell in cells if not is_right(cell)}
 
 
 def applies(option: AdapterOption, architecture: str) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lora_export.base.stored import SafetensorsFiles
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, some_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ def _converted(conversion: _Conversion, files: SafetensorsFiles) -> Iterator[Con
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputRefused(
             "Transformers cannot convert these tensors of the base into the parameter they are for",
-            where=f"{files.tensors[names[0]].file}: {_some(names)} → {conversion.first_path}",
+            where=f"{files.tensors[names[0]].file}: {some_of(names, 3)} → {conversion.first_path}",
             found=" ".join(str(error).split())[:300],
             next_step="fetch the checkpoint again; a tensor of it may be missing",
         ) from error
@@ -125,10 +125,6 @@ def _refuse_twice(converted: Converted, whole: str, files: SafetensorsFiles) -> 
     raise InputRefused(
         "A parameter is stored twice, whole and in parts",
         where=f"{files.tensors[whole].file}: {converted.path}",
-        found=f"{whole}, and {_some(names)}",
+        found=f"{whole}, and {some_of(names, 3)}",
         next_step="load the base in Transformers, save it again, and export that",
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

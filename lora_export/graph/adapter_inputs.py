@@ -20,7 +20,7 @@ fusions as if it were a weight (`attach_defaults` runs after them).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,20 +106,9 @@ def add_adapter_inputs(model: ir.Model, choice: SiteChoice) -> tuple[ir.Model, t
     if choice.gate_modules:
         gate = _graph_input(GATE_INPUT, lora_sites[choice.gate_modules[0]][0].weight.dtype, [ROWS, GATE_LENGTH, 1])
         register("", (AdapterInputKind.GATE,), (gate,))
-    convolutions = convolutions_in(graph, choice.bias_modules)
     for module in choice.bias_modules:  # before the pairs, which go in between the product and its bias
         own, _ = uses_of_bias(graph, module)
-        if convolutions[module]:
-            find_convolutions(graph, (module,))
-            like, out = convolutions[module][0].node.inputs[1], convolutions[module][0].out_channels
-            bias = _graph_input(f"{module}.bias", like.dtype, [ROWS, 1, out])
-            for site in convolutions[module]:
-                add_convolution_bias(graph, site, bias)
-        else:
-            sites = lora_sites.get(module) or ([] if own is not None else find_sites(graph, [module])[module])
-            like, out = (own, own.shape[0]) if own is not None else (sites[0].weight, sites[0].out_features)
-            bias = _graph_input(f"{module}.bias", like.dtype, [ROWS, 1, out])
-            add_bias_input(graph, module, bias, sites)
+        bias = _add_bias(graph, module, own, lora_sites.get(module, []))
         register(module, (AdapterInputKind.BIAS,), (bias,), base_has_default=own is not None)
     for module, sites in lora_sites.items():
         pair = _pair_inputs(module, (sites[0].in_features, sites[0].out_features), sites[0].weight.dtype)
@@ -133,6 +122,26 @@ def add_adapter_inputs(model: ir.Model, choice: SiteChoice) -> tuple[ir.Model, t
             replace_linear(graph, site, inputs)
         register(module, (AdapterInputKind.WEIGHT, AdapterInputKind.BIAS), inputs)
     return model, tuple(entry for entries in found.values() for entry in entries)
+
+
+def _add_bias(graph: ir.Graph, module: str, own: ir.Value | None, sites: Sequence[Site]) -> ir.Value:
+    """A bias input in place of the module's `own`, if it has one; `sites` of its Linear, where they are known."""
+    if convolutions_in(graph, (module,))[module]:
+        convolutions = find_convolutions(graph, (module,))[module]
+        bias = _bias_input(module, convolutions[0].node.inputs[1].dtype, convolutions[0].out_channels)
+        for site in convolutions:
+            add_convolution_bias(graph, site, bias)
+        return bias
+    if own is None and not sites:
+        sites = find_sites(graph, [module])[module]
+    like, out = (own, own.shape[0]) if own is not None else (sites[0].weight, sites[0].out_features)
+    bias = _bias_input(module, like.dtype, out)
+    add_bias_input(graph, module, bias, sites)
+    return bias
+
+
+def _bias_input(module: str, dtype: ir.DataType, out: int) -> ir.Value:
+    return _graph_input(f"{module}.bias", dtype, [ROWS, 1, out])
 
 
 def _graph_input(name: str, dtype: ir.DataType, dims: list) -> ir.Value:

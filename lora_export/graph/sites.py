@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, some_of
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -82,7 +82,7 @@ def refuse_unlinked(missing: Sequence[str]) -> None:
     if missing:
         raise InputRefused(
             "Adapted modules are not linear maps of the exported graph",
-            where=", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else ""),
+            where=some_of(missing, 6),
             expected="nn.Linear or Conv1D modules that this task's forward pass calls",
             next_step="merge the adapter instead, or export the task that the adapter was trained for (--task)",
         )

@@ -9,9 +9,8 @@ import numpy as np
 from lora_export.runtime.seq2seq_session import open_export
 from lora_export.verify.check_results import ParityCase
 from lora_export.verify.compare import Outputs, compare
-from lora_export.verify.examples import Batch
 from lora_export.verify.probe import Probe
-from lora_export.verify.probes import row_probes, whole_probe, worst_row
+from lora_export.verify.probes import row_of, row_probes, whole_probe, worst_row
 from lora_export.verify.runs import Bench, run_export
 from lora_export.verify.where import Where
 
@@ -25,15 +24,10 @@ def row_cases(bench: Bench, alone: Mapping[str | None, Outputs], where: Where) -
     expected, precise, found, single = [], [], [], []
     for row, name in enumerate(assigned):
         reference = alone[name].values[0][row : row + 1]
-        one = Batch(
-            {key: value[row : row + 1] for key, value in bench.mixed.inputs.items()},
-            None if bench.mixed.real is None else bench.mixed.real[row : row + 1],
-            (None,),
-        )
         expected.append(reference)
         precise += [values[row : row + 1] for values in alone[name].precise]
         found.append(mixed.values[0][row : row + 1, ..., : reference.shape[-1]])
-        single.append(bench.run([one], name).values[0])
+        single.append(bench.run([row_of(bench.mixed, row)], name).values[0])
     masks = [None if bench.mixed.real is None else bench.mixed.real[row : row + 1] for row in range(n_rows)]
 
     def rows(values: list[np.ndarray]) -> np.ndarray:
