@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from lora_export.base.sample import Sample
+from lora_export.base.tasks import cache_argument
 from lora_export.contract import DECODER, ENCODER
 
 # Different from each other and from usual model sizes, so that none is taken for another.
@@ -90,8 +91,8 @@ def _decoder_sample(model: torch.nn.Module) -> Sample:
         outputs = whole(
             decoder_input_ids=input_ids,
             encoder_outputs=(encoder_hidden_states,),
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(whole): cache},
             **_mask(encoder_attention_mask),
         )
         return {"logits": outputs.logits, **_present(cache, ("decoder", "encoder"))}
@@ -119,8 +120,8 @@ def _decoder_with_past_sample(model: torch.nn.Module) -> Sample:
         outputs = whole(
             decoder_input_ids=input_ids,
             encoder_outputs=(past_key_values[2].new_zeros((n_rows, source_length, width)),),
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(whole): cache},
             **_mask(encoder_attention_mask),
         )
         return {"logits": outputs.logits, **_present(cache, ("decoder",))}

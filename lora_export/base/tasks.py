@@ -6,6 +6,7 @@ Names follow the Transformers pipelines and Optimum.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -153,3 +154,8 @@ def text_input_names(model) -> tuple[str, ...]:
     if "token_type_ids" in accepts and (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
         names.append("token_type_ids")
     return tuple(names)
+
+
+def cache_argument(forward: Callable) -> str:
+    """What a Transformers model's `forward` calls its cache: `cache` from release 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 
 import onnx_ir as ir
 import torch
@@ -16,8 +17,9 @@ import torch
 from lora_export.base.decompose import decomposed_by_operator
 from lora_export.base.sample import Sample
 from lora_export.base.seq2seq import seq2seq_sample
-from lora_export.base.tasks import SEQ2SEQ, Task, is_dual_encoder, text_input_names
+from lora_export.base.tasks import SEQ2SEQ, Task, cache_argument, is_dual_encoder, text_input_names
 from lora_export.contract import SINGLE
+from lora_export.errors import EnvironmentUnusable, some_of
 from lora_export.quiet import quiet
 from lora_export.recipe import RECIPE, Recipe
 
@@ -57,6 +59,8 @@ def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE) -> ir.Model:
         _keep_outputs(program, _DUAL_OUTPUTS)
     _unbind_parameters(program.graph, model)
     _rename_inputs_and_outputs(program.graph, sample.renamed)
+    if task is Task.TEXT_GENERATION:
+        _name_cache(program.graph, model.config.num_hidden_layers)
     _name_axes(program.graph, sample)
     return program
 
@@ -129,27 +133,22 @@ def _decoder_sample(model: torch.nn.Module) -> Sample:
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # Without the config: every layer keeps its whole past, also one with a sliding window, whose mask forgets for it.
     cache = DynamicCache()
-    renamed = {}
     for layer in range(config.num_hidden_layers):
         states = torch.zeros(_BATCH, heads, _PAST, head_size, dtype=model.dtype)
         cache.update(states, states.clone(), layer)
-        for theirs, ours in (("keys", "key"), ("values", "value")):
-            path = f"past_key_values.layers.{layer}.{theirs}"
-            renamed[f"input.{path}"] = f"past_key_values.{layer}.{ours}"
-            renamed[f"output.{path}"] = f"present.{layer}.{ours}"
     tokens = torch.ones(_BATCH, _SEQUENCE, dtype=torch.long)
     inputs = {
         "input_ids": tokens,
         "attention_mask": torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.long),
         "position_ids": torch.arange(_PAST, _PAST + _SEQUENCE).expand(_BATCH, -1).clone(),
-        "past_key_values": cache,
+        cache_argument(model.forward): cache,
         "use_cache": True,
     }
     batch, sequence, past = (torch.export.Dim(name, max=2**20) for name in ("batch_size", "sequence_length", "past"))
     shapes = {name: {0: batch, 1: sequence} for name in ("input_ids", "position_ids")}
     shapes["attention_mask"] = {0: batch, 1: torch.export.Dim.AUTO}
-    shapes["past_key_values"] = [{0: batch, 2: past}] * (2 * config.num_hidden_layers)
-    return Sample(inputs, shapes, renamed)
+    shapes[cache_argument(model.forward)] = [{0: batch, 2: past}] * (2 * config.num_hidden_layers)
+    return Sample(inputs, shapes, {})
 
 
 def _unbind_parameters(graph: ir.Graph, model: torch.nn.Module) -> None:
@@ -169,6 +168,32 @@ def _keep_outputs(program: ir.Model, names: Sequence[str]) -> None:
 def _rename_inputs_and_outputs(graph: ir.Graph, renamed: Mapping[str, str]) -> None:
     for value in (*graph.inputs, *graph.outputs):
         value.name = renamed.get(value.name, value.name)
+
+
+# How the exporter names a layer's keys and values; what stands before differs by release.
+_TRACED_CACHE = re.compile(r"(?:^|\.)layers\.(\d+)\.(key|value)s$")
+
+
+def _name_cache(graph: ir.Graph, n_layers: int) -> None:
+    """Name a decoder's caches `past_key_values.{i}.key|value` and `present.{i}.key|value`.
+
+    Raises:
+        EnvironmentUnusable: This Transformers names what it traces in a way that is not known here.
+    """
+    for values, prefix in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
+        for value in values:
+            if found := _TRACED_CACHE.search(value.name):
+                value.name = f"{prefix}.{found[1]}.{found[2]}"
+        expected = {f"{prefix}.{layer}.{part}" for layer in range(n_layers) for part in ("key", "value")}
+        names = {value.name for value in values}
+        if not expected <= names:
+            raise EnvironmentUnusable(
+                "This release of Transformers names a traced decoder's cache in a way that is not known here",
+                where=f"transformers {version('transformers')}",
+                expected=some_of(sorted(expected - names), 2),
+                found=some_of(sorted(names), 6),
+                next_step="install a release that was tested: see `dependencies` in pyproject.toml",
+            )
 
 
 def _axes_of(graph: ir.Graph) -> dict[str, dict[int, str]]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
+import onnx_ir as ir
 import pytest
 import torch
 
-from lora_export.base.tasks import Task
+from lora_export.base.tasks import Task, cache_argument
+from lora_export.base.trace import _name_cache
+from lora_export.errors import EnvironmentUnusable
 from lora_export.graph.sites import module_of
 from lora_export.graph.unbound import recipe_of
 
@@ -100,3 +105,32 @@ def test_the_model_is_left_as_it_was(traces):
     _, model, before = traces("bert", Task.FEATURE_EXTRACTION)
     after = {name: (id(t), t.stride()) for name, t in model.state_dict(keep_vars=True).items()}
     assert after == before and not model.training
+
+
+@pytest.mark.parametrize("prefix", ["input.past_key_values.", "past_key_values.", "input.cache.", "cache.", ""])
+def test_a_traced_cache_is_named_whatever_the_release_calls_it(prefix):
+    """Transformers 5.24 calls a model's cache `cache`; 5.23 called it `past_key_values`."""
+    parts = [f"layers.{layer}.{part}s" for layer in range(2) for part in ("key", "value")]
+    graph = graph_of([f"{prefix}{part}" for part in parts], [f"output.cache.{part}" for part in parts])
+    _name_cache(graph, 2)
+    names = [f"{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    assert [value.name for value in graph.inputs] == [f"past_key_values.{name}" for name in names]
+    assert [value.name for value in graph.outputs] == [f"present.{name}" for name in names]
+
+
+def test_a_cache_that_is_named_in_an_unknown_way_is_an_error_of_the_environment():
+    graph = graph_of(["state.0.k", "state.0.v"], ["layers.0.keys", "layers.0.values"])
+    with pytest.raises(EnvironmentUnusable, match="names a traced decoder's cache in a way that is not known") as found:
+        _name_cache(graph, 1)
+    assert version("transformers") in found.value.where and "state.0.k" in found.value.found
+
+
+def graph_of(inputs: list[str], outputs: list[str]) -> ir.Graph:
+    return ir.Graph([ir.Value(name=name) for name in inputs], [ir.Value(name=name) for name in outputs], nodes=[])
+
+
+@pytest.mark.parametrize(("argument", "expected"), [("cache", "cache"), ("past_key_values", "past_key_values")])
+def test_the_cache_argument_is_what_forward_calls_it(argument, expected):
+    scope: dict = {}
+    exec(f"def forward(input_ids, {argument}=None): ...", scope)
+    assert cache_argument(scope["forward"]) == expected
