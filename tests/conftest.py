@@ -22,6 +22,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--all-mutations", action="store_true", help="run every cell of ci/benchmarks/mutations.py instead of a few"
     )
 
+    parser.addoption("--seed", default="", help="other random weights for the tiny models: any text")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["LORA_EXPORT_TEST_SEED"] = config.getoption("--seed")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_core_each() -> None:

@@ -10,7 +10,16 @@ import numpy as np
 
 from lora_export.verify.check_results import ParityCase, Rounding
 from lora_export.verify.effect import effect_share
-from lora_export.verify.measures import mean_kl, perplexity, rms, scatter_of_ratio, top1_agreement
+from lora_export.verify.measures import (
+    mean_kl,
+    output_scale,
+    perplexity,
+    rms,
+    scale_of,
+    scatter_of_ratio,
+    top1_agreement,
+    typical_size,
+)
 from lora_export.verify.tolerances import Tolerances
 
 # Two thirds of the limit are what sound exports have at the most where there are many positions; the rest is a margin
@@ -92,13 +101,12 @@ def compare(
         message = f"{broken} exported values are NaN or infinite"
         return _incomparable(name, group, described, reference, message)
     error = float(np.abs(expected - actual).max(initial=0))
-    scale = max(1.0, float(np.abs(expected).max(initial=0)))
     case = ParityCase(
         name=name,
         group=group,
         reference=described,
         error=error,
-        error_relative=error / scale,
+        error_relative=error / output_scale(expected),
         tolerance=gates.error if reference.name == "logits" else gates.features,
         n_rows=reference.n_rows,
         accuracy_reference=accuracy(reference),
@@ -136,7 +144,7 @@ def _with_rounding(
         perplexity=_perplexity(reference, precise),
     )
     # Rounding the output alone, to the dtype, gives a quarter of a unit; PyTorch may have had more luck than that.
-    least = gates.epsilon / 4 * rms(precise)
+    least = gates.epsilon / 4 * typical_size(precise)
     ratio = found.rms_exported / max(found.rms_reference, least, np.finfo(np.float64).tiny)
     luck = max(1.0, _OF_THE_LIMIT * scatter_of_ratio(reference.n_flattened or len(precise)))
     maximum = None if gates.rounding is None else gates.rounding * luck
@@ -148,7 +156,7 @@ def _largest_rounding(case: ParityCase, expected: np.ndarray, gates: Tolerances)
     if unknown."""
     if case.rounding is None:
         return None
-    own = max(case.rounding.rms_reference, gates.epsilon / 4 * rms(expected))
+    own = max(case.rounding.rms_reference, gates.epsilon / 4 * typical_size(expected))
     return math.hypot(1.0, _OF_THE_LIMIT * gates.noise) * own
 
 
@@ -191,10 +199,9 @@ def noise_of(case: ParityCase, expected: np.ndarray, gates: Tolerances) -> float
     What PyTorch's own are off, times what is allowed of it; else the tolerance of float32. Never the error that was
     seen: no best class could then be wrong.
     """
-    largest = float(np.abs(expected).max(initial=0))
     if case.rounding is not None:
-        return gates.noise * max(case.rounding.error_reference, gates.epsilon * largest)
-    return None if gates.error is None else gates.error * max(1.0, largest)
+        return gates.noise * max(case.rounding.error_reference, gates.epsilon * scale_of(expected))
+    return None if gates.error is None else gates.error * output_scale(expected)
 
 
 def _failures(case: ParityCase) -> Iterator[str]:

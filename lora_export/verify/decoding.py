@@ -15,6 +15,7 @@ from lora_export.verify.check_results import ParityCase
 from lora_export.verify.compare import Outputs, compare, noise_of
 from lora_export.verify.examples import Batch, Batcher, Examples
 from lora_export.verify.invoked import with_invocation
+from lora_export.verify.measures import output_scale
 from lora_export.verify.probe import Probe
 from lora_export.verify.probes import step_probe, worst_probes
 from lora_export.verify.ragged import ragged
@@ -120,7 +121,7 @@ def first_failing(expected: np.ndarray, found: np.ndarray, real: np.ndarray, gat
     difference = np.abs(expected.astype(np.float64) - found).max(axis=-1)
     error = np.where(real, np.where(np.isfinite(difference), difference, np.inf), 0.0)
     limit = gates.features if gates.error is None else gates.error
-    fails = error > limit * max(1.0, float(np.abs(expected[real]).max(initial=0)))
+    fails = error > limit * output_scale(expected[real])
     position = int(fails.any(axis=0).argmax()) if fails.any() else int(error.max(axis=0).argmax())
     return int(error[:, position].argmax()), position
 

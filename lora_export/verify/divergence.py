@@ -194,7 +194,7 @@ class _Results:
     def _equal(self, value: np.ndarray, result: np.ndarray) -> bool:
         shapes = {tensor.shape: tensor for tensor in (result, self._row.of_reference(result))}
         return any(
-            difference(arranged.reshape(value.shape), value, self._row)[1] <= self._limit
+            difference(arranged.reshape(value.shape), value, self._row, terms=0.0)[1] <= self._limit
             for tensor in shapes.values()
             if tensor.size == value.size
             for arranged in _arrangements(tensor)

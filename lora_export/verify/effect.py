@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lora_export.verify.measures import ENOUGH
+
 # Standard errors: of 200 sound exports the one that came nearest used 0.84 of the tolerance.
 _STANDARD_ERRORS = 4
 # A share that is not even known to be nearer to 1 than to 0 shows no adapter.
@@ -49,7 +51,9 @@ def effect_share(
     if square == 0:
         return EffectShare(0.0, _LARGEST)
     share = float((arrived * effect).sum()) / square
-    rest = math.sqrt(float(np.square(arrived - share * effect).sum()) / square)
+    # A slope goes through one value, and nearly through a few: what is left of them says nothing of their rounding.
+    known = effect.size >= ENOUGH
+    rest = math.sqrt(float(np.square(arrived - share * effect).sum()) / square) if known else math.inf
     if noise is not None:
         rest = min(rest, noise / math.sqrt(square / effect.size))
     noise_of_slope = _STANDARD_ERRORS * rest / math.sqrt(len(without)) + rest**2

@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_export.graph.module_values import ModuleSite, WrittenGraph
 from lora_export.verify.divergence_results import ComparedValue
+from lora_export.verify.measures import scale_of
 from lora_export.verify.module_calls import BASE, LORA_A, WHOLE, ModuleCall
 
 INPUT = "input"
@@ -75,13 +76,14 @@ _NEVER = 1e30
 @dataclass(frozen=True)
 class Pairing:
     """A value of the graph, with another added to it if need be, and the tensor that it should hold; `call` is the
-    module's."""
+    module's, `terms` the size of what one number of `expected` is the sum of (None where that is unknown)."""
 
     call: ModuleCall
     what: str
     value: str
     expected: np.ndarray
     addend: str | None = None
+    terms: float | None = None
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -130,8 +132,8 @@ def pair(sites: Sequence[ModuleSite], calls: Sequence[ModuleCall], available: Ma
                 inside = parts[number]
                 is_later = part == BASE and inside.bias is not None and not site.base_has_bias
                 tensor = inside.output - inside.bias if is_later else inside.output
-                found.append((rank, place, Pairing(call, part, value, tensor)))
-        found.append((rank, 9, Pairing(call, WHOLE, site.output, expected, site.addend)))
+                found.append((rank, place, Pairing(call, part, value, tensor, terms=inside.terms)))
+        found.append((rank, 9, Pairing(call, WHOLE, site.output, expected, site.addend, call.terms)))
     return [pairing for _, _, pairing in sorted(found, key=lambda entry: entry[:2])]
 
 
@@ -160,9 +162,9 @@ def compare_values(
     row: Row,
     limit: float,
 ) -> list[ComparedValue]:
-    """Compare each pairing on `row`; more than `limit`, relative to the largest reference value, diverges."""
+    """Compare each pairing on `row`; more than `limit`, relative to the reference's size (`scale_of`), diverges."""
     return [
-        compare_value(graph, stem, p.call.module, p.what, p.value, p.expected, p.found(values), row, limit)
+        compare_value(graph, stem, p.call.module, p.what, p.value, p.expected, p.found(values), row, limit, p.terms)
         for p in pairings
     ]
 
@@ -177,12 +179,17 @@ def compare_value(
     found: np.ndarray,
     row: Row,
     limit: float,
+    terms: float | None,
 ) -> ComparedValue:
-    """Compare one value of the graph with its tensor of the reference, up to reshape."""
+    """Compare one value of the graph with its tensor of the reference, up to reshape.
+
+    Args:
+        terms: The size of the terms that one number of `expected` is the sum of; None where that is unknown.
+    """
     expected, found = row.of_reference(expected), row.of_graph(found)
     node = graph.node_of(value)
     shapes = tuple(found.shape), tuple(expected.shape)
-    error, relative = difference(expected, _brought_to(expected, found, what), row)
+    error, relative = difference(expected, _brought_to(expected, found, what), row, terms)
     names = (node.name, node.op_type) if node else ("", "")
     return ComparedValue(stem, module, what, value, *names, *shapes, error, relative, not relative <= limit)
 
@@ -202,8 +209,8 @@ def _brought_to(expected: np.ndarray, found: np.ndarray, what: str) -> np.ndarra
     return found[..., :n] if is_padding else found
 
 
-def difference(expected: np.ndarray, found: np.ndarray, row: Row) -> tuple[float, float]:
-    """The largest absolute difference over real positions, and that over the largest absolute expected value.
+def difference(expected: np.ndarray, found: np.ndarray, row: Row, terms: float | None = None) -> tuple[float, float]:
+    """The largest absolute difference over real positions, and that over the expected values' size (`scale_of`).
 
     Infinite where the sizes differ; NaN where a number is NaN, infinite or a mask's lowest number on one side only.
     """
@@ -216,7 +223,7 @@ def difference(expected: np.ndarray, found: np.ndarray, row: Row) -> tuple[float
         return float("nan"), float("nan")
     a, b = a[plain], b[plain]
     error = float(np.abs(a - b).max(initial=0))
-    return error, error / max(float(np.abs(a).max(initial=0)), float(np.finfo(np.float32).tiny))
+    return error, error / max(scale_of(a, terms), float(np.finfo(np.float32).tiny))
 
 
 def _special(array: np.ndarray) -> np.ndarray:

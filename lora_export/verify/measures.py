@@ -4,6 +4,34 @@ from __future__ import annotations
 
 import numpy as np
 
+# Of so many numbers around zero the largest is not near zero by chance: all of them lie within a hundredth of their
+# usual size with a probability of 0.008 ** 8, 2e-17.
+ENOUGH = 8
+
+
+def scale_of(expected: np.ndarray, terms: float | None = None) -> float:
+    """The size that an error of `expected` is measured against: the largest absolute value, 0 of nothing.
+
+    One logit or one cosine may be near zero by chance, while its error is that of the terms that it is the sum of. So
+    fewer than `ENOUGH` values count as no smaller than the size of those terms.
+
+    Args:
+        terms: The root of the sum of squares of the terms of one value; None where that is unknown: 1, which is the
+            size of what a normalized state, a cosine or a logit is made of.
+    """
+    largest = float(np.abs(expected).max(initial=0))
+    return largest if expected.size >= ENOUGH else max(largest, 1.0 if terms is None else terms)
+
+
+def output_scale(expected: np.ndarray) -> float:
+    """As `scale_of`, of a model's output, whose errors count absolutely where it is small: at least 1."""
+    return max(1.0, scale_of(expected))
+
+
+def typical_size(expected: np.ndarray) -> float:
+    """Root mean square of `expected`; of fewer than `ENOUGH` values at least 1, as in `scale_of`."""
+    return rms(expected) if expected.size >= ENOUGH else max(1.0, rms(expected))
+
 
 def rms(differences: np.ndarray) -> float:
     """Root mean square; 0 of nothing."""

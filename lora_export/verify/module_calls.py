@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_export.verify.measures import ENOUGH
 from lora_export.weights import as_numpy
 
 WHOLE, BASE, LORA_A, LORA_B = "output", "base", "lora_A", "lora_B"
@@ -41,6 +42,8 @@ class ModuleCall:
         bias: Its bias, `[out]`, for a graph that adds it later.
         weight: Identity of its weight: equal for tied modules.
         is_lookup: Whether it is an embedding.
+        terms: Of a linear map to few features, the size of the terms that one number of its output is the sum of: the
+            largest `√(Σ x² w² + b²)`. None for any other.
     """
 
     module: str
@@ -52,6 +55,7 @@ class ModuleCall:
     bias: np.ndarray | None = None
     weight: int | None = None
     is_lookup: bool = False
+    terms: float | None = None
 
 
 @dataclass
@@ -141,16 +145,15 @@ class _Observer:
         return hook
 
     def _record(self, path: str, module, caller: str, given, given_by: str, made: torch.Tensor) -> None:
-        part, inside = WHOLE, _PART.match(path)
+        part, inside, scale = WHOLE, _PART.match(path), 1.0
         if inside:
             path, part = inside["module"], inside["part"].partition(".")[0].replace("base_layer", BASE)
             if _PART.match(path):
                 return  # a wrapper within a wrapper
             if part in (LORA_A, LORA_B):
-                scale = self._scales.get(id(module))
-                if scale is None:
+                if id(module) not in self._scales:
                     return
-                made = made * scale if part == LORA_B else made
+                scale = self._scales[id(module)] if part == LORA_B else 1.0
         elif any(path.startswith(f"{layer}.") for layer in self._layers):
             return  # what a tuner has inside: a gain, a rotation
         base = _wrapped(module)
@@ -162,16 +165,35 @@ class _Observer:
                 caller,
                 None if given is None else _copy(given),
                 given_by,
-                _copy(made),
+                _copy(made if scale == 1 else made * scale),
                 _copy(bias) if isinstance(bias, torch.Tensor) and bias.ndim == 1 else None,
                 weight.data_ptr() if isinstance(weight, torch.Tensor) else None,
                 isinstance(base, torch.nn.Embedding),
+                _size_of_terms(base, given, scale),
             )
         )
 
     def _keep(self, tensor: torch.Tensor, path: str) -> None:
         self._made_by[_key(tensor)] = _INSIDE.sub("", path)
         self._kept.append(tensor)
+
+
+def _size_of_terms(module: torch.nn.Module, given: torch.Tensor | None, scale: float) -> float | None:
+    """`ModuleCall.terms` of what `module` computes of `given` `[…, in]`, times `scale`."""
+    weight = _out_in_weight(module)
+    if weight is None or given is None or weight.shape[0] >= ENOUGH or given.shape[-1] != weight.shape[1]:
+        return None
+    squares = given.detach().float().square() @ weight.float().square().T
+    if isinstance(module.bias, torch.Tensor):
+        squares = squares + module.bias.float().square()
+    return scale * float(squares.amax().sqrt())
+
+
+def _out_in_weight(module: torch.nn.Module) -> torch.Tensor | None:
+    """The weight of a linear map, `[out, in]`; None of any other module."""
+    if isinstance(module, torch.nn.Linear):
+        return module.weight.detach()
+    return module.weight.detach().T if type(module).__name__ == "Conv1D" else None
 
 
 def _wrapped(module: torch.nn.Module) -> torch.nn.Module:

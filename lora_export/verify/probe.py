@@ -124,8 +124,16 @@ def _look(run: GraphRun, calls: Sequence[ModuleCall], outputs: Mapping[str, np.n
     values = run_for_values(graph.with_outputs(wanted), session.folder, session.provider, run.feeds, wanted)
     compared = compare_values(graph, session.graph, pairings, {**run.feeds, **values}, run.row, limit)
     final = [
-        compare_value(graph, session.graph, "", name, name, tensor, values[name], run.row, limit)
+        compare_value(
+            graph, session.graph, "", name, name, tensor, values[name], run.row, limit, _terms_of(tensor, calls)
+        )
         for name, tensor in expected.items()
     ]
     found = {name: values[name] for name in expected}
     return SeenGraph(run, graph, tuple(pairings), tuple(compared), tuple(final), expected, found)
+
+
+def _terms_of(output: np.ndarray, calls: Sequence[ModuleCall]) -> float | None:
+    """The size of the terms of a model's output, if a linear map of its own gives it; None if none does."""
+    makers = (call for call in reversed(calls) if call.terms is not None and call.output.shape == output.shape)
+    return next((call.terms for call in makers if np.array_equal(call.output, output)), None)

@@ -12,6 +12,7 @@ from lora_export.artifact import REPORTS
 from lora_export.contract import graph_file
 from lora_export.runtime.session import PROVIDERS
 from lora_export.verify.divergence_results import ARRAYS, SCRIPT, Divergence, Reproduction
+from lora_export.verify.measures import output_scale
 from lora_export.verify.probe import SeenGraph
 
 _TEMPLATE = '''\
@@ -76,7 +77,7 @@ def reproduction(
     expected = row.of_reference(graph.expected[output])
     counts = np.zeros(expected.shape, bool)
     counts.reshape(-1)[row.real_of(np.arange(expected.size).reshape(expected.shape)).reshape(-1)] = True
-    scale = max(1.0, float(np.abs(expected[counts]).max(initial=0)))
+    scale = output_scale(expected[counts])
     file = graph_file(graph.stem)
     folder = graph.run.session.folder.resolve()
     text = _TEMPLATE.format(

@@ -32,10 +32,11 @@ def measure_swap(session: Session, batch: int, budget: Budget) -> tuple[Swap, ..
             graph.bind_adapters(binding, name, batch)
 
     def load(name: str) -> None:
-        files = session.manifest.adapter(name).files
+        record = session.manifest.adapter(name)
         for graph in graphs:
-            if graph.graph in files:
-                graph.load(session.folder / files[graph.graph], name)
+            if graph.graph in record.files:
+                file = session.folder / record.files[graph.graph]
+                graph.load(file, name, invocation_tokens=record.invocation_tokens)
         bind(name)
 
     bind(names[0])

@@ -269,3 +269,19 @@ def test_a_limit_for_no_measure_is_refused():
     with pytest.raises(UsageProblem, match="for a measure that there is not") as refused:
         tolerances("float32", "cpu", {"top-1": 0.9})
     assert refused.value.found == "top-1" and "top1" in refused.value.expected
+
+
+def near_zero(value: float, error: float, n_rows: int = 1):
+    """One logit a row, near zero by chance, off by `error`; PyTorch itself happens to be exact."""
+    expected = outputs(np.full((n_rows, 1), value))
+    precise = (np.full((n_rows, 1), value, np.float64),)
+    return replace(expected, precise=precise), outputs(np.full((n_rows, 1), value + error))
+
+
+def test_one_logit_near_zero_is_judged_by_the_size_of_logits():
+    gates = tolerances("float32", "cpu")
+    reference, found = near_zero(5e-4, 2e-7)
+    case = judged(reference, found, without=outputs([[0.4]]), gates=gates)
+    assert case.passed, case.failures
+    # A tenth of a logit is no rounding, however few there are.
+    assert not judged(*near_zero(5e-4, 0.1), without=outputs([[0.4]]), gates=gates).passed

@@ -81,3 +81,13 @@ def test_what_a_damage_bends_is_not_taken_for_rounding_where_that_is_known():
     assert effect_share(expected, found, without, ROUNDING, noise=9.0) == effect_share(
         expected, found, without, ROUNDING
     )
+
+
+def test_one_number_tells_nothing_of_its_own_rounding():
+    """A slope goes through one point exactly, so what is left says nothing; the known rounding does."""
+    expected, found, without = np.array([[5e-4]]), np.array([[5e-4 + 1e-7]]), np.zeros((1, 1))
+    share = effect_share(expected, found, without, 1e-4, noise=1e-7)
+    assert share.value == pytest.approx(1 + 2e-4) and abs(share.value - 1) < share.tolerance < 1e-3
+    assert effect_share(expected, found, without, 1e-4).tolerance == pytest.approx(0.5, abs=1e-3)
+    dropped = effect_share(expected, without, without, 1e-4)
+    assert abs(dropped.value - 1) > dropped.tolerance

@@ -101,3 +101,25 @@ def test_parts_are_compared_only_where_pytorch_has_them():
     assert [p.what for p in pair(sites, [base, whole], set())] == ["output"]
     pairs = [call("m", 2, part="lora_A"), call("m", 3, part="lora_B")]
     assert [p.what for p in pair(sites, [base, *pairs, whole], set())] == ["base", "lora_A", "lora_B", "output"]
+
+
+# Few numbers, which may be near zero by chance.
+
+
+@pytest.mark.parametrize(("terms", "scale"), [(None, 1.0), (0.25, 0.25), (40.0, 40.0)])
+def test_the_error_of_one_number_is_measured_against_what_went_into_it(terms, scale):
+    """A cosine of 5e-4 that is off by 7.5e-8 is off by a rounding of its terms, not by 1.5e-4 of itself."""
+    error, relative = difference(np.array([[5e-4]]), np.array([[5e-4 + 7.5e-8]]), ALL, terms)
+    assert (error, relative) == pytest.approx((7.5e-8, 7.5e-8 / scale), rel=1e-6)
+
+
+def test_the_error_of_many_numbers_is_measured_against_the_largest():
+    expected = np.full(8, 5e-4)
+    assert difference(expected, expected + 1e-6, ALL, terms=40.0)[1] == pytest.approx(2e-3, rel=1e-6)
+
+
+def test_padding_does_not_make_few_numbers_many():
+    real = np.zeros(16, bool)
+    real[:2] = True
+    expected = np.full((1, 16, 1), 5e-4)
+    assert difference(expected, expected + 1e-6, Row(0, 1, real))[1] == pytest.approx(1e-6, rel=1e-6)

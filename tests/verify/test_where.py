@@ -8,20 +8,22 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import damage
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from lora_export.pipeline import check
 from lora_export.sources import SourceOverrides
 from lora_export.verify import probe, where
 from lora_export.verify.check_results import CheckReport
 from lora_export.verify.divergence_results import Reproduction
-from lora_export.verify.probe import Seen
+from lora_export.verify.module_calls import ModuleCall, recorded
+from lora_export.verify.probe import Seen, _terms_of
 from lora_export.verify.runs import run_reference
 
 # Runs a script where nothing but the standard library, NumPy and ONNX Runtime can be imported.
@@ -368,3 +370,25 @@ def test_the_error_by_layer_of_a_sound_export_is_rounding_in_every_adapted_modul
         assert sum(module.error_relative > 0 for module in layers.modules) > len(layers.modules) / 2
         targets = records.get(layers.name, {"targets": []})["targets"]
         assert set(targets) <= {module.module for module in layers.modules}
+
+
+def test_an_output_of_few_numbers_has_the_terms_of_the_head_that_gives_it():
+    call = ModuleCall("head", "output", "", None, "", np.float32([[0.25]]), terms=3.0)
+    other = replace(call, output=np.float32([[0.5]]), terms=7.0)
+    assert _terms_of(np.float32([[0.25]]), [call, other]) == 3.0
+    assert _terms_of(np.float32([[0.75]]), [call, other]) is None
+
+
+def test_the_terms_of_a_linear_map_are_those_of_its_largest_number():
+    layer = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, -1.0, 0.0], [3.0, 0.0, 4.0]]))
+        layer.bias.copy_(torch.tensor([0.0, 12.0]))
+    model = torch.nn.Sequential(layer)
+    with recorded(model) as recording:
+        model(torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]))
+    assert next(call for call in recording.calls if call.module == "0").terms == pytest.approx(13.0)  # 3, 4, 12
+    wide = torch.nn.Sequential(torch.nn.Linear(3, 8))
+    with recorded(wide) as recording:
+        wide(torch.zeros(1, 3))
+    assert recording.calls[0].terms is None
