@@ -15,12 +15,15 @@ from pathlib import Path
 import torch
 
 from lora_export.adapters.dialects import Dialect, ForeignAdapter, convert, group, recognise, refuse_unreadable
+from lora_export.adapters.folder import require_floats
+from lora_export.adapters.header import HeaderOptions
 from lora_export.adapters.module_names import Place
-from lora_export.artifact import carried_files, sha256_of
+from lora_export.artifact import sha256_of
 from lora_export.base.checkpoint import Checkpoint, locate
 from lora_export.base.stored import SafetensorsFiles, read_json
 from lora_export.base.tasks import resolve_task
 from lora_export.base.weightless import build_weightless
+from lora_export.carried import carried_files
 from lora_export.errors import InputRefused
 
 _SOURCE = "lora_export_source.json"
@@ -86,7 +89,7 @@ def read_foreign(path: Path) -> ForeignAdapter | None:
     """The adapter at `path` if another tool than PEFT wrote it, else None.
 
     Raises:
-        InputRefused: It is a file of no known format, GGUF, a full fine-tune of MLX, or not whole.
+        InputRefused: It is a file of no known format, GGUF, a full fine-tune of MLX, quantized, or not whole.
     """
     file, settings = _weights_and_settings(path)
     if file is None:
@@ -103,7 +106,10 @@ def read_foreign(path: Path) -> ForeignAdapter | None:
                 next_step="give the adapter's folder; a full fine-tune becomes an adapter with `lora-export extract`",
             )
         return None
-    return group(dialect, file, {name: files.read(name) for name in files.tensors}, settings)
+    require_floats({name: info.dtype for name, info in files.tensors.items()}, file)
+    header = HeaderOptions.of(file, files.metadata[file])
+    header.require_enough()
+    return group(dialect, {name: files.read(name) for name in files.tensors}, settings, header)
 
 
 def _weights_and_settings(path: Path) -> tuple[Path | None, dict]:

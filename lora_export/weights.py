@@ -91,7 +91,9 @@ class ParameterSource:
             f"A weight overflows {str(result.dtype).removeprefix('torch.')}" if stored else "A weight is not finite",
             where=f"{self.checkpoint.path}: {path}",
             found=f"{n_bad} of {result.numel()} elements are NaN or infinite",
-            next_step="export with --dtype bfloat16 or float32" if stored else "fetch the checkpoint again",
+            next_step="export with --dtype float32, or bfloat16 for --provider cuda"
+            if stored
+            else "fetch the checkpoint again",
         )
 
     def make_weight(self, recipe: Recipe, dtype: str) -> np.ndarray:

@@ -43,7 +43,7 @@ from trained_adapters import make_adapter
 from wrong_exports import write_values
 
 from lora_export.artifact import Kind, read_manifest
-from lora_export.errors import LoraExportError
+from lora_export.errors import InputRefused, LoraExportError
 from lora_export.verify.check_results import CheckReport
 from lora_export.verify.results import Verdict
 
@@ -113,14 +113,14 @@ def _largest_error(report: CheckReport) -> float | None:
 
 
 def unavailable(base: Path, folder: Path) -> dict[str, str]:
-    """The dtypes that the CPU provider cannot run, and what it says."""
+    """The dtypes that are not exported for the CPU provider, and why."""
     found = {}
     for dtype in DTYPES:
         subject = next(subjects(ARCHITECTURES[:1], (dtype,)))
-        export_subject(subject, base, [], folder / f"bare-{dtype}")
-        said = checked(folder / f"bare-{dtype}")
-        if isinstance(said, LoraExportError):
-            found[dtype] = " ".join(str(said.found).split())
+        try:
+            export_subject(subject, base, [], folder / f"bare-{dtype}")
+        except InputRefused as error:
+            found[dtype] = error.what
     return found
 
 

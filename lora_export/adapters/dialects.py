@@ -4,6 +4,7 @@ kohya       `lora_te_path_with_underscores.lora_down.weight`, `.lora_up.weight`,
             alpha is the rank if it is missing or 0 (kohya-ss/sd-scripts, networks/lora.py)
 diffusers   `path.lora.down.weight`, `path.lora.up.weight`, also `lora_linear_layer`; scale likewise
 bare PEFT   `path.lora_A.weight`, `path.lora_B.weight` without `base_model.model.` or a config; scale likewise
+            (where these three have no alpha beside a pair, the file's header may name it: `adapters.header`)
 MLX         `path.lora_a` `[in, rank]`, `path.lora_b` `[rank, out]`, DoRA's magnitude `path.m`; the scale is absolute
             and stands in `adapter_config.json` (mlx-lm, tuner/lora.py, tuner/dora.py)
 
@@ -12,6 +13,7 @@ A name becomes a module of the base or the adapter is refused; nothing is guesse
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from lora_export.adapters.header import HeaderOptions
 from lora_export.adapters.module_names import Place, resolve_all
 from lora_export.adapters.peft_writer import PREFIX, WEIGHTS, write_config
 from lora_export.errors import InputRefused
@@ -55,12 +58,14 @@ class ForeignAdapter:
     Attributes:
         tensors: By module name as the file has it, then by part ("a", "b", "alpha", "magnitude").
         mlx: MLX's `adapter_config.json`; empty for the other formats.
+        header: What the file's header says of the pairs.
     """
 
     dialect: Dialect
     file: Path
     tensors: Mapping[str, Mapping[str, torch.Tensor]]
     mlx: Mapping[str, object]
+    header: HeaderOptions
 
     def rank(self, name: str) -> int:
         """The rank of one pair, as the file has it."""
@@ -78,14 +83,14 @@ def recognise(keys: list[str]) -> Dialect | None:
     return None
 
 
-def group(dialect: Dialect, file: Path, tensors: Mapping[str, torch.Tensor], mlx: Mapping) -> ForeignAdapter:
+def group(dialect: Dialect, tensors: Mapping[str, torch.Tensor], mlx: Mapping, header: HeaderOptions) -> ForeignAdapter:
     """Sort a file's tensors by module.
 
     Raises:
         InputRefused: A tensor is none of the format's, or a pair is not complete.
     """
     found: dict[str, dict[str, torch.Tensor]] = {}
-    left_over = []
+    left_over, file = [], header.file
     for key, tensor in tensors.items():
         ending = next((ending for ending in _PARTS[dialect] if key.endswith(f".{ending}")), None)
         if ending is None:
@@ -109,7 +114,7 @@ def group(dialect: Dialect, file: Path, tensors: Mapping[str, torch.Tensor], mlx
             found=", ".join(f"{name}: {'/'.join(sorted(found[name]))}" for name in halves[:3]),
             next_step="save or fetch it again",
         )
-    return ForeignAdapter(dialect, file, found, mlx)
+    return ForeignAdapter(dialect, file, found, mlx, header)
 
 
 def convert(adapter: ForeignAdapter, places: Mapping[str, Place], prefix: str, base: str, folder: Path) -> None:
@@ -131,7 +136,7 @@ def convert(adapter: ForeignAdapter, places: Mapping[str, Place], prefix: str, b
         parts = adapter.tensors[name]
         a, b = _pair(adapter, name, place)
         ranks[place.path] = rank = a.shape[0]
-        alphas[place.path] = _alpha(adapter, parts, rank)
+        alphas[place.path] = _alpha(adapter, name, rank)
         key = f"{PREFIX}{place.path}"
         if place.is_embedding:
             tensors |= {f"{key}.lora_embedding_A": a, f"{key}.lora_embedding_B": b}
@@ -143,6 +148,7 @@ def convert(adapter: ForeignAdapter, places: Mapping[str, Place], prefix: str, b
         "base_model_name_or_path": base,
         "fan_in_fan_out": any(place.is_conv1d for place in modules.values()),
         "use_dora": _uses_dora(adapter),
+        "init_lora_weights": adapter.header.start,
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -167,13 +173,25 @@ def _pair(adapter: ForeignAdapter, name: str, place: Place) -> tuple[torch.Tenso
     return a.contiguous(), b.contiguous()
 
 
-def _alpha(adapter: ForeignAdapter, parts: Mapping[str, torch.Tensor], rank: int) -> float:
-    """PEFT's alpha, of which alpha / rank is the scale."""
+def _alpha(adapter: ForeignAdapter, name: str, rank: int) -> float:
+    """PEFT's alpha of the pair `name`, whose scale is alpha / rank: the tensor's, else the header's, else the rank."""
     if adapter.dialect is not Dialect.MLX:
-        alpha = parts.get("alpha", torch.zeros(()))
+        said = adapter.header.alpha(name, rank)
+        alpha = adapter.tensors[name].get("alpha")
+        if alpha is None:
+            return float(rank) if said is None else said
         if alpha.numel() != 1 or not torch.isfinite(alpha).all():
             raise InputRefused("An alpha is no finite number", where=str(adapter.file), found=str(alpha.tolist()))
-        return float(alpha) or float(rank)
+        stored = float(alpha) or float(rank)
+        if adapter.header.components and said is not None and not math.isclose(stored, said, rel_tol=1e-3):
+            raise InputRefused(
+                "The alpha in the file's header is another than the tensor's",
+                where=f"{adapter.file}: {name}",
+                expected=f"{said:g}, as the header says",
+                found=f"{stored:g}",
+                next_step="save or fetch the file again; what scale it was trained with cannot be told",
+            )
+        return stored
     parameters = adapter.mlx.get("lora_parameters")
     settings = parameters if isinstance(parameters, Mapping) else {}
     scale, expected_rank = settings.get("scale"), settings.get("rank")

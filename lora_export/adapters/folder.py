@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
 
-from lora_export.errors import InputRefused
+from lora_export.adapters.header import HeaderOptions
+from lora_export.errors import InputRefused, some_of
 
 WEIGHTS = "adapter_model.safetensors"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# What some tuners keep beside their floats: which elements or rows they are for.
+_INDICES = ("I64", "I32", "BOOL")
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ def open_adapter(path: Path, given: str, name: str | None = None) -> AdapterFold
     """Read the headers of the adapter in folder `path`.
 
     Raises:
-        InputRefused: No config, only pickled weights, truncated or foreign files, or a name unusable as a file name.
+        InputRefused: No config, only pickled weights, truncated, quantized or foreign files, a header that contradicts
+            the config, or a name unusable as a file name.
     """
     name = name or path.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -72,10 +78,13 @@ def open_adapter(path: Path, given: str, name: str | None = None) -> AdapterFold
         raise InputRefused("adapter_config.json is not valid JSON", where=str(config_file), found=str(error)) from error
     if not isinstance(config, dict):
         raise InputRefused("adapter_config.json holds no JSON object", where=str(config_file))
-    return AdapterFolder(name, path, given, config, _read_shapes(path))
+    shapes, metadata = _read_header(path)
+    HeaderOptions.of(path / WEIGHTS, metadata).require_agreement(config)
+    return AdapterFolder(name, path, given, config, shapes)
 
 
-def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes by key, and the header's free text."""
     file = path / WEIGHTS
     if not file.exists():
         pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -90,7 +99,9 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise InputRefused("The adapter has no weights", where=str(path), expected=WEIGHTS)
     try:
         with safetensors.safe_open(file, framework="pt") as handle:
-            return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118 not a dict
+            slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 not a dict
+            require_floats({key: part.get_dtype() for key, part in slices.items()}, file)
+            return {key: tuple(part.get_shape()) for key, part in slices.items()}, handle.metadata() or {}
     except safetensors.SafetensorError as error:
         raise InputRefused(
             "The file is truncated or not safetensors",
@@ -98,3 +109,23 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             found=str(error),
             next_step="fetch or save the adapter again",
         ) from error
+
+
+def require_floats(dtypes: Mapping[str, str], file: Path) -> None:
+    """Refuse an adapter's file whose numbers mean nothing without a scale beside them.
+
+    Args:
+        dtypes: By key, in safetensors' spelling.
+
+    Raises:
+        InputRefused: A tensor is neither a float of at least 16 bits nor an index.
+    """
+    wrong = [key for key, dtype in dtypes.items() if dtype not in _FLOATS + _INDICES]
+    if wrong:
+        raise InputRefused(
+            "The adapter's numbers are stored in a dtype that is not read",
+            where=f"{file}: {some_of(wrong, 3)}",
+            expected="float32, float16 or bfloat16",
+            found=", ".join(sorted({dtypes[key] for key in wrong})),
+            next_step="save the adapter again in one of these, as it was before it was quantized",
+        )

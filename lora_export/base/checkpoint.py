@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lora_export.base.conversion import Converted, stored_parameters
+from lora_export.base.quantized import refuse_other_dtypes, refuse_quantized
 from lora_export.base.stored import SAFETENSORS_DTYPES, SafetensorsFiles, read_json, weight_files
 from lora_export.errors import EnvironmentUnusable, InputRefused
 
@@ -79,12 +80,14 @@ class Checkpoint:
         """Open the base at `located`, reading headers only.
 
         Raises:
-            InputRefused: No config, only pickled weights, a truncated or missing shard, or a model that needs remote
-                code.
+            InputRefused: No config, only pickled weights, a truncated or missing shard, quantized weights, or a model
+                that needs remote code.
         """
         config = read_json(located.path / "config.json")
         _refuse_unsafe_or_unknown(config, located.path)
-        return cls(located, config, SafetensorsFiles.open(weight_files(located.path)))
+        files = SafetensorsFiles.open(weight_files(located.path))
+        refuse_quantized(config, files, located.path)
+        return cls(located, config, files)
 
     @property
     def path(self) -> Path:
@@ -95,7 +98,7 @@ class Checkpoint:
         """The dtype most of the checkpoint's bytes are stored in, one of float32, float16, bfloat16.
 
         Raises:
-            InputRefused: They are stored in another dtype (quantized).
+            InputRefused: They are stored in another dtype.
         """
         n_elements: dict[str, int] = {}
         for info in self.files.tensors.values():
@@ -106,11 +109,11 @@ class Checkpoint:
         most = max(n_elements, key=n_elements.__getitem__, default="nothing")
         if most not in SAFETENSORS_DTYPES:
             raise InputRefused(
-                "The base's weights are stored in a dtype that is not exported",
+                "Most of the base's weights are stored in a dtype that is not exported",
                 where=str(self.path),
                 expected="float32, float16 or bfloat16",
                 found=most,
-                next_step="export from the unquantized checkpoint",
+                next_step="load it in Transformers, save it in float32, and export that",
             )
         return SAFETENSORS_DTYPES[most]
 
@@ -128,6 +131,14 @@ class Checkpoint:
 def _refuse_unsafe_or_unknown(config: dict, folder: Path) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+    explicit = config.get("transformers_weights")
+    if explicit not in (None, "model.safetensors"):
+        raise InputRefused(
+            "The base's config names the file of its weights, which is not read yet",
+            where=f"{folder}/config.json: transformers_weights",
+            found=repr(explicit),
+            next_step="load the base in Transformers, save it again, and export that",
+        )
     model_type = config.get("model_type")
     if model_type in CONFIG_MAPPING_NAMES:
         return
@@ -158,12 +169,17 @@ def checkpoint_names(
         replaced: Model paths that the checkpoint need not fit: an adapter brings its own (a head of another size).
 
     Raises:
-        InputRefused: A tensor's shape, stored or converted, is not the model's, or a conversion fails.
+        InputRefused: A floating parameter is stored in another dtype than float32, float16 or bfloat16; a tensor's
+            shape, stored or converted, is not the model's; or a conversion fails.
     """
-    shapes = {path: tuple(tensor.shape) for path, tensor in model.state_dict(keep_vars=True).items()}
+    state = model.state_dict(keep_vars=True)
+    found = list(stored_parameters(model, files))
+    floating = [how for path, how in found if state[path].is_floating_point() and path not in replaced]
+    refuse_other_dtypes([name for how in floating for name in _stored_names(how)], files)
+    shapes = {path: tuple(tensor.shape) for path, tensor in state.items()}
     names: dict[str, str | Converted] = {}
-    for path, stored in stored_parameters(model, files):
-        first = stored if isinstance(stored, str) else next(iter(stored.sources.values()))[0]
+    for path, stored in found:
+        first = _stored_names(stored)[0]
         info = files.tensors[first]
         shape = info.shape if isinstance(stored, str) else stored.shape
         if shapes[path] == shape:
@@ -176,6 +192,10 @@ def checkpoint_names(
                 found=str(list(shape)),
             )
     return names
+
+
+def _stored_names(how: str | Converted) -> list[str]:
+    return [how] if isinstance(how, str) else [name for group in how.sources.values() for name in group]
 
 
 def stored_apart(model: torch.nn.Module, names: Mapping[str, str], files: SafetensorsFiles) -> tuple[str, ...]:

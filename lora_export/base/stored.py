@@ -43,9 +43,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class SafetensorsFiles:
-    """Tensors across one or more safetensors files, read one at a time from the memory-mapped files."""
+    """Tensors across one or more safetensors files, read one at a time from the memory-mapped files.
+
+    Attributes:
+        metadata: The free text of each file's header.
+    """
 
     tensors: dict[str, TensorInfo]
+    metadata: dict[Path, dict[str, str]] = field(default_factory=dict, repr=False, compare=False)
     _open: dict[Path, object] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -57,9 +62,11 @@ class SafetensorsFiles:
         """
         tensors: dict[str, TensorInfo] = {}
         opened: dict[Path, object] = {}
+        metadata: dict[Path, dict[str, str]] = {}
         for file in files:
             try:
                 opened[file] = handle = safetensors.safe_open(file, framework="pt")
+                metadata[file] = handle.metadata() or {}
                 names = list(handle.keys())
                 for name in names:
                     part = handle.get_slice(name)
@@ -75,7 +82,7 @@ class SafetensorsFiles:
                     found=str(error),
                     next_step="fetch or save the file again",
                 ) from error
-        return cls(tensors, opened)
+        return cls(tensors, metadata, opened)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` as stored (dtype and shape of its header), backed by the mapped file."""
@@ -84,13 +91,15 @@ class SafetensorsFiles:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a base, in the order of its index.
+    """The safetensors files of a base that Transformers reads: `model.safetensors`, else those that the index names.
 
     Raises:
         InputRefused: There are none (only pickles, or nothing), or the index names a file that is missing.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]  # also beside an index, which is then one left over
+    if index.is_file():
         weight_map = read_json(index).get("weight_map")
         names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
         missing = [name for name in names if not (folder / name).is_file() or "/" in name or "\\" in name]
@@ -102,9 +111,6 @@ def weight_files(folder: Path) -> list[Path]:
                 next_step="fetch the missing shards",
             )
         return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    if single.exists():
-        return [single]
     refuse_pickles(folder, "model")
     raise InputRefused(
         "The base has no weights",

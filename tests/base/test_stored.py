@@ -115,3 +115,26 @@ def test_a_damaged_config_is_refused(text, message, bases, own):
     (folder / "config.json").write_text(text)
     with pytest.raises(InputRefused, match=message):
         opened(folder)
+
+
+@pytest.mark.parametrize("has_single", [True, False])
+@pytest.mark.parametrize("has_index", [True, False])
+def test_the_files_read_are_those_that_transformers_reads(has_single, has_index, bases, sharded, tmp_path):
+    """A folder may have both: `model.safetensors`, and the index and shards of an older save."""
+    folder = tmp_path / "both"
+    shutil.copytree(sharded, folder)
+    for path in folder.glob("*.safetensors"):
+        tensors = safetensors.torch.load_file(path)
+        safetensors.torch.save_file({name: t + 1 for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    if has_single:
+        shutil.copy(bases["llama"] / "model.safetensors", folder)
+    if not has_index:
+        (folder / "model.safetensors.index.json").unlink()
+    if not (has_single or has_index):
+        with pytest.raises(InputRefused, match="The base has no weights"):
+            opened(folder)
+        return
+    files, name = opened(folder).files, "model.layers.1.mlp.up_proj.weight"
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()[name]
+    assert torch.equal(files.read(name), loaded)
+    assert (files.tensors[name].file.name == "model.safetensors") is has_single

@@ -1,0 +1,179 @@
+"""Rank and scale that stand in a safetensors file's header, beside the tensors.
+
+diffusers and trainers after it write `lora_adapter_metadata`: a JSON object of `LoraConfig`'s options, each under its
+own name or, where a file adapts several models, under `<component>.<name>` (`text_encoder.lora_alpha`). kohya's
+sd-scripts write `ss_network_dim` and `ss_network_alpha`. Sources: diffusers, `loaders/lora_base.py`
+(`LORA_ADAPTER_METADATA_KEY`); sd-scripts, `train_network.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_export.adapters.support import options_in_use
+from lora_export.errors import InputRefused
+
+KEY = "lora_adapter_metadata"
+# What is read here, or says only which modules have a pair, which the tensors tell.
+_READ = frozenset(
+    {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "target_modules",
+     "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
+)  # fmt: skip
+_COMPARED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "init_lora_weights")
+_RANK = "the rank of the header's options and that of the tensors"
+
+
+@dataclass(frozen=True)
+class HeaderOptions:
+    """What a file's header says of its pairs.
+
+    Attributes:
+        components: Options of `LoraConfig` by the component that they are for; "" for those of no component.
+        kohya: (rank, alpha) that hold for all pairs; None if the header names none.
+    """
+
+    file: Path
+    components: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    kohya: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, file: Path, metadata: Mapping[str, str]) -> HeaderOptions:
+        """Read the header's `metadata` of `file`.
+
+        Raises:
+            InputRefused: The options are no JSON object, or a number is none.
+        """
+        return cls(file, _components(file, metadata), _kohya(file, metadata))
+
+    def require_enough(self) -> None:
+        """Refuse a header that asks for more than ranks and scales, where no `adapter_config.json` says it.
+
+        Raises:
+            InputRefused: An option is set that is not read from a header; it is named.
+        """
+        from peft import LoraConfig
+
+        usual = vars(LoraConfig())
+        for options in self.components.values():
+            set_here = [use for use in options_in_use(dict(options)) if use.value != usual.get(use.option.name)]
+            extra = [use for use in set_here if use.option.name not in _READ]
+            if extra:
+                raise InputRefused(
+                    "The file's header sets options that are read from adapter_config.json only",
+                    where=f"{self.file}: {KEY}",
+                    found=", ".join(f"{use.option.name} = {use.value!r}" for use in extra),
+                    next_step="load it in PEFT or diffusers and save it as a PEFT adapter (save_pretrained)",
+                )
+
+    def alpha(self, name: str, rank: int) -> float | None:
+        """The alpha of the pair `name` of `rank`, of which alpha / rank is its scale; None if the header is silent.
+
+        Raises:
+            InputRefused: The header says another rank, or says nothing of the component that the pair belongs to.
+        """
+        if self.components:
+            return self._alpha_of_component(name, rank)
+        if self.kohya is None:
+            return None
+        self._require_rank(name, rank, self.kohya[0])
+        return self.kohya[1]
+
+    @property
+    def start(self) -> object:
+        """`init_lora_weights`, the same for all components; True if none says it.
+
+        Raises:
+            InputRefused: Components differ.
+        """
+        found = {json.dumps(options.get("init_lora_weights", True)) for options in self.components.values()}
+        if len(found) > 1:
+            self._refuse("init_lora_weights", "one start for all of the file's pairs", ", ".join(sorted(found)))
+        return json.loads(found.pop()) if found else True
+
+    def _alpha_of_component(self, name: str, rank: int) -> float | None:
+        from peft.utils.other import get_pattern_key
+
+        component = max((c for c in self.components if not c or name.startswith(f"{c}.")), key=len, default=None)
+        if component is None and len(self.components) == 1:
+            component = next(iter(self.components))
+        if component is None:
+            self._refuse(name, "options of its component", f"options of {', '.join(self.components)}")
+        options, module = self.components[component], name.removeprefix(f"{component}.")
+        if "lora_alpha" not in options:
+            return None
+        ranks, alphas = (dict(options.get(key) or {}) for key in ("rank_pattern", "alpha_pattern"))
+        said = ranks.get(get_pattern_key(list(ranks), module), options.get("r"))
+        if said is not None:
+            self._require_rank(name, rank, _number(self.file, "r", said))
+        alpha = _number(
+            self.file, "lora_alpha", alphas.get(get_pattern_key(list(alphas), module), options["lora_alpha"])
+        )
+        return alpha * math.sqrt(rank) if options.get("use_rslora") else alpha
+
+    def _require_rank(self, name: str, rank: int, said: float) -> None:
+        if said != rank:
+            self._refuse(name, f"{_RANK} to be the same", f"{said:g} in the header, {rank} in the tensors")
+
+    def _refuse(self, name: str, expected: str, found: str) -> None:
+        raise InputRefused(
+            "The options in the file's header do not fit its tensors",
+            where=f"{self.file}: {name}",
+            expected=expected,
+            found=found,
+            next_step="save or fetch the file again; what scale it was trained with cannot be told",
+        )
+
+    def require_agreement(self, config: Mapping[str, object]) -> None:
+        """Refuse a header whose options are other than those of the `adapter_config.json` beside it.
+
+        Raises:
+            InputRefused: They differ; both are named.
+        """
+        for component, options in self.components.items():
+            differing = [name for name in _COMPARED if name in options and name in config]
+            differing = [name for name in differing if (options[name] or None) != (config[name] or None)]
+            if differing and (not component or len(self.components) == 1):
+                raise InputRefused(
+                    "The adapter's config and the header of its weights disagree",
+                    where=f"{self.file}: {KEY}",
+                    expected=", ".join(f"{name} = {config[name]!r}" for name in differing),
+                    found=", ".join(f"{name} = {options[name]!r}" for name in differing),
+                    next_step="keep the pair of files that one training saved",
+                )
+
+
+def _components(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, object]]:
+    if KEY not in metadata:
+        return {}
+    try:
+        fields = json.loads(metadata[KEY])
+    except json.JSONDecodeError as error:
+        raise InputRefused("The file's header is not valid JSON", where=f"{file}: {KEY}", found=str(error)) from error
+    if not isinstance(fields, dict):
+        raise InputRefused("The file's header holds no JSON object", where=f"{file}: {KEY}", found=repr(fields)[:80])
+    found: dict[str, dict[str, object]] = {}
+    for key, value in fields.items():
+        component, _, name = key.rpartition(".")
+        found.setdefault(component, {})[name] = value
+    return found
+
+
+def _kohya(file: Path, metadata: Mapping[str, str]) -> tuple[float, float] | None:
+    rank, alpha = metadata.get("ss_network_dim"), metadata.get("ss_network_alpha")
+    if rank in (None, "None") or alpha in (None, "None"):
+        return None
+    return _number(file, "ss_network_dim", rank), _number(file, "ss_network_alpha", alpha)
+
+
+def _number(file: Path, name: str, value: object) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputRefused("An option in the file's header is no number", where=f"{file}: {name}", found=repr(value))
+    return number
