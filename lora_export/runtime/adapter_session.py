@@ -5,7 +5,7 @@ Needs onnxruntime and numpy only; torch, transformers and PEFT need not be insta
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,23 +13,22 @@ import numpy as np
 import onnxruntime as ort
 
 from lora_export.artifact import Manifest, read_manifest
-from lora_export.contract import GATE_INPUT, SINGLE, AdapterInputKind, data_file, graph_file
+from lora_export.contract import SINGLE, GraphContract, data_file, graph_file
 from lora_export.errors import UsageProblem
 from lora_export.runtime.adapter_file import read_adapter, require_fit, require_unchanged
 from lora_export.runtime.arrays import lowest, numpy_dtype, to_array, to_ort_value
-from lora_export.runtime.bank import RowSpec, classes_by_row, stack_rows
-from lora_export.runtime.invocation import gate_of, invocation_of, refuse_unknown_past
+from lora_export.runtime.bank import Bank, RowAdapter, Shelf
 from lora_export.runtime.session import choose_provider, open_session
-
-# One entry of `adapters`: a name, nothing (the base), or a blend of names with weights.
-RowAdapter = str | None | Mapping[str, float]
-
-# Stacked compositions kept on the device: enough for the few that a host alternates between.
-_KEPT_COMPOSITIONS = 8
+from lora_export.runtime.stacking import RowSpec
 
 
 class AdapterSession:
     """An ONNX Runtime session of an export, with its adapters loaded.
+
+    Any thread may call any method at any time. A run goes by the adapters that are loaded when it starts: it sees all
+    of an adapter as it was then, or none of it. A run that starts after `load` or `unload` has returned sees the
+    change; one that started before may end with the old adapters. Calls that belong together, such as the steps of a
+    text, go by the same adapters on a `snapshot`.
 
     Args:
         folder: The exported folder.
@@ -62,10 +61,9 @@ class AdapterSession:
         self.provider, self.provider_reason = choice.name, choice.reason
         path = self.folder / graph_file(self.graph)
         self.session = open_session(path, self.provider, n_threads=n_threads, stop_spinning=stop_spinning)
-        self._adapters: dict[str, dict[str, np.ndarray]] = {}
-        self._invocations: dict[str, tuple[int, ...]] = {}
-        self._compositions: OrderedDict[tuple[RowSpec, ...], dict[str, ort.OrtValue]] = OrderedDict()
-        self._defaults = self._read_defaults()
+        merged = tuple(record.name for record in self.manifest.adapters if not record.files)
+        defaults = _read_defaults(self.folder / data_file(self.graph), self._contract)
+        self._shelf = Shelf({self.graph: Bank(self._contract, self.provider, defaults, merged)})
         for record in self.manifest.adapters:
             file = record.files.get(self.graph)
             if file is not None:
@@ -75,9 +73,27 @@ class AdapterSession:
                 self.hold(record.name, {})
 
     @property
+    def bank(self) -> Bank:
+        """The adapters as they are now: a value that no later `load` or `unload` changes."""
+        return self._shelf.banks[self.graph]
+
+    @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the loaded adapters."""
-        return tuple(self._adapters)
+        return tuple(self.bank.adapters)
+
+    def snapshot(self) -> AdapterSession:
+        """This session with the adapters of now, whatever is loaded or unloaded later.
+
+        Both run on the same ONNX Runtime session. What is loaded into the snapshot is in the snapshot only.
+        """
+        return self.with_shelf(Shelf({self.graph: self.bank}))
+
+    def with_shelf(self, shelf: Shelf) -> AdapterSession:
+        """This ONNX Runtime session with the adapters of `shelf`, which sessions of other graphs may share."""
+        view = copy.copy(self)
+        view._shelf = shelf
+        return view
 
     def load(self, path: str | Path, name: str | None = None, *, invocation_tokens: Sequence[int] | None = None) -> str:
         """Load an `.onnx_adapter` file made for this graph and return its name (default: the file's).
@@ -90,9 +106,7 @@ class AdapterSession:
         """
         path = Path(path)
         name = name or path.stem
-        self.hold(name, self.read(path))
-        if invocation_tokens:
-            self._invocations[name] = tuple(invocation_tokens)
+        self.hold(name, self.read(path), invocation_tokens)
         return name
 
     def read(self, path: Path) -> dict[str, np.ndarray]:
@@ -105,11 +119,14 @@ class AdapterSession:
         require_fit(path, tensors, self._contract)
         return tensors
 
-    def hold(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
-        """Load what `read` gave as adapter `name`; with no tensors, the adapter leaves this graph as its base is."""
-        self._adapters[name] = dict(tensors)
-        self._invocations.pop(name, None)
-        self._compositions.clear()
+    def hold(
+        self, name: str, tensors: Mapping[str, np.ndarray], invocation_tokens: Sequence[int] | None = None
+    ) -> None:
+        """Load what `read` gave as adapter `name`; with no tensors, the adapter leaves this graph as its base is.
+
+        The arrays are not copied: they must not change afterwards.
+        """
+        self._shelf.put(name, {self.graph: tensors}, invocation_tokens)
 
     def unload(self, name: str) -> None:
         """Forget adapter `name`.
@@ -117,9 +134,7 @@ class AdapterSession:
         Raises:
             UsageProblem: It is not loaded.
         """
-        self._require_loaded(name)
-        del self._adapters[name]
-        self._compositions.clear()
+        self._shelf.remove(name, [self.graph])
 
     def run(
         self,
@@ -144,27 +159,29 @@ class AdapterSession:
                 gate is not among `inputs` (see `gate`).
         """
         self._require_inputs(inputs)
-        batch = len(next(iter(inputs.values())))
-        rows = self._rows(adapters, batch)
+        bank = self.bank
+        rows = bank.rows(adapters, _n_rows(inputs))
         _require_equal_rows(inputs, rows)
-        inputs = self._with_gate(inputs, rows)
         # Held until the run is over: on the CPU a binding reads the arrays' own memory.
-        held = {name: to_ort_value(array, self.provider) for name, array in inputs.items()}
+        held = {name: to_ort_value(array, self.provider) for name, array in bank.with_gate(inputs, rows).items()}
+        held |= bank.values(rows)
         binding = self.session.io_binding()
         for name, value in held.items():
-            binding.bind_ortvalue_input(name, value)
-        for name, value in self._composition(rows).items():
             binding.bind_ortvalue_input(name, value)
         names = list(outputs or [output.name for output in self.session.get_outputs()])
         for name in names:
             binding.bind_output(name)
         self.session.run_with_iobinding(binding)
         results = {name: to_array(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
-        return self._mask_padded_classes(results, rows)
+        return self._mask_padded_classes(results, bank.classes(rows))
 
     def bind_adapters(self, binding: ort.IOBinding, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> None:
-        """Bind the adapters of a batch to `binding`, for hosts that bind inputs and outputs themselves."""
-        for name, value in self._composition(self._rows(adapters, batch)).items():
+        """Bind the adapters of a batch to `binding`, for hosts that bind inputs and outputs themselves.
+
+        Every adapter input but the gate (see `gate`) is bound, so nothing is left of an adapter that was bound before.
+        """
+        bank = self.bank
+        for name, value in bank.values(bank.rows(adapters, batch), whole=True).items():
             binding.bind_ortvalue_input(name, value)
 
     def gate(self, input_ids: np.ndarray, adapters: Sequence[RowAdapter] | RowAdapter) -> np.ndarray | None:
@@ -178,48 +195,23 @@ class AdapterSession:
         """
         if self._contract.gate is None:
             return None
-        return self._gate(input_ids, self._rows(adapters, len(input_ids)))
+        bank = self.bank
+        return bank.gate(input_ids, bank.rows(adapters, len(input_ids)))
 
     def feeds(
         self, inputs: Mapping[str, np.ndarray], adapters: Sequence[RowAdapter] | RowAdapter = None
     ) -> dict[str, np.ndarray]:
         """All that `run` feeds the graph for a batch: its own inputs, the gate and the adapters, as arrays."""
         self._require_inputs(inputs)
-        rows = self._rows(adapters, len(next(iter(inputs.values()))))
-        stacked = stack_rows(self._contract, self._adapters, rows, self._defaults)
-        return {**self._with_gate(inputs, rows), **{name: v for name, v in stacked.items() if name not in inputs}}
+        bank = self.bank
+        rows = bank.rows(adapters, _n_rows(inputs))
+        stacked = {name: array for name, array in bank.stacked(rows).items() if name not in inputs}
+        return {**bank.with_gate(inputs, rows), **stacked}
 
     def stacked(self, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> dict[str, np.ndarray]:
         """The adapter inputs of a batch as arrays, for hosts with another runtime; absent inputs keep their default."""
-        return stack_rows(self._contract, self._adapters, self._rows(adapters, batch), self._defaults)
-
-    def _rows(self, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> tuple[RowSpec, ...]:
-        if adapters is None or isinstance(adapters, str | Mapping):
-            adapters = [adapters]
-        elif len(adapters) != batch:
-            raise UsageProblem(
-                "`adapters` must have one entry for each row",
-                expected=f"{batch} entries, or a single one for all rows",
-                found=f"{len(adapters)} entries",
-            )
-        rows = tuple(self._row(entry) for entry in adapters)
-        return rows[:1] if len(set(rows)) == 1 else rows
-
-    def _row(self, entry: RowAdapter) -> RowSpec:
-        blend = {} if entry is None else {entry: 1.0} if isinstance(entry, str) else entry
-        for name in blend:
-            self._require_loaded(name)
-        return tuple((name, float(weight)) for name, weight in blend.items() if weight != 0)
-
-    def _gate(self, ids: np.ndarray, rows: tuple[RowSpec, ...]) -> np.ndarray:
-        invocations = [invocation_of(row, self._invocations) for row in rows] * (len(ids) if len(rows) == 1 else 1)
-        return gate_of(np.asarray(ids), invocations).astype(numpy_dtype(self._contract.gate.dtype))
-
-    def _with_gate(self, inputs: Mapping[str, np.ndarray], rows: tuple[RowSpec, ...]) -> Mapping[str, np.ndarray]:
-        if GATE_INPUT in inputs or not any(invocation_of(row, self._invocations) for row in rows):
-            return inputs
-        refuse_unknown_past(inputs)
-        return {**inputs, GATE_INPUT: self._gate(inputs["input_ids"], rows)}
+        bank = self.bank
+        return bank.stacked(bank.rows(adapters, batch))
 
     def _require_inputs(self, inputs: Mapping[str, np.ndarray]) -> None:
         own = [spec.name for spec in self._contract.inputs]
@@ -232,49 +224,30 @@ class AdapterSession:
                 expected=", ".join(own),
             )
 
-    def _require_loaded(self, name: str) -> None:
-        if name not in self._adapters:
-            merged = ", ".join(record.name for record in self.manifest.adapters if not record.files)
-            raise UsageProblem(
-                f"No adapter {name!r} is loaded",
-                found=", ".join(self._adapters) or (f"a merged graph (of {merged})" if merged else "none"),
-                next_step="use one of these names, or load its file first",
-            )
-
-    def _composition(self, rows: tuple[RowSpec, ...]) -> dict[str, ort.OrtValue]:
-        if rows in self._compositions:
-            self._compositions.move_to_end(rows)
-            return self._compositions[rows]
-        stacked = stack_rows(self._contract, self._adapters, rows, self._defaults)
-        values = {name: to_ort_value(array, self.provider) for name, array in stacked.items()}
-        self._compositions[rows] = values
-        if len(self._compositions) > _KEPT_COMPOSITIONS:
-            self._compositions.popitem(last=False)
-        return values
-
-    def _read_defaults(self) -> dict[str, np.ndarray]:
-        found = {}
-        for entry in self._contract.adapter_inputs:
-            if entry.default is not None:
-                dtype = numpy_dtype(entry.dtype)
-                found[entry.name] = np.fromfile(
-                    self.folder / data_file(self.graph),
-                    dtype,
-                    entry.default.length // dtype.itemsize,
-                    offset=entry.default.offset,
-                ).reshape(entry.default.shape)
-        return found
-
-    def _mask_padded_classes(self, results: dict[str, np.ndarray], rows: tuple[RowSpec, ...]) -> dict[str, np.ndarray]:
-        if len(rows) == 1 or not any(e.kind is AdapterInputKind.WEIGHT for e in self._contract.adapter_inputs):
-            return results
-        sizes = classes_by_row(self._contract, self._adapters, rows, self._defaults)
+    def _mask_padded_classes(
+        self, results: dict[str, np.ndarray], sizes: Mapping[str, Sequence[int]]
+    ) -> dict[str, np.ndarray]:
         for spec in self._contract.outputs:
             if spec.name in results and spec.dims[-1] in sizes:
                 for row, n_classes in enumerate(sizes[spec.dims[-1]]):
                     array = results[spec.name]
                     array[row, ..., n_classes:] = lowest(array.dtype)
         return results
+
+
+def _n_rows(inputs: Mapping[str, np.ndarray]) -> int:
+    return len(next(iter(inputs.values())))
+
+
+def _read_defaults(data: Path, contract: GraphContract) -> dict[str, np.ndarray]:
+    """What the graph's data file holds for adapter inputs that are not fed."""
+    found = {}
+    for entry in contract.adapter_inputs:
+        if entry.default is not None:
+            dtype = numpy_dtype(entry.dtype)
+            values = np.fromfile(data, dtype, entry.default.length // dtype.itemsize, offset=entry.default.offset)
+            found[entry.name] = values.reshape(entry.default.shape)
+    return found
 
 
 def _require_equal_rows(inputs: Mapping[str, np.ndarray], rows: Sequence[RowSpec]) -> None:

@@ -1,150 +1,205 @@
-"""Stack the adapters of a batch's rows into the inputs of a dynamic graph. NumPy only.
+"""`Bank`: the adapters of a graph at one moment; `Shelf`: the banks that an export's graphs run with now.
 
-For a row with pairs `(A_k, B_k)` and weights `w_k`, `Σ_k w_k (x A_k) B_k = (x [A_1 … A_n]) [w_1 B_1; …; w_n B_n]`:
-a blend is a concatenation along rank. Rows of different ranks are padded with zeros to the largest in the batch.
+A bank does not change, and what it stacks it keeps in a cache of its own. So a bank that was replaced cannot leave
+what it stacked to its successor, whichever thread comes first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
+import onnxruntime as ort
 
-from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract
+from lora_export.contract import GATE_INPUT, AdapterInputKind, GraphContract
 from lora_export.errors import UsageProblem
-from lora_export.runtime.arrays import lowest, numpy_dtype
+from lora_export.runtime.arrays import numpy_dtype, to_ort_value
+from lora_export.runtime.invocation import gate_of, invocation_of, refuse_unknown_past
+from lora_export.runtime.stacking import RowSpec, Tensors, classes_by_row, default_inputs, stack_rows
 
-# What one row runs: adapter names with their weights, in a fixed order; empty for the base.
-RowSpec = tuple[tuple[str, float], ...]
-Tensors = Mapping[str, np.ndarray]
+# One entry of `adapters`: a name, nothing (the base), or a blend of names with weights.
+RowAdapter = str | None | Mapping[str, float]
+
+# What a composition binds: its inputs on the device.
+_Values = Mapping[str, ort.OrtValue]
+
+# Stacked compositions kept on the device: enough for the few that a host alternates between.
+_KEPT_COMPOSITIONS = 8
 
 
-def stack_rows(
-    contract: GraphContract, adapters: Mapping[str, Tensors], rows: Sequence[RowSpec], defaults: Tensors
-) -> dict[str, np.ndarray]:
-    """The inputs for a batch, by name; an input that would equal its default is left out.
+class _Compositions:
+    """The stacked compositions that were last asked for, by what was asked; any thread may ask."""
 
-    Args:
-        adapters: Each adapter's tensors by input name, `[1, …]`.
-        rows: One entry a row of the batch; one entry in all serves every row.
-        defaults: The stored defaults of replaced Linears, `[1, in, out]` and `[1, 1, out]`.
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple, _Values] = OrderedDict()
+        self._changing = threading.Lock()
 
-    Returns:
-        `[len(rows), …]` arrays in the contract's dtypes.
+    def get(self, asked: tuple, stack: Callable[[], _Values]) -> _Values:
+        """What is kept for `asked`, or what `stack` makes. Threads that ask at once may stack the same rows twice."""
+        with self._changing:
+            if asked in self._kept:
+                self._kept.move_to_end(asked)
+                return self._kept[asked]
+        values = stack()
+        with self._changing:
+            self._kept[asked] = values
+            if len(self._kept) > _KEPT_COMPOSITIONS:
+                self._kept.popitem(last=False)
+        return values
 
-    Raises:
-        UsageProblem: A blend mixes heads of different sizes.
+
+def _nothing() -> Mapping:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """The adapters of one graph: a value, which any thread may read.
+
+    Attributes:
+        contract: The graph's.
+        provider: "cpu" or "cuda", where `values` are.
+        defaults: The stored defaults of replaced Linears, by input name.
+        merged: The adapters in the graph's own weights, which cannot be chosen.
+        adapters: Each adapter's tensors by input name, `[1, …]`; none if it leaves the graph as its base is.
+        invocations: What an activated LoRA waits for, by the adapter's name.
     """
-    stacked: dict[str, np.ndarray] = {}
-    for module in contract.modules:
-        inputs = contract.of_module(module)
-        if AdapterInputKind.LORA_A in inputs:
-            pair = inputs[AdapterInputKind.LORA_A], inputs[AdapterInputKind.LORA_B]
-            stacked |= _stack_pair(*pair, adapters, rows)
-        if AdapterInputKind.TOKEN_IDS in inputs:
-            tokens = inputs[AdapterInputKind.TOKEN_IDS], inputs[AdapterInputKind.TOKEN_DELTA]
-            stacked |= _stack_tokens(*tokens, adapters, rows)
-        whole = [inputs[kind] for kind in _WHOLE if kind in inputs]
-        if any(entry.name in adapters[name] for row in rows for name, _ in row for entry in whole):
-            for entry in whole:
-                stacked[entry.name] = _stack_whole(entry, adapters, rows, _default(entry, defaults))
-    return stacked
+
+    contract: GraphContract
+    provider: str
+    defaults: Tensors
+    merged: tuple[str, ...] = ()
+    adapters: Mapping[str, Tensors] = field(default_factory=_nothing)
+    invocations: Mapping[str, tuple[int, ...]] = field(default_factory=_nothing)
+    # `replace` makes a new one, so no bank has another's.
+    _compositions: _Compositions = field(default_factory=_Compositions, init=False, repr=False)
+
+    def with_adapter(self, name: str, tensors: Tensors, invocation_tokens: Sequence[int] | None = None) -> Bank:
+        """This bank and adapter `name`, in place of the one that has that name, if any."""
+        adapters = {**self.adapters, name: MappingProxyType(dict(tensors))}
+        invocations = _without(self.invocations, name)
+        if invocation_tokens:
+            invocations[name] = tuple(invocation_tokens)
+        return replace(self, adapters=MappingProxyType(adapters), invocations=MappingProxyType(invocations))
+
+    def without(self, name: str) -> Bank:
+        """This bank without adapter `name`.
+
+        Raises:
+            UsageProblem: It has no such adapter.
+        """
+        self._require(name)
+        adapters, invocations = _without(self.adapters, name), _without(self.invocations, name)
+        return replace(self, adapters=MappingProxyType(adapters), invocations=MappingProxyType(invocations))
+
+    def rows(self, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> tuple[RowSpec, ...]:
+        """What the rows of a batch run; a single entry where all run the same.
+
+        Raises:
+            UsageProblem: An unknown adapter, or the number of entries is not the batch size.
+        """
+        if adapters is None or isinstance(adapters, str | Mapping):
+            adapters = [adapters]
+        elif len(adapters) != batch:
+            raise UsageProblem(
+                "`adapters` must have one entry for each row",
+                expected=f"{batch} entries, or a single one for all rows",
+                found=f"{len(adapters)} entries",
+            )
+        rows = tuple(self._row(entry) for entry in adapters)
+        return rows[:1] if len(set(rows)) == 1 else rows
+
+    def stacked(self, rows: Sequence[RowSpec]) -> dict[str, np.ndarray]:
+        """The adapter inputs of `rows` as arrays; inputs that equal their default are left out."""
+        return stack_rows(self.contract, self.adapters, rows, self.defaults)
+
+    def values(self, rows: tuple[RowSpec, ...], *, whole: bool = False) -> _Values:
+        """As `stacked`, on the device; those last asked for are kept there.
+
+        Args:
+            whole: Also those that equal their default, for a binding in which another adapter's may be left.
+        """
+        return self._compositions.get((rows, whole), lambda: self._on_device(rows, whole))
+
+    def gate(self, ids: np.ndarray, rows: Sequence[RowSpec]) -> np.ndarray:
+        """The gate of prompts `[batch, sequence]` in the contract's dtype, `[batch, sequence, 1]`."""
+        invocations = [invocation_of(row, self.invocations) for row in rows] * (len(ids) if len(rows) == 1 else 1)
+        return gate_of(np.asarray(ids), invocations).astype(numpy_dtype(self.contract.gate.dtype))
+
+    def with_gate(self, inputs: Mapping[str, np.ndarray], rows: Sequence[RowSpec]) -> Mapping[str, np.ndarray]:
+        """`inputs` and the gate, if `rows` need one and it is not among them.
+
+        Raises:
+            UsageProblem: An activated LoRA continues a cache, or is blended with another adapter.
+        """
+        if GATE_INPUT in inputs or not any(invocation_of(row, self.invocations) for row in rows):
+            return inputs
+        refuse_unknown_past(inputs)
+        return {**inputs, GATE_INPUT: self.gate(inputs["input_ids"], rows)}
+
+    def classes(self, rows: Sequence[RowSpec]) -> dict[str, list[int]]:
+        """The number of each row's classes by the name of their size; empty where all rows have as many."""
+        if len(rows) == 1 or not any(entry.kind is AdapterInputKind.WEIGHT for entry in self.contract.adapter_inputs):
+            return {}
+        return classes_by_row(self.contract, self.adapters, rows, self.defaults)
+
+    def _on_device(self, rows: Sequence[RowSpec], whole: bool) -> _Values:
+        arrays = (default_inputs(self.contract, self.defaults) if whole else {}) | self.stacked(rows)
+        return {name: to_ort_value(array, self.provider) for name, array in arrays.items()}
+
+    def _row(self, entry: RowAdapter) -> RowSpec:
+        blend = {} if entry is None else {entry: 1.0} if isinstance(entry, str) else entry
+        for name in blend:
+            self._require(name)
+        return tuple((name, float(weight)) for name, weight in blend.items() if weight != 0)
+
+    def _require(self, name: str) -> None:
+        if name not in self.adapters:
+            merged = ", ".join(self.merged)
+            raise UsageProblem(
+                f"No adapter {name!r} is loaded",
+                found=", ".join(self.adapters) or (f"a merged graph (of {merged})" if merged else "none"),
+                next_step="use one of these names, or load its file first",
+            )
 
 
-# Inputs that an adapter gives as a whole, in place of what the base has.
-_WHOLE = (AdapterInputKind.WEIGHT, AdapterInputKind.BIAS, AdapterInputKind.GAIN)
+class Shelf:
+    """The banks that an export's graphs run with now, by graph.
+
+    A change makes new banks and puts all of them in place in one assignment: who reads `banks` once sees all of it or
+    nothing of it.
+    """
+
+    def __init__(self, banks: Mapping[str, Bank]) -> None:
+        self._banks: Mapping[str, Bank] = MappingProxyType(dict(banks))
+        self._changing = threading.Lock()
+
+    @property
+    def banks(self) -> Mapping[str, Bank]:
+        """The banks as they are now; a later change makes another mapping."""
+        return self._banks
+
+    def put(self, name: str, tensors: Mapping[str, Tensors], invocation_tokens: Sequence[int] | None = None) -> None:
+        """Put adapter `name` into the bank of every graph in `tensors`."""
+        self._change(tensors, lambda graph, bank: bank.with_adapter(name, tensors[graph], invocation_tokens))
+
+    def remove(self, name: str, graphs: Iterable[str]) -> None:
+        """Take adapter `name` from the banks of `graphs`.
+
+        Raises:
+            UsageProblem: One of them has no such adapter; no bank has changed then.
+        """
+        self._change(graphs, lambda _, bank: bank.without(name))
+
+    def _change(self, graphs: Iterable[str], change: Callable[[str, Bank], Bank]) -> None:
+        with self._changing:
+            changed = {graph: change(graph, self._banks[graph]) for graph in graphs}
+            self._banks = MappingProxyType({**self._banks, **changed})
 
 
-def _default(entry: AdapterInput, defaults: Tensors) -> np.ndarray:
-    """What the graph takes where no adapter is fed: stored, or a constant (a gain of 1, the zeros of no bias)."""
-    if entry.name in defaults:
-        return defaults[entry.name]
-    constant = 1 if entry.kind is AdapterInputKind.GAIN else 0
-    return np.full((1, 1, entry.dims[-1]), constant, numpy_dtype(entry.dtype))
-
-
-def _stack_tokens(
-    ids: AdapterInput, delta: AdapterInput, adapters: Mapping[str, Tensors], rows: Sequence[RowSpec]
-) -> dict[str, np.ndarray]:
-    """Tokens of a blend one behind the other, as what is added to a token twice adds up."""
-    parts = [[(adapters[name], weight) for name, weight in row if ids.name in adapters[name]] for row in rows]
-    n_tokens = max(sum(tensors[ids.name].shape[1] for tensors, _ in row) for row in parts)
-    if n_tokens == 0:
-        return {}
-    stacked_ids = np.full((len(rows), n_tokens), -1, np.int64)
-    stacked = np.zeros((len(rows), n_tokens, delta.dims[2]), numpy_dtype(delta.dtype))
-    for row, part in enumerate(parts):
-        start = 0
-        for tensors, weight in part:
-            end = start + tensors[ids.name].shape[1]
-            stacked_ids[row, start:end] = tensors[ids.name][0]
-            stacked[row, start:end] = tensors[delta.name][0] * np.asarray(weight, stacked.dtype)
-            start = end
-    return {ids.name: stacked_ids, delta.name: stacked}
-
-
-def _stack_pair(
-    a: AdapterInput, b: AdapterInput, adapters: Mapping[str, Tensors], rows: Sequence[RowSpec]
-) -> dict[str, np.ndarray]:
-    parts = [[(adapters[name], weight) for name, weight in row if a.name in adapters[name]] for row in rows]
-    rank = max(sum(tensors[a.name].shape[2] for tensors, _ in row) for row in parts)
-    if rank == 0:
-        return {}
-    dtype = next(tensors[a.name].dtype for row in parts for tensors, _ in row)
-    stacked_a = np.zeros((len(rows), a.dims[1], rank), dtype)
-    stacked_b = np.zeros((len(rows), rank, b.dims[2]), dtype)
-    for row, part in enumerate(parts):
-        start = 0
-        for tensors, weight in part:
-            end = start + tensors[a.name].shape[2]
-            stacked_a[row, :, start:end] = tensors[a.name][0]
-            stacked_b[row, start:end] = tensors[b.name][0] if weight == 1 else tensors[b.name][0] * weight
-            start = end
-    return {a.name: stacked_a, b.name: stacked_b}
-
-
-def _stack_whole(
-    entry: AdapterInput, adapters: Mapping[str, Tensors], rows: Sequence[RowSpec], default: np.ndarray
-) -> np.ndarray:
-    values = [_blend_whole(entry, adapters, row, default) for row in rows]
-    widest = max(value.shape[-1] for value in values)
-    # A padded class gets the lowest finite score through its bias, so that it never wins.
-    fill = lowest(values[0].dtype) if entry.kind is AdapterInputKind.BIAS else 0
-    stacked = np.full((len(rows), *values[0].shape[1:-1], widest), fill, values[0].dtype)
-    for row, value in enumerate(values):
-        stacked[row, ..., : value.shape[-1]] = value[0]
-    return stacked
-
-
-def _blend_whole(entry: AdapterInput, adapters: Mapping[str, Tensors], row: RowSpec, default: np.ndarray) -> np.ndarray:
-    """`W = W0 + Σ w_k (W_k − W0)`; an adapter without this tensor contributes `W0`, which is 0 if the base has none."""
-    brought = [(adapters[name][entry.name], weight) for name, weight in row if entry.name in adapters[name]]
-    if not brought:
-        return default
-    if len(brought) == 1 and brought[0][1] == 1:
-        return brought[0][0]
-    sizes = {tensor.shape for tensor, _ in brought}
-    if entry.base_has_default:
-        sizes.add(default.shape)
-    if len(sizes) > 1:
-        raise UsageProblem(
-            "A row blends heads of different sizes",
-            where=entry.name,
-            found=", ".join(f"{name} × {weight}" for name, weight in row),
-            next_step="blend adapters that were trained for the same classes",
-        )
-    base = default.astype(np.float32) if entry.base_has_default else np.float32(0)
-    total = base + sum(np.float32(weight) * (tensor.astype(np.float32) - base) for tensor, weight in brought)
-    return total.astype(brought[0][0].dtype)
-
-
-def classes_by_row(
-    contract: GraphContract, adapters: Mapping[str, Tensors], rows: Sequence[RowSpec], defaults: Tensors
-) -> dict[str, list[int]]:
-    """For every size that heads decide (`<module>.out_features`), the number of real classes of each row."""
-    found = {}
-    for entry in contract.adapter_inputs:
-        if entry.kind is AdapterInputKind.WEIGHT:
-            sizes = [_blend_whole(entry, adapters, row, _default(entry, defaults)).shape[-1] for row in rows]
-            found[str(entry.dims[2])] = sizes
-    return found
+def _without(mapping: Mapping, name: str) -> dict:
+    return {key: value for key, value in mapping.items() if key != name}

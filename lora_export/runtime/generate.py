@@ -47,11 +47,14 @@ def generate(
 ) -> list[list[int]]:
     """The greedy continuation of each prompt, without the prompt, up to and without an end token.
 
+    A text goes on with the adapters that it was begun with, whatever another thread loads or unloads meanwhile.
+
     Args:
         prompts: Token ids of each row; rows may differ in length.
         adapters: As in `AdapterSession.run`.
         pad_id: Filler on the left of shorter rows; masked, so any id serves.
     """
+    session = session.snapshot()
     ids, mask = left_pad(prompts, pad_id)
     positions = positions_of(mask)
     cache = empty_cache(session, len(prompts))

@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_export.contract import GATE_INPUT
 from lora_export.errors import UsageProblem
-from lora_export.runtime.bank import RowSpec
+from lora_export.runtime.stacking import RowSpec
 
 
 def last_occurrence(ids: np.ndarray, tokens: Sequence[int]) -> int | None:

@@ -5,6 +5,7 @@ Needs onnxruntime and numpy only; torch, transformers and PEFT need not be insta
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ import numpy as np
 from lora_export.artifact import read_manifest
 from lora_export.contract import DECODER, DECODER_WITH_PAST, ENCODER, adapter_file
 from lora_export.errors import InputRefused, UsageProblem
-from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
+from lora_export.runtime.adapter_session import AdapterSession
+from lora_export.runtime.bank import RowAdapter, Shelf
 
 _GRAPHS = (ENCODER, DECODER, DECODER_WITH_PAST)
 RowAdapters = Sequence[RowAdapter] | RowAdapter
@@ -23,21 +25,29 @@ RowAdapters = Sequence[RowAdapter] | RowAdapter
 
 @dataclass(frozen=True)
 class DecoderState:
-    """What the decoder's next step needs: arrays by input name.
+    """What the decoder's next step needs: arrays by input name, and who goes on.
 
     Attributes:
         fixed: The source's mask (text), and the cross-attention's `past_key_values.{i}.encoder.key|value`.
         cache: `past_key_values.{i}.decoder.key|value`, `[batch, heads, past, head_size]`.
         adapters: Those of the rows.
+        decoder: The session of the later steps' graph, with the adapters that the text was begun with.
     """
 
     fixed: Mapping[str, np.ndarray]
     cache: Mapping[str, np.ndarray]
     adapters: RowAdapters
+    decoder: AdapterSession
 
 
 class Seq2SeqSession:
     """The three ONNX Runtime sessions of an encoder-decoder's export, with its adapters loaded.
+
+    Any thread may call any method at any time, as in `AdapterSession`. All graphs of a run go by the same adapters,
+    those that are loaded when it starts, and a text goes on with the adapters that it was begun with.
+
+    Attributes:
+        sessions: The sessions by graph. What one of them loads or unloads by itself changes its graph alone.
 
     Args:
         folder, provider, n_threads, stop_spinning: As in `AdapterSession`.
@@ -56,10 +66,12 @@ class Seq2SeqSession:
         n_threads: int | None = None,
         stop_spinning: bool = False,
     ) -> None:
-        self.sessions = {
+        opened = {
             graph: AdapterSession(folder, provider, n_threads=n_threads, stop_spinning=stop_spinning, graph=graph)
             for graph in _GRAPHS
         }
+        self._shelf = Shelf({graph: session.bank for graph, session in opened.items()})
+        self.sessions = {graph: session.with_shelf(self._shelf) for graph, session in opened.items()}
         encoder = self.sessions[ENCODER]
         self.folder, self.manifest = encoder.folder, encoder.manifest
         self.provider, self.provider_reason = encoder.provider, encoder.provider_reason
@@ -70,6 +82,13 @@ class Seq2SeqSession:
     def adapters(self) -> tuple[str, ...]:
         """Names of the loaded adapters."""
         return self.sessions[ENCODER].adapters
+
+    def snapshot(self) -> Seq2SeqSession:
+        """This session with the adapters of now, as `AdapterSession.snapshot`."""
+        view = copy.copy(self)
+        view._shelf = Shelf(self._shelf.banks)
+        view.sessions = {graph: session.with_shelf(view._shelf) for graph, session in self.sessions.items()}
+        return view
 
     @property
     def start_ids(self) -> tuple[int, ...]:
@@ -105,8 +124,7 @@ class Seq2SeqSession:
             )
         brought = {graph: self.sessions[graph].read(path) for graph, path in paths.items() if path.is_file()}
         self._require_whole(prefix, brought)
-        for graph, session in self.sessions.items():
-            session.hold(name, brought.get(graph, {}))
+        self._shelf.put(name, {graph: brought.get(graph, {}) for graph in _GRAPHS})
         return name
 
     def _require_whole(self, prefix: Path, brought: Mapping[str, Mapping[str, np.ndarray]]) -> None:
@@ -129,8 +147,7 @@ class Seq2SeqSession:
         Raises:
             UsageProblem: It is not loaded.
         """
-        for session in self.sessions.values():
-            session.unload(name)
+        self._shelf.remove(name, _GRAPHS)
 
     def run(
         self, inputs: Mapping[str, np.ndarray], adapters: RowAdapters = None, outputs: Sequence[str] | None = None
@@ -146,25 +163,27 @@ class Seq2SeqSession:
             UsageProblem: An unknown adapter, the number of entries is not the batch size, or an input is missing.
         """
         source, targets = self.split(inputs)
-        return self.sessions[DECODER].run(self.encode(source, adapters) | {"input_ids": targets}, adapters, outputs)
+        now = self.snapshot()
+        return now.sessions[DECODER].run(now.encode(source, adapters) | {"input_ids": targets}, adapters, outputs)
 
     def begin(self, inputs: Mapping[str, np.ndarray], adapters: RowAdapters = None) -> tuple[np.ndarray, DecoderState]:
         """As `run`: the logits at the given targets, and the state to go on from."""
         source, targets = self.split(inputs)
-        encoded = self.encode(source, adapters)
-        results = self.sessions[DECODER].run(encoded | {"input_ids": targets}, adapters)
+        now = self.snapshot()
+        encoded = now.encode(source, adapters)
+        results = now.sessions[DECODER].run(encoded | {"input_ids": targets}, adapters)
         past = {name.replace("present", "past_key_values"): value for name, value in results.items()}
         past.pop("logits")
         fixed = {name: value for name, value in past.items() if ".encoder." in name}
         if "encoder_attention_mask" in encoded:
             fixed["encoder_attention_mask"] = encoded["encoder_attention_mask"]
         cache = {name: value for name, value in past.items() if ".decoder." in name}
-        return results["logits"], DecoderState(fixed, cache, adapters)
+        return results["logits"], DecoderState(fixed, cache, adapters, now.sessions[DECODER_WITH_PAST])
 
     def advance(self, state: DecoderState, targets: np.ndarray) -> tuple[np.ndarray, DecoderState]:
-        """The logits at further targets `[batch, n]`, and the state after them."""
+        """The logits at further targets `[batch, n]` with the adapters of `begin`, and the state after them."""
         feeds = {**state.fixed, **state.cache, "input_ids": targets}
-        results = self.sessions[DECODER_WITH_PAST].run(feeds, state.adapters)
+        results = state.decoder.run(feeds, state.adapters)
         cache = {name: results[name.replace("past_key_values", "present")] for name in state.cache}
         return results["logits"], replace(state, cache=cache)
 

@@ -308,3 +308,22 @@ def test_it_works_without_torch_transformers_peft_or_onnx(exports, bert, tmp_pat
     np.testing.assert_allclose(found["logits"], expected, atol=1e-6)
     session = AdapterSession(exports["llama-dynamic"], "cpu")
     assert found["tokens"].tolist() == generate(session, [[5, 6], [7, 8, 9]], ["chat", None], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("export", ["classifier-dynamic", "bert-dynamic", "llama-dynamic"])
+def test_nothing_is_left_of_an_adapter_that_was_bound_before(export, exports):
+    """One binding, each adapter after each other: what the next one does not touch goes back to its default."""
+    session = AdapterSession(exports[export], "cpu")
+    inputs = decoder_feeds(session, rows=2) if "llama" in export else inputs_for(export.split("-")[0], rows=2)
+    binding = session.session.io_binding()
+    for name, array in inputs.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+    order = [*session.adapters, None, *reversed(session.adapters), [session.adapters[0], None], None]
+    for adapters in order:
+        session.bind_adapters(binding, adapters, 2)
+        binding.bind_output("logits")
+        session.session.run_with_iobinding(binding)
+        found = binding.get_outputs()[0].numpy()
+        expected = session.run(inputs, adapters)["logits"]
+        is_real = expected > np.finfo(np.float32).min  # classes that only the other row has
+        np.testing.assert_array_equal(found[is_real], expected[is_real], err_msg=str(adapters))

@@ -102,3 +102,19 @@ def test_an_export_without_its_gate_takes_no_activated_adapter(bases, session, t
 def test_a_blend_with_another_adapter_is_refused(session: AdapterSession) -> None:
     with pytest.raises(UsageProblem, match="one gate"):
         session.run(feeds(session, [[9, *TOKENS]]), {"late": 0.5, "plain": 0.5})
+
+
+def test_an_adapter_and_its_invocation_are_loaded_at_once(session: AdapterSession, monkeypatch) -> None:
+    """A run right after the tensors are there waits for the invocation, as every later one."""
+    session = session.snapshot()
+    inputs = feeds(session, [[9, 20, *TOKENS, 30]])
+    expected = session.run(inputs, "late")["logits"]
+    hold, found = session.hold, []
+
+    def hold_and_run(*args) -> None:
+        hold(*args)
+        found.append(session.run(inputs, "later")["logits"])
+
+    monkeypatch.setattr(session, "hold", hold_and_run)
+    session.load(session.folder / "adapters/late.onnx_adapter", "later", invocation_tokens=TOKENS)
+    np.testing.assert_array_equal(found[0], expected)
