@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -31,14 +30,6 @@ SCHEMA_VERSION = 1
 
 # Everything whose version decides the bytes of an export.
 _DISTRIBUTIONS = ("lora-export", "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript", "safetensors")
-
-# Files of a base that a host needs beside the graph.
-_CARRIED_NAMES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
-    "preprocessor_config.json", "processor_config.json", "generation_config.json",
-)  # fmt: skip
-_LICENCE_STEMS = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 
 
 class Kind(StrEnum):
@@ -70,6 +61,8 @@ class AdapterRecord:
         convert_rank: The rank, or share of energy, that another tuner was converted to LoRA with; None for LoRA.
         invocation_tokens: Of an activated LoRA, active from where they last occur; None for all tokens.
         residual_base: The base is the one that the adapter's start left (PiSSA and its kin).
+        preprocessing: Where, relative to the folder, the tokenizer, processor and generation settings lie that the
+            adapter was trained with: "." or `adapters/<name>`; None where they are the base's, in the folder itself.
         conversion_errors: What that lost, `‖ΔW − BA‖ / ‖ΔW‖` by module.
     """
 
@@ -87,6 +80,7 @@ class AdapterRecord:
     conversion_errors: dict[str, float] = field(default_factory=dict)
     invocation_tokens: tuple[int, ...] | None = None
     residual_base: bool = False
+    preprocessing: str | None = None
 
     @property
     def file(self) -> str | None:
@@ -251,27 +245,3 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     temporary = folder / f".{MANIFEST}.{uuid.uuid4().hex[:8]}"
     temporary.write_text(manifest.to_json(), encoding="utf-8")
     temporary.replace(folder / MANIFEST)
-
-
-def carried_files(source: Path) -> list[Path]:
-    """The tokenizer, processor, generation and licence files of a base or adapter folder."""
-    return [
-        path
-        for path in sorted(source.iterdir())
-        if path.is_file() and (path.name in _CARRIED_NAMES or path.name.upper().startswith(_LICENCE_STEMS))
-    ]
-
-
-def carry_files(base: Path, adapters: dict[str, Path], folder: Path) -> dict[str, str]:
-    """Copy the base's tokenizer, processor and licence files, and the adapters' licences; sha256 by file name."""
-    copied = {}
-    for path in carried_files(base):
-        shutil.copyfile(path, folder / path.name)
-        copied[path.name] = sha256_of(folder / path.name)
-    for name, source in adapters.items():
-        for path in carried_files(source):
-            if path.name.upper().startswith(_LICENCE_STEMS):
-                target = f"{path.stem}.{name}{path.suffix}"
-                shutil.copyfile(path, folder / target)
-                copied[target] = sha256_of(folder / target)
-    return copied

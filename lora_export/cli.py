@@ -73,7 +73,7 @@ def _export(mode: str, paths: Sequence[str], targets: tuple[str, ...], given: di
         choice = pipeline.ExportOptions(
             given["out"], given["overwrite"], not given["no_cache"], targets, sign_key=given["sign_key"]
         )
-        manifest = pipeline.export(request, choice, display.progress)
+        manifest = pipeline.export(request, choice, display.progress, display.say)
         display.result(inspection.describe_export(given["out"], manifest), cli_text.export_text)
 
 

@@ -30,6 +30,9 @@ def export_text(value: dict) -> str:
         if not files:
             lines.append(f"  folded in: {adapter['name']}")
         lines.append(f"      rank {ranks}, scale {scales}, {adapter['targets']} modules{extra}")
+        if adapter["preprocessing"] is not None:
+            place = value["path"] if adapter["preprocessing"] == "." else f"{value['path']}/{adapter['preprocessing']}"
+            lines.append(f"      its own tokenizer or processor, other than the base's, is in {place}/")
         lines += _conversion(adapter)
     if value["signed"]:
         lines.append(f"  {value['path']}/model.sig  a signature; `lora-export verify` checks it")
@@ -50,6 +53,7 @@ def plan_text(value: dict) -> str:
     parameters = sum(read["parameters_by_dtype"].values())
     lines = [
         f"would {value['mode']} for {value['task']} in {value['dtype']}, fused for {value['provider']}; wrote nothing",
+        *value["remarks"],
         f"read    {read['path']}: {read['tensors']} tensors, {parameters:,} parameters",
     ]
     for adapter in value["adapters"]:

@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 
 from lora_export.adapters.peft_writer import WEIGHTS
-from lora_export.artifact import REPORTS, carried_files, sha256_of, versions
+from lora_export.artifact import REPORTS, sha256_of, versions
 from lora_export.base.checkpoint import Checkpoint, locate
 from lora_export.base.stored import weight_files
 from lora_export.base.tasks import CLASSIFICATION, peft_task_type, resolve_task
+from lora_export.carried import carried_files
 from lora_export.errors import some_of
 from lora_export.extraction.differences import Difference, Kind, Pair, find_differences, open_pair
 from lora_export.extraction.pairs import write_pairs, write_wholes

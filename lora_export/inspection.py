@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_export.adapters.folder import AdapterFolder, open_adapter
 from lora_export.adapters.support import options_in_use, tuner_verdict
-from lora_export.artifact import ADAPTERS, MANIFEST, SIGNATURE, Manifest, carried_files, read_manifest
+from lora_export.artifact import ADAPTERS, MANIFEST, SIGNATURE, Manifest, read_manifest
 from lora_export.base.checkpoint import Checkpoint, locate
 from lora_export.base.stored import SAFETENSORS_DTYPES
 from lora_export.base.tasks import graphs_of
@@ -73,6 +73,7 @@ def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), si
         "task": plan.task,
         "dtype": plan.dtype,
         "provider": request.provider,
+        "remarks": list(plan.remarks),
         "read": _base_fields(plan.checkpoint),
         "adapters": adapters,
         "inputs": {"pairs": len(sites.lora_modules), "replaced_modules": list(sites.replaced_modules)},
@@ -91,7 +92,7 @@ def _files(plan: Plan, request: Request) -> list[str]:
     graphs = graphs_of(plan.task)
     files = list(dict.fromkeys(name(graph) for graph in graphs for name in (graph_file, data_file)))
     files += [MANIFEST, "config.json"]
-    files += [path.name for path in carried_files(plan.checkpoint.path)]
+    files += list(plan.carried.files)
     if request.mode == "dynamic":
         # Those of graphs that an adapter does not touch stay away.
         files += [f"{ADAPTERS}/{adapter_file(folder.name, graph)}" for folder in plan.folders for graph in graphs]
@@ -213,6 +214,7 @@ def describe_export(folder: Path, manifest: Manifest) -> dict:
                 **({"file": record.file} if SINGLE in manifest.graphs else {"files": dict(record.files)}),
                 "weight": record.weight,
                 "conversion_errors": record.conversion_errors,
+                "preprocessing": record.preprocessing,
             }
             for record in manifest.adapters
         ],

@@ -21,12 +21,12 @@ from lora_export.artifact import (
     SIGNATURE,
     Kind,
     Manifest,
-    carry_files,
     read_manifest,
     sha256_of,
     write_manifest,
 )
 from lora_export.base.tasks import SEQ2SEQ, Task
+from lora_export.carried import copy_carried, plan_added
 from lora_export.contract import SINGLE, adapter_file
 from lora_export.errors import InputRefused
 from lora_export.finished_graph import choose_sites, describe, finished_graphs, target_modules
@@ -53,6 +53,10 @@ def silent(stage: str, done: int, total: int) -> None:
     """The default progress: none."""
 
 
+def mute(sentence: str) -> None:
+    """The default remark: none."""
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """How to write an export, as opposed to what (`Request`).
@@ -71,8 +75,13 @@ class ExportOptions:
     sign_key: Path | None = None
 
 
-def export(request: Request, options: ExportOptions, progress: Progress = silent) -> Manifest:
+def export(
+    request: Request, options: ExportOptions, progress: Progress = silent, remark: Callable[[str], None] = mute
+) -> Manifest:
     """Export a merged or a dynamic graph to `options.out` and return its manifest.
+
+    Args:
+        remark: Given each sentence about what was decided for the user.
 
     Raises:
         LoraExportError: Refused or failed; nothing is left behind.
@@ -80,6 +89,8 @@ def export(request: Request, options: ExportOptions, progress: Progress = silent
     refuse_existing(options.out, overwrite=options.overwrite)
     signer = signer_with(options.sign_key) if options.sign_key is not None else None
     plan = make_plan(request)
+    for sentence in plan.remarks:
+        remark(sentence)
     n_bytes = bytes_needed(plan)
     require_disk(options.out.parent, n_bytes)
     with ThreadPoolExecutor(max_workers=1) as hashing:
@@ -106,14 +117,15 @@ def export(request: Request, options: ExportOptions, progress: Progress = silent
                     described = (source, adapter, config.num_labels, contracts, resolved.source, folder)
                     records.append(served_record(*described, request.convert_rank))
             files = written.sha256 | write_config(plan, folder)
-            files |= carry_files(plan.checkpoint.path, {f.name: f.path for f in plan.folders}, folder)
+            files |= copy_carried(plan.carried, folder)
             if plan.task is Task.TEXT_GENERATION:
                 files |= write_genai_config(folder, plan.config, contracts[SINGLE])
             files |= {file: sha256_of(folder / file) for record in records for file in record.files.values()}
             base, adapters = hashed.result()
             given = {"residual_base": request.residual_base}
             records = [
-                replace(record, source=source, **given) for record, source in zip(records, adapters, strict=True)
+                replace(record, source=source, preprocessing=plan.carried.places.get(record.name), **given)
+                for record, source in zip(records, adapters, strict=True)
             ]
             kind = Kind.DYNAMIC if request.mode == "dynamic" else Kind.MERGED
             files = dict(sorted(files.items()))
@@ -189,7 +201,11 @@ def add_adapter(
             written += [folder / ADAPTERS / adapter_file(adapter.name, graph) for graph in manifest.graphs]
             described = (source, adapter, config.num_labels, manifest.graphs, resolved.source, folder)
             record = served_record(*described, convert_rank)
-            records.append(replace(record, source=hash_adapter(source), residual_base=residual_base))
+            carried = plan_added(folder, adapter.name, source.path)
+            written += [folder / file for file in carried.files]
+            files |= copy_carried(carried, folder)
+            own = {"residual_base": residual_base, "preprocessing": carried.places.get(adapter.name)}
+            records.append(replace(record, source=hash_adapter(source), **own))
             files |= {file: sha256_of(folder / file) for file in record.files.values()}
     except BaseException:
         for path in written:

@@ -15,6 +15,7 @@ from lora_export.adapters.support import require_supported
 from lora_export.base.checkpoint import Checkpoint, checkpoint_names, locate, stored_apart
 from lora_export.base.tasks import CLASSIFICATION, Task, resolve_task
 from lora_export.base.weightless import build_weightless, parameter_aliases, untie, vocabulary_tables
+from lora_export.carried import Carried, plan_carried
 from lora_export.completion import completed
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.foreign import peft_folder
@@ -59,6 +60,8 @@ class Plan:
     Attributes:
         config: The `PretrainedConfig` the graph is traced from; for a merge, with the adapter's number of labels.
         adapter_configs: The config each adapter's head was trained for, in the order of `folders`.
+        carried: The files that a host needs beside the graph.
+        remarks: What was decided for the user and is worth a word.
     """
 
     request: Request
@@ -68,6 +71,8 @@ class Plan:
     dtype: str
     config: object
     adapter_configs: tuple[object, ...]
+    carried: Carried
+    remarks: tuple[str, ...] = ()
 
 
 def make_plan(request: Request) -> Plan:
@@ -94,12 +99,32 @@ def make_plan(request: Request) -> Plan:
     peft_tasks = {folder.name: folder.config.get("task_type") for folder in folders}
     task = resolve_task(request.task, checkpoint.config, peft_tasks, str(checkpoint.path))
     _refuse_activated(folders, task)
-    dtype = request.dtype or checkpoint.dtype
+    dtype, remarks = _dtype_of(request, checkpoint)
+    carried = plan_carried(checkpoint.path, {folder.name: folder.path for folder in folders}, request.mode)
     config = checkpoint.load_config()
     adapter_configs = tuple(_config_for(config, task, folder) for folder in folders)
     if request.mode == "merge" and adapter_configs:
         config = _merged_config(folders, adapter_configs)
-    return Plan(request, checkpoint, folders, task, dtype, config, adapter_configs)
+    return Plan(request, checkpoint, folders, task, dtype, config, adapter_configs, carried, remarks)
+
+
+def _dtype_of(request: Request, checkpoint: Checkpoint) -> tuple[str, tuple[str, ...]]:
+    """The dtype to export in, and what to say of it: ONNX Runtime's CPU provider has no kernels for bfloat16.
+
+    Raises:
+        InputRefused: bfloat16 was asked for and the graph is for the CPU.
+    """
+    dtype = request.dtype or checkpoint.dtype
+    if dtype != "bfloat16" or request.provider != "cpu":
+        return dtype, ()
+    if request.dtype is None:
+        said = "the base is stored in bfloat16, which ONNX Runtime's CPU provider does not run: exporting in float32"
+        return "float32", (f"{said} (--dtype float16 halves it; --provider cuda keeps bfloat16)",)
+    raise InputRefused(
+        "ONNX Runtime's CPU provider has no kernels for bfloat16, so nothing could run the export",
+        where="--dtype bfloat16 with --provider cpu",
+        next_step="export with --dtype float32 or float16, or for --provider cuda",
+    )
 
 
 def _refuse_equal_names(folders: Sequence[AdapterFolder]) -> None:

@@ -29,12 +29,13 @@ def run_trial(
     manifest = session.manifest
     task = Task(manifest.task)
     adapters = blend or None
+    place = _preprocessing_of(manifest, folder, blend)
     head = {"task": manifest.task, "adapter": dict(blend), "provider": session.provider, "inputs": list(inputs)}
     if task in SEQ2SEQ:
-        return head | {"results": _write_targets(session, folder, inputs, adapters, max_new_tokens)}
+        return head | {"results": _write_targets(session, place, inputs, adapters, max_new_tokens)}
     if task is Task.TEXT_GENERATION:
-        return head | {"results": _generate(session, folder, inputs, adapters, max_new_tokens)}
-    batcher = Batcher(folder, task, manifest.contract)
+        return head | {"results": _generate(session, place, inputs, adapters, max_new_tokens)}
+    batcher = Batcher(place, task, manifest.contract)
     missing = [name for name in inputs if batcher.takes_images and not Path(name).is_file()]
     if missing:
         raise InputRefused("There is no such image file", where=missing[0])
@@ -83,6 +84,12 @@ def _write_targets(
         sources = {name: np.asarray(encoded[name], np.int64) for name in ("input_ids", "attention_mask")}
     found = session.generate(sources, adapters, max_new_tokens=max_new_tokens)
     return [{"text": tokenizer.decode(tokens, skip_special_tokens=True), "tokens": tokens} for tokens in found]
+
+
+def _preprocessing_of(manifest: Manifest, folder: Path, blend: Mapping[str, float]) -> Path:
+    """Where the tokenizer or processor lies: of one adapter its own, of a blend or the base the export's."""
+    own = manifest.adapter(next(iter(blend))).preprocessing if len(blend) == 1 else None
+    return folder if own is None else folder / own
 
 
 def _labels(manifest: Manifest, blend: Mapping[str, float]) -> dict[int, str]:

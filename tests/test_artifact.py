@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from lora_export.artifact import carry_files, read_manifest, write_manifest
+from lora_export.artifact import read_manifest, write_manifest
 from lora_export.contract import GraphContract
 from lora_export.errors import InputRefused, UsageProblem
 
@@ -56,20 +56,3 @@ def test_an_adapter_is_found_by_name(exports):
     with pytest.raises(UsageProblem, match="The export has no adapter 'nobody'") as refused:
         manifest.adapter("nobody")
     assert refused.value.found == "topic, kind"
-
-
-def test_licences_and_tokenizers_are_carried(tmp_path):
-    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
-    for folder, names in {
-        base: ["LICENSE", "NOTICE.txt", "tokenizer.json", "chat_template.jinja", "secret.env", "modeling.py"],
-        adapter: ["LICENSE.md", "tokenizer.json", "optimizer.pt"],
-    }.items():
-        folder.mkdir()
-        for name in names:
-            (folder / name).write_text(f"{folder.name} {name}")
-    out.mkdir()
-    copied = carry_files(base, {"topic": adapter}, out)
-    assert set(copied) == {path.name for path in out.iterdir()} == {
-        "LICENSE", "NOTICE.txt", "tokenizer.json", "chat_template.jinja", "LICENSE.topic.md",
-    }  # fmt: skip
-    assert (out / "tokenizer.json").read_text() == "base tokenizer.json"

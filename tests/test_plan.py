@@ -72,7 +72,7 @@ def test_a_replaced_module_that_is_no_linear_is_merged_but_not_served(bases, tmp
 
 
 def test_an_adapters_numbers_are_not_rounded_to_the_exports_dtype_before_they_are_folded(bases, adapters):
-    half = resolve(make_plan(request(bases, adapters, "llama", ("chat",), "merge", dtype="bfloat16")))
+    half = resolve(make_plan(request(bases, adapters, "llama", ("chat",), "merge", dtype="bfloat16", provider="cuda")))
     full = resolve(make_plan(request(bases, adapters, "llama", ("chat",), "merge")))
     for module, pair in full.adapters[0].lora.items():
         assert torch.equal(half.adapters[0].lora[module].a, pair.a), module
@@ -118,3 +118,20 @@ def test_a_weight_for_each_adapter_or_none(bases, adapters):
     with pytest.raises(UsageProblem, match="once for each adapter") as refused:
         make_plan(Request(str(bases["llama"]), chosen, "merge", weights=(0.5,)))
     assert (refused.value.expected, refused.value.found) == ("2 weights", "1")
+
+
+def test_a_bfloat16_base_is_exported_for_the_cpu_in_a_dtype_that_it_runs(bases, adapters, tmp_path):
+    base = tmp_path / "base"
+    tiny.in_dtype(bases["llama"], base, torch.bfloat16)
+    chosen = ((str(adapters["chat"]), None),)
+    plan = make_plan(Request(str(base), chosen, "merge"))
+    assert plan.dtype == "float32" and "stored in bfloat16" in plan.remarks[0] and "--dtype float16" in plan.remarks[0]
+    assert make_plan(Request(str(base), chosen, "merge", dtype="float16")).remarks == ()
+    kept = make_plan(Request(str(base), chosen, "merge", provider="cuda"))
+    assert (kept.dtype, kept.remarks) == ("bfloat16", ())
+
+
+def test_bfloat16_is_not_exported_for_the_cpu(bases, adapters):
+    with pytest.raises(InputRefused, match="CPU provider has no kernels for bfloat16") as refused:
+        make_plan(request(bases, adapters, "llama", ("chat",), "merge", dtype="bfloat16"))
+    assert refused.value.next_step == "export with --dtype float32 or float16, or for --provider cuda"

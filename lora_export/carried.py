@@ -1,0 +1,169 @@
+"""What a host needs beside the graph: tokenizer, processor, generation settings and licences, of base and adapters.
+
+A trainer that adds tokens or a chat template saves the tokenizer beside its adapter. A merged export takes it in place
+of the base's. A dynamic export does so if all of its adapters bring the same; else the base's stays, and each adapter
+that brings another has it in `adapters/<name>/`. Files are taken a group at a time: parts of two tokenizers make none.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_export.artifact import ADAPTERS, sha256_of
+from lora_export.errors import InputRefused
+
+_VOCABULARIES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+_GROUPS = {
+    "tokenizer": (
+        *_VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+        "chat_template.jinja",
+    ),
+    "processor": ("preprocessor_config.json", "processor_config.json"),
+    "generation settings": ("generation_config.json",),
+}  # fmt: skip
+_LICENCE_STEMS = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+# Of a fast tokenizer, what its last call left behind.
+_OF_THE_LAST_CALL = ("padding", "truncation")
+_SAMPLE = "Bind a socket to an address, then listen.\n\n\tdef f(x): return x + 1  # Größe"
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Which files an export takes from where.
+
+    Attributes:
+        files: The source of each, by its path in the export.
+        places: Where the groups lie that an adapter brought, relative to the export ("." or `adapters/<name>`), by the
+            adapter's name; one that brought none, or the same as the base, is not in it.
+    """
+
+    files: Mapping[str, Path]
+    places: Mapping[str, str] = field(default_factory=dict)
+
+
+def carried_files(source: Path) -> list[Path]:
+    """The tokenizer, processor, generation and licence files of a base or adapter folder."""
+    names = {name for group in _GROUPS.values() for name in group}
+    return [p for p in sorted(source.iterdir()) if p.is_file() and (p.name in names or _is_licence(p))]
+
+
+def plan_carried(base: Path, adapters: Mapping[str, Path], mode: str) -> Carried:
+    """What an export of `mode` ("merge" or "dynamic") takes from the folders of its base and its adapters.
+
+    Raises:
+        InputRefused: Adapters to be merged bring different tokenizers, of which the export can hold one.
+    """
+    files = {path.name: path for path in carried_files(base)}
+    places: dict[str, str] = {}
+    for kind in _GROUPS:
+        brought = {name: found for name, folder in adapters.items() if (found := _brought(kind, base, folder))}
+        first = next(iter(brought), None)
+        one_for_all = all(_equal(kind, adapters[name], adapters[first]) for name in brought)
+        if brought and mode == "merge" and not one_for_all:
+            raise InputRefused(
+                f"The adapters were trained with different files of their own ({kind}); a merged export holds one",
+                where=", ".join(str(adapters[name]) for name in brought),
+                next_step="leave in one of the folders only what the merged model is to use, or serve them with "
+                "`lora-export dynamic`",
+            )
+        if brought and one_for_all and (mode == "merge" or len(brought) == len(adapters)):
+            files = {name: path for name, path in files.items() if name not in _replaced(kind, brought[first])}
+            files |= brought[first]
+            places |= {name: places.get(name, ".") for name in brought}
+        else:
+            for name, found in brought.items():
+                files |= {f"{ADAPTERS}/{name}/{file}": path for file, path in found.items()}
+                places[name] = f"{ADAPTERS}/{name}"
+    return Carried(files | _licences(adapters), places)
+
+
+def plan_added(export: Path, name: str, adapter: Path) -> Carried:
+    """What an adapter that is added to the dynamic `export` brings: licences, and what is other than the export's."""
+    brought = {file: path for kind in _GROUPS for file, path in _brought(kind, export, adapter).items()}
+    files = {f"{ADAPTERS}/{name}/{file}": path for file, path in brought.items()}
+    return Carried(files | _licences({name: adapter}), {name: f"{ADAPTERS}/{name}"} if brought else {})
+
+
+def copy_carried(carried: Carried, folder: Path) -> dict[str, str]:
+    """Copy the files into `folder`; sha256 by path in it."""
+    for target, source in carried.files.items():
+        (folder / target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / target)
+    return {target: sha256_of(folder / target) for target in carried.files}
+
+
+def _is_licence(path: Path) -> bool:
+    return path.name.upper().startswith(_LICENCE_STEMS)
+
+
+def _licences(adapters: Mapping[str, Path]) -> dict[str, Path]:
+    found = [(name, path) for name, folder in adapters.items() for path in carried_files(folder) if _is_licence(path)]
+    return {f"{path.stem}.{name}{path.suffix}": path for name, path in found}
+
+
+def _files(kind: str, folder: Path) -> dict[str, Path]:
+    return {name: folder / name for name in _GROUPS[kind] if (folder / name).is_file()}
+
+
+def _is_whole(kind: str, names: Mapping[str, Path]) -> bool:
+    """Whether these files stand alone; a chat template alone goes with the base's tokenizer."""
+    return kind != "tokenizer" or any(name in _VOCABULARIES for name in names)
+
+
+def _replaced(kind: str, brought: Mapping[str, Path]) -> tuple[str, ...]:
+    """The base's files that `brought` stand in for."""
+    return _GROUPS[kind] if _is_whole(kind, brought) else tuple(brought)
+
+
+def _brought(kind: str, base: Path, adapter: Path) -> dict[str, Path]:
+    """The files of a group that `adapter` has and that do something else than those of `base`; whole, or none."""
+    own = _files(kind, adapter)
+    if not own or _equal(kind, base, adapter):
+        return {}
+    return own
+
+
+def _equal(kind: str, one: Path, other: Path) -> bool:
+    """Whether the group of folder `other` does what that of `one` does, or lacks what it does not name."""
+    files, others = _files(kind, one), _files(kind, other)
+    if others.keys() <= files.keys() and all(_content(path) == _content(files[name]) for name, path in others.items()):
+        return True
+    if kind != "tokenizer" or not (_is_whole(kind, files) and _is_whole(kind, others)):
+        return False
+    behaviour = _behaviour(one)
+    return behaviour is not None and behaviour == _behaviour(other)
+
+
+def _content(path: Path) -> object:
+    if path.suffix == ".json":
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            pass
+    return path.read_bytes()
+
+
+def _behaviour(folder: Path) -> dict | None:
+    """All that decides what a tokenizer makes of a text; None if Transformers cannot load it from this folder alone."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError):
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    fields = {} if backend is None else json.loads(backend.to_str())
+    return {
+        "vocabulary": tokenizer.get_vocab(),
+        "added": {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()},
+        "special": tokenizer.special_tokens_map,
+        "template": tokenizer.chat_template,
+        "backend": {key: value for key, value in fields.items() if key not in _OF_THE_LAST_CALL},
+        "sample": tokenizer(_SAMPLE)["input_ids"],
+    }

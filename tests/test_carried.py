@@ -1,0 +1,151 @@
+"""What a host needs beside the graph: whose tokenizer an export has, and where the others lie."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import transformers
+
+from lora_export.artifact import read_manifest
+from lora_export.carried import copy_carried, plan_added, plan_carried
+from lora_export.errors import InputRefused
+from lora_export.pipeline import ExportOptions, add_adapter, export
+from lora_export.plan import Request
+from lora_export.sources import SourceOverrides
+from lora_export.trial import run_trial
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+CHAT = "<|im_start|>hi<|im_end|>"
+
+
+def with_tokenizer(adapter: Path, folder: Path, base: Path, *tokens: str, template: str | None = None) -> Path:
+    """A copy of `adapter` whose trainer saved its tokenizer: the base's, with these tokens and this chat template."""
+    shutil.copytree(adapter, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tokens_of(folder: Path, text: str = CHAT) -> list[int]:
+    return transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+
+
+def write(folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(f"{folder.name} {name}")
+    return folder
+
+
+def test_files_of_a_host_are_carried_and_no_others(tmp_path):
+    base = write(tmp_path / "base", "LICENSE", "NOTICE.txt", "generation_config.json", "secret.env", "modeling.py")
+    adapter = write(tmp_path / "adapter", "LICENSE.md", "optimizer.pt")
+    out = tmp_path / "out"
+    out.mkdir()
+    copied = copy_carried(plan_carried(base, {"topic": adapter}, "merge"), out)
+    assert set(copied) == {path.name for path in out.iterdir()} == {
+        "LICENSE", "NOTICE.txt", "generation_config.json", "LICENSE.topic.md",
+    }  # fmt: skip
+
+
+def test_a_group_is_taken_whole(tmp_path):
+    """No file of the base's tokenizer stays beside the adapter's; what is not of the tokenizer does."""
+    base = write(tmp_path / "base", "vocab.json", "merges.txt", "tokenizer_config.json", "generation_config.json")
+    adapter = write(tmp_path / "adapter", "tokenizer.json")
+    carried = plan_carried(base, {"chat": adapter}, "merge")
+    assert carried.files == {
+        "tokenizer.json": adapter / "tokenizer.json",
+        "generation_config.json": base / "generation_config.json",
+    }
+    assert carried.places == {"chat": "."}
+
+
+def test_a_chat_template_alone_goes_with_the_base_s_tokenizer(tmp_path):
+    base = write(tmp_path / "base", "tokenizer.json", "chat_template.jinja")
+    adapter = write(tmp_path / "adapter", "chat_template.jinja")
+    carried = plan_carried(base, {"chat": adapter}, "merge")
+    assert carried.files == {
+        "tokenizer.json": base / "tokenizer.json",
+        "chat_template.jinja": adapter / "chat_template.jinja",
+    }
+
+
+def test_the_base_s_tokenizer_saved_again_is_the_base_s(bases, adapters, tmp_path):
+    """A trainer saves it beside every adapter, in other bytes and with the state of its last call."""
+    again = with_tokenizer(adapters["chat"], tmp_path / "again", bases["llama"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(again)
+    tokenizer.padding_side = "left"
+    tokenizer("text", truncation=True, max_length=3, padding="max_length")
+    tokenizer.save_pretrained(again)
+    assert (again / "tokenizer.json").read_bytes() != (bases["llama"] / "tokenizer.json").read_bytes()
+    assert plan_carried(bases["llama"], {"again": again}, "merge").places == {}
+
+
+@pytest.mark.parametrize("mode", ["merge", "dynamic"])
+def test_an_export_has_the_tokenizer_that_its_adapter_was_trained_with(mode, bases, adapters, tmp_path):
+    mine = with_tokenizer(
+        adapters["chat"], tmp_path / "mine", bases["llama"], "<|im_start|>", "<|im_end|>", template=TEMPLATE
+    )
+    out = tmp_path / "out"
+    manifest = export(Request(str(bases["llama"]), ((str(mine), None),), mode), ExportOptions(out))
+    assert tokens_of(out) == tokens_of(mine) != tokens_of(bases["llama"])
+    assert transformers.AutoTokenizer.from_pretrained(out).chat_template == TEMPLATE
+    assert manifest.adapter("mine").preprocessing == "." == read_manifest(out).adapter("mine").preprocessing
+    assert {"tokenizer.json", "chat_template.jinja"} <= set(manifest.files)
+
+
+def test_several_adapters_of_a_dynamic_export_keep_their_own(bases, adapters, tmp_path):
+    mine = with_tokenizer(adapters["chat"], tmp_path / "mine", bases["llama"], "<|im_start|>", template=TEMPLATE)
+    out = tmp_path / "out"
+    pair = ((str(mine), None), (str(adapters["code"]), None))
+    manifest = export(Request(str(bases["llama"]), pair, "dynamic"), ExportOptions(out))
+    assert manifest.adapter("mine").preprocessing == "adapters/mine"
+    assert manifest.adapter("code").preprocessing is None
+    assert tokens_of(out / "adapters/mine") == tokens_of(mine)
+    assert tokens_of(out) == tokens_of(bases["llama"])
+    assert "adapters/mine/tokenizer.json" in manifest.files
+    # `run` reads a prompt with the tokenizer of the adapter that it is for.
+    found = run_trial(out, ["<|im_start|>a"], {"mine": 1.0}, "cpu", 2)["results"][0]["tokens"]
+    from lora_export.runtime.adapter_session import AdapterSession
+    from lora_export.runtime.generate import generate
+
+    ids = [tokens_of(mine, "<|im_start|>a")]
+    assert found == generate(AdapterSession(out, "cpu"), ids, "mine", max_new_tokens=2)[0]
+
+
+def test_an_added_adapter_brings_its_own(bases, adapters, tmp_path):
+    out = tmp_path / "out"
+    export(Request(str(bases["llama"]), ((str(adapters["code"]), None),), "dynamic"), ExportOptions(out))
+    mine = with_tokenizer(adapters["chat"], tmp_path / "mine", bases["llama"], "<|im_start|>")
+    assert plan_added(out, "chat", adapters["chat"]).files == {}
+    manifest = add_adapter(out, ((str(mine), None),), SourceOverrides())
+    assert manifest.adapter("mine").preprocessing == "adapters/mine"
+    assert tokens_of(out / "adapters/mine") == tokens_of(mine)
+    from lora_export.integrity import verify
+
+    assert verify(out).passed
+
+
+def test_merged_adapters_with_different_tokenizers_are_refused(bases, adapters, tmp_path):
+    one = with_tokenizer(adapters["chat"], tmp_path / "one", bases["llama"], "<|a|>")
+    other = with_tokenizer(adapters["code"], tmp_path / "other", bases["llama"], "<|b|>")
+    folders = {"one": one, "other": other}
+    with pytest.raises(InputRefused, match=r"trained with different files of their own \(tokenizer\)") as refused:
+        plan_carried(bases["llama"], folders, "merge")
+    assert str(one) in refused.value.where and "dynamic" in refused.value.next_step
+    same = with_tokenizer(adapters["code"], tmp_path / "same", bases["llama"], "<|a|>")
+    assert plan_carried(bases["llama"], {"one": one, "same": same}, "merge").places == {"one": ".", "same": "."}
+
+
+def test_generation_settings_of_an_adapter_are_its_own(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder, end in ((base, 2), (adapter, 7)):
+        folder.mkdir()
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    carried = plan_carried(base, {"chat": adapter}, "merge")
+    assert carried.files["generation_config.json"] == adapter / "generation_config.json"
