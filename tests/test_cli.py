@@ -389,3 +389,47 @@ def test_the_installed_command_prints_errors_on_stderr_and_results_on_stdout(ada
     assert done.returncode == 0 and done.stdout.startswith("adapter topic") and done.stderr == ""
     done = subprocess.run([SCRIPT, "inspect", tmp_path], capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 3 and done.stdout == "" and done.stderr.startswith("error: The folder is neither")
+
+
+def piped_to_nobody(*arguments: object, both: bool = False) -> tuple[int, str]:
+    """The exit code, and what is on standard error, of a command whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [SCRIPT, *map(str, arguments)],
+            stdout=writer,
+            stderr=writer if both else subprocess.PIPE,
+            text=True,
+            timeout=120,
+            env=os.environ | {"NO_COLOR": "1"},
+        )
+    finally:
+        os.close(writer)
+    return done.returncode, done.stderr or ""
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_reader_that_has_gone_does_not_change_the_verdict(both, exports, own, tmp_path):
+    """`lora-export verify X | head -1` under pipefail: a gate that failed stays red."""
+    sound, damaged = exports["bert-dynamic"], own(exports["bert-dynamic"])
+    (damaged / "adapters" / "topic.onnx_adapter").write_bytes(b"another")
+    for options in ((), ("--json",)):
+        assert piped_to_nobody("verify", sound, *options, both=both) == (0, "")
+        assert piped_to_nobody("verify", damaged, *options, both=both) == (1, "")
+    code, said = piped_to_nobody("verify", tmp_path, both=both)
+    assert code == 3 and (both or said.startswith("error: The folder holds no export"))
+
+
+def test_a_defect_says_where_to_report_it_and_with_which_versions(monkeypatch):
+    def broken(path: str) -> dict:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("lora_export.inspection.inspect_path", broken)
+    for options in ((), ("--json",)):
+        result = CliRunner().invoke(main, ["inspect", "anything", *options])
+        assert isinstance(result.exception, ZeroDivisionError)
+        assert "a defect of lora-export, not of your input" in result.stderr
+        assert re.search(r"where: +https://\S+/issues\n", result.stderr)
+        for name in ("python", "lora-export", "torch", "transformers", "peft", "onnxruntime"):
+            assert re.search(rf"{name} \d+\.\d+", result.stderr), name
