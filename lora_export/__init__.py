@@ -1,25 +1,31 @@
 """lora-export: from a Transformers base and PEFT adapters to ONNX Runtime, with proof.
 
-    cli.py             the command line: parse, one pipeline call, render, exit code
-    pipeline.py        the main path: export, add_adapter, check, bench, inspect
-    extract.py         the other main path: a full fine-tune becomes an adapter
-    report/            renderers of results: JSON, text, Markdown, HTML
-    verify/            unmerged PEFT against ONNX Runtime; paired latencies
-    finished_graph.py  a plan's graph: traced, given adapter inputs, fused, cached
-    extraction/        what of a fine-tune differs from its base, as low-rank pairs
-    plan.py            what was asked for, checked before any work
-    foreign.py         adapters that PEFT did not save, as PEFT folders
-    weights.py         the numbers: checkpoint tensors with adapters folded in
-    graph/             passes over an onnx-ir model
-    runtime/           ONNX Runtime sessions; `AdapterSession`
-    integrity.py       an exported folder against its manifest, its sources and its signature
-    signature.py       a folder's signature (OpenSSF model signing)
-    artifact.py        the exported folder and its manifest
-    adapters/          a trained adapter: reading, mathematics, packing, what is supported
-    base/              a base checkpoint: reading, tasks, the weightless model, its trace
-    contract.py        the exported graph's contract, shared by all of the above
-    recipe.py          how a stored weight is made, as data
-    errors.py          the error tree
+    pipeline.py     the main path: export, add_adapter, check, bench, extract_adapter
+    trial.py        `run`: try an export
+
+    cli/            all of Click; the only room that exits
+    export/         from a request to all that an export holds
+    check/          is the export what was trained?
+    bench/          what does it cost?
+    report/         what people and programs read of a result: pure functions
+    extract/        a full fine-tune as an adapter
+    integrity/      is the folder still what was exported?
+    runtime/        run an export, with onnxruntime and numpy only
+    graph/          passes over an onnx-ir model
+    adapters/       a trained adapter on its base: reading, mathematics, packing, what is supported
+    base/           a base checkpoint: reading, tasks, the weightless model, its trace
+
+    contract.py     the exported graph's contract, shared by all of the above
+    artifact.py     the exported folder's files and its manifest
+    carried.py      what a host needs beside the graph: tokenizers, processors, licences
+    staging.py      a folder that appears whole or not at all
+    environment.py  where a result was obtained
+    verdict.py      the values that the results of check and bench have in common
+    quiet.py        libraries that print, silenced
+    errors.py       the error tree
+
+Imports run downwards only, and every room's `__init__` says what it is for, its files in reading order, and what it
+imports; tests hold both.
 
 Importing this package imports none of its heavy dependencies; the sessions need onnxruntime and numpy only.
 """

@@ -83,11 +83,14 @@ def plan_carried(base: Path, adapters: Mapping[str, Path], mode: str) -> Carried
     return Carried(files | _licences(adapters), places)
 
 
-def plan_added(export: Path, name: str, adapter: Path) -> Carried:
-    """What an adapter that is added to the dynamic `export` brings: licences, and what is other than the export's."""
-    brought = {file: path for kind in _GROUPS for file, path in _brought(kind, export, adapter).items()}
-    files = {f"{ADAPTERS}/{name}/{file}": path for file, path in brought.items()}
-    return Carried(files | _licences({name: adapter}), {name: f"{ADAPTERS}/{name}"} if brought else {})
+def plan_added(export: Path, adapters: Mapping[str, Path]) -> Carried:
+    """What adapters that are added to the dynamic `export` bring: licences, and what is other than the export's."""
+    files: dict[str, Path] = {}
+    for name, adapter in adapters.items():
+        brought = {file: path for kind in _GROUPS for file, path in _brought(kind, export, adapter).items()}
+        files |= {f"{ADAPTERS}/{name}/{file}": path for file, path in brought.items()}
+    own = dict.fromkeys(name for name in adapters if any(file.startswith(f"{ADAPTERS}/{name}/") for file in files))
+    return Carried(files | _licences(adapters), {name: f"{ADAPTERS}/{name}" for name in own})
 
 
 def copy_carried(carried: Carried, folder: Path) -> dict[str, str]:

@@ -9,12 +9,12 @@ import numpy as np
 
 from lora_export.artifact import Manifest
 from lora_export.base.tasks import SEQ2SEQ, Task
+from lora_export.check.inputs.audio import read_features
+from lora_export.check.inputs.examples import Batcher, Row, load_tokenizer
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.generate import generate
 from lora_export.runtime.seq2seq_session import Seq2SeqSession, open_export
-from lora_export.verify.audio import read_features
-from lora_export.verify.examples import Batcher, Row, load_tokenizer
 
 
 def run_trial(
@@ -88,8 +88,9 @@ def _write_targets(
 
 def _preprocessing_of(manifest: Manifest, folder: Path, blend: Mapping[str, float]) -> Path:
     """Where the tokenizer or processor lies: of one adapter its own, of a blend or the base the export's."""
-    own = manifest.adapter(next(iter(blend))).preprocessing if len(blend) == 1 else None
-    return folder if own is None else folder / own
+    own = {record.name: record.preprocessing for record in manifest.adapters}
+    place = own.get(next(iter(blend))) if len(blend) == 1 else None
+    return folder if place is None else folder / place
 
 
 def _labels(manifest: Manifest, blend: Mapping[str, float]) -> dict[int, str]:

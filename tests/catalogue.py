@@ -238,8 +238,8 @@ def export_to(
     folder: Path, spec: ExportSpec, bases: Mapping[str, Path], adapters: Mapping[str, Path], **options: object
 ):
     """Export `spec` to `folder` through the pipeline, as the command line does; the manifest."""
+    from lora_export.export.plan import Request
     from lora_export.pipeline import ExportOptions, export
-    from lora_export.plan import Request
 
     chosen = tuple((str(adapters[name]), name) for name in spec.adapters)
     request = Request(str(bases[spec.base]), chosen, spec.mode, dtype=spec.dtype, provider=spec.provider)

@@ -7,14 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import transformers
 
 from lora_export.artifact import read_manifest
 from lora_export.carried import copy_carried, plan_added, plan_carried
 from lora_export.errors import InputRefused
+from lora_export.export.plan import Request
+from lora_export.integrity.sources import SourceOverrides
 from lora_export.pipeline import ExportOptions, add_adapter, export
-from lora_export.plan import Request
-from lora_export.sources import SourceOverrides
 from lora_export.trial import run_trial
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
@@ -100,7 +101,8 @@ def test_an_export_has_the_tokenizer_that_its_adapter_was_trained_with(mode, bas
 
 
 def test_several_adapters_of_a_dynamic_export_keep_their_own(bases, adapters, tmp_path):
-    mine = with_tokenizer(adapters["chat"], tmp_path / "mine", bases["llama"], "<|im_start|>", template=TEMPLATE)
+    mine = Path(shutil.copytree(adapters["chat"], tmp_path / "mine"))
+    tiny.save_tokenizer(mine, classifier=True)  # it puts [CLS] and [SEP] around a text
     out = tmp_path / "out"
     pair = ((str(mine), None), (str(adapters["code"]), None))
     manifest = export(Request(str(bases["llama"]), pair, "dynamic"), ExportOptions(out))
@@ -110,23 +112,25 @@ def test_several_adapters_of_a_dynamic_export_keep_their_own(bases, adapters, tm
     assert tokens_of(out) == tokens_of(bases["llama"])
     assert "adapters/mine/tokenizer.json" in manifest.files
     # `run` reads a prompt with the tokenizer of the adapter that it is for.
-    found = run_trial(out, ["<|im_start|>a"], {"mine": 1.0}, "cpu", 2)["results"][0]["tokens"]
+    found = run_trial(out, ["a text"], {"mine": 1.0}, "cpu", 4)["results"][0]["tokens"]
     from lora_export.runtime.adapter_session import AdapterSession
     from lora_export.runtime.generate import generate
 
-    ids = [tokens_of(mine, "<|im_start|>a")]
-    assert found == generate(AdapterSession(out, "cpu"), ids, "mine", max_new_tokens=2)[0]
+    session = AdapterSession(out, "cpu")
+    own, base = ([tokens_of(folder, "a text")] for folder in (mine, bases["llama"]))
+    assert found == generate(session, own, "mine", max_new_tokens=4)[0]
+    assert found != generate(session, base, "mine", max_new_tokens=4)[0]
 
 
 def test_an_added_adapter_brings_its_own(bases, adapters, tmp_path):
     out = tmp_path / "out"
     export(Request(str(bases["llama"]), ((str(adapters["code"]), None),), "dynamic"), ExportOptions(out))
     mine = with_tokenizer(adapters["chat"], tmp_path / "mine", bases["llama"], "<|im_start|>")
-    assert plan_added(out, "chat", adapters["chat"]).files == {}
+    assert plan_added(out, {"chat": adapters["chat"]}).files == {}
     manifest = add_adapter(out, ((str(mine), None),), SourceOverrides())
     assert manifest.adapter("mine").preprocessing == "adapters/mine"
     assert tokens_of(out / "adapters/mine") == tokens_of(mine)
-    from lora_export.integrity import verify
+    from lora_export.integrity.verify import verify
 
     assert verify(out).passed
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from lora_export.adapters.support import markdown_table
-from lora_export.cli import main
-from lora_export.verify.tolerances import markdown_table as gates_table
+from lora_export.check.judge.tolerances import markdown_table as gates_table
+from lora_export.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ import tokenizers
 import torch
 import transformers
 
-from lora_export.verify.examples import built_in_examples
+from lora_export.check.inputs.examples import built_in_examples
 
 SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128}
 TEXT = SMALL | {"vocab_size": 600, "max_position_embeddings": 512}

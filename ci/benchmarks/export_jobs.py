@@ -32,11 +32,11 @@ class _Stages:
 def ours(base: str, adapter: str, out: str) -> dict:
     """Merge `adapter` and export with this package, fused for CUDA."""
     stages = _Stages()
-    from lora_export.cli import collect_rarely
+    from lora_export.cli.main import collect_rarely
 
     collect_rarely()
+    from lora_export.export.plan import Request
     from lora_export.pipeline import ExportOptions, export
-    from lora_export.plan import Request
 
     stages.done("import")
     running: list[str] = []
@@ -46,7 +46,7 @@ def ours(base: str, adapter: str, out: str) -> dict:
             stages.done(running[-1] if running else "plan")
             running.append(stage)
 
-    export(Request(base, ((adapter, None),), "merge", provider="cuda"), ExportOptions(Path(out)), progress)
+    export(Request(base, ((adapter, None),), "merge", provider="cuda"), ExportOptions(Path(out)), progress=progress)
     stages.done(running[-1])
     return stages.seconds
 

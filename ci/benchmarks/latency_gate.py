@@ -31,15 +31,15 @@ from readme_tables import write_into_readme
 from results import RESULTS, Target, heading, provenance, table, target_table, write_json
 
 from lora_export.artifact import read_manifest
+from lora_export.bench.intervals import paired_ratio
+from lora_export.bench.latency import ROUNDS, Candidate, Comparison, Race, measure
+from lora_export.bench.results import Variant
+from lora_export.bench.warm_up import RULE
+from lora_export.bench.workloads import workload_inputs
+from lora_export.export.plan import Request
 from lora_export.pipeline import ExportOptions, export
-from lora_export.plan import Request
 from lora_export.runtime.adapter_session import AdapterSession
-from lora_export.verify.bench_results import Variant
-from lora_export.verify.intervals import paired_ratio
-from lora_export.verify.latency import ROUNDS, Candidate, Comparison, Race, measure
-from lora_export.verify.results import Verdict
-from lora_export.verify.warm_up import RULE
-from lora_export.verify.workloads import workload_inputs
+from lora_export.verdict import Verdict
 
 _MODEL = LlamaShape(2, 256, 704, heads=4, kv_heads=4, head_dim=64, vocab=1000, dtype="float32")
 _SHAPE = (1, 16, 0)

@@ -27,12 +27,13 @@ from results import RESULTS, write_json
 from trained_adapters import make_adapter
 
 from lora_export.artifact import versions
+from lora_export.check.context import CheckOptions
+from lora_export.check.results import CheckReport
 from lora_export.errors import InputRefused
+from lora_export.export.plan import Request
+from lora_export.integrity.sources import SourceOverrides
 from lora_export.pipeline import ExportOptions, check, export
-from lora_export.plan import Request
-from lora_export.sources import SourceOverrides
-from lora_export.verify.check_results import CheckReport
-from lora_export.verify.results import Verdict
+from lora_export.verdict import Verdict
 
 RESULT = RESULTS / "matrix.json"
 MODES = ("merge", "dynamic")
@@ -122,7 +123,7 @@ def _run(name: str, option: AdapterOption, base: Path, folder: Path, mode: str) 
     chosen = tuple((str(path), None) for path in (adapters[:1] if mode == "merge" else adapters))
     export(Request(str(base), chosen, mode, CATALOGUE[name].task, option.dtype, "cpu"), ExportOptions(folder / mode))
     merged = folder / "merge" if mode == "dynamic" and (folder / "merge").is_dir() else None
-    report, _ = check(folder / mode, SourceOverrides(), provider="cpu", merged=merged)
+    report, _ = check(folder / mode, SourceOverrides(), CheckOptions(provider="cpu", merged=merged))
     return report
 
 

@@ -13,7 +13,7 @@ from sound_exports import SoundExport
 from subjects import DTYPES
 
 from lora_export.artifact import versions
-from lora_export.verify.check_results import ParityCase
+from lora_export.check.results import ParityCase
 
 RESULT = RESULTS / "mutations.json"
 EVERY = (*DAMAGES, *GRAPH_DAMAGES)

@@ -43,9 +43,9 @@ from trained_adapters import make_adapter
 from wrong_exports import write_values
 
 from lora_export.artifact import Kind, read_manifest
+from lora_export.check.results import CheckReport
 from lora_export.errors import InputRefused, LoraExportError
-from lora_export.verify.check_results import CheckReport
-from lora_export.verify.results import Verdict
+from lora_export.verdict import Verdict
 
 _RANKS = (3, 6)
 N_SOUND = 200

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lora_export.verify.environment import environment
+from lora_export.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 

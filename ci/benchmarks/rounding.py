@@ -18,7 +18,8 @@ import torch
 import transformers
 
 from lora_export.artifact import versions
-from lora_export.plan import Request, make_plan, resolve
+from lora_export.export.plan import Request, make_plan
+from lora_export.export.resolve import resolve
 from lora_export.quiet import quiet
 
 RESULTS = Path(__file__).parent / "results" / "rounding.json"

@@ -23,14 +23,14 @@ from random_models import Head, LlamaShape, write_adapter, write_llama
 from results import RESULTS, Target, heading, host_kind, provenance, table, target_table, write_json
 
 from lora_export.artifact import read_manifest
+from lora_export.bench.intervals import verdict
+from lora_export.bench.latency import Candidate, Race, measure
+from lora_export.bench.plan import candidates, compared_with_base
+from lora_export.bench.results import Ratio, Workload
+from lora_export.bench.workloads import workload_inputs
+from lora_export.export.plan import Request
 from lora_export.pipeline import ExportOptions, export
-from lora_export.plan import Request
 from lora_export.runtime.adapter_session import AdapterSession
-from lora_export.verify.bench_plan import candidates, compared_with_base
-from lora_export.verify.bench_results import Ratio, Workload
-from lora_export.verify.intervals import verdict
-from lora_export.verify.latency import Candidate, Race, measure
-from lora_export.verify.workloads import workload_inputs
 
 _N_ADAPTERS, _RANK, _N_LABELS = 16, 8, 4
 _SHAPE = LlamaShape(4, 1024, 2816, heads=16, kv_heads=16, head_dim=64, vocab=32000, dtype="float32")

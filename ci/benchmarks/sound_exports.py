@@ -14,7 +14,7 @@ from trained_adapters import make_adapter
 
 from lora_export.artifact import Kind
 from lora_export.errors import LoraExportError
-from lora_export.verify.results import Verdict
+from lora_export.verdict import Verdict
 
 # Of the noise that stands for a training: a change of a weight of a few percent of its size, to one as large as it.
 _STRENGTHS = (0.003, 0.1)

@@ -15,11 +15,12 @@ from adapter_values import Arrays
 from architectures import CATALOGUE, Architecture
 
 from lora_export.artifact import REPORTS, Kind
+from lora_export.check.context import CheckOptions
+from lora_export.check.results import CheckReport
 from lora_export.errors import LoraExportError
+from lora_export.export.plan import Request
+from lora_export.integrity.sources import SourceOverrides
 from lora_export.pipeline import ExportOptions, check, export
-from lora_export.plan import Request
-from lora_export.sources import SourceOverrides
-from lora_export.verify.check_results import CheckReport
 
 DTYPES = ("float32", "float16", "bfloat16")
 KINDS = tuple(Kind)
@@ -100,7 +101,7 @@ def export_subject(subject: Subject, base: Path, adapters: Sequence[Path], folde
 def checked(folder: Path) -> CheckReport | LoraExportError:
     """What `check` says of the export in `folder`: its report, or its refusal."""
     try:
-        return check(folder, SourceOverrides(), provider="cpu")[0]
+        return check(folder, SourceOverrides(), CheckOptions(provider="cpu"))[0]
     except LoraExportError as error:
         return error
 

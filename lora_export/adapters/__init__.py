@@ -1,0 +1,19 @@
+"""A trained adapter on its base: reading, mathematics, packing, what is supported. No ONNX graph.
+
+    support.py         the one table: each option merged, served as inputs, or refused
+    folder.py          an adapter's folder, headers only
+    header.py          rank and scale in a safetensors header
+    factors.py         a trained adapter as values, and its mathematics
+    merging.py         what adapters do to one parameter, and their weighted sum
+    initialization.py  starts that changed the base, undone
+    peft_reader.py     PEFT loads the adapter; what it resolved is read
+    peft_pairs.py      the pairs in PEFT's layers
+    peft_layer.py      a layer merged by PEFT's own code
+    pack.py            an adapter as the named tensors of a dynamic graph
+    foreign.py         adapters that PEFT did not save, as PEFT folders
+    dialects.py        their formats
+    module_names.py    their names, found in the base
+    peft_writer.py     adapter_config.json of known pairs
+
+Imports artifact, base, carried, contract, errors.
+"""

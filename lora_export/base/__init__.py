@@ -1,0 +1,16 @@
+"""A base checkpoint: reading, tasks, the weightless model, its trace. The only room that calls torch.onnx.
+
+    stored.py      JSON and safetensors of a folder
+    quantized.py   whether its weights are quantized
+    checkpoint.py  a base's folder, and what it holds of a model
+    conversion.py  which stored tensors make a parameter
+    recipe.py      how a stored weight is made, as data
+    tasks.py       the tasks: class, inputs, outputs
+    weightless.py  a model without weights
+    sample.py      what a model is traced with
+    seq2seq.py     the three graphs of an encoder-decoder
+    trace.py       the trace of a weightless model
+    decompose.py   torch.onnx made to decompose operator by operator
+
+Imports contract, errors, quiet.
+"""

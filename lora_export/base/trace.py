@@ -15,13 +15,13 @@ import onnx_ir as ir
 import torch
 
 from lora_export.base.decompose import decomposed_by_operator
+from lora_export.base.recipe import RECIPE, Recipe
 from lora_export.base.sample import Sample
 from lora_export.base.seq2seq import seq2seq_sample
 from lora_export.base.tasks import SEQ2SEQ, Task, cache_argument, is_dual_encoder, text_input_names
 from lora_export.contract import SINGLE
 from lora_export.errors import EnvironmentUnusable, some_of
 from lora_export.quiet import quiet
-from lora_export.recipe import RECIPE, Recipe
 
 # Sample sizes of the trace. Different from each other and from usual model sizes, so that none is taken for another.
 _BATCH, _SEQUENCE, _PAST = 2, 7, 5

@@ -1,0 +1,16 @@
+"""Passes over an onnx-ir model, and the graph as it is written. The only room with onnx-ir beside base.trace.
+
+    sites.py               the nodes that compute a module
+    tape.py                insert nodes, and restore the axis of rows
+    adapter_inputs.py      give a traced graph its adapter inputs
+    linear_inputs.py       those of linear modules
+    embedding_inputs.py    those of embeddings
+    convolution_inputs.py  those of convolutions
+    unbound.py             initializers without a value
+    fuse.py                optimize and fuse for a provider
+    cache.py               finished graphs, kept
+    bind.py                write graphs with their weights
+    module_values.py       find modules in a written graph, and look into it
+
+Imports base, contract, errors, quiet.
+"""

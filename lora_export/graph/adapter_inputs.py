@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.base.recipe import RECIPE, Recipe
 from lora_export.contract import GATE_INPUT, AdapterInput, AdapterInputKind
 from lora_export.graph.convolution_inputs import (
     add_convolution_bias,
@@ -36,7 +37,6 @@ from lora_export.graph.convolution_inputs import (
 from lora_export.graph.embedding_inputs import add_embedding_pair, add_token_inputs, find_embeddings
 from lora_export.graph.linear_inputs import add_bias_input, add_pair, has_bias, replace_linear, uses_of_bias
 from lora_export.graph.sites import Site, find_sites
-from lora_export.recipe import RECIPE, Recipe
 
 ROWS, GATE_LENGTH = "rows", "gate_length"
 _PAIR = (AdapterInputKind.LORA_A, AdapterInputKind.LORA_B)

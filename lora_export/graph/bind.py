@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.base.recipe import Recipe
 from lora_export.contract import AdapterInput, StoredDefault, data_file, graph_file
 from lora_export.graph.sites import NAME_SCOPES
 from lora_export.graph.unbound import unbound
-from lora_export.recipe import Recipe
 
 # Pages on every platform that serves; ONNX Runtime maps external data when tensors start on one.
 _ALIGNMENT = 4096

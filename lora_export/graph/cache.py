@@ -32,9 +32,8 @@ def cache_key(facts: Mapping[str, object]) -> str:
 
 def _code_digest() -> str:
     package = Path(__file__).parent.parent
-    files = sorted(
-        [*package.glob("base/*.py"), *package.glob("graph/*.py"), package / "finished_graph.py", package / "recipe.py"]
-    )
+    rooms = [path for room in ("base", "graph") for path in (package / room).glob("*.py")]
+    files = sorted([*rooms, package / "export" / "graphs.py", package / "contract.py"])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

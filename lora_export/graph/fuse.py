@@ -13,9 +13,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
+from lora_export.base.recipe import Recipe
 from lora_export.graph.unbound import is_matrix_transpose, prepare_weights, recipe_of, set_recipe
 from lora_export.quiet import quiet
-from lora_export.recipe import Recipe
 
 
 def fuse(model: ir.Model, provider: str) -> ir.Model:

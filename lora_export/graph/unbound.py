@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
-from lora_export.recipe import RECIPE, Recipe
+from lora_export.base.recipe import RECIPE, Recipe
 
 
 def recipe_of(value: ir.Value) -> Recipe | None:

@@ -1,13 +1,27 @@
-"""What people and programs read of a `check` or a `bench`: pure functions of the values in `verify.results`.
+"""What people and programs read of a result: pure functions of frozen values, free of torch and onnxruntime.
 
-`format`       numbers and names as text, the same way everywhere
-`summary`      headline, one-sentence summary and findings of a report
-`tables`       tables of text cells; filled by `check_tables`, `layer_tables`, `bench_tables` and `provenance`
-`svg`          axes, rows and marks of the inline plots; drawn on by `check_plots` and `bench_plots`
-`as_json`, `text`, `markdown`, `junit`, `html`  one renderer each; `templates/` holds the HTML, `schema/` what the
-              JSON looks like
-`github`      annotations on a run of GitHub Actions
-`write`        all of them into a folder
+    write.py           all renderings into a folder
+    as_json.py         for programs, by a published schema
+    html.py            one self-contained page
+    text.py            a terminal
+    markdown.py        a CI job's summary
+    junit.py           JUnit XML
+    github.py          annotations of GitHub Actions
+    summary.py         headline, key figures, findings
+    gates.py           what an allowance limits
+    tables.py          tables as text cells
+    check_tables.py    those of a check
+    layer_tables.py    the error by layer
+    bench_tables.py    those of a bench
+    provenance.py      what was examined, and where
+    check_plots.py     the plot of a check
+    bench_plots.py     the plots of a bench
+    curves.py          curves on a logarithmic axis
+    svg.py             axes, rows and marks
+    extract_html.py    the report of an extract
+    extract_tables.py  its tables
+    extract_text.py    it on a terminal
+    format.py          numbers and names as text
 
-A renderer imports neither PyTorch nor ONNX Runtime, so a stored report can be rendered anywhere.
+Imports bench, check, contract, extract, verdict.
 """

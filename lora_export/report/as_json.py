@@ -6,8 +6,8 @@ import json
 import math
 from importlib.resources import files
 
-from lora_export.verify.bench_results import BenchReport
-from lora_export.verify.check_results import CheckReport
+from lora_export.bench.results import BenchReport
+from lora_export.check.results import CheckReport
 
 Report = CheckReport | BenchReport
 

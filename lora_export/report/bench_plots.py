@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
+from lora_export.bench.results import BenchReport, Ratio, Variant, Workload
 from lora_export.report import format as fmt
 from lora_export.report.gates import ratio_name
 from lora_export.report.summary import MARKS
 from lora_export.report.svg import Axis, Plot
-from lora_export.verify.bench_results import BenchReport, Ratio, Variant, Workload
-from lora_export.verify.results import Verdict
+from lora_export.verdict import Verdict
 
 MOST_DOTS = 120
 # An axis that showed every straggler would squeeze what there is to see.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
+from lora_export.bench.results import BenchReport, Placement, Ratio, Workload
 from lora_export.contract import SINGLE
 from lora_export.report import format as fmt
 from lora_export.report.gates import SWAP_NAMES, memory_name, ratio_name
 from lora_export.report.tables import Cell, Column, Row, Table, fraction, verdict_cell
-from lora_export.verify.bench_results import BenchReport, Placement, Ratio, Workload
-from lora_export.verify.results import Verdict
+from lora_export.verdict import Verdict
 
 _SHOWN_KINDS = 4
 

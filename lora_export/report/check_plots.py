@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TypeGuard
 
+from lora_export.check.results import CheckReport, ParityCase
 from lora_export.report import format as fmt
 from lora_export.report.check_tables import cases_by_group
 from lora_export.report.summary import MARKS, case_verdict
 from lora_export.report.svg import Axis, Plot
-from lora_export.verify.check_results import CheckReport, ParityCase
 
 _DESCRIPTION = (
     "Dot plot on a logarithmic scale with one row for each comparison: the largest error as a dot, the largest effect "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from lora_export.check.judge.tolerances import MEASURES, limits_from_below
+from lora_export.check.results import CheckReport, ParityCase
 from lora_export.report import format as fmt
 from lora_export.report.summary import case_verdict
 from lora_export.report.tables import Cell, Column, Row, Table, verdict_cell
-from lora_export.verify.check_results import CheckReport, ParityCase
-from lora_export.verify.tolerances import MEASURES, limits_from_below
 
 _GROUPS = {
     "base": "Base without an adapter",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from lora_export.extraction.results import ExtractReport
+from lora_export.extract.results import ExtractReport
 from lora_export.report import extract_tables as tables
 from lora_export.report.as_json import render_json
 from lora_export.report.html import _templates

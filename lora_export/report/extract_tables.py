@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lora_export.extraction.results import ExtractReport, ModuleResult
+from lora_export.extract.results import ExtractReport, ModuleResult
 from lora_export.report import format as fmt
 from lora_export.report.curves import Curve, curve_plot
 from lora_export.report.tables import Cell, Column, Row, Table, fraction

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_export.extraction.results import ExtractReport
+from lora_export.extract.results import ExtractReport
 from lora_export.report import extract_tables as tables
 from lora_export.report import format as fmt
 from lora_export.report.tables import Table

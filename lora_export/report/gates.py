@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lora_export.bench.results import BenchReport, Memory, Ratio, Swap, Workload
 from lora_export.report import format as fmt
-from lora_export.verify.bench_results import BenchReport, Memory, Ratio, Swap, Workload
-from lora_export.verify.results import Verdict
+from lora_export.verdict import Verdict
 
 SWAP_NAMES = {"bound": "held by the session", "loaded": "read from its file first"}
 MEMORY_PLACES = {"process": "in the process", "device": "on the GPU"}

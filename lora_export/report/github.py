@@ -6,11 +6,11 @@ and `ActionCommand.cs` of actions/runner. GitHub shows ten annotations of a step
 
 from __future__ import annotations
 
+from lora_export.check.results import CheckReport
 from lora_export.report import summary
 from lora_export.report.as_json import Report
 from lora_export.report.summary import Finding
-from lora_export.verify.check_results import CheckReport
-from lora_export.verify.results import Verdict
+from lora_export.verdict import Verdict
 
 MOST_ANNOTATIONS = 10
 _COMMANDS = {Verdict.FAIL: "error", Verdict.AMBIGUOUS: "warning"}

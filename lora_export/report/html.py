@@ -8,6 +8,8 @@ from jinja2 import Environment as Templates
 from jinja2 import PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lora_export.bench.results import BenchReport
+from lora_export.check.results import CheckReport
 from lora_export.report import format as fmt
 from lora_export.report import gates, summary
 from lora_export.report import layer_tables as layers
@@ -29,8 +31,6 @@ from lora_export.report.provenance import (
     size_table,
     subject_facts,
 )
-from lora_export.verify.bench_results import BenchReport
-from lora_export.verify.check_results import CheckReport
 
 
 def render_check_html(report: CheckReport) -> str:

@@ -13,14 +13,14 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 
+from lora_export.bench.results import BenchReport, Ratio, Variant, Workload
+from lora_export.check.results import CheckReport, ParityCase
 from lora_export.report import format as fmt
 from lora_export.report import gates, summary
 from lora_export.report.as_json import Report
 from lora_export.report.layer_tables import reproduction_sentences, where_sentences
 from lora_export.report.provenance import environment_facts, subject_facts
-from lora_export.verify.bench_results import BenchReport, Ratio, Variant, Workload
-from lora_export.verify.check_results import CheckReport, ParityCase
-from lora_export.verify.results import Verdict
+from lora_export.verdict import Verdict
 
 # Neither may stand in XML 1.0, and `fmt.plain` lets them pass.
 _NOT_XML = re.compile("[\ufffe\uffff]")

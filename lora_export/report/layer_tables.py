@@ -6,12 +6,12 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from lora_export.check.divergence_results import ComparedValue, Divergence, LayerErrors
+from lora_export.check.results import CheckReport
 from lora_export.report import format as fmt
 from lora_export.report.curves import Curve, curve_plot
 from lora_export.report.tables import Cell, Column, Row, Table, fraction, verdict_cell
-from lora_export.verify.check_results import CheckReport
-from lora_export.verify.divergence_results import ComparedValue, Divergence, LayerErrors
-from lora_export.verify.results import Verdict
+from lora_export.verdict import Verdict
 
 _TITLE = "Error by layer"
 _SUMMARY = "Error by layer, in short"

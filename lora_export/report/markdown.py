@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import re
 
+from lora_export.bench.results import BenchReport
+from lora_export.check.results import CheckReport
 from lora_export.report import format as fmt
 from lora_export.report import gates, summary
 from lora_export.report.as_json import Report
@@ -14,9 +16,7 @@ from lora_export.report.layer_tables import divergence_table, layer_summary, rep
 from lora_export.report.provenance import against_facts, environment_facts, subject_facts
 from lora_export.report.summary import MARKS, Finding
 from lora_export.report.tables import Cell, Table
-from lora_export.verify.bench_results import BenchReport
-from lora_export.verify.check_results import CheckReport
-from lora_export.verify.results import Environment, Subject, Verdict
+from lora_export.verdict import Environment, Subject, Verdict
 
 _SYNTAX = re.compile(r"([\\`*_{}\[\]|~#])")
 

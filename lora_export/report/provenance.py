@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_export.report import format as fmt
 from lora_export.report.tables import Cell, Column, Row, Table, fraction
-from lora_export.verify.results import Environment, Subject
+from lora_export.verdict import Environment, Subject
 
 
 def size_table(subject: Subject) -> Table:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from lora_export.bench.results import BenchReport, Workload
+from lora_export.check.results import CheckReport, ParityCase
 from lora_export.report import format as fmt
 from lora_export.report.gates import SWAP_NAMES, bench_gates
 from lora_export.report.layer_tables import where_sentences
-from lora_export.verify.bench_results import BenchReport, Workload
-from lora_export.verify.check_results import CheckReport, ParityCase
-from lora_export.verify.results import Verdict
+from lora_export.verdict import Verdict
 
 # Shown beside the word, so that no verdict is told by colour alone.
 MARKS = {Verdict.PASS: "✓", Verdict.FAIL: "✕", Verdict.AMBIGUOUS: "?", Verdict.NOT_GATED: "·"}

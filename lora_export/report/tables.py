@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lora_export.report import format as fmt
-from lora_export.verify.results import Verdict
+from lora_export.verdict import Verdict
 
 
 @dataclass(frozen=True)

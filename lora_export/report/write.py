@@ -6,12 +6,12 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
+from lora_export.check.divergence_results import ARRAYS, SCRIPT
+from lora_export.check.results import CheckReport
 from lora_export.report.as_json import Report, file_name, render_json
 from lora_export.report.html import render_bench_html, render_check_html
 from lora_export.report.junit import render_bench_junit, render_check_junit
 from lora_export.report.markdown import render_bench_markdown, render_check_markdown
-from lora_export.verify.check_results import CheckReport
-from lora_export.verify.divergence_results import ARRAYS, SCRIPT
 
 
 def write_reports(report: Report, folder: Path) -> dict[str, Path]:

@@ -1,0 +1,15 @@
+"""Run an export with onnxruntime and numpy only; nothing else need be installed.
+
+    session.py          an ONNX Runtime session on a provider that is really used
+    adapter_session.py  `AdapterSession`
+    seq2seq_session.py  `Seq2SeqSession`
+    bank.py             the adapters of a graph at one moment
+    stacking.py         the adapters of a batch's rows as inputs
+    adapter_file.py     an .onnx_adapter file
+    invocation.py       where an activated LoRA is active
+    generate.py         greedy generation
+    arrays.py           NumPy arrays to ONNX Runtime values
+    intermediates.py    values inside a graph
+
+Imports artifact, contract, errors.
+"""

@@ -14,10 +14,12 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from peft import LoraConfig, PeftModel
 
+from lora_export.check.context import CheckOptions
 from lora_export.errors import InputRefused
+from lora_export.export.plan import Request, make_plan
+from lora_export.export.resolve import resolve
+from lora_export.integrity.sources import SourceOverrides
 from lora_export.pipeline import ExportOptions, check, export
-from lora_export.plan import Request, make_plan, resolve
-from lora_export.sources import SourceOverrides
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PATTERNS = st.sampled_from((*LINEAR, "layers.0.self_attn.q_proj", r".*\.1\..*", "mlp.up_proj", "^model.layers.1.mlp.*"))
@@ -78,7 +80,7 @@ def test_a_resized_vocabulary_is_merged_at_its_new_size(bases, tmp_path):
         torch.testing.assert_close(resolved.source.parameter(name, torch.float32), merged[name], atol=1e-5, rtol=0)
     export(request, ExportOptions(tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == before + 6
-    report, _ = check(tmp_path / "out", SourceOverrides(), n_rows=8)
+    report, _ = check(tmp_path / "out", SourceOverrides(), CheckOptions(n_rows=8))
     assert {case.name: case.failures for case in report.cases if case.failures} == {}
 
 

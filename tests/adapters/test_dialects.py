@@ -13,8 +13,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import adapter as tiny_adapter
 
+from lora_export.adapters.foreign import peft_folder
+from lora_export.check.context import CheckOptions
 from lora_export.errors import InputRefused
-from lora_export.foreign import peft_folder
 
 KEY = "base_model.model."
 OPTIONS = {
@@ -97,8 +98,8 @@ def write_mlx(folder: Path, pairs, scale: float, rank: int, base: Path, **settin
 
 
 def packed(bases, base: str, adapter: Path, out: Path) -> bytes:
+    from lora_export.export.plan import Request
     from lora_export.pipeline import ExportOptions, export
-    from lora_export.plan import Request
 
     export(Request(str(bases[base]), ((str(adapter), "mine"),), "dynamic"), ExportOptions(out))
     return (out / "adapters/mine.onnx_adapter").read_bytes()
@@ -160,30 +161,33 @@ def test_scales_are_what_the_format_means(write, scale, bases, adapters, tmp_pat
 
 def test_an_export_of_another_format_is_checked_and_its_source_is_the_users_file(bases, trained, tmp_path):
     from lora_export.artifact import read_manifest, sha256_of
+    from lora_export.export.plan import Request
+    from lora_export.integrity.sources import SourceOverrides
     from lora_export.pipeline import ExportOptions, check, export
-    from lora_export.plan import Request
-    from lora_export.sources import SourceOverrides
 
     file = write_kohya(tmp_path / "k", pairs_of(trained["bert"]), lambda module: scale_of("bert", module))
     export(Request(str(bases["bert"]), ((str(file), None),), "dynamic"), ExportOptions(tmp_path / "out"))
     record = read_manifest(tmp_path / "out").adapters[0]
     assert (record.name, record.source.given) == ("mine", str(file))
     assert record.source.files == {"mine.safetensors": sha256_of(file)} and record.scales == (0.5,)
-    report, _ = check(tmp_path / "out", SourceOverrides(), provider="cpu")
+    report, _ = check(tmp_path / "out", SourceOverrides(), CheckOptions(provider="cpu"))
     assert report.verdict == "pass", [case.failures for case in report.cases]
     moved = file.rename(tmp_path / "mine.safetensors")
     with pytest.raises(InputRefused, match="adapter is not where it was"):
-        check(tmp_path / "out", SourceOverrides(), provider="cpu")
-    assert check(tmp_path / "out", SourceOverrides(adapters={"mine": str(moved)}), provider="cpu")[0].verdict == "pass"
+        check(tmp_path / "out", SourceOverrides(), CheckOptions(provider="cpu"))
+    assert (
+        check(tmp_path / "out", SourceOverrides(adapters={"mine": str(moved)}), CheckOptions(provider="cpu"))[0].verdict
+        == "pass"
+    )
     write_kohya(tmp_path / "other", pairs_of(trained["bert"]), None).rename(moved)
     with pytest.raises(InputRefused, match="adapter is not the one that was exported"):
-        check(tmp_path / "out", SourceOverrides(adapters={"mine": str(moved)}), provider="cpu")
+        check(tmp_path / "out", SourceOverrides(adapters={"mine": str(moved)}), CheckOptions(provider="cpu"))
 
 
 def test_one_more_adapter_of_another_format_is_added(bases, trained, adapters, tmp_path):
+    from lora_export.export.plan import Request
+    from lora_export.integrity.sources import SourceOverrides
     from lora_export.pipeline import ExportOptions, add_adapter, export
-    from lora_export.plan import Request
-    from lora_export.sources import SourceOverrides
 
     out = tmp_path / "out"
     export(Request(str(bases["bert"]), ((str(trained["bert"]), "peft"),), "dynamic"), ExportOptions(out))
@@ -194,7 +198,7 @@ def test_one_more_adapter_of_another_format_is_added(bases, trained, adapters, t
 
 
 def test_mlx_records_its_base(bases, adapters, tmp_path):
-    from lora_export.plan import Request, make_plan
+    from lora_export.export.plan import Request, make_plan
 
     mlx = write_mlx(tmp_path / "mlx", pairs_of(adapters["chat"]), 2.0, 4, bases["llama"])
     plan = make_plan(Request(None, ((str(mlx), None),), "dynamic"))
@@ -334,8 +338,8 @@ def test_a_peft_folder_is_left_as_it_is(adapters):
 
 
 def test_inspect_names_the_format(bases, adapters, tmp_path):
-    from lora_export.cli_text import inspect_text
-    from lora_export.inspection import inspect_path
+    from lora_export.cli.text import inspect_text
+    from lora_export.export.describe import inspect_path
 
     pairs = pairs_of(adapters["chat"])
     kohya = inspect_path(str(write_kohya(tmp_path / "k", pairs, None)))

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_export.adapters.header import KEY, HeaderOptions
 from lora_export.errors import InputRefused
-from lora_export.plan import Request, make_plan, resolve
+from lora_export.export.plan import Request, make_plan
+from lora_export.export.resolve import resolve
 
 QUERY, VALUE = (f"encoder.layer.1.attention.self.{name}" for name in ("query", "value"))
 

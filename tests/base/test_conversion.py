@@ -18,8 +18,8 @@ from lora_export.base.conversion import Converted
 from lora_export.base.tasks import Task
 from lora_export.base.weightless import build_weightless
 from lora_export.errors import InputRefused
+from lora_export.export.plan import Request
 from lora_export.pipeline import ExportOptions, export
-from lora_export.plan import Request
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24, "vocab_size": 40}
 # Twelve experts, so that the order of names is not the order of numbers.

@@ -14,7 +14,8 @@ from lora_export.base.checkpoint import Checkpoint, Located, checkpoint_names
 from lora_export.base.tasks import Task
 from lora_export.base.weightless import build_weightless
 from lora_export.errors import InputRefused
-from lora_export.plan import Request, make_plan, resolve
+from lora_export.export.plan import Request, make_plan
+from lora_export.export.resolve import resolve
 
 QUERY = "model.layers.0.self_attn.q_proj"
 

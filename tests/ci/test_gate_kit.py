@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_export.cli import main
+from lora_export.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 GITHUB, GITLAB = ROOT / "ci/github/lora-export-gate.yml", ROOT / "ci/gitlab/lora-export-gate.yml"
@@ -165,7 +165,7 @@ def test_gitlab_passes_the_arguments_on(stub):
 def test_gitlab_s_gate_on_a_real_export(bases, adapters, tmp_path):
     """The job's own script with the real command, on the CPU: reports where the artifacts are taken from."""
     job = load(GITLAB)["lora-export-gate"]
-    (tmp_path / "lora-export").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lora_export.cli "$@"\n')
+    (tmp_path / "lora-export").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lora_export.cli.main "$@"\n')
     (tmp_path / "lora-export").chmod(0o755)
     variables = {name: str(value) for name, value in job["variables"].items() if "$" not in str(value)}
     variables |= {"LORA_EXPORT_BASE": str(bases["classifier"]), "LORA_EXPORT_ADAPTERS": str(adapters["plain"])}

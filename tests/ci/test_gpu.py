@@ -40,8 +40,8 @@ def stub(tmp_path: Path) -> Path:
 echo "$*" >> "$LOG"
 case "$*" in
   samples/tiny_decoder.py*) mkdir -p "$WORK/decoder-adapters/"{legal,shout} ;;
-  "-m lora_export.cli check "*) mkdir -p "$4/reports"; echo "{}" > "$4/reports/check.json"; exit "$CHECK" ;;
-  "-m lora_export.cli bench "*) echo "{}" > "$4/reports/bench.json" ;;
+  "-m lora_export.cli.main check "*) mkdir -p "$4/reports"; echo "{}" > "$4/reports/check.json"; exit "$CHECK" ;;
+  "-m lora_export.cli.main bench "*) echo "{}" > "$4/reports/bench.json" ;;
   ci/gpu_questions.py*) exit "$QUESTIONS" ;;
 esac
 """)
@@ -63,7 +63,7 @@ def test_the_script_checks_and_times_every_export_on_cuda(stub):
     code, log = run_script(stub)
     assert code == 0
     for command in ("check", "bench"):
-        calls = [line for line in log if line.startswith(f"-m lora_export.cli {command} ")]
+        calls = [line for line in log if line.startswith(f"-m lora_export.cli.main {command} ")]
         assert len(calls) == 6 and all("--provider cuda" in call for call in calls)
     exported = [line for line in log if re.search(r"cli (dynamic|merge) .*--provider cuda --dtype float(32|16)", line)]
     assert len(exported) == 6
@@ -78,7 +78,7 @@ def test_the_script_s_exit_codes(stub):
     assert code == 4 and not any("cli bench" in line for line in log)
     (stub.parent / "log").unlink()
     code, log = run_script(stub, questions=4)
-    assert code == 4 and not any("lora_export.cli" in line for line in log)
+    assert code == 4 and not any("lora_export.cli.main" in line for line in log)
 
 
 @pytest.mark.skipif(cuda_problem() is None, reason="CUDA is usable here")

@@ -9,12 +9,9 @@ import time
 from itertools import combinations
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "ci/benchmarks"))
-
 import latency_gate
 import naive_methods
+import pytest
 from readme_tables import table_in_readme
 
 RESULT = Path(__file__).parents[2] / "ci/benchmarks/results/latency-gate.json"

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import pytest
-
-from lora_export.errors import InputRefused
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "ci/benchmarks"))
-
 import matrix
+import pytest
 from adapter_options import MERGED, OPTIONS, REFUSED, SERVED, AdapterOption, lora
 from architectures import CATALOGUE, make_base
 from readme_tables import table_in_readme
+
+from lora_export.errors import InputRefused
 
 FEW = {
     "BERT, features": ("lora", "rank_pattern", "modules_to_save"),

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "ci/benchmarks"))
-
 import mutation_results
 import mutations
+import numpy as np
+import pytest
 import sound_exports
 from adapter_options import OPTIONS
 from adapter_values import read_trained
@@ -26,7 +22,7 @@ from trained_adapters import make_adapter
 from wrong_exports import write_values
 
 from lora_export.artifact import Kind
-from lora_export.verify.check_results import ParityCase
+from lora_export.check.results import ParityCase
 
 BY_NAME = {option.name: option for option in OPTIONS}
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 
+from lora_export.export.plan import Request
 from lora_export.pipeline import ExportOptions, export
-from lora_export.plan import Request
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("LORA_EXPORT_GENAI_PYTHON", ROOT / ".venv-genai/bin/python"))

@@ -11,10 +11,10 @@ import onnx_ir as ir
 import pytest
 
 from lora_export.artifact import read_manifest
+from lora_export.base.recipe import Recipe
 from lora_export.contract import AdapterInputKind
 from lora_export.graph.bind import write_graphs
 from lora_export.graph.unbound import set_recipe
-from lora_export.recipe import Recipe
 
 N = 600  # a square float32 weight of over a megabyte
 

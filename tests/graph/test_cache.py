@@ -39,7 +39,7 @@ def test_a_hit_gives_the_same_bytes_and_a_damaged_graph_is_built_again(export_he
     def no_trace(*args: object) -> None:
         raise AssertionError("the trace was made again")
 
-    monkeypatch.setattr("lora_export.finished_graph.trace", no_trace)
+    monkeypatch.setattr("lora_export.export.graphs.trace", no_trace)
     assert export() == cold, "a cache hit differs"
     finished = max(kept, key=lambda name: (folder / name).stat().st_mtime_ns)
     (folder / finished).write_bytes(kept[finished][: len(kept[finished]) // 2])

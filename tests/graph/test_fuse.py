@@ -8,10 +8,10 @@ import onnxruntime as ort
 import pytest
 import safetensors.torch
 
+from lora_export.base.recipe import RECIPE, Recipe
 from lora_export.graph.bind import write_graphs
 from lora_export.graph.fuse import pack_siblings, read_tied_weights_transposed
 from lora_export.graph.unbound import prepare_weights, recipe_of, unbound
-from lora_export.recipe import RECIPE, Recipe
 
 WIDTHS = {"q": 6, "k": 4, "v": 2}
 

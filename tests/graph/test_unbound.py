@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.base.recipe import Recipe
 from lora_export.contract import AdapterInput, AdapterInputKind
 from lora_export.graph.adapter_inputs import attach_defaults
 from lora_export.graph.unbound import (
@@ -16,7 +17,6 @@ from lora_export.graph.unbound import (
     set_recipe,
     unbound,
 )
-from lora_export.recipe import Recipe
 
 
 def model_with_an_adapter_input() -> tuple[ir.Model, tuple[AdapterInput, ...]]:

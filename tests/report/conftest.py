@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from lora_export.verify.bench_results import BenchReport, Memory, Placement, Ratio, Swap, Variant, WarmUp, Workload
-from lora_export.verify.check_results import CheckReport, ParityCase, Rounding
-from lora_export.verify.divergence_results import ComparedValue, Divergence, LayerErrors, Reproduction
-from lora_export.verify.results import Environment, Subject, Verdict
-from lora_export.verify.tolerances import tolerances
+from lora_export.bench.results import BenchReport, Memory, Placement, Ratio, Swap, Variant, WarmUp, Workload
+from lora_export.check.divergence_results import ComparedValue, Divergence, LayerErrors, Reproduction
+from lora_export.check.judge.tolerances import tolerances
+from lora_export.check.results import CheckReport, ParityCase, Rounding
+from lora_export.verdict import Environment, Subject, Verdict
 
 GATES = tolerances("float32", "cpu", {"kl": 1e-6}).gates
 HOSTILE = "<script>alert('x')</script> & \"a|b\""

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from lora_export.bench.results import BenchReport
+from lora_export.check.results import CheckReport
 from lora_export.report.github import annotations
 from lora_export.report.layer_tables import where_sentences
-from lora_export.verify.bench_results import BenchReport
-from lora_export.verify.check_results import CheckReport
-from lora_export.verify.results import Verdict
+from lora_export.verdict import Verdict
 
 
 def _parsed(command: str) -> tuple[str, str, str]:

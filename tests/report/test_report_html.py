@@ -11,11 +11,11 @@ from itertools import pairwise
 
 import pytest
 
+from lora_export.bench.results import BenchReport
+from lora_export.check.results import CheckReport
 from lora_export.report import bench_tables, check_tables, provenance
 from lora_export.report.html import render_bench_html, render_check_html
 from lora_export.report.tables import Table
-from lora_export.verify.bench_results import BenchReport
-from lora_export.verify.check_results import CheckReport
 
 REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench", "compared_bench")
 VOID = {"meta", "link", "br", "img", "input", "hr"}

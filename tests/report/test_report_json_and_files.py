@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from lora_export.bench.results import BenchReport
+from lora_export.check.results import CheckReport
 from lora_export.report import write
 from lora_export.report.as_json import file_name, render_json
 from lora_export.report.write import write_reports
-from lora_export.verify.bench_results import BenchReport
-from lora_export.verify.check_results import CheckReport
 
 
 def _no_constant(name: str) -> None:

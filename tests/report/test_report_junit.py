@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from junitparser import Failure, JUnitXml, Skipped
 
+from lora_export.bench.results import BenchReport
+from lora_export.check.results import CheckReport
 from lora_export.report.junit import render_bench_junit, render_check_junit
-from lora_export.verify.bench_results import BenchReport
-from lora_export.verify.check_results import CheckReport
-from lora_export.verify.results import Verdict
+from lora_export.verdict import Verdict
 
 REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench", "compared_bench")
 

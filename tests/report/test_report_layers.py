@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 
+from lora_export.check.divergence_results import Divergence
+from lora_export.check.results import CheckReport
 from lora_export.report import layer_tables
 from lora_export.report.as_json import render_json
 from lora_export.report.html import render_check_html
 from lora_export.report.markdown import render_check_markdown
 from lora_export.report.text import render_check_text
-from lora_export.verify.check_results import CheckReport
-from lora_export.verify.divergence_results import Divergence
 
 
 def test_every_module_stands_in_the_page_and_in_the_json(passing_check: CheckReport, hostile: str) -> None:

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
+from lora_export.bench.results import BenchReport
+from lora_export.check.results import CheckReport
 from lora_export.report.bench_plots import MOST_DOTS, latency_plot, ratio_plot, thinned
 from lora_export.report.check_plots import parity_plot
 from lora_export.report.svg import Axis
-from lora_export.verify.bench_results import BenchReport
-from lora_export.verify.check_results import CheckReport
 
 
 def _marks(image: str, style: str) -> list[ET.Element]:

@@ -10,9 +10,14 @@ from collections.abc import Callable
 import pytest
 from jsonschema import Draft202012Validator
 
+from lora_export import verdict as results
+from lora_export.bench import results as bench_results
+from lora_export.check import divergence_results
+from lora_export.check import results as check_results
+from lora_export.check.context import CheckOptions
+from lora_export.check.judge import tolerances
 from lora_export.report import check_tables
 from lora_export.report.as_json import json_value, render_json, report_schema
-from lora_export.verify import bench_results, check_results, divergence_results, results, tolerances
 
 REPORTS = (
     "passing_check",
@@ -141,12 +146,12 @@ def test_broken_reports_are_not_valid(name: str, request: pytest.FixtureRequest)
 @pytest.mark.parametrize("name", ["bert-dynamic", "llama-dynamic", "classifier-merged"])
 def test_reports_of_real_exports_are_valid(name: str, exports, own, request: pytest.FixtureRequest) -> None:
     """What check and bench write of a real export, in every file that a program reads."""
+    from lora_export.bench.plan import BenchOptions
+    from lora_export.integrity.sources import SourceOverrides
     from lora_export.pipeline import bench, check
-    from lora_export.sources import SourceOverrides
-    from lora_export.verify.bench_plan import BenchOptions
 
     folder = own(exports[name])
-    checked, check_files = check(folder, SourceOverrides(), provider="cpu", n_rows=4)
+    checked, check_files = check(folder, SourceOverrides(), CheckOptions(provider="cpu", n_rows=4))
     benched, bench_files = bench(folder, SourceOverrides(), BenchOptions("cpu", [(2, 4, 0)], blocks=6))
     for report, files in ((checked, check_files), (benched, bench_files)):
         found = json.loads(files["json"].read_text("utf-8"))

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
+from lora_export.bench.results import BenchReport
+from lora_export.check.results import CheckReport
 from lora_export.report.bench_tables import latency_table, ratio_table
 from lora_export.report.check_tables import case_table
 from lora_export.report.markdown import render_bench_markdown, render_check_markdown
 from lora_export.report.text import WIDTH, render_bench_text, render_check_text
-from lora_export.verify.bench_results import BenchReport
-from lora_export.verify.check_results import CheckReport
-from lora_export.verify.results import Verdict
+from lora_export.verdict import Verdict
 
 REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench", "compared_bench")
 

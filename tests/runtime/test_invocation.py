@@ -11,12 +11,12 @@ from peft.tuners.lora.variants import calculate_alora_offsets
 from references import error
 
 from lora_export.errors import InputRefused, UsageProblem
+from lora_export.export.plan import Request
+from lora_export.integrity.sources import SourceOverrides
 from lora_export.pipeline import ExportOptions, add_adapter, export
-from lora_export.plan import Request
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.generate import empty_cache
 from lora_export.runtime.invocation import gate_of, last_occurrence
-from lora_export.sources import SourceOverrides
 
 TOKENS = (70, 71)
 

@@ -1,0 +1,214 @@
+"""Paired latencies: every candidate once forwards and once backwards in each block, ratios block by block.
+
+A block runs base, a, b, …, b, a, base. A drift of the machine's speed that is linear within a block cancels in the
+ratio of the sums, so only ratios are compared, never milliseconds of different moments.
+
+Other processes add time to some runs and never take any away, so of a sample, which holds several short runs, the
+fastest is compared: what a graph costs, it costs in every run. On a busy machine the interval for the median ratio is
+many times narrower than with the samples' means (`ci/benchmarks/latency_gate.py` counts what either finds).
+
+Two things would still favour one candidate in every block, and both are taken out:
+- Threads of idle sessions: they spin for a while and take the cores from the one that is timed (1.2 × seen between two
+  sessions of the same graph on two cores). Sessions must be opened with `stop_spinning`.
+- Where a session's memory happens to lie (2 to 5 % between sessions of the same graph). The blocks are spread over
+  rounds, each with sessions opened anew, in another order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_export.bench.intervals import paired_ratio
+from lora_export.bench.results import Variant, WarmUp, Workload
+from lora_export.bench.warm_up import warm_up
+from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
+from lora_export.runtime.arrays import to_ort_value
+from lora_export.runtime.seq2seq_session import Seq2SeqSession
+
+ROUNDS = 4
+# A timed sample repeats a run until it lasts this long, so that the clock and the loop do not count.
+SAMPLE_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One variant to time: its name, what runs, the session it runs in (a key) and the adapters of the rows."""
+
+    name: str
+    description: str
+    session: str
+    adapters: RowAdapter | Sequence[RowAdapter] = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two candidates whose ratio is of interest, by name, and the largest ratio allowed (None: only reported)."""
+
+    variant: str
+    reference: str
+    allowance: float | None = None
+
+
+# What makes up one run: inputs by graph, the graphs in their order.
+Inputs = Mapping[str, Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Race:
+    """Candidates to time side by side on inputs of one shape.
+
+    Attributes:
+        shape: (batch, sequence, past), as labels.
+        inputs: By session: the same values, in the dtypes that it takes.
+    """
+
+    shape: tuple[int, int, int]
+    inputs: Mapping[str, Inputs]
+    candidates: Sequence[Candidate]
+    comparisons: Sequence[Comparison]
+
+
+Session = AdapterSession | Seq2SeqSession
+
+
+def graph_session(session: Session, graph: str) -> AdapterSession:
+    """The session that runs one graph of an export."""
+    return session.sessions[graph] if isinstance(session, Seq2SeqSession) else session
+
+
+def bound_runs(session: Session, adapters: RowAdapter | Sequence[RowAdapter], inputs: Inputs) -> Callable[[], None]:
+    """One run of each graph in `inputs`, one after the other, everything bound."""
+    runs = [bound_run(graph_session(session, graph), adapters, feeds) for graph, feeds in inputs.items()]
+    if len(runs) == 1:
+        return runs[0]
+
+    def run() -> None:
+        for each in runs:
+            each()
+
+    return run
+
+
+def bound_run(
+    adapter_session: AdapterSession, adapters: RowAdapter | Sequence[RowAdapter], inputs: Mapping[str, np.ndarray]
+) -> Callable[[], None]:
+    """A run with inputs, adapters and outputs bound on the session's device; returns when the device is done.
+
+    Outputs are allocated once, at the sizes of a first run: a timed run allocates and copies nothing.
+    """
+    session, device = adapter_session.session, adapter_session.provider
+    names = {value.name for value in session.get_inputs()}
+    held = {name: to_ort_value(array, device) for name, array in inputs.items() if name in names}
+    binding = session.io_binding()
+    for name, value in held.items():
+        binding.bind_ortvalue_input(name, value)
+    batch = len(next(iter(inputs.values())))
+    adapter_session.bind_adapters(binding, adapters, batch)
+    for output in session.get_outputs():
+        binding.bind_output(output.name, device, 0)
+    session.run_with_iobinding(binding)
+    outputs = dict(zip([o.name for o in session.get_outputs()], binding.get_outputs(), strict=True))
+    for name, value in outputs.items():
+        binding.bind_ortvalue_output(name, value)
+
+    def run() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    run.held = held  # the arrays behind the CPU's bindings must outlive them
+    return run
+
+
+def measure(
+    openers: Mapping[str, Callable[[], Session]],
+    races: Sequence[Race],
+    *,
+    blocks: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Workload]:
+    """Time every race, one workload for each.
+
+    Args:
+        openers: How to open the sessions that the candidates name; with `stop_spinning`.
+        blocks: Number of ABBA blocks for each race, at least 6 (below, no 95 % interval exists).
+    """
+    timings = [[_Timing([], []) for _ in race.candidates] for race in races]
+    done = itertools.count(1)
+    for number, n_blocks in enumerate(_spread(blocks, ROUNDS)):
+        # Each round, another session is opened first.
+        names = list(openers)
+        turn = number % len(names)
+        sessions = {name: openers[name]() for name in [*names[turn:], *names[:turn]]}
+        for race, taken in zip(races, timings, strict=True):
+            for _ in _take_blocks(race, sessions, n_blocks, taken):
+                progress(next(done), blocks * len(races))
+        sessions.clear()  # before the next round opens its own
+    return [_workload(race, taken) for race, taken in zip(races, timings, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """What accumulates for one candidate: each sample's milliseconds a run (mean, fastest), each round's warm-up."""
+
+    samples_ms: list[tuple[float, float]]
+    warm_ups: list[WarmUp]
+
+
+def _spread(blocks: int, rounds: int) -> list[int]:
+    """`blocks` over at most `rounds` rounds, as evenly as it goes."""
+    counts = [blocks // rounds + (number < blocks % rounds) for number in range(rounds)]
+    return [count for count in counts if count]
+
+
+def _take_blocks(
+    race: Race, sessions: Mapping[str, Session], n_blocks: int, timings: Sequence[_Timing]
+) -> Iterator[int]:
+    """Warm up and time `n_blocks` ABBA blocks, yielding after each; what is found is added to the `timings`."""
+    runs = [bound_runs(sessions[c.session], c.adapters, race.inputs[c.session]) for c in race.candidates]
+    fastest = []
+    for run, timing in zip(runs, timings, strict=True):
+        warm, seconds = warm_up(run)
+        timing.warm_ups.append(warm)
+        fastest.append(seconds)
+    # The same for all: of more runs, the fastest is faster.
+    repeats = max(1, round(SAMPLE_SECONDS / min(fastest)))
+    for block in range(n_blocks):
+        for index in [*range(len(runs)), *reversed(range(len(runs)))]:
+            timings[index].samples_ms.append(_sample_ms(runs[index], repeats))
+        yield block
+
+
+def _workload(race: Race, timings: Sequence[_Timing]) -> Workload:
+    variants = {
+        candidate.name: _variant(candidate, timing, race.shape[0])
+        for candidate, timing in zip(race.candidates, timings, strict=True)
+    }
+    ratios = [paired_ratio(variants[c.variant], variants[c.reference], c.allowance) for c in race.comparisons]
+    return Workload(*race.shape, tuple(variants.values()), tuple(ratios))
+
+
+def _variant(candidate: Candidate, timing: _Timing, batch: int) -> Variant:
+    samples, fastest = zip(*timing.samples_ms, strict=True)
+    median = statistics.median(samples)
+    rate, warm_ups = batch / median * 1e3, tuple(timing.warm_ups)
+    return Variant(candidate.name, candidate.description, samples, fastest, median, rate, warm_ups)
+
+
+def _sample_ms(run: Callable[[], None], repeats: int) -> tuple[float, float]:
+    """Milliseconds of a run, mean and fastest of `repeats`; short runs go behind one untimed that fills the caches."""
+    if repeats > 1:
+        run()
+    seconds = []
+    before = time.perf_counter()
+    for _ in range(repeats):
+        run()
+        after = time.perf_counter()
+        seconds.append(after - before)
+        before = after
+    return statistics.fmean(seconds) * 1e3, min(seconds) * 1e3

@@ -1,0 +1,63 @@
+"""Open one session and run workloads in it, in a process of its own, whose memory `verify.memory` watches.
+
+    python -m lora_export.bench.memory_job    the job as JSON on the first line of standard input
+
+It says READY when everything is loaded that is not the session's, waits for a line, opens and runs, says DONE, and
+waits for another: the memory it holds then is the session's and stays until it was read.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lora_export.artifact import read_manifest
+from lora_export.bench.latency import bound_runs
+from lora_export.bench.shapes import Shape
+from lora_export.bench.workloads import workload_inputs
+from lora_export.runtime.seq2seq_session import open_export
+
+READY, DONE = "memory job: ready", "memory job: done"
+
+
+@dataclass(frozen=True)
+class MemoryJob:
+    """What the session is of, and what it runs.
+
+    Attributes:
+        runs: (batch, sequence, past) with the adapters of the rows, one after the other.
+    """
+
+    folder: str
+    provider: str
+    vocabulary: int
+    runs: Sequence[tuple[Shape, str | Sequence[str | None] | None]]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def main() -> None:
+    """Do the job."""
+    job = MemoryJob(**json.loads(sys.stdin.readline()))
+    folder = Path(job.folder)
+    graphs = read_manifest(folder).graphs
+    work = [(workload_inputs(graphs, job.vocabulary, *shape), adapters) for shape, adapters in job.runs]
+    _say(READY)
+    session = open_export(folder, job.provider, stop_spinning=True)
+    for inputs, adapters in work:
+        bound_runs(session, adapters, inputs)()
+    _say(DONE)
+
+
+def _say(word: str) -> None:
+    """Tell the process that watches, and wait until it has looked."""
+    print(word, flush=True)
+    sys.stdin.readline()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""What a `bench` will time, settled and refused before anything is exported or run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_export.artifact import Kind, Manifest, read_manifest
+from lora_export.base.tasks import Task
+from lora_export.bench.budget import AGAINST, Budget, read_budget
+from lora_export.bench.latency import Candidate, Comparison
+from lora_export.bench.shapes import Shape, shape_text
+from lora_export.bench.workloads import source_length
+from lora_export.contract import AdapterInputKind
+from lora_export.errors import InputRefused
+
+BASE, EXPORT, MERGED = "base", "export", "merged"
+_USUAL_SHAPES = {
+    Task.TEXT_GENERATION: ((1, 128, 0), (4, 1, 128)),
+    Task.IMAGE_CLASSIFICATION: ((1, 0, 0), (8, 0, 0)),
+    Task.ZERO_SHOT_IMAGE_CLASSIFICATION: ((1, 32, 0), (8, 64, 0)),
+    Task.TEXT2TEXT_GENERATION: ((1, 64, 16), (8, 64, 16)),
+    Task.SPEECH_RECOGNITION: ((1, 0, 16), (4, 0, 16)),
+}
+_USUAL_TEXT_SHAPES = ((1, 32, 0), (4, 128, 0), (16, 64, 0))
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How to time an export.
+
+    Attributes:
+        provider: "cpu" or "cuda"; None for CUDA if usable, else the CPU.
+        shapes: (batch, sequence, past) of each workload; the task's usual ones if empty.
+        blocks: ABBA blocks for each workload.
+        max_ratio: Allowed latency relative to the base, where the budget says nothing; None to report only.
+        budget: TOML file of allowances (`verify.budget`).
+        against: Another export to time beside this one.
+    """
+
+    provider: str | None = None
+    shapes: Sequence[Shape] = ()
+    blocks: int = 30
+    max_ratio: float | None = None
+    budget: Path | None = None
+    against: Path | None = None
+
+
+@dataclass(frozen=True)
+class PlannedRace:
+    """Candidates of one shape, the base first, and the ratios to report."""
+
+    shape: Shape
+    candidates: tuple[Candidate, ...]
+    comparisons: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """What is timed.
+
+    Attributes:
+        against: The other export's manifest; None if there is none.
+        vocabulary: Tokens that every export knows.
+    """
+
+    folder: Path
+    manifest: Manifest
+    against: Manifest | None
+    options: BenchOptions
+    budget: Budget
+    vocabulary: int
+    races: tuple[PlannedRace, ...]
+
+    def manifest_of(self, session: str) -> Manifest:
+        """Of the export that a session runs; the base and the merged form take inputs as the export does."""
+        return self.against if session == AGAINST and self.against is not None else self.manifest
+
+
+def plan_bench(folder: Path, options: BenchOptions) -> BenchPlan:
+    """Read the manifests and the budget.
+
+    Raises:
+        InputRefused: A folder is no export, the two do not run the same task on the same inputs, or the budget limits
+            something that is not measured.
+    """
+    manifest = read_manifest(folder)
+    other = None if options.against is None else read_manifest(options.against)
+    if other is not None:
+        _require_comparable(folder, manifest, options.against, other)
+    budget = Budget(max_ratio=options.max_ratio)
+    if options.budget is not None:
+        budget = read_budget(options.budget, options.max_ratio)
+    shapes = options.shapes or _USUAL_SHAPES.get(Task(manifest.task), _USUAL_TEXT_SHAPES)
+    lengths = {(n, length, past): (n, source_length(manifest.graphs, length), past) for n, length, past in shapes}
+    races = tuple(_planned(manifest, options.against, other, budget, asked, shape) for asked, shape in lengths.items())
+    _require_matches(budget, manifest, dict(zip(lengths, races, strict=True)))
+    vocabulary = min(_vocabulary(path) for path in (folder, options.against) if path is not None)
+    return BenchPlan(folder, manifest, other, options, budget, vocabulary, races)
+
+
+def _vocabulary(folder: Path) -> int:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size", 2)
+
+
+def foldable(manifest: Manifest) -> str | None:
+    """The first adapter of a dynamic export that `merge` takes; None if it takes none.
+
+    It takes no adapter that is active for some tokens only, and none that adds a bias to a module without one.
+    """
+    biases = [entry for entry in manifest.adapter_inputs if entry.kind is AdapterInputKind.BIAS]
+    bare = {entry.module for entry in biases if not entry.base_has_default}
+    for record in manifest.adapters:
+        if record.invocation_tokens is None and not bare.intersection(record.targets):
+            return record.name
+    return None
+
+
+def candidates(manifest: Manifest, batch: int) -> list[Candidate]:
+    """What to time of an export for a batch of this size, the base first."""
+    names = [record.name for record in manifest.adapters]
+    found = [Candidate("base", "the base alone, exported the same way", BASE)]
+    if manifest.kind is Kind.MERGED:
+        summed = f"{' + '.join(names)} folded into the weights"
+        found.append(Candidate("merged", summed, EXPORT) if names else Candidate("export", "the base alone", EXPORT))
+        return found
+    folded = foldable(manifest)
+    if folded is not None:
+        found.append(Candidate("merged", f"{folded} folded into the weights", MERGED))
+    found.append(Candidate("dynamic, no adapter", "every adapter input at its default", EXPORT))
+    if names:
+        served = folded or names[0]
+        found.append(Candidate("dynamic", f"{served} for every row", EXPORT, served))
+    if batch > 1 and len(names) > 1:
+        rows = [names[row % len(names)] for row in range(batch)]
+        found.append(Candidate("mixed rows", f"{len(set(rows))} adapters, another in each row", EXPORT, rows))
+    return found
+
+
+def compared_with_base(found: Sequence[Candidate], allow: Mapping[str, float | None]) -> list[Comparison]:
+    """Every candidate but the first against the first, which is the base; `allow` holds allowances by name."""
+    return [Comparison(each.name, found[0].name, allow.get(each.name)) for each in found[1:]]
+
+
+def _planned(
+    manifest: Manifest, against: Path | None, other: Manifest | None, budget: Budget, asked: Shape, shape: Shape
+) -> PlannedRace:
+    """`asked` is the shape as the user and the budget name it."""
+    found = candidates(manifest, shape[0])
+    comparisons = compared_with_base(found, {each.name: budget.ratio(asked, each.name) for each in found})
+    if other is not None:
+        own = [each for each in found if each.session == EXPORT]
+        mine = next((each for each in own if isinstance(each.adapters, str)), own[0])
+        folded = [record.name for record in manifest.adapters] if manifest.kind is Kind.MERGED else []
+        served = [mine.adapters] if isinstance(mine.adapters, str) else folded
+        found.append(_other_candidate(served, against, other))
+        comparisons.append(Comparison(mine.name, AGAINST, budget.ratio(asked, AGAINST)))
+    return PlannedRace(shape, tuple(found), tuple(comparisons))
+
+
+def _other_candidate(served: Sequence[str], against: Path, other: Manifest) -> Candidate:
+    """The other export, with an adapter of those that this one runs with if it has one, else its first; with none if
+    this one has none."""
+    names = [record.name for record in other.adapters]
+    if other.kind is Kind.MERGED:
+        what = f"{' + '.join(names) or 'no adapter'} folded into the weights"
+        return Candidate(AGAINST, f"{against}: {what}", AGAINST)
+    if not served or not names:
+        return Candidate(AGAINST, f"{against}: every adapter input at its default", AGAINST)
+    name = next((name for name in served if name in names), names[0])
+    return Candidate(AGAINST, f"{against}: {name} for every row", AGAINST, name)
+
+
+def _require_comparable(folder: Path, manifest: Manifest, against: Path, other: Manifest) -> None:
+    def inputs(of: Manifest) -> dict[str, list[str]]:
+        return {graph: sorted(spec.name for spec in contract.inputs) for graph, contract in of.graphs.items()}
+
+    where = f"{folder} and {against}"
+    step = "compare exports of the same task and architecture"
+    if manifest.task != other.task:
+        tasks = {"expected": str(manifest.task), "found": str(other.task)}
+        raise InputRefused("The two exports do different tasks", where=where, **tasks, next_step=step)
+    if inputs(manifest) != inputs(other):
+        names = [
+            "; ".join(f"{graph}: {', '.join(found)}" for graph, found in inputs(each).items())
+            for each in (manifest, other)
+        ]
+        raise InputRefused(
+            "The two exports take different inputs", where=where, expected=names[0], found=names[1], next_step=step
+        )
+
+
+def _require_matches(budget: Budget, manifest: Manifest, races: Mapping[Shape, PlannedRace]) -> None:
+    """Refuse an allowance for what this bench does not measure: it would pass without ever being looked at."""
+
+    def ratios(race: PlannedRace) -> list[str]:
+        return [AGAINST if each.reference == AGAINST else each.variant for each in race.comparisons]
+
+    def refuse_unknown(names: Mapping[str, float], known: Sequence[str], part: str, what: str) -> None:
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise InputRefused(
+                f"The budget limits {what} that this bench does not measure",
+                where=f"{budget.where}: {part}",
+                found=unknown[0],
+                expected=", ".join(dict.fromkeys(known)) or "none",
+                next_step="name it as the report does, or take the line out"
+                + (" (or give --against FOLDER)" if unknown[0] == AGAINST else ""),
+            )
+
+    refuse_unknown(budget.ratios, [name for race in races.values() for name in ratios(race)], "ratio", "a variant")
+    known = {shape_text(shape): race for shape, race in races.items()}
+    refuse_unknown({shape_text(shape): 0 for shape in budget.shape_ratios}, list(known), "ratio", "a shape")
+    for shape, table in budget.shape_ratios.items():
+        refuse_unknown(table, ratios(races[shape]), f'ratio."{shape_text(shape)}"', "a variant")
+    swaps = ("bound", "loaded") if manifest.kind is Kind.DYNAMIC and len(manifest.adapters) > 1 else ()
+    refuse_unknown(budget.swap_us, swaps, "swap_us", "a swap")
+    variants = [each.name for race in races.values() for each in race.candidates]
+    for place, table in budget.memory_mb.items():
+        part = "memory_mb" if place == "process" else "device_memory_mb"
+        refuse_unknown(table, variants, part, "the memory of a variant")

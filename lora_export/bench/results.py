@@ -1,0 +1,168 @@
+"""What `bench` found, as frozen values with raw samples. Renderers only read them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from lora_export.verdict import Environment, Subject, Verdict, scope_of
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """The untimed runs before a round's blocks; `settled` is False if their time still changed when they ended."""
+
+    n_runs: int
+    seconds: float
+    settled: bool
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One graph under test in one workload.
+
+    Attributes:
+        name: "base", "merged", "dynamic", "mixed rows", …
+        description: What runs, in words.
+        samples_ms: Milliseconds a run of every timed sample, in the order taken; short runs are timed several to a
+            sample, of which this is the mean.
+        fastest_ms: The fastest run of each sample; ratios are taken from these.
+        warm_ups: One for each round of blocks.
+    """
+
+    name: str
+    description: str
+    samples_ms: tuple[float, ...]
+    fastest_ms: tuple[float, ...]
+    median_ms: float
+    rows_per_second: float
+    warm_ups: tuple[WarmUp, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The median ratio of a variant's latency to another's over paired blocks, with its exact confidence interval.
+
+    Attributes:
+        block_ratios: One ratio for each ABBA block, of the fastest runs of its samples.
+        low, high: Bounds of the interval for the median ratio (order statistics).
+        confidence: Coverage of the interval, 0 to 1.
+        allowance: Largest ratio allowed; None if the ratio is only reported.
+    """
+
+    variant: str
+    against: str
+    median: float
+    low: float
+    high: float
+    confidence: float
+    block_ratios: tuple[float, ...]
+    allowance: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One shape: `batch` rows of `sequence` tokens (or of one image, sequence 0) on `past` cached tokens."""
+
+    batch: int
+    sequence: int
+    past: int
+    variants: tuple[Variant, ...]
+    ratios: tuple[Ratio, ...]
+
+    @property
+    def name(self) -> str:
+        past = f" on {self.past}" if self.past else ""
+        if self.sequence:
+            return f"{self.batch} × {self.sequence}{past} tokens"
+        return f"{self.batch} image{'s' if self.batch > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Changing the adapter between runs in one way, microseconds.
+
+    Attributes:
+        name: "bound" (to an adapter that the session holds) or "loaded" (to one read from its file first).
+        low_us, high_us, confidence: The interval for the median, as of a `Ratio`.
+        allowance_us: Largest median allowed; None if it is only reported.
+    """
+
+    name: str
+    samples_us: tuple[float, ...]
+    median_us: float
+    low_us: float
+    high_us: float
+    confidence: float
+    allowance_us: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The most memory that one session of a variant took while it was opened and ran the workloads, 10⁶ bytes.
+
+    Attributes:
+        place: "process" (anonymous memory above what the process had before) or "device" (the GPU's, all of it).
+        allowance_mb: The most allowed; None if it is only reported.
+    """
+
+    variant: str
+    place: str
+    peak_mb: float
+    allowance_mb: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where ONNX Runtime runs one graph of a timed session: operators with their number, of one execution provider."""
+
+    session: str
+    graph: str
+    provider: str
+    operators: dict[str, int]
+
+    @property
+    def n_operators(self) -> int:
+        return sum(self.operators.values())
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Everything `bench` found.
+
+    Attributes:
+        against: The other export that was timed beside it; None if there was none.
+        memory: Empty where it cannot be measured.
+    """
+
+    subject: Subject
+    environment: Environment
+    workloads: tuple[Workload, ...]
+    swaps: tuple[Swap, ...]
+    memory: tuple[Memory, ...]
+    placements: tuple[Placement, ...]
+    notes: tuple[str, ...]
+    seconds: float
+    against: Subject | None = None
+    schema: int = 1
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of all latencies, swaps and peaks of memory."""
+        ratios = [ratio for workload in self.workloads for ratio in workload.ratios]
+        found = {entry.verdict for entry in (*ratios, *self.swaps, *self.memory)}
+        for verdict in (Verdict.FAIL, Verdict.AMBIGUOUS, Verdict.PASS):
+            if verdict in found:
+                return verdict
+        return Verdict.NOT_GATED
+
+    @property
+    def scope(self) -> str | None:
+        return scope_of("latency", self.subject, self.environment)
+
+    def to_dict(self) -> dict:
+        workloads = [asdict(workload) | {"name": workload.name} for workload in self.workloads]
+        derived = {"report": "bench", "verdict": self.verdict, "scope": self.scope}
+        return asdict(self) | derived | {"workloads": workloads}

@@ -1,0 +1,10 @@
+"""What is compared beyond one adapter alone.
+
+    decoding.py      a decoder: padding, cached steps, greedy tokens
+    seq2seq.py       an encoder-decoder, likewise
+    mixed_rows.py    mixed rows, adapters in sequence, a merged export beside
+    side_outputs.py  what a graph gives beside its main output
+
+Imports base, check.context, check.inputs, check.judge, check.locate, check.reference, check.results, contract,
+runtime.
+"""

@@ -1,0 +1,126 @@
+"""Parity of an encoder-decoder as it is used: padding on the left, a cache filled step by step, greedy targets."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from lora_export.check.cases.decoding import GREEDY_TOKENS, NO_GREEDY, first_failing, greedy_case
+from lora_export.check.context import run_reference
+from lora_export.check.inputs.examples import Batch, Examples
+from lora_export.check.inputs.ragged import ragged
+from lora_export.check.inputs.seq2seq_examples import Seq2SeqBatcher
+from lora_export.check.judge.compare import Outputs, compare, noise_of
+from lora_export.check.judge.tolerances import Tolerances
+from lora_export.check.locate.probe import Probe
+from lora_export.check.locate.probes import seq2seq_step_probe, whole_probe, worst_probes
+from lora_export.check.locate.where import Where
+from lora_export.check.reference.unmerged import Reference
+from lora_export.check.results import ParityCase
+from lora_export.runtime.adapter_session import RowAdapter
+from lora_export.runtime.seq2seq_session import DecoderState, Seq2SeqSession
+
+_ROWS = 4
+
+
+def seq2seq_decoding_cases(
+    label: str,
+    adapter: RowAdapter,
+    session: Seq2SeqSession,
+    reference: Reference,
+    batcher: Seq2SeqBatcher,
+    examples: Examples | None,
+    gates: Tolerances,
+    where: Where,
+) -> list[ParityCase]:
+    """Left padding (text), cached steps (a chunk, then single tokens) and greedy agreement of one adapter.
+
+    Args:
+        examples: The texts; None to decode noise.
+    """
+    text = None if examples is None else examples.rows[-_ROWS:]
+    batch = batcher.noise(_ROWS) if text is None else batcher.batch(text, padding_side="left")
+    if text is not None:
+        batch = replace(batch, inputs=ragged(batch.inputs))
+    expected = run_reference(reference, [batch], precisely=True)
+    described = "PEFT, unmerged, without a cache"
+
+    def case(suffix: str, values: np.ndarray) -> ParityCase:
+        found = Outputs("logits", (values.astype(np.float32),), (batch.real,))
+        return compare(f"{label}: {suffix}", "decoding", described, expected, found, gates)
+
+    stepped = np.concatenate([logits for *_, logits in _steps(session, batch, adapter)], axis=1)
+    cases = [case("cached steps", stepped)]
+    if text is not None:
+        whole = session.run(batch.inputs, adapter)["logits"].astype(np.float32)
+        cases.insert(0, case("padded on the left", whole))
+        found = Outputs("logits", (whole,), (batch.real,))
+        where.find(cases[0], lambda: worst_probes(session, adapter, reference, [batch], expected, found))
+    where.find(cases[-1], lambda: _step_probes(session, adapter, reference, batch, expected.values[0], stepped, gates))
+    sources = {name: array for name, array in batch.inputs.items() if name != "decoder_input_ids"}
+    generated = session.generate(
+        sources, adapter, max_new_tokens=GREEDY_TOKENS, start_ids=(batcher.start_id,), eos_ids=frozenset()
+    )
+    rows = zip(_rows(sources), generated, strict=True)
+    behind = [_behind(reference, source, batcher.start_id, targets) for source, targets in rows]
+    noise = noise_of(cases[-1], expected.positions(), gates)
+    greedy = greedy_case(label, behind, noise, gates)
+    where.cannot(greedy, NO_GREEDY)
+    return [*cases, greedy]
+
+
+def _behind(reference: Reference, source: dict[str, np.ndarray], start: int, targets: list[int]) -> np.ndarray:
+    """How far each target's logit is below the reference's best, `[targets]`, in one forward pass."""
+    inputs = source | {"decoder_input_ids": np.array([[start, *targets[:-1]]], np.int64)}
+    logits = reference.run(inputs)["logits"][0]
+    return logits.max(axis=-1) - logits[np.arange(len(targets)), targets]
+
+
+def _steps(
+    session: Seq2SeqSession, batch: Batch, adapter: RowAdapter
+) -> Iterator[tuple[int, int, DecoderState | None, np.ndarray]]:
+    """Half of the targets at once, then two, then one by one, on a growing cache.
+
+    Yields:
+        First and last position of a step, the state that it starts from (None for the first), and its logits.
+    """
+    targets = batch.inputs["decoder_input_ids"]
+    length = targets.shape[1]
+    middle = max(1, length // 2)
+    cuts = sorted({0, middle, min(middle + 2, length), *range(min(middle + 2, length), length + 1)})
+    logits, state = session.begin(batch.inputs | {"decoder_input_ids": targets[:, :middle]}, adapter)
+    yield 0, middle, None, logits
+    for start, end in itertools.pairwise(cuts[1:]):
+        logits, following = session.advance(state, targets[:, start:end])
+        yield start, end, state, logits
+        state = following
+
+
+def _step_probes(
+    session: Seq2SeqSession,
+    adapter: RowAdapter,
+    reference: Reference,
+    batch: Batch,
+    expected: np.ndarray,
+    stepped: np.ndarray,
+    gates: Tolerances,
+) -> Iterator[Probe]:
+    """The first step that fails, on the cache that the export made up to there."""
+    row, position = first_failing(expected, stepped, batch.real, gates)
+    start, end, state, _ = next(step for step in _steps(session, batch, adapter) if step[1] > position)
+    described = f"row {row + 1} of {len(stepped)}, targets {start} to {end - 1} on a cache of {start}"
+    if state is not None:
+        yield seq2seq_step_probe(session, reference, batch, row, (start, end, state), described)
+        return
+    targets = {"decoder_input_ids": batch.inputs["decoder_input_ids"][:, :end]}
+    begun = replace(batch, inputs=batch.inputs | targets, real=batch.real[:, :end])
+    yield whole_probe(session, adapter, reference, begun, row, described)
+
+
+def _rows(sources: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Each source alone, its padding kept: BART counts positions from the padding's start."""
+    n_rows = len(next(iter(sources.values())))
+    return [{name: array[row : row + 1] for name, array in sources.items()} for row in range(n_rows)]

@@ -1,0 +1,175 @@
+"""The two sides of a comparison, the export and its reference, over the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from lora_export.artifact import AdapterRecord
+from lora_export.base.tasks import Task
+from lora_export.check.inputs.examples import Batch, Examples
+from lora_export.check.judge.compare import Outputs
+from lora_export.check.judge.tolerances import Tolerances
+from lora_export.check.reference.trained import TrainedAdapter
+from lora_export.check.reference.unmerged import Reference
+from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
+from lora_export.runtime.generate import empty_cache
+from lora_export.runtime.seq2seq_session import Seq2SeqSession
+
+# Rounding is as large in so many batches as in all.
+_PRECISE_BATCHES = 8
+
+AnySession = AdapterSession | Seq2SeqSession
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """How to check an export.
+
+    Attributes:
+        provider: "cpu" or "cuda"; None for CUDA if usable, else the CPU.
+        data: Files of examples by adapter name; the key None serves all others.
+        merged: A merged export to compare a dynamic one with.
+        n_rows: Most rows of each file.
+        tolerances: Limits in place of the table's, by measure (`judge.tolerances.MEASURES`).
+    """
+
+    provider: str | None = None
+    data: Mapping[str | None, Path] = field(default_factory=dict)
+    merged: Path | None = None
+    n_rows: int = 128
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """What to check, everything located.
+
+    Attributes:
+        base: The base's folder.
+        adapters: PEFT folders by adapter name, all that the export holds.
+        data: Examples by adapter name; the key None serves all others.
+        merged: A merged export of one of the adapters, to compare a dynamic export with.
+        tolerances: Limits in place of the table's, by measure.
+    """
+
+    folder: Path
+    base: Path
+    adapters: Mapping[str, Path]
+    provider: str | None
+    data: Mapping[str | None, Examples]
+    merged: Path | None = None
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One export with its session and inputs, as the cases use it.
+
+    Attributes:
+        with_precise: Whether references also run at a wider dtype.
+        own: Batches by adapter name; the key None serves all others.
+        mixed: One batch whose rows get another adapter each.
+    """
+
+    request: CheckRequest
+    session: AnySession
+    task: Task
+    gates: Tolerances
+    with_precise: bool
+    own: Mapping[str | None, Sequence[Batch]]
+    mixed: Batch
+
+    def run(self, batches: Sequence[Batch], adapters: RowAdapter | Sequence[RowAdapter]) -> Outputs:
+        return run_export(self.session, batches, adapters)
+
+    def reference(self, names: Sequence[str], n_labels: int | None) -> Reference:
+        return self.reference_of(list(map(self.session.manifest.adapter, names)), n_labels)
+
+    def reference_of(self, records: Sequence[AdapterRecord], n_labels: int | None) -> Reference:
+        """Unmerged PEFT with the adapters of `records`, each with its weight."""
+        adapters = [
+            TrainedAdapter(self.request.adapters[r.name], r.weight, r.convert_rank, r.residual_base) for r in records
+        ]
+        how = (self.session.manifest.dtype, n_labels)
+        return Reference(self.task, self.request.base, adapters, *how, with_precise=self.with_precise)
+
+
+# What the rows of a batch are compared by: the first of these that a model gives; of a dual encoder, two embeddings.
+_MAIN_OUTPUTS = (
+    ("logits",),
+    ("text_embeds", "image_embeds"),
+    ("text_embeds",),
+    ("image_embeds",),
+    ("last_hidden_state",),
+)
+
+
+def main_outputs(names: Iterable[str]) -> tuple[str, ...]:
+    """The main output among `names`, or the two of a dual encoder."""
+    given = tuple(names)
+    return next((group for group in _MAIN_OUTPUTS if set(group) <= set(given)), given[:1])
+
+
+def run_export(session: AnySession, batches: Sequence[Batch], adapters: RowAdapter | Sequence[RowAdapter]) -> Outputs:
+    """The export's main output over `batches`; a decoder starts from an empty cache."""
+    is_seq2seq = isinstance(session, Seq2SeqSession)
+    names = ("logits",) if is_seq2seq else main_outputs(spec.name for spec in session.manifest.contract.outputs)
+    found = []
+    for batch in batches:
+        inputs = dict(batch.inputs)
+        if not is_seq2seq:
+            inputs |= empty_cache(session, len(next(iter(inputs.values()))))
+        found.append(session.run(inputs, adapters, outputs=names))
+    return _joined(names, found, batches)
+
+
+def run_reference(reference: Reference, batches: Sequence[Batch], *, precisely: bool = False) -> Outputs:
+    """The reference's main output over `batches`; `precisely`, also at its wider dtype, if it has one."""
+    found = [reference.run(batch.inputs) for batch in batches]
+    names = main_outputs(found[0])
+    outputs = _joined(names, found, batches)
+    if not precisely or reference.precise is None:
+        return outputs
+    wider = [_run_rows_alone(reference.precise, batch) for batch in batches[:_PRECISE_BATCHES]]
+    return replace(outputs, precise=tuple(_main(run, names) for run in wider))
+
+
+_BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+
+def _run_rows_alone(reference: Reference, batch: Batch) -> dict[str, np.ndarray]:
+    """As `reference.run`, each row alone and without its padding, which gets zeros; an encoder-decoder's as they are.
+
+    A padded position that sees no token has no number where the dtype is wider than that of the softmax (Gemma 2), and
+    through attention no real position has one then.
+    """
+    inputs = batch.inputs
+    if "attention_mask" not in inputs or "decoder_input_ids" in inputs:
+        return reference.run(inputs)
+    found = []
+    for row, mask in enumerate(inputs["attention_mask"] == 1):
+        one = {name: array[row : row + 1] for name, array in inputs.items()}
+        outputs = reference.run({name: a[:, mask] if name in _BY_TOKEN else a for name, a in one.items()})
+        found.append({name: _padded(array, mask) if array.ndim == 3 else array for name, array in outputs.items()})
+    return {name: np.concatenate([outputs[name] for outputs in found]) for name in found[0]}
+
+
+def _padded(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """`array` `[1, real, n]` at the real positions of `[1, sequence, n]`, zeros elsewhere."""
+    padded = np.zeros((1, len(mask), array.shape[-1]), array.dtype)
+    padded[:, mask] = array
+    return padded
+
+
+def _joined(names: Sequence[str], found: Sequence[Mapping[str, np.ndarray]], batches: Sequence[Batch]) -> Outputs:
+    values = tuple(_main(run, names).astype(np.float32) for run in found)
+    masks, labels = tuple(b.real for b in batches), tuple(b.labels for b in batches)
+    return Outputs(" and ".join(names), values, masks, labels, tuple(b.targets for b in batches))
+
+
+def _main(run: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+    return np.concatenate([run[name] for name in names], axis=-1)

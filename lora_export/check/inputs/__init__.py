@@ -1,0 +1,10 @@
+"""On which data exports are compared.
+
+    examples.py          text and images, in padded batches
+    seq2seq_examples.py  sources and targets
+    audio.py             WAV files
+    ragged.py            rows of different lengths
+    invoked.py           text that invokes an activated LoRA
+
+Imports artifact, base, contract, errors, runtime.
+"""

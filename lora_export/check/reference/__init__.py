@@ -1,0 +1,8 @@
+"""The reference: unmerged PEFT in PyTorch.
+
+    unmerged.py      the model at the export's dtype and a wider one
+    trained.py       adapters as PEFT runs them
+    module_calls.py  what every module is given and gives in one run
+
+Imports base, check.judge, export, quiet.
+"""

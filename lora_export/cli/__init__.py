@@ -1,0 +1,12 @@
+"""The command line, and all of Click: parse, one call of the pipeline, render, exit code. The only room that exits.
+
+    main.py     the group of commands; merge, dynamic, add, inspect, run
+    examine.py  check and bench
+    verify.py   verify
+    extract.py  extract
+    options.py  options that several commands share, each written once
+    output.py   results, errors, progress, exit codes
+    text.py     values of inspect, --dry-run, exports and run as text
+
+Imports artifact, base, bench, check, errors, export, extract, integrity, pipeline, report, trial, verdict.
+"""

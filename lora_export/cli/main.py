@@ -1,0 +1,233 @@
+"""The command line: parse, one pipeline call, render, exit code. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from lora_export import __version__
+from lora_export.cli import options, text
+from lora_export.cli.examine import bench, check
+from lora_export.cli.extract import extract
+from lora_export.cli.output import Display, guarded
+from lora_export.cli.verify import verify_command
+from lora_export.errors import UsageProblem
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=_CONTEXT, no_args_is_help=True)
+@click.version_option(__version__, prog_name="lora-export")
+def main() -> None:
+    """Take LoRA adapters from PyTorch to ONNX Runtime, with proof.
+
+    \b
+    merge     fold adapters into one static graph        (one task)
+    dynamic   one graph whose adapters are inputs        (many tasks, mixed in a batch)
+    add       one more adapter for a dynamic export
+    check     compare an export with unmerged PEFT       (exit 1 if it differs)
+    bench     latency of base, merged, dynamic, mixed    (exit 1 if too slow, 5 if undecided)
+    verify    compare an export with its manifest        (exit 1 if a file differs)
+    extract   a full fine-tune of a base as an adapter
+    inspect   what an adapter, base or export holds
+    run       try an export
+
+    BASE and ADAPTER are folders or hub ids. Exit codes: 0 done, 1 a gate failed, 2 usage, 3 input refused,
+    4 environment, 5 latency undecided.
+    """
+    # Nothing here needs a network once its inputs are on disk.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    collect_rarely()
+
+
+def collect_rarely() -> None:
+    """Let Python look for garbage cycles seldom: importing torch and Transformers makes millions of objects that stay,
+    and looking through them again and again takes a tenth of an export."""
+    gc.set_threshold(200_000, 20, 20)
+
+
+def _export(mode: str, paths: Sequence[str], flags: options.ExportFlags, how: ExportHow) -> None:
+    display = Display(as_json=flags.as_json, quiet=flags.quiet)
+    with guarded(display):
+        base, adapters = options.base_and_adapters(paths, flags.names)
+        if mode == "dynamic" and not adapters and not how.targets:
+            raise UsageProblem("Nothing to serve: no adapter and no --targets", next_step="name at least one of them")
+        display.start(f"lora-export {mode}")
+        from lora_export import pipeline
+        from lora_export.export import describe
+        from lora_export.export.plan import Request
+
+        provider, reason = describe.fuse_provider(flags.provider)
+        display.say(f"fusing for {provider} ({reason})")
+        request = Request(
+            base=base,
+            adapters=adapters,
+            mode=mode,
+            task=flags.task,
+            dtype=flags.dtype,
+            provider=provider,
+            weights=how.weights,
+            convert_rank=how.convert_rank,
+            residual_base=flags.residual_base,
+        )
+        if flags.dry_run:
+            found = describe.describe_plan(request, flags.out, how.targets, flags.sign_key)
+            display.result(found, text.plan_text)
+            return
+        choice = pipeline.ExportOptions(
+            out=flags.out,
+            overwrite=flags.overwrite,
+            use_cache=not flags.no_cache,
+            targets=how.targets,
+            sign_key=flags.sign_key,
+        )
+        manifest = pipeline.export(request, choice, progress=display.progress, remark=display.say)
+        display.result(describe.describe_export(flags.out, manifest), text.export_text)
+
+
+@dataclass(frozen=True)
+class ExportHow:
+    """What only one of `merge` and `dynamic` asks for."""
+
+    weights: tuple[float, ...] = ()
+    targets: tuple[str, ...] = ()
+    convert_rank: float | None = None
+
+
+@main.command()
+@click.argument("paths", nargs=-1, required=True, metavar="[BASE] [ADAPTER]...")
+@click.option(
+    "--weight", "weights", multiple=True, type=float, help="Weight of an adapter's delta, in their order.  [default: 1]"
+)
+@options.export_options
+def merge(paths: tuple[str, ...], weights: tuple[float, ...], flags: options.ExportFlags) -> None:
+    """Fold adapters into the base's weights and write one static graph.
+
+    BASE may be left out if the adapters record theirs; without an adapter, the base alone is exported. Several
+    adapters are folded in together, as the weighted sum of their deltas.
+
+    \b
+    Examples:
+      lora-export merge all-MiniLM-L6-v2/ adapters/topic -o topic-onnx
+      lora-export merge llama/ style tone --weight 0.7 --weight 0.3 -o blend-onnx
+    """
+    _export("merge", paths, flags, ExportHow(weights=weights))
+
+
+@main.command()
+@click.argument("paths", nargs=-1, required=True, metavar="[BASE] [ADAPTER]...")
+@click.option(
+    "--targets", multiple=True, help="Also give this module adapter inputs (a path, or its last parts); repeat."
+)
+@options.convert_rank
+@options.export_options
+def dynamic(
+    paths: tuple[str, ...], targets: tuple[str, ...], convert_rank: float | None, flags: options.ExportFlags
+) -> None:
+    """Write one graph whose adapters are optional inputs, and each adapter as a file beside it.
+
+    \b
+    Example:
+      lora-export dynamic all-MiniLM-L6-v2/ adapters/topic adapters/kind -o served
+    """
+    _export("dynamic", paths, flags, ExportHow(targets=targets, convert_rank=convert_rank))
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, required=True, metavar="ADAPTER...")
+@options.add_options
+def add(out: Path, paths: tuple[str, ...], flags: options.AddFlags) -> None:
+    """Pack one more adapter for the dynamic export OUT, without exporting its graph again.
+
+    A signature of OUT ends with it, unless --sign-key makes it anew.
+
+    \b
+    Example:
+      lora-export add served adapters/language
+    """
+    display = Display(as_json=flags.as_json, quiet=flags.quiet)
+    with guarded(display):
+        adapters = options.named(paths, flags.names)
+        display.start("lora-export add")
+        from lora_export import pipeline
+        from lora_export.artifact import SIGNATURE
+        from lora_export.export import describe
+        from lora_export.integrity.sources import SourceOverrides
+
+        was_signed = (out / SIGNATURE).exists()
+        how = pipeline.AddOptions(flags.convert_rank, flags.residual_base, flags.sign_key)
+        manifest = pipeline.add_adapter(out, adapters, SourceOverrides(flags.base), how, progress=display.progress)
+        if was_signed and flags.sign_key is None:
+            display.say(f"removed {out / SIGNATURE}: it signed the folder without this adapter (--sign-key signs anew)")
+        display.result(describe.describe_export(out, manifest), text.export_text)
+
+
+main.add_command(check)
+main.add_command(bench)
+main.add_command(verify_command)
+
+
+@main.command(name="inspect")
+@click.argument("path")
+@options.as_json
+def inspect_command(path: str, as_json: bool) -> None:
+    """Say what an adapter, base or export holds, and what would be done with it.
+
+    \b
+    Example:
+      lora-export inspect adapters/topic
+    """
+    display = Display(as_json=as_json, quiet=False)
+    with guarded(display):
+        from lora_export.export import describe
+
+        display.result(describe.inspect_path(path), text.inspect_text)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, metavar="TEXT...")
+@click.option(
+    "--adapter",
+    "blend",
+    multiple=True,
+    metavar="NAME[=WEIGHT]",
+    callback=options.parse_blend,
+    help="Adapter to run with; repeat with weights to blend.  [default: none]",
+)
+@click.option("--max-new-tokens", default=40, show_default=True, help="Tokens to generate (decoders).")
+@options.run_on
+@options.as_json
+def run(
+    out: Path,
+    inputs: tuple[str, ...],
+    blend: dict[str, float],
+    max_new_tokens: int,
+    provider: str | None,
+    as_json: bool,
+) -> None:
+    """Run the export OUT on TEXT (or image files, or WAV files) and print what it says.
+
+    \b
+    Example:
+      lora-export run served --adapter topic "Open a socket and listen for connections."
+    """
+    display = Display(as_json=as_json, quiet=False)
+    with guarded(display):
+        from lora_export import trial
+
+        display.result(trial.run_trial(out, inputs, blend, provider, max_new_tokens), text.trial_text)
+
+
+main.add_command(extract)
+
+
+if __name__ == "__main__":
+    main()

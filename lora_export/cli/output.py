@@ -1,0 +1,185 @@
+"""What the command line prints: results and errors for people or as JSON, progress on a terminal, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, metadata, version
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, assert_never
+
+import click
+
+from lora_export.errors import EnvironmentUnusable, LoraExportError
+
+if TYPE_CHECKING:
+    from lora_export.report.as_json import Report
+
+_SLOW_SECONDS = 1.0
+_BAR_WIDTH = 28
+
+
+def exit_code_of(verdict: str) -> int:
+    """0 pass or not gated, 1 fail, 5 ambiguous."""
+    from lora_export.verdict import Verdict
+
+    match Verdict(verdict):
+        case Verdict.PASS | Verdict.NOT_GATED:
+            return 0
+        case Verdict.FAIL:
+            return 1
+        case Verdict.AMBIGUOUS:
+            return 5
+        case other:
+            assert_never(other)
+
+
+def print_to_reader(text: str, *, end: str = "\n", err: bool = False) -> None:
+    """Print to standard output or standard error. A reader that has gone (`| head`) changes nothing else: what is left
+    to print goes nowhere, and the command ends with the exit code that it would have had."""
+    stream = sys.stderr if err else sys.stdout
+    try:
+        click.echo(text + end, nl=False, err=err)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def defect_message() -> str:
+    """What to say before a traceback: whose fault it is, where to report it, and with which versions."""
+    from lora_export.artifact import versions
+
+    found = {"python": platform.python_version(), **versions(), "onnxruntime": _onnxruntime_version()}
+    shown = ", ".join(f"{name} {version}" for name, version in found.items())
+    return (
+        "The error below is a defect of lora-export, not of your input. Please report it, with the command and all of "
+        f"this output:\n  where:     {issue_tracker()}\n  versions:  {shown}"
+    )
+
+
+def _onnxruntime_version() -> str:
+    for distribution in ("onnxruntime-gpu", "onnxruntime"):
+        with contextlib.suppress(PackageNotFoundError):
+            return f"{version(distribution)} ({distribution})"
+    return "not installed"
+
+
+def issue_tracker() -> str:
+    """Where defects are reported: the address in the package's metadata."""
+    try:
+        urls = metadata("lora-export").get_all("Project-URL") or ()
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        urls = ()
+    return dict(entry.split(", ", 1) for entry in urls).get("Issues", "`urls` in pyproject.toml")
+
+
+class Display:
+    """Prints a command's result to standard output, and progress to standard error if that is a terminal."""
+
+    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self._shows_progress = sys.stderr.isatty() and not (as_json or quiet)
+        self._started = time.monotonic()
+        self._line_open = False
+
+    def start(self, what: str) -> None:
+        """Say at once that the command is alive: its libraries take seconds to load."""
+        if self._shows_progress:
+            self._draw(f"{what}: loading")
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Draw a bar for a stage, once the command has taken over a second."""
+        if not self._shows_progress or time.monotonic() - self._started < _SLOW_SECONDS:
+            return
+        share = min(1.0, done / total) if total else 0.0
+        bar = ("█" * round(share * _BAR_WIDTH)).ljust(_BAR_WIDTH, "░")
+        self._draw(f"{stage:<28} {bar} {share:4.0%}" if total > 1 else f"{stage} …")
+
+    def _draw(self, text: str) -> None:
+        print_to_reader(f"\r\033[K{text}", end="", err=True)
+        self._line_open = True
+
+    def clear(self) -> None:
+        """Remove the progress line."""
+        if self._line_open:
+            print_to_reader("\r\033[K", end="", err=True)
+            self._line_open = False
+
+    def say(self, text: str) -> None:
+        """A remark for people, on standard error."""
+        if not (self.as_json or self.quiet):
+            self.clear()
+            print_to_reader(text, err=True)
+
+    def result(self, value: dict, render: Callable[[dict], str]) -> None:
+        """The command's result, as JSON or text."""
+        self.clear()
+        if self.as_json:
+            print_to_reader(json.dumps(value, indent=2, sort_keys=True, default=str, allow_nan=False))
+        elif not self.quiet:
+            print_to_reader(render(value))
+
+    def error(self, error: LoraExportError) -> None:
+        """An error, on standard error; as JSON on standard output where that was asked for."""
+        self.clear()
+        if self.as_json:
+            print_to_reader(json.dumps(error.to_dict(), indent=2, sort_keys=True))
+        else:
+            print_to_reader(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+
+
+def conclude(report: Report, text: str, files: dict[str, Path], display: Display) -> NoReturn:
+    """Print a report (`text` is for people) and where it was written, tell GitHub, and exit with the verdict's code."""
+    from lora_export.report.as_json import json_value
+
+    written = "\n".join(f"wrote {path}" for path in files.values())
+    display.result(json_value(report), lambda _: f"{text}\n{written}")
+    _tell_github(report, files["md"], display)
+    sys.exit(exit_code_of(report.verdict))
+
+
+def _tell_github(report: Report, markdown: Path, display: Display) -> None:
+    """In a job of GitHub Actions: annotate the run with what failed, and append the Markdown to the job's summary.
+
+    The runner reads both streams, so where standard output is not for people the annotations go to standard error.
+    """
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        from lora_export.report.github import annotations
+
+        for command in annotations(report):
+            print_to_reader(command, err=display.as_json or display.quiet)
+    job_summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if job_summary:
+        try:
+            with Path(job_summary).open("a", encoding="utf-8") as file:
+                file.write(markdown.read_text(encoding="utf-8") + "\n")
+        except OSError as error:
+            print_to_reader(f"the job summary was not written: {error}", err=True)  # the verdict stands without it
+
+
+@contextlib.contextmanager
+def guarded(display: Display) -> Iterator[None]:
+    """Turn this package's errors, and a full memory, into one message and an exit code."""
+    try:
+        yield
+    except LoraExportError as error:
+        display.error(error)
+        sys.exit(error.exit_code)
+    except MemoryError:
+        display.error(EnvironmentUnusable("The machine has too little memory", next_step="see --dry-run for the need"))
+        sys.exit(EnvironmentUnusable.exit_code)
+    except KeyboardInterrupt:
+        display.clear()
+        print_to_reader("interrupted; nothing was published", err=True)
+        sys.exit(130)
+    except Exception:
+        display.clear()
+        print_to_reader(defect_message(), err=True)
+        raise
+    finally:
+        display.clear()

@@ -1,0 +1,13 @@
+"""From a request to all that an export holds: what was asked for, its numbers, its graphs, its records.
+
+    plan.py        what was asked for, checked before any work
+    resolve.py     the adapters, read, and the source of every parameter
+    weights.py     the numbers: checkpoint tensors with adapters folded in, one at a time
+    completion.py  what an adapter needs of the base, and what of it a mode cannot export
+    graphs.py      the finished weightless graphs of a plan, cached
+    records.py     adapter files, config, and the entries of the manifest
+    genai.py       genai_config.json
+    describe.py    inspect and --dry-run, as values
+
+Imports adapters, artifact, base, carried, contract, errors, graph, integrity, runtime, staging.
+"""

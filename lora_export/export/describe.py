@@ -1,0 +1,238 @@
+"""What things hold and what would be done with them: `inspect` and `--dry-run`, as values. Nothing is written."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+from lora_export.adapters.folder import AdapterFolder, open_adapter
+from lora_export.adapters.foreign import ForeignAdapter, locate_adapter, name_of, read_foreign
+from lora_export.adapters.support import options_in_use, tuner_verdict
+from lora_export.artifact import ADAPTERS, MANIFEST, SIGNATURE, Manifest, read_manifest
+from lora_export.base.checkpoint import Checkpoint, locate
+from lora_export.base.stored import SAFETENSORS_DTYPES
+from lora_export.base.tasks import graphs_of
+from lora_export.contract import SINGLE, adapter_file, data_file, graph_file
+from lora_export.errors import InputRefused, LoraExportError
+from lora_export.export.graphs import choose_sites, target_modules
+from lora_export.export.plan import Plan, Request, make_plan
+from lora_export.export.resolve import resolve
+from lora_export.integrity.signature import signer_with
+from lora_export.runtime.session import choose_provider
+from lora_export.staging import refuse_existing
+
+# Peak memory besides the largest tensor: libraries, the traced graph.
+_FIXED_MEMORY_BYTES = 700_000_000
+
+
+def fuse_provider(requested: str | None) -> tuple[str, str]:
+    """The provider to fuse a graph for, and why; naming one needs no GPU."""
+    if requested is not None:
+        return requested, "asked for"
+    choice = choose_provider(None)
+    return choice.name, choice.reason
+
+
+def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), sign_key: Path | None = None) -> dict:
+    """What an export would do: read, folded, served, refused, written; bytes, memory and disk.
+
+    Raises:
+        LoraExportError: What the export itself would raise before it writes.
+    """
+    signed = [SIGNATURE] if sign_key is not None and signer_with(sign_key) else []
+    plan = make_plan(request)
+    resolved = resolve(plan)
+    served = resolved.adapters if request.mode == "dynamic" else ()
+    sites = choose_sites(served, target_modules(targets, resolved.model))
+    item = 4 if plan.dtype == "float32" else 2
+    sizes = [item * math.prod(info.shape) for info in plan.checkpoint.files.tensors.values()]
+    # A parameter made of several stored tensors (merged experts) is larger than each of them.
+    largest = max((item * math.prod(shape) for shape in resolved.source.shapes.values()), default=0)
+    adapters = []
+    for folder, adapter in zip(plan.folders, resolved.adapters, strict=True):
+        adapters.append(
+            _adapter_fields(folder)
+            | {
+                "pairs": len(adapter.pairs),
+                "ranks": list(adapter.ranks),
+                "scales": sorted({pair.scale for pair in adapter.pairs.values()}),
+                "replaced": list(adapter.replaced),
+                "merged_by_peft": list(adapter.layers),
+                "conversion_errors": dict(adapter.conversion_errors),
+                "becomes": "folded into the weights" if request.mode == "merge" else "inputs of the graph",
+            }
+        )
+    try:
+        refuse_existing(out, overwrite=False)
+        out_state = "free"
+    except LoraExportError as error:
+        out_state = error.what
+    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    return {
+        "mode": request.mode,
+        "task": plan.task,
+        "dtype": plan.dtype,
+        "provider": request.provider,
+        "remarks": list(plan.remarks),
+        "read": _base_fields(plan.checkpoint),
+        "adapters": adapters,
+        "inputs": {"pairs": len(sites.lora_modules), "replaced_modules": list(sites.replaced_modules)},
+        "write": {
+            "folder": str(out),
+            "state": out_state,
+            "files": [*_files(plan, request), *signed],
+            "weight_bytes": sum(sizes),
+            "disk_free_bytes": shutil.disk_usage(parent).free,
+        },
+        "memory_bytes": _FIXED_MEMORY_BYTES + 3 * largest,
+    }
+
+
+def _files(plan: Plan, request: Request) -> list[str]:
+    graphs = graphs_of(plan.task)
+    files = list(dict.fromkeys(name(graph) for graph in graphs for name in (graph_file, data_file)))
+    files += [MANIFEST, "config.json"]
+    files += list(plan.carried.files)
+    if request.mode == "dynamic":
+        # Those of graphs that an adapter does not touch stay away.
+        files += [f"{ADAPTERS}/{adapter_file(folder.name, graph)}" for folder in plan.folders for graph in graphs]
+    return files
+
+
+def _base_fields(checkpoint: Checkpoint) -> dict:
+    tensors = checkpoint.files.tensors
+    by_dtype: dict[str, int] = {}
+    for info in tensors.values():
+        name = SAFETENSORS_DTYPES.get(info.dtype, info.dtype)
+        by_dtype[name] = by_dtype.get(name, 0) + math.prod(info.shape)
+    return {
+        "what": "base",
+        "path": str(checkpoint.path),
+        "architectures": checkpoint.config.get("architectures") or [],
+        "model_type": checkpoint.config.get("model_type"),
+        "tensors": len(tensors),
+        "parameters_by_dtype": by_dtype,
+        "files": sorted({str(info.file.name) for info in tensors.values()}),
+    }
+
+
+def _adapter_fields(folder: AdapterFolder) -> dict:
+    fields = {
+        "what": "adapter",
+        "name": folder.name,
+        "path": str(folder.path),
+        "base": folder.base,
+        "task_type": folder.config.get("task_type"),
+        "tensors": len(folder.shapes),
+        "parameters": sum(map(math.prod, folder.shapes.values())),
+    }
+    if folder.config.get("peft_type") != "LORA":
+        tuner = folder.config.get("peft_type")
+        found = {mode: tuner_verdict(folder.config, mode) for mode in ("merge", "dynamic")}
+        said = {mode: f"{verdict} (tuner {tuner}: {note})" for mode, (verdict, note) in found.items()}
+        return fields | {"options": []} | said
+    try:
+        uses = options_in_use(folder.config)
+    except InputRefused as error:
+        return fields | {"options": [], "merge": f"refused: {error.what}", "dynamic": f"refused: {error.what}"}
+    options = [
+        {
+            "option": use.option.name,
+            "value": use.value,
+            "merge": use.verdict("merge"),
+            "dynamic": use.verdict("dynamic"),
+            "note": use.option.note,
+            "instead": use.option.way_out,
+        }
+        for use in uses
+    ]
+    verdicts = {
+        mode: "refused: " + ", ".join(o["option"] for o in options if o[mode] == "refused")
+        if any(o[mode] == "refused" for o in options)
+        else "yes"
+        for mode in ("merge", "dynamic")
+    }
+    return fields | {"options": options} | verdicts
+
+
+def _foreign_fields(adapter: ForeignAdapter, path: Path) -> dict:
+    tensors = [tensor for parts in adapter.tensors.values() for tensor in parts.values()]
+    return {
+        "what": "adapter",
+        "name": name_of(path),
+        "path": str(path),
+        "format": adapter.dialect,
+        "base": adapter.mlx.get("model"),
+        "tensors": len(tensors),
+        "parameters": sum(tensor.numel() for tensor in tensors),
+        "modules": sorted(adapter.tensors),
+        "ranks": sorted({adapter.rank(name) for name in adapter.tensors}),
+    }
+
+
+def inspect_path(given: str) -> dict:
+    """What is at `given`: an export, an adapter, or a base, in that order of precedence.
+
+    Raises:
+        InputRefused: It is none of them.
+    """
+    is_file = Path(given).expanduser().is_file()
+    path = locate_adapter(given) if is_file else locate(given, kind="folder").path
+    if (path / MANIFEST).is_file():
+        return describe_export(path, read_manifest(path))
+    if (foreign := read_foreign(path)) is not None:
+        return _foreign_fields(foreign, path)
+    if (path / "adapter_config.json").is_file():
+        return _adapter_fields(open_adapter(path, given))
+    if (path / "config.json").is_file():
+        return _base_fields(Checkpoint.open(locate(given, kind="base")))
+    raise InputRefused(
+        "The folder is neither an export nor an adapter nor a base",
+        where=str(path),
+        expected=f"{MANIFEST}, adapter_config.json or config.json in it",
+        found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
+    )
+
+
+def describe_export(folder: Path, manifest: Manifest) -> dict:
+    """An exported folder: what it serves, how large it is."""
+    return {
+        "what": "export",
+        "path": str(folder),
+        "kind": manifest.kind,
+        "task": manifest.task,
+        "dtype": manifest.dtype,
+        "provider": manifest.provider,
+        "base": manifest.base.given,
+        "adapters": [
+            {
+                "name": record.name,
+                "ranks": list(record.ranks),
+                "scales": list(record.scales),
+                "targets": len(record.targets),
+                "replaced": list(record.replaced),
+                **({"file": record.file} if SINGLE in manifest.graphs else {"files": dict(record.files)}),
+                "weight": record.weight,
+                "conversion_errors": record.conversion_errors,
+                "preprocessing": record.preprocessing,
+            }
+            for record in manifest.adapters
+        ],
+        **_graph_fields(manifest),
+        "signed": (folder / SIGNATURE).is_file(),
+        "bytes": {name: (folder / name).stat().st_size for name in manifest.files if (folder / name).is_file()},
+    }
+
+
+def _graph_fields(manifest: Manifest) -> dict:
+    """Inputs and outputs of the only graph, or of each of `graphs`."""
+    found = {
+        graph: {
+            "inputs": {spec.name: list(spec.dims) for spec in contract.inputs},
+            "outputs": {spec.name: list(spec.dims) for spec in contract.outputs},
+            "adapter_inputs": len(contract.adapter_inputs),
+        }
+        for graph, contract in manifest.graphs.items()
+    }
+    return found.get(SINGLE) or {"graphs": found}

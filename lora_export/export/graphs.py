@@ -1,0 +1,266 @@
+"""The finished weightless graphs of a plan: traced, given their adapter inputs, fused; cached at both steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from lora_export.adapters.factors import Adapter
+from lora_export.artifact import versions
+from lora_export.base.tasks import graphs_of
+from lora_export.base.trace import trace
+from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract, TensorSpec
+from lora_export.errors import InputRefused, UsageProblem
+from lora_export.export.plan import Plan
+from lora_export.export.resolve import Resolved
+from lora_export.export.weights import digest
+from lora_export.graph.adapter_inputs import SiteChoice, add_adapter_inputs, attach_defaults
+from lora_export.graph.cache import cache_key, cached_graph
+from lora_export.graph.convolution_inputs import convolutions_in
+from lora_export.graph.embedding_inputs import embeddings_in
+from lora_export.graph.fuse import fuse
+from lora_export.graph.linear_inputs import uses_of_bias
+from lora_export.graph.sites import find_sites, refuse_unlinked, sites_in
+from lora_export.graph.unbound import bind_small, rename_weight, untie
+
+_ADAPTER_INPUTS = "lora_export.adapter_inputs"
+# What a config holds besides the architecture; it changes no graph.
+_NOT_ARCHITECTURE = ("_name_or_path", "architectures", "transformers_version", "id2label", "label2id", "torch_dtype")
+
+
+def choose_sites(adapters: Sequence[Adapter], targets: Sequence[str] = ()) -> SiteChoice:
+    """The union of what `adapters` touch, with `targets` added; a module replaced by one adapter takes no pair."""
+    replaced = dict.fromkeys(module for adapter in adapters for module in adapter.replaced_modules)
+    pairs = [pair for adapter in adapters for pair in adapter.lora.values() if pair.module not in replaced]
+    biases = [path.removesuffix(".bias") for a in adapters for path in a.replaced if path.endswith(".bias")]
+    convolutions = [pair for adapter in adapters for pair in adapter.convolutions.values()]
+    biases += [pair.module for pair in (*pairs, *convolutions) if pair.bias is not None]
+    gated = [pair for adapter in adapters if adapter.invocation_tokens for pair in adapter.lora.values()]
+    return SiteChoice(
+        lora_modules=_unique([*(pair.module for pair in pairs), *(t for t in targets if t not in replaced)]),
+        replaced_modules=tuple(replaced),
+        gain_modules=_unique(pair.module for pair in pairs if pair.magnitude is not None),
+        bias_modules=_unique(module for module in biases if module not in replaced),
+        embedding_modules=_unique(module for adapter in adapters for module in adapter.embeddings),
+        convolution_modules=_unique(pair.module for pair in convolutions),
+        gate_modules=_unique(pair.module for pair in gated if pair.module not in replaced),
+        token_modules=_unique(path.removesuffix(".weight") for adapter in adapters for path in adapter.token_rows),
+    )
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
+
+
+def target_modules(targets: Sequence[str], model) -> tuple[str, ...]:
+    """The linear modules of a weightless `model` that `targets` name, by path or by its last parts.
+
+    Raises:
+        UsageProblem: A target names no linear module.
+    """
+    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) or "Conv1D" in str(type(m))]
+    found: dict[str, None] = {}
+    for target in targets:
+        matches = [name for name in linear if name == target or name.endswith(f".{target}")]
+        if not matches:
+            raise UsageProblem(
+                f"--targets {target!r} names no linear module of the base",
+                expected="one of " + ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear})),
+            )
+        found |= dict.fromkeys(matches)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class FinishedGraph:
+    """A graph to bind, and its adapter inputs (none for a merge)."""
+
+    model: ir.Model
+    adapter_inputs: tuple[AdapterInput, ...]
+
+
+def finished_graphs(plan: Plan, resolved: Resolved, choice: SiteChoice, *, use_cache: bool) -> dict[str, FinishedGraph]:
+    """The graphs of the plan's task by stem, in the order they run.
+
+    Large weights stay unbound; norms and biases are bound, as fusions use them, but those that an adapter replaces.
+
+    Raises:
+        InputRefused: A chosen module is a linear map of none of the graphs.
+    """
+    graphs = graphs_of(plan.task)
+    if len(graphs) > 1:
+        _refuse_changed_embedding(resolved)
+    found = {graph: _finished_graph(plan, resolved, choice, graph, use_cache=use_cache) for graph in graphs}
+    served = {entry.module for finished in found.values() for entry in finished.adapter_inputs}
+    chosen = dict.fromkeys(module for modules in asdict(choice).values() for module in modules)
+    refuse_unlinked([module for module in chosen if module not in served])
+    return found
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """All that decides one finished graph.
+
+    Attributes:
+        traced_from: What decides its trace.
+        finished_from: What decides the rest, `traced_from` included.
+        small: The norms and biases to bind, by path.
+        untied: See `_untied`.
+    """
+
+    graph: str
+    choice: SiteChoice
+    traced_from: dict
+    finished_from: dict
+    small: dict[str, np.ndarray]
+    untied: dict[str, str]
+
+
+def _finished_graph(
+    plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str, *, use_cache: bool
+) -> FinishedGraph:
+    facts = _facts(plan, resolved, choice, graph)
+    key = cache_key(facts.finished_from | {"step": "finished"})
+    model = cached_graph(key, lambda: _build(plan, resolved, facts, use_cache=use_cache), use_cache=use_cache)
+    return _reattached(model, resolved)
+
+
+def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str) -> _Facts:
+    config = {key: value for key, value in plan.config.to_dict().items() if key not in _NOT_ARCHITECTURE}
+    tied = sorted({group for group in resolved.source.aliases.values() if len(group) > 1})
+    traced_from = {
+        "config": config,
+        "labels": plan.config.num_labels,
+        "task": plan.task,
+        "dtype": plan.dtype,
+        "class": type(resolved.model).__name__,
+        "versions": versions(),
+        "graph": graph,
+        "tied": tied,
+    }
+    replaced = frozenset(path for adapter in resolved.adapters for path in adapter.replaced)
+    replaced |= {f"{module}.bias" for module in choice.bias_modules}
+    small = resolved.source.small_parameters(plan.dtype, without=replaced | resolved.source.zeros_for)
+    untied = _untied(resolved)
+    finished_from = traced_from | {
+        "provider": plan.request.provider,
+        "small": digest(small),
+        "untied": untied,
+        "sites": asdict(choice),
+        "unbound": sorted(replaced),
+    }
+    return _Facts(graph, choice, traced_from, finished_from, small, untied)
+
+
+def _build(plan: Plan, resolved: Resolved, facts: _Facts, *, use_cache: bool) -> ir.Model:
+    """Trace, untie, bind what is small, give adapter inputs, fuse; the inputs' descriptions go along as metadata."""
+    key = cache_key(facts.traced_from | {"step": "trace"})
+    model = cached_graph(key, lambda: trace(plan.task, resolved.model, facts.graph), use_cache=use_cache)
+    is_only_graph = len(graphs_of(plan.task)) == 1
+    for module, other_name in facts.untied.items():
+        sites = find_sites(model.graph, [module]) if is_only_graph else sites_in(model.graph, [module])
+        if sites[module]:
+            untie(model, module, [site.node for site in sites[module]], other_name)
+        else:
+            rename_weight(model, f"{module}.weight", other_name)
+    bind_small(model, facts.small)
+    choice = facts.choice if is_only_graph else _present(model.graph, facts.choice)
+    model, inputs = add_adapter_inputs(model, choice)
+    model = fuse(model, plan.request.provider)
+    attach_defaults(model.graph, inputs)
+    model.metadata_props[_ADAPTER_INPUTS] = json.dumps(GraphContract((), (), inputs).to_dict()["adapter_inputs"])
+    return model
+
+
+def _reattached(model: ir.Model, resolved: Resolved) -> FinishedGraph:
+    """A graph from the cache, or just built, with what goes along as metadata and what no cache may decide."""
+    model.producer_name, model.producer_version = "lora-export", versions()["lora-export"]
+    fields = {"inputs": [], "outputs": [], "adapter_inputs": json.loads(model.metadata_props.pop(_ADAPTER_INPUTS))}
+    inputs = GraphContract.from_dict(fields).adapter_inputs
+    inputs = tuple(replace(entry, base_has_default=_has_default(entry, resolved)) for entry in inputs)
+    return FinishedGraph(model, inputs)
+
+
+def _refuse_changed_embedding(resolved: Resolved) -> None:
+    """Several modules of an encoder-decoder read the one embedding, and PEFT changes it in one of them only."""
+    for adapter in resolved.adapters:
+        changed = [path for path in adapter.replaced if path.removesuffix(".weight") not in adapter.replaced_modules]
+        changed += [*adapter.token_rows, *(f"{module}.weight" for module in adapter.embeddings)]
+        shared = [path for path in changed if len(resolved.source.aliases.get(path, ())) > 1]
+        if shared:
+            raise InputRefused(
+                f"Adapter {adapter.name!r} changes an embedding that others of an encoder-decoder share",
+                where=", ".join(shared),
+                next_step="merge it in PEFT, save the model untied, and export that as a base without adapters",
+            )
+
+
+def _present(graph: ir.Graph, choice: SiteChoice) -> SiteChoice:
+    """What of `choice` this graph, one of several, calls."""
+    linear = sites_in(graph, (*choice.lora_modules, *choice.replaced_modules))
+    tables = embeddings_in(graph, (*choice.embedding_modules, *choice.token_modules))
+    convolutions = convolutions_in(graph, choice.convolution_modules)
+    called = {module for module, sites in (linear | tables | convolutions).items() if sites}
+    called |= {module for module in choice.bias_modules if uses_of_bias(graph, module)[1]}
+    return SiteChoice(**{kind: tuple(m for m in modules if m in called) for kind, modules in asdict(choice).items()})
+
+
+def _has_default(entry: AdapterInput, resolved: Resolved) -> bool:
+    is_constant = entry.kind not in (AdapterInputKind.WEIGHT, AdapterInputKind.BIAS)
+    return is_constant or resolved.source.stored_name(entry.name) is not None
+
+
+def _untied(resolved: Resolved) -> dict[str, str]:
+    """Modules to split off a tied weight, as merged adapters change its uses differently → the path under which the
+    rest keeps the shared tensor.
+
+    1. An embedding and the heads tied to it: the heads are split off.
+    2. Linear modules tied to each other: those that change are.
+    """
+    found: dict[str, str] = {}
+    for group in {id(paths): paths for paths in resolved.source.aliases.values() if len(paths) > 1}.values():
+        changes = {path: [_signature(adapter, path) for adapter, _ in resolved.source.adapters] for path in group}
+        tables = [path for path in group if _is_embedding(resolved.model, path)]
+        unchanged = [path for path in group if not any(map(any, changes[path]))]
+        keeper = next(iter(tables or unchanged or group))
+        if any(changes[path] != changes[keeper] for path in tables):
+            raise InputRefused(
+                "An adapter changes one of several embeddings that share a weight",
+                where=", ".join(tables),
+                next_step="merge it in PEFT, save the model untied, and export that as a base without adapters",
+            )
+        split = [path for path in group if path not in tables and changes[path] != changes[keeper]]
+        found |= {path.removesuffix(".weight"): keeper for path in split}
+    return found
+
+
+def _signature(adapter: Adapter, path: str) -> tuple[int, ...]:
+    """What an adapter does to a parameter, comparable between tied paths: identities of its values, () for nothing."""
+    module = path.removesuffix(".weight")
+    values = (adapter.replaced.get(path), adapter.pairs.get(module))
+    values += (adapter.token_rows.get(path), adapter.layers.get(module))
+    return tuple(id(value) for value in values) if any(value is not None for value in values) else ()
+
+
+def _is_embedding(model: torch.nn.Module, path: str) -> bool:
+    return isinstance(model.get_submodule(path.rpartition(".")[0]), torch.nn.Embedding)
+
+
+def contract_of(model: ir.Model, adapter_inputs: Sequence[AdapterInput]) -> GraphContract:
+    """The contract of a graph: its own inputs and outputs, and the adapter inputs."""
+    optional = {entry.name for entry in adapter_inputs}
+
+    def spec(value: ir.Value) -> TensorSpec:
+        dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+        return TensorSpec(value.name, str(value.dtype.numpy()), dims)
+
+    return GraphContract(
+        tuple(spec(value) for value in model.graph.inputs if value.name not in optional),
+        tuple(map(spec, model.graph.outputs)),
+        tuple(adapter_inputs),
+    )

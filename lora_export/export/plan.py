@@ -1,0 +1,228 @@
+"""From what the user named to what will be exported: everything is refused here, before any work is done."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_export.adapters.folder import AdapterFolder, open_adapter
+from lora_export.adapters.foreign import peft_folder
+from lora_export.adapters.initialization import PLAIN_START
+from lora_export.adapters.support import require_supported
+from lora_export.base.checkpoint import Checkpoint, locate
+from lora_export.base.tasks import CLASSIFICATION, SEQ2SEQ, Task, resolve_task
+from lora_export.base.weightless import build_weightless, vocabulary_tables
+from lora_export.carried import Carried, plan_added, plan_carried
+from lora_export.errors import InputRefused, UsageProblem
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for.
+
+    Attributes:
+        base: A folder or hub id; None to take the adapters' own `base_model_name_or_path`.
+        adapters: (folder or hub id, name or None) of each adapter.
+        mode: "merge" or "dynamic".
+        dtype: None for the checkpoint's.
+        weights: Of each adapter in a merged sum; empty for 1 each.
+        convert_rank: Rank to convert tuners other than LoRA with, to serve them: a whole number, or a share of the
+            energy between 0 and 1; None to refuse them.
+        residual_base: The base is the one that the adapters' start (PiSSA, CorDA, LoftQ, LoRA-GA) left, so their pairs
+            are plain ones on it.
+    """
+
+    base: str | None
+    adapters: tuple[tuple[str, str | None], ...]
+    mode: str
+    task: str | None = None
+    dtype: str | None = None
+    provider: str = "cpu"
+    weights: tuple[float, ...] = ()
+    convert_rank: float | None = None
+    residual_base: bool = False
+
+    @property
+    def weight_of_each(self) -> tuple[float, ...]:
+        return self.weights or (1.0,) * len(self.adapters)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that passed all checks that headers allow.
+
+    Attributes:
+        config: The `PretrainedConfig` the graph is traced from; for a merge, with the adapter's number of labels.
+        adapter_configs: The config each adapter's head was trained for, in the order of `folders`.
+        carried: The files that a host needs beside the graph.
+        remarks: What was decided for the user and is worth a word.
+    """
+
+    request: Request
+    checkpoint: Checkpoint
+    folders: tuple[AdapterFolder, ...]
+    task: Task
+    dtype: str
+    config: object
+    adapter_configs: tuple[object, ...]
+    carried: Carried
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that the exported weights take, before packing and metadata."""
+        item = 4 if self.dtype == "float32" else 2
+        sizes = [item * math.prod(info.shape) for info in self.checkpoint.files.tensors.values()]
+        # An encoder and a decoder each have the embedding that they share.
+        return sum(sizes) + (max(sizes, default=0) if self.task in SEQ2SEQ else 0)
+
+
+def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
+    """Locate and check base and adapters, headers only.
+
+    Args:
+        added_to: The dynamic export that the adapters are added to; None to make one.
+
+    Raises:
+        LoraExportError: Anything that cannot be exported, by name, with the way out.
+    """
+    folders = tuple(
+        open_adapter(peft_folder(given, request.base, request.task), given, name) for given, name in request.adapters
+    )
+    if request.residual_base:
+        folders = tuple(replace(folder, config=folder.config | PLAIN_START) for folder in folders)
+    _refuse_equal_names(folders)
+    if len(request.weight_of_each) != len(folders):
+        raise UsageProblem(
+            "--weight is given once for each adapter, in order",
+            expected=f"{len(folders)} weights",
+            found=f"{len(request.weights)}",
+        )
+    for folder in folders:
+        require_supported(folder.config, request.mode, folder.name, convert_rank=request.convert_rank)
+    checkpoint = Checkpoint.open(locate(_base_of(request.base, folders), kind="base"))
+    peft_tasks = {folder.name: folder.config.get("task_type") for folder in folders}
+    task = resolve_task(request.task, checkpoint.config, peft_tasks, str(checkpoint.path))
+    _refuse_activated(folders, task)
+    dtype, remarks = _dtype_of(request, checkpoint)
+    paths = {folder.name: folder.path for folder in folders}
+    is_new = added_to is None
+    carried = plan_carried(checkpoint.path, paths, request.mode) if is_new else plan_added(added_to, paths)
+    config = checkpoint.load_config()
+    adapter_configs = _configs_for(config, task, folders)
+    if request.mode == "merge" and adapter_configs:
+        config = _merged_config(folders, adapter_configs)
+    return Plan(request, checkpoint, folders, task, dtype, config, adapter_configs, carried, remarks)
+
+
+def _dtype_of(request: Request, checkpoint: Checkpoint) -> tuple[str, tuple[str, ...]]:
+    """The dtype to export in, and what to say of it: ONNX Runtime's CPU provider has no kernels for bfloat16.
+
+    Raises:
+        InputRefused: bfloat16 was asked for and the graph is for the CPU.
+    """
+    dtype = request.dtype or checkpoint.dtype
+    if dtype != "bfloat16" or request.provider != "cpu":
+        return dtype, ()
+    if request.dtype is None:
+        said = "the base is stored in bfloat16, which ONNX Runtime's CPU provider does not run: exporting in float32"
+        return "float32", (f"{said} (--dtype float16 halves it; --provider cuda keeps bfloat16)",)
+    raise InputRefused(
+        "ONNX Runtime's CPU provider has no kernels for bfloat16, so nothing could run the export",
+        where="--dtype bfloat16 with --provider cpu",
+        next_step="export with --dtype float32 or float16, or for --provider cuda",
+    )
+
+
+def _refuse_equal_names(folders: Sequence[AdapterFolder]) -> None:
+    names = [folder.name for folder in folders]
+    if len(set(names)) != len(names):
+        raise UsageProblem(
+            "Two adapters have the same name", found=", ".join(names), next_step="name each with --name, in order"
+        )
+
+
+def _refuse_activated(folders: Sequence[AdapterFolder], task: Task) -> None:
+    activated = [folder.name for folder in folders if folder.config.get("alora_invocation_tokens")]
+    if activated and task is not Task.TEXT_GENERATION:
+        raise InputRefused(
+            "An activated LoRA is for decoders: PEFT looks for its invocation in a prompt",
+            where=f"adapter_config.json of {', '.join(activated)}: alora_invocation_tokens",
+            found=f"task {task}",
+            next_step="export it as text-generation (--task)",
+        )
+
+
+def _base_of(base: str | None, folders: Sequence[AdapterFolder]) -> str:
+    if base is not None:
+        return base
+    recorded = {folder.base for folder in folders}
+    if len(recorded) != 1 or None in recorded:
+        raise InputRefused(
+            "The adapters do not agree on a base" if len(recorded) > 1 else "The adapter does not record its base",
+            where="adapter_config.json: base_model_name_or_path",
+            found=", ".join(f"{folder.name}: {folder.base}" for folder in folders),
+            next_step="name the base as the first argument",
+        )
+    return recorded.pop()
+
+
+def _configs_for(config, task: Task, folders: Sequence[AdapterFolder]) -> tuple:
+    """For each adapter, `config` with the number of labels and the vocabulary that its file has."""
+    if not folders:
+        return ()
+    model = build_weightless(task, config, "float32")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return tuple(_config_for(config, task, folder, shapes, vocabulary_tables(model)) for folder in folders)
+
+
+def _config_for(
+    config, task: Task, folder: AdapterFolder, shapes: Mapping[str, tuple[int, ...]], tables: Sequence[str]
+):
+    """`config`, changed where the adapter's file has another number of rows than the base's `shapes`."""
+    labels = config.num_labels
+    for key, shape in folder.shapes.items():
+        path = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        expected = shapes.get(path)
+        if not expected or shape[1:] != expected[1:] or shape[0] == expected[0]:
+            continue
+        if path in tables:
+            config = copy.deepcopy(config)
+            config.get_text_config().vocab_size = shape[0]
+        elif task in CLASSIFICATION and expected[0] == config.num_labels:
+            labels = shape[0]
+    brings_head = task in CLASSIFICATION and bool(folder.config.get("modules_to_save"))
+    return with_labels(config, folder.labels, labels) if brings_head else config
+
+
+def with_labels(config, labels: dict[int, str] | None, n_labels: int):
+    """A copy of `config` for `n_labels` classes, named by `labels` where they fit, else `LABEL_i`."""
+    config = copy.deepcopy(config)
+    if labels is not None and sorted(labels) == list(range(n_labels)):
+        config.id2label, config.label2id = dict(labels), {name: index for index, name in labels.items()}
+    elif n_labels != config.num_labels:
+        config.num_labels = n_labels
+    return config
+
+
+def _merged_config(folders: Sequence[AdapterFolder], configs: Sequence):
+    sizes = {folder.name: config.num_labels for folder, config in zip(folders, configs, strict=True)}
+    with_heads = [
+        config for folder, config in zip(folders, configs, strict=True) if folder.config.get("modules_to_save")
+    ]
+    if len(with_heads) > 1:
+        raise InputRefused(
+            "Several adapters bring a module of their own (modules_to_save); a merged graph holds one",
+            where=", ".join(f"{name} ({n} labels)" for name, n in sizes.items()),
+            next_step="merge one of them, or serve all of them with `lora-export dynamic`",
+        )
+    return with_heads[0] if with_heads else configs[0]
+
+
+def local_path(given: str) -> str:
+    """A path as it is recorded in a manifest: absolute if it is a folder here, so that `check` finds it."""
+    path = Path(given).expanduser()
+    return str(path.resolve()) if path.exists() else given

@@ -1,0 +1,76 @@
+"""A plan's tensors: the adapters as PEFT resolves them, and the source of every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lora_export.adapters.factors import Adapter
+from lora_export.adapters.peft_reader import read_adapter
+from lora_export.base.checkpoint import checkpoint_names, stored_apart
+from lora_export.base.tasks import CLASSIFICATION, Task
+from lora_export.base.weightless import build_weightless, parameter_aliases, untie
+from lora_export.export.completion import completed
+from lora_export.export.plan import Plan
+from lora_export.export.weights import ParameterSource
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plan's tensors: adapters as PEFT resolved them, and the source of every parameter."""
+
+    adapters: tuple[Adapter, ...]
+    source: ParameterSource
+    model: object
+
+
+def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
+    """Read the adapters on the weightless base and map the checkpoint's names.
+
+    Args:
+        zeros_for_missing_head: Give a head that the checkpoint lacks zeros instead of refusing (a benchmark's base).
+
+    Raises:
+        InputRefused: An adapter does not fit the base, or holds numbers that are not finite.
+    """
+    model = build_weightless(plan.task, plan.config, plan.dtype)
+    read = _read_adapters(plan, model)
+    shapes = {path: tuple(tensor.shape) for path, tensor in model.state_dict().items()}
+    head = head_parameters(read, model, plan.task, everything=zeros_for_missing_head)
+    brought = {path for adapter in read for path in (*adapter.replaced, *adapter.base_copies)}
+    replaced = frozenset(brought) if plan.request.mode == "merge" else frozenset()
+    names = checkpoint_names(model, plan.checkpoint.files, replaced)
+    untie(model, stored_apart(model, names, plan.checkpoint.files))
+    base = ParameterSource(plan.checkpoint, names, parameter_aliases(model), shapes, zeros_for=head)
+    adapters = tuple(completed(adapter, base, model, plan.request.mode, plan.request.convert_rank) for adapter in read)
+    merged = tuple(zip(adapters, plan.request.weight_of_each, strict=True)) if plan.request.mode == "merge" else ()
+    return Resolved(adapters, replace(base, adapters=merged), model)
+
+
+def _read_adapters(plan: Plan, model) -> tuple[Adapter, ...]:
+    """The adapters, each read on a float32 base of its own sizes: PEFT rounds an adapter to the dtype of the base that
+    it is loaded onto. Bases of the same sizes are one."""
+    bases = {_sizes_of(plan.config): model} if plan.dtype == "float32" else {}
+    found = []
+    for folder, config in zip(plan.folders, plan.adapter_configs, strict=True):
+        sizes = _sizes_of(config)
+        if sizes not in bases:
+            bases[sizes] = build_weightless(plan.task, config, "float32")
+        found.append(read_adapter(folder, bases[sizes]))
+    return tuple(found)
+
+
+def _sizes_of(config) -> tuple[int, int | None]:
+    """What the configs of a plan's adapters may differ in, their labels' names aside."""
+    return config.num_labels, getattr(config.get_text_config(), "vocab_size", None)
+
+
+def head_parameters(adapters: Sequence[Adapter], model, task: Task, *, everything: bool) -> frozenset[str]:
+    """The parameters that may default to zeros: those that adapters replace; for a benchmark, any but the body's."""
+    replaced = {path for adapter in adapters for path in adapter.replaced}
+    if everything and task in CLASSIFICATION:
+        prefix = f"{model.base_model_prefix}."
+        replaced |= {path for path in model.state_dict() if not path.startswith(prefix) or ".pooler." in path}
+    # Zeros that old checkpoints of Bart and its kin leave out.
+    replaced |= {path for path in model.state_dict() if path.endswith("final_logits_bias")}
+    return frozenset(replaced)

@@ -1,0 +1,70 @@
+"""Find again the base and adapters of an export, as its manifest recorded them, and make sure they are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_export.adapters.foreign import locate_adapter, peft_folder
+from lora_export.artifact import Manifest, SourceRecord, sha256_of
+from lora_export.base.checkpoint import locate
+from lora_export.errors import InputRefused
+
+
+@dataclass(frozen=True)
+class SourceOverrides:
+    """Where the base and adapters are now, if they have moved (`--base`, `--adapter NAME=PATH`)."""
+
+    base: str | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
+
+
+def locate_sources(
+    manifest: Manifest, overrides: SourceOverrides, *, only_base: bool = False
+) -> tuple[Path, dict[str, Path]]:
+    """The base's folder and each adapter's, with every recorded hash compared.
+
+    Raises:
+        InputRefused: One is not where it was, or is not the one that was exported.
+        UsageProblem: An override names an adapter that the export does not have.
+    """
+    for name in overrides.adapters:
+        manifest.adapter(name)
+    base = locate_source(manifest.base, overrides.base, "base", "--base PATH")
+    adapters = {}
+    for record in () if only_base else manifest.adapters:
+        hint = f"--adapter {record.name}=PATH"
+        path = locate_source(record.source, overrides.adapters.get(record.name), "adapter", hint)
+        adapters[record.name] = peft_folder(str(path), str(base), manifest.task)
+    return base, adapters
+
+
+def locate_source(source: SourceRecord, override: str | None, kind: str, hint: str) -> Path:
+    """The folder of a base or adapter (`kind`), each file of it compared with its recorded hash.
+
+    Args:
+        hint: The option that says where it is now, for messages.
+
+    Raises:
+        InputRefused: It is not where it was, or is not the one that was exported.
+    """
+    given = override or (f"{source.given}@{source.revision}" if source.revision else source.given)
+    try:
+        path = locate_adapter(given) if kind == "adapter" else locate(given, kind=kind).path
+    except InputRefused as error:
+        raise InputRefused(
+            f"The export's {kind} is not where it was", where=given, next_step=f"say where it is now with {hint}"
+        ) from error
+    for name, expected in source.files.items():
+        file = (path.parent if path.is_file() else path) / name
+        found = sha256_of(file) if file.is_file() else None
+        if found != expected:
+            raise InputRefused(
+                f"This {kind} is not the one that was exported",
+                where=str(file),
+                expected=f"sha256 {expected}",
+                found=f"sha256 {found}" if found else "no such file",
+                next_step=f"name the original with {hint}, or export again",
+            )
+    return path

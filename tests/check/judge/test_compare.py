@@ -1,0 +1,287 @@
+"""Judging outputs: hand-made cases with known answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lora_export.check.judge.compare import Outputs, accuracy, compare
+from lora_export.check.judge.measures import mean_kl, scatter_of_ratio, top1_agreement
+from lora_export.check.judge.tolerances import MEASURES, Tolerances, limits_from_below, tolerances
+from lora_export.errors import UsageProblem
+
+GATES = Tolerances(
+    error=1e-3, features=1e-2, rounding=2, kl=1e-3, top1=0.99, perplexity=1e-2, effect=10, effect_share=1e-3
+)
+
+
+def gates_of(**limits: float | None) -> Tolerances:
+    """Only these gate."""
+    return Tolerances(**(dict.fromkeys(MEASURES) | limits))
+
+
+def outputs(*values, name: str = "logits", real=None, labels=()) -> Outputs:
+    arrays = tuple(np.asarray(value, np.float32) for value in values)
+    return Outputs(name, arrays, tuple(real or [None] * len(arrays)), tuple(labels))
+
+
+def judged(reference, found, without=None, gates=GATES):
+    return compare("case", "adapter", "words", reference, found, gates, without=without)
+
+
+def test_equal_outputs_pass():
+    case = judged(outputs([[3.0, 1.0]]), outputs([[3.0, 1.0]]))
+    assert case.passed and (case.error, case.kl, case.top1, case.n_rows) == (0, 0, 1, 1)
+
+
+def test_the_error_is_the_largest_and_relative_to_the_largest_reference():
+    case = judged(outputs([[8.0, 1.0], [2.0, 4.0]]), outputs([[8.0, 1.5], [2.25, 4.0]]))
+    assert (case.error, case.error_relative) == (0.5, 0.5 / 8)
+    small = judged(outputs([[0.25, 0.0]]), outputs([[0.25, 0.125]]))
+    assert small.error_relative == 0.125, "outputs below one are judged as if they were one"
+
+
+def test_an_error_above_the_tolerance_fails_with_its_size():
+    reference, found = outputs([[1000.0, 0.0]]), outputs([[1000.0, 2.0]])
+    assert judged(reference, found).failures == (
+        "the error is 2.00e-03 of the output's size; at most 1e-03 is rounding",
+    )
+    assert judged(outputs([[1000.0, 0.0]]), outputs([[1000.0, 0.99]])).passed
+
+
+def test_features_have_a_gate_of_their_own():
+    assert judged(outputs([[1.0, 0.0]], name="last_hidden_state"), outputs([[1.0, 0.009]])).passed
+    case = judged(outputs([[1.0, 0.0]], name="last_hidden_state"), outputs([[1.0, 0.02]]))
+    assert not case.passed and case.kl is None and case.top1 is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_fail(value):
+    case = judged(outputs([[1.0, 0.0], [0.0, 1.0]]), outputs([[1.0, value], [0.0, 1.0]]))
+    assert case.failures == ("1 exported values are NaN or infinite",)
+    assert case.error == math.inf
+
+
+def test_shapes_that_differ_fail_instead_of_broadcasting():
+    case = judged(outputs([[1.0, 0.0, 2.0]]), outputs([[1.0, 0.0]]))
+    assert case.failures == ("shapes differ: [1, 3] in the reference, [1, 2] exported",)
+    assert not judged(outputs([[1.0, 1.0], [1.0, 1.0]]), outputs([[1.0, 1.0]])).passed
+
+
+def test_an_adapter_without_effect_fails_even_where_the_numbers_agree():
+    """The case that a plain tolerance passes: the adapter was dropped on both sides, or does nothing."""
+    base = outputs([[1.0, 0.0]])
+    case = judged(outputs([[1.0, 0.0]]), outputs([[1.0, 1e-5]]), without=base)
+    assert not case.passed and case.failures[0].startswith("the adapter has no effect here")
+    assert case.effect == 0
+
+
+@pytest.mark.parametrize(("times", "passes"), [(10.5, True), (9.5, False)])
+def test_the_effect_must_be_ten_times_the_error(times, passes):
+    error = 2**-12
+    reference, found = outputs([[0.0, times * error]]), outputs([[error, times * error]])
+    gates = gates_of(error=1e-2, effect=10)
+    case = judged(reference, found, without=outputs([[0.0, 0.0]]), gates=gates)
+    assert case.passed is passes and case.effect_ratio == times
+
+
+def test_a_scale_that_is_one_percent_off_fails_with_the_share_that_arrived():
+    rng = np.random.default_rng(0)
+    base, effect = rng.standard_normal((64, 5)), rng.standard_normal((64, 5))
+    reference, found, without = outputs(base + effect), outputs(base + 1.01 * effect), outputs(base)
+    case = judged(reference, found, without, gates_of(effect_share=1e-3))
+    assert case.failures == ("101.00% of the adapter's effect arrives; 100 % to within 0.10% is expected",)
+    assert case.effect_share == pytest.approx(1.01, abs=1e-5) and case.effect_ratio_minimum is None
+
+
+def test_no_adapter_has_no_effect_to_show():
+    case = judged(outputs([[1.0]]), outputs([[1.0]]))
+    assert case.effect is None and case.effect_ratio_minimum is None and case.passed
+
+
+def test_padding_is_not_compared():
+    mask = np.array([[True, True, False]])
+    reference = outputs([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]], real=[mask])
+    found = outputs([[[1.0, 2.0], [3.0, 4.0], [-99.0, 99.0]]], real=[mask])
+    assert judged(reference, found).error == 0
+    wrong = outputs([[[1.0, 2.0], [3.0, 9.0], [5.0, 6.0]]], real=[mask])
+    assert judged(reference, wrong).error == 5
+
+
+def test_pooled_outputs_ignore_the_mask():
+    mask = np.array([[True, False], [True, True]])
+    assert outputs([[1.0, 2.0], [3.0, 4.0]], real=[mask]).positions().shape == (2, 2)
+
+
+def test_batches_are_judged_together():
+    reference = outputs([[1.0, 0.0]], [[0.0, 1.0], [4.0, 0.0]])
+    found = outputs([[1.0, 0.0]], [[0.0, 1.0], [4.0, 1.0]])
+    case = judged(reference, found)
+    assert (case.n_rows, case.error) == (3, 1.0)
+
+
+def test_kl_is_the_textbooks():
+    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.4, 0.4, 0.2])
+    expected = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    shifted = np.stack([np.log(p) + 3, np.log(p)])
+    found = np.stack([np.log(q) - 7, np.log(p)])
+    assert mean_kl(shifted, found) == pytest.approx(expected / 2, rel=1e-12)
+    huge = np.array([[1000.0, 0.0]])
+    assert mean_kl(huge, huge) == 0
+
+
+def test_kl_gates_half_precision():
+    gates = gates_of(kl=1e-3)
+    case = judged(outputs([[0.0, 0.0]]), outputs([[0.2, 0.0]]), gates=gates)
+    assert case.failures[0].startswith("the distributions differ by 4.9") and case.tolerance is None
+    assert judged(outputs([[0.0, 0.0]]), outputs([[0.02, 0.0]]), gates=gates).passed
+
+
+def test_a_flip_counts_only_where_the_reference_was_sure():
+    expected = np.array([[1.0, 0.0], [1.0, 0.999]])
+    flipped = np.array([[0.0, 1.0], [0.999, 1.0]])
+    assert top1_agreement(expected, flipped, margin=0.01) == 0.5
+    assert top1_agreement(expected, flipped, margin=0.0) == 0.0
+    assert top1_agreement(expected, expected, margin=0.0) == 1.0
+
+
+def test_top1_gates():
+    rows = np.zeros((100, 3))
+    rows[:, 0] = 5
+    wrong = rows.copy()
+    wrong[:2] = [0, 5, 0]
+    case = judged(outputs(rows), outputs(wrong), gates=gates_of(error=1e-3, top1=0.99))
+    assert case.top1 == pytest.approx(0.98)
+    assert any("the best class agrees in 98.00% of positions" in failure for failure in case.failures)
+
+
+def test_top1_is_not_measured_by_the_error_that_was_seen():
+    """By that, a flip is never beyond the noise."""
+    flipped = judged(outputs([[5.0, 0.0]]), outputs([[0.0, 5.0]]), gates=gates_of(top1=0.99))
+    assert flipped.top1 is None and flipped.top1_tolerance is None
+    reference = replace(outputs([[5.0, 0.0]]), precise=(np.array([[5.001, 0.0]]),))
+    known = judged(reference, outputs([[0.0, 5.0]]), gates=gates_of(top1=0.99, rounding=2))
+    assert known.top1 == 0 and not known.passed
+    tie = replace(outputs([[5.0, 4.999]]), precise=(np.array([[5.001, 4.999]]),))
+    assert judged(tie, outputs([[4.999, 5.0]]), gates=gates_of(top1=0.99, rounding=2)).top1 == 1
+
+
+def test_a_limit_given_for_rounding_moves_no_noise():
+    reference = replace(outputs([[5.0, 4.9]]), precise=(np.array([[5.001, 4.9]]),))
+    gates = replace(gates_of(top1=0.99, rounding=1000), noise=2)
+    assert judged(reference, outputs([[4.9, 5.0]]), gates=gates).top1 == 0
+
+
+def rounded(n: int, *, by: float, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, by, (n, 4))
+
+
+@pytest.mark.parametrize(("times", "passes"), [(1.0, True), (1.9, True), (2.2, False)])
+def test_the_error_may_be_twice_pytorchs_own_against_a_wider_dtype(times, passes):
+    precise = np.random.default_rng(1).normal(size=(1200, 4))
+    reference = replace(outputs(precise + rounded(1200, by=1e-3)), precise=(precise,))
+    found = outputs(precise + rounded(1200, by=1e-3 * times, seed=2))
+    case = judged(reference, found, gates=gates_of(rounding=2))
+    assert case.passed is passes and case.rounding_ratio == pytest.approx(times, rel=0.1)
+    expected = float(np.sqrt(((found.values[0].astype(np.float64) - precise) ** 2).mean()))
+    assert case.rounding.rms_exported == pytest.approx(expected)
+    assert case.rounding.kl_exported == pytest.approx(mean_kl(precise, found.values[0].astype(np.float64)))
+    if not passes:
+        assert "× what PyTorch itself loses by rounding at this dtype; at most 2 ×" in case.failures[0]
+
+
+def test_few_positions_leave_more_to_chance():
+    """By a simulation: what the same rounding on both sides exceeds once in ten thousand."""
+    rng = np.random.default_rng(0)
+    for n in (16, 100, 1000):
+        ratios = np.sqrt(rng.chisquare(n, 400_000) / rng.chisquare(n, 400_000))
+        assert np.quantile(ratios, 0.9999) == pytest.approx(scatter_of_ratio(n), rel=0.08), n
+
+
+def test_pytorchs_luck_does_not_count_as_no_rounding():
+    """Where the reference hits the wider dtype exactly, rounding the output alone is still allowed."""
+    precise = np.full((2000, 4), 1.0)
+    reference = replace(outputs(precise), precise=(precise,))
+    gates = replace(gates_of(rounding=2), epsilon=2.0**-10)
+    assert judged(reference, outputs(precise + 2.0**-12), gates=gates).passed
+    assert not judged(reference, outputs(precise + 2.0**-10), gates=gates).passed
+
+
+def test_the_wider_dtype_may_cover_the_first_batches_only():
+    first, second = np.ones((2, 3)), np.full((2, 3), 7.0)
+    reference = replace(outputs(first, second), precise=(first + 0.5,))
+    case = judged(reference, outputs(first + 1, second), gates=gates_of(rounding=2))
+    assert (case.rounding.error_reference, case.rounding.error_exported, case.rounding_ratio) == (0.5, 0.5, 1)
+
+
+def test_perplexity_is_the_textbooks_over_real_targets():
+    logits = np.log(np.array([[[0.5, 0.5, 1e-9], [0.1, 0.1, 0.8], [0.2, 0.2, 0.6]]]))
+    targets = np.array([[0, 2, -1]])
+    mask = np.ones((1, 3), bool)
+    reference = replace(outputs(logits, real=[mask]), targets=(targets,))
+    case = judged(reference, outputs(logits - 3, real=[mask]), gates=gates_of(perplexity=1e-5))
+    assert case.perplexity_reference == pytest.approx((0.5 * 0.8) ** -0.5, rel=1e-6) and case.passed
+    wrong = judged(reference, outputs(logits[:, ::-1].copy(), real=[mask]), gates=gates_of(perplexity=1e-2))
+    assert not wrong.passed and "the perplexity is" in wrong.failures[0]
+
+
+def test_no_target_is_no_perplexity():
+    mask = np.ones((1, 1), bool)
+    reference = replace(outputs([[[1.0, 2.0]]], real=[mask]), targets=(np.array([[-1]]),))
+    assert judged(reference, outputs([[[1.0, 2.0]]], real=[mask])).perplexity_reference is None
+
+
+def test_a_reference_that_is_no_number_fails():
+    case = judged(outputs([[np.nan, 1.0]]), outputs([[1.0, 1.0]]))
+    assert not case.passed and "the error is nan" in case.failures[0]
+
+
+def test_accuracy_counts_labelled_rows():
+    found = outputs([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], labels=[(0, 0, None)])
+    assert accuracy(found) == 0.5
+    assert accuracy(outputs([[1.0, 0.0]], labels=[(None,)])) is None
+    assert accuracy(outputs([[1.0, 0.0]])) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_every_dtype_and_provider_has_gates_that_gate(dtype, provider):
+    gates = tolerances(dtype, provider)
+    assert gates.error is not None or gates.kl is not None
+    assert 0.9 < gates.top1 <= 1 and 0 < gates.effect_share < 0.01 and 1 < gates.rounding <= 4
+    assert {gate.measure: gate.limit for gate in gates.gates} == {name: getattr(gates, name) for name in MEASURES}
+    assert all(gate.reason and not gate.overridden for gate in gates.gates)
+    if dtype == "float32":
+        assert gates.error <= 1e-3 and gates.effect >= 10
+
+
+def test_a_limit_can_be_given_and_is_recorded_as_such():
+    gates = tolerances("float16", "cpu", {"top1": 0.97})
+    given = next(gate for gate in gates.gates if gate.measure == "top1")
+    assert gates.top1 == 0.97 and given.overridden and given.reason.startswith("given; the table says 0.99")
+    assert limits_from_below("top1") and not limits_from_below("kl")
+
+
+def test_a_limit_for_no_measure_is_refused():
+    with pytest.raises(UsageProblem, match="for a measure that there is not") as refused:
+        tolerances("float32", "cpu", {"top-1": 0.9})
+    assert refused.value.found == "top-1" and "top1" in refused.value.expected
+
+
+def near_zero(value: float, error: float, n_rows: int = 1):
+    """One logit a row, near zero by chance, off by `error`; PyTorch itself happens to be exact."""
+    expected = outputs(np.full((n_rows, 1), value))
+    precise = (np.full((n_rows, 1), value, np.float64),)
+    return replace(expected, precise=precise), outputs(np.full((n_rows, 1), value + error))
+
+
+def test_one_logit_near_zero_is_judged_by_the_size_of_logits():
+    gates = tolerances("float32", "cpu")
+    reference, found = near_zero(5e-4, 2e-7)
+    case = judged(reference, found, without=outputs([[0.4]]), gates=gates)
+    assert case.passed, case.failures
+    # A tenth of a logit is no rounding, however few there are.
+    assert not judged(*near_zero(5e-4, 0.1), without=outputs([[0.4]]), gates=gates).passed
