@@ -32,7 +32,7 @@ SCHEMA_VERSION = 1
 _DISTRIBUTIONS = ("lora-export", "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript", "safetensors")
 
 
-class Kind(StrEnum):
+class ExportKind(StrEnum):
     MERGED = "merged"
     DYNAMIC = "dynamic"
 
@@ -97,7 +97,7 @@ class Manifest:
             graph's `contract` instead, and each adapter's only `file` instead of its `files`.
     """
 
-    kind: Kind
+    kind: ExportKind
     task: str
     dtype: str
     provider: str
@@ -226,7 +226,7 @@ def _manifest_from(fields: dict) -> Manifest:
         # JSON keeps names sorted; graphs are kept in the order they run.
         graphs = {graph: fields["graphs"][graph] for graph in (ENCODER, DECODER, DECODER_WITH_PAST)}
     changed = {
-        "kind": Kind(fields["kind"]),
+        "kind": ExportKind(fields["kind"]),
         "base": SourceRecord(**fields["base"]),
         "adapters": tuple(map(adapter, fields["adapters"])),
         "graphs": {graph: GraphContract.from_dict(contract) for graph, contract in graphs.items()},

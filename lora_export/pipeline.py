@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_export.artifact import ADAPTERS, REPORTS, SIGNATURE, Kind, Manifest, read_manifest, write_manifest
+from lora_export.artifact import ADAPTERS, REPORTS, SIGNATURE, ExportKind, Manifest, read_manifest, write_manifest
 from lora_export.base.tasks import Task
 from lora_export.bench.plan import BASE, MERGED, BenchOptions, BenchPlan, foldable, plan_bench
 from lora_export.bench.results import BenchReport
@@ -103,7 +103,7 @@ def export(request: Request, options: ExportOptions, *, progress: Progress = sil
             files |= write_config(plan, folder) | copy_carried(plan.carried, folder)
             if plan.task is Task.TEXT_GENERATION:
                 files |= write_genai_config(folder, plan.config, contracts[SINGLE])
-            kind = Kind.DYNAMIC if request.mode == "dynamic" else Kind.MERGED
+            kind = ExportKind.DYNAMIC if request.mode == "dynamic" else ExportKind.MERGED
             how = (kind, plan.task, plan.dtype, request.provider)
             manifest = Manifest(*how, sources.base, records, contracts, dict(sorted(files.items())))
             write_manifest(folder, manifest)
@@ -153,7 +153,7 @@ def add_adapter(
     """
     signer = signer_with(options.sign_key) if options.sign_key is not None else None
     manifest = read_manifest(folder)
-    if manifest.kind is not Kind.DYNAMIC:
+    if manifest.kind is not ExportKind.DYNAMIC:
         raise InputRefused(
             "A merged export holds one task and takes no more adapters",
             where=str(folder),
@@ -238,7 +238,7 @@ def export_compared(
 ) -> dict[str, Path]:
     """Export the base, and of a dynamic export one adapter folded in, as the export was; the folders under `out`."""
     manifest, chosen = plan.manifest, {BASE: ()}
-    name = foldable(manifest) if manifest.kind is Kind.DYNAMIC else None
+    name = foldable(manifest) if manifest.kind is ExportKind.DYNAMIC else None
     if name is not None:
         chosen[MERGED] = ((str(adapters[name]), name),)
     residual = any(record.residual_base for record in manifest.adapters)

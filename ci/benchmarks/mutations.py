@@ -42,7 +42,7 @@ from subjects import ARCHITECTURES, DTYPES, Subject, base_arrays, checked, copy_
 from trained_adapters import make_adapter
 from wrong_exports import write_values
 
-from lora_export.artifact import Kind, read_manifest
+from lora_export.artifact import ExportKind, read_manifest
 from lora_export.check.results import CheckReport
 from lora_export.errors import InputRefused, LoraExportError
 from lora_export.verdict import Verdict
@@ -62,7 +62,7 @@ def run_subject(subject: Subject, damages: Sequence[Damage | GraphDamage], base:
         return
     made = folder / subject.architecture / subject.option.name
     adapters = [make_adapter(subject.base, subject.option, base, rank, made / f"rank-{rank}") for rank in _RANKS]
-    used = adapters[: 1 if subject.kind is Kind.MERGED else None]
+    used = adapters[: 1 if subject.kind is ExportKind.MERGED else None]
     sound = made / f"{subject.dtype}-{subject.kind}"
     export_subject(subject, base, used, sound)
     report = checked(sound)

@@ -12,7 +12,7 @@ from pathlib import Path
 from subjects import ARCHITECTURES, Subject, checked, export_subject, subjects
 from trained_adapters import make_adapter
 
-from lora_export.artifact import Kind
+from lora_export.artifact import ExportKind
 from lora_export.errors import LoraExportError
 from lora_export.verdict import Verdict
 
@@ -73,7 +73,7 @@ def sound_export(subject: Subject, seed: int, base: Path, folder: Path) -> Sound
     started = time.monotonic()
     draw = random.Random(f"{seed} of {subject.architecture}")
     ranks = tuple(draw.randint(1, 12) for _ in range(draw.randint(1, 3)))
-    if subject.kind is Kind.MERGED and subject.brings_head:
+    if subject.kind is ExportKind.MERGED and subject.brings_head:
         ranks = ranks[:1]  # a merged graph holds one head
     alphas = tuple(rank * draw.choice(_SCALES) for rank in ranks)
     strength = math.exp(draw.uniform(*map(math.log, _STRENGTHS)))

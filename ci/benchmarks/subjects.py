@@ -14,7 +14,7 @@ from adapter_options import OPTIONS, REFUSED, AdapterOption, tokens
 from adapter_values import Arrays
 from architectures import CATALOGUE, Architecture
 
-from lora_export.artifact import REPORTS, Kind
+from lora_export.artifact import REPORTS, ExportKind
 from lora_export.check.context import CheckOptions
 from lora_export.check.results import CheckReport
 from lora_export.errors import LoraExportError
@@ -23,7 +23,7 @@ from lora_export.integrity.sources import SourceOverrides
 from lora_export.pipeline import ExportOptions, check, export
 
 DTYPES = ("float32", "float16", "bfloat16")
-KINDS = tuple(Kind)
+KINDS = tuple(ExportKind)
 _EVERY = (
     "lora", "dora", "rslora", "rank_pattern", "modules_to_save", "bias", "lora_bias", "trainable_tokens", "embedding",
 )  # fmt: skip
@@ -53,7 +53,7 @@ class Subject:
     architecture: str
     option: AdapterOption
     dtype: str
-    kind: Kind
+    kind: ExportKind
 
     @property
     def base(self) -> Architecture:
@@ -63,7 +63,7 @@ class Subject:
 
     @property
     def mode(self) -> str:
-        return "merge" if self.kind is Kind.MERGED else "dynamic"
+        return "merge" if self.kind is ExportKind.MERGED else "dynamic"
 
     @property
     def is_exported(self) -> bool:

@@ -8,18 +8,18 @@ import numpy as np
 from adapter_values import Trained
 from stored_tensors import adapter_tensors, replace_weights, write_adapter_tensors
 
-from lora_export.artifact import Kind, Manifest, read_manifest
+from lora_export.artifact import ExportKind, Manifest, read_manifest
 
 
 def write_values(folder: Path, sound: tuple[Trained, ...], wrong: tuple[Trained, ...]) -> bool:
     """Put `wrong` in place of `sound`, all adapters of the export in its order; whether anything changed."""
     manifest = read_manifest(folder)
     changes = _base_changes(sound[0], wrong[0])
-    if manifest.kind is Kind.MERGED:
+    if manifest.kind is ExportKind.MERGED:
         changes = _merged_changes(sound[0], wrong[0])
     if changes:
         replace_weights(folder, changes)
-    if manifest.kind is Kind.MERGED:
+    if manifest.kind is ExportKind.MERGED:
         return bool(changes)
     written = [
         _write_inputs(folder, manifest, record.files, value)

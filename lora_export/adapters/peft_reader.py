@@ -25,7 +25,7 @@ from lora_export.errors import InputRefused
 _PREFIX = "base_model.model."
 
 
-def read_adapter(folder: AdapterFolder, base: torch.nn.Module) -> Adapter:
+def read_trained_adapter(folder: AdapterFolder, base: torch.nn.Module) -> Adapter:
     """The adapter in `folder`, resolved by PEFT on a copy of `base`, a weightless model.
 
     Raises:

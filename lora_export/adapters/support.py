@@ -15,7 +15,7 @@ from enum import StrEnum
 from lora_export.errors import InputRefused
 
 
-class Verdict(StrEnum):
+class Handling(StrEnum):
     MERGED = "merged"
     SERVED = "served as inputs"
     CONVERTED = "converted to LoRA with --convert-rank"
@@ -38,8 +38,8 @@ class Option:
 
     name: str
     is_set: Callable[[object], bool]
-    merge: Verdict
-    dynamic: Verdict
+    merge: Handling
+    dynamic: Handling
     note: str
     way_out: str = ""
 
@@ -53,19 +53,19 @@ def _never(value: object) -> bool:
 
 
 def _served(name: str, note: str) -> Option:
-    return Option(name, _given, Verdict.MERGED, Verdict.SERVED, note)
+    return Option(name, _given, Handling.MERGED, Handling.SERVED, note)
 
 
 def _ignored(name: str, note: str) -> Option:
-    return Option(name, _never, Verdict.NO_EFFECT, Verdict.NO_EFFECT, note)
+    return Option(name, _never, Handling.NO_EFFECT, Handling.NO_EFFECT, note)
 
 
 def _refused(name: str, note: str, way_out: str, is_set: Callable[[object], bool] = _given) -> Option:
-    return Option(name, is_set, Verdict.REFUSED, Verdict.REFUSED, note, way_out)
+    return Option(name, is_set, Handling.REFUSED, Handling.REFUSED, note, way_out)
 
 
 def _merge_only(name: str, note: str) -> Option:
-    return Option(name, _given, Verdict.MERGED, Verdict.REFUSED, note, "merge this adapter into a graph of its own")
+    return Option(name, _given, Handling.MERGED, Handling.REFUSED, note, "merge this adapter into a graph of its own")
 
 
 # Starts that PEFT draws at random, or computes from data that the adapter does not carry.
@@ -117,16 +117,16 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "alora_invocation_tokens",
         _given,
-        Verdict.REFUSED,
-        Verdict.SERVED,
+        Handling.REFUSED,
+        Handling.SERVED,
         "the pairs are active from the last invocation on: a gate over the tokens, which weights cannot hold",
         "serve it with `lora-export dynamic`",
     ),
     Option(
         "init_lora_weights",
         lambda value: _start_of(value) in _UNREPEATABLE,
-        Verdict.REFUSED,
-        Verdict.REFUSED,
+        Handling.REFUSED,
+        Handling.REFUSED,
         "PiSSA and OLoRA change the base's weights: repeated on it, served at twice the rank; refused on the original "
         "base are randomized PiSSA (pissa_niter_N), CorDA, LoftQ and LoRA-GA, whose start cannot be repeated from it",
         "name the base that training started from, what the start left of the original, with --residual-base; or "
@@ -154,28 +154,28 @@ class Tuner:
     """
 
     name: str
-    merge: Verdict
-    dynamic: Verdict
+    merge: Handling
+    dynamic: Handling
     note: str
 
 
 def _convertible(*names: str) -> tuple[Tuner, ...]:
     note = "adds to a weight; PEFT turns the sum into a pair by a truncated SVD"
-    return tuple(Tuner(name, Verdict.MERGED, Verdict.CONVERTED, note) for name in names)
+    return tuple(Tuner(name, Handling.MERGED, Handling.CONVERTED, note) for name in names)
 
 
 def _merged_by_peft(note: str, *names: str) -> tuple[Tuner, ...]:
-    return tuple(Tuner(name, Verdict.MERGED, Verdict.REFUSED, note) for name in names)
+    return tuple(Tuner(name, Handling.MERGED, Handling.REFUSED, note) for name in names)
 
 
 def _no_tuner(note: str, *names: str) -> tuple[Tuner, ...]:
-    return tuple(Tuner(name, Verdict.REFUSED, Verdict.REFUSED, note) for name in names)
+    return tuple(Tuner(name, Handling.REFUSED, Handling.REFUSED, note) for name in names)
 
 
 TUNERS: tuple[Tuner, ...] = (
-    Tuner("LORA", Verdict.MERGED, Verdict.SERVED, "by its options, above"),
-    Tuner("ADALORA", Verdict.MERGED, Verdict.SERVED, "a pair with singular values, folded into A"),
-    Tuner("TRAINABLE_TOKENS", Verdict.MERGED, Verdict.SERVED, "replaced rows of an embedding"),
+    Tuner("LORA", Handling.MERGED, Handling.SERVED, "by its options, above"),
+    Tuner("ADALORA", Handling.MERGED, Handling.SERVED, "a pair with singular values, folded into A"),
+    Tuner("TRAINABLE_TOKENS", Handling.MERGED, Handling.SERVED, "replaced rows of an embedding"),
     *_convertible("LOHA", "LOKR", "VERA", "RANDLORA", "VBLORA", "GRALORA", "DELORA", "MISS", "C3A", "TINYLORA"),
     *_convertible("UNILORA", "FOURIERFT", "WAVEFT"),
     *_merged_by_peft("multiplies or masks a weight", "OFT", "BOFT", "HRA", "IA3", "HIRA", "ROAD", "GLORA", "SHIRA"),
@@ -199,7 +199,7 @@ class OptionUse:
     option: Option
     value: object
 
-    def verdict(self, mode: str) -> Verdict:
+    def verdict(self, mode: str) -> Handling:
         return self.option.merge if mode == "merge" else self.option.dynamic
 
 
@@ -232,7 +232,7 @@ def require_supported(config: dict, mode: str, adapter: str, *, convert_rank: fl
     if config.get("peft_type") != "LORA":
         _require_tuner(config.get("peft_type"), mode, adapter, convert_rank)
         return
-    refused = [use for use in options_in_use(config) if use.verdict(mode) is Verdict.REFUSED]
+    refused = [use for use in options_in_use(config) if use.verdict(mode) is Handling.REFUSED]
     if refused:
         raise InputRefused(
             f"Adapter {adapter!r} uses what `{mode}` does not export: "
@@ -243,25 +243,25 @@ def require_supported(config: dict, mode: str, adapter: str, *, convert_rank: fl
         )
 
 
-def tuner_verdict(config: dict, mode: str) -> tuple[Verdict, str]:
+def tuner_verdict(config: dict, mode: str) -> tuple[Handling, str]:
     """What `mode` does with the tuner of `config`, and the table's note; an unknown one is refused."""
     tuner = _TUNER_BY_NAME.get(config.get("peft_type"))
     if tuner is None:
-        return Verdict.REFUSED, "this version does not know it"
+        return Handling.REFUSED, "this version does not know it"
     return (tuner.merge if mode == "merge" else tuner.dynamic), tuner.note
 
 
 def _require_tuner(name: object, mode: str, adapter: str, convert_rank: float | None) -> None:
     verdict, note = tuner_verdict({"peft_type": name}, mode)
-    if verdict is Verdict.CONVERTED and convert_rank is None:
+    if verdict is Handling.CONVERTED and convert_rank is None:
         raise InputRefused(
             f"Adapter {adapter!r} is no LoRA; `dynamic` serves it once it is converted",
             where="adapter_config.json: peft_type",
             found=repr(name),
             next_step="add --convert-rank R (the error of each module is reported), or merge it exactly",
         )
-    if verdict is Verdict.REFUSED:
-        can_merge = tuner_verdict({"peft_type": name}, "merge")[0] is Verdict.MERGED
+    if verdict is Handling.REFUSED:
+        can_merge = tuner_verdict({"peft_type": name}, "merge")[0] is Handling.MERGED
         raise InputRefused(
             f"`{mode}` does not export adapters of this tuner (adapter {adapter!r}): {note}",
             where="adapter_config.json: peft_type",

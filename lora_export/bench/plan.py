@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_export.artifact import Kind, Manifest, read_manifest
+from lora_export.artifact import ExportKind, Manifest, read_manifest
 from lora_export.base.tasks import Task
 from lora_export.bench.budget import AGAINST, Budget, read_budget
 from lora_export.bench.latency import Candidate, Comparison
@@ -122,7 +122,7 @@ def candidates(manifest: Manifest, batch: int) -> list[Candidate]:
     """What to time of an export for a batch of this size, the base first."""
     names = [record.name for record in manifest.adapters]
     found = [Candidate("base", "the base alone, exported the same way", BASE)]
-    if manifest.kind is Kind.MERGED:
+    if manifest.kind is ExportKind.MERGED:
         summed = f"{' + '.join(names)} folded into the weights"
         found.append(Candidate("merged", summed, EXPORT) if names else Candidate("export", "the base alone", EXPORT))
         return found
@@ -153,7 +153,7 @@ def _planned(
     if other is not None:
         own = [each for each in found if each.session == EXPORT]
         mine = next((each for each in own if isinstance(each.adapters, str)), own[0])
-        folded = [record.name for record in manifest.adapters] if manifest.kind is Kind.MERGED else []
+        folded = [record.name for record in manifest.adapters] if manifest.kind is ExportKind.MERGED else []
         served = [mine.adapters] if isinstance(mine.adapters, str) else folded
         found.append(_other_candidate(served, against, other))
         comparisons.append(Comparison(mine.name, AGAINST, budget.ratio(asked, AGAINST)))
@@ -164,7 +164,7 @@ def _other_candidate(served: Sequence[str], against: Path, other: Manifest) -> C
     """The other export, with an adapter of those that this one runs with if it has one, else its first; with none if
     this one has none."""
     names = [record.name for record in other.adapters]
-    if other.kind is Kind.MERGED:
+    if other.kind is ExportKind.MERGED:
         what = f"{' + '.join(names) or 'no adapter'} folded into the weights"
         return Candidate(AGAINST, f"{against}: {what}", AGAINST)
     if not served or not names:
@@ -215,7 +215,7 @@ def _require_matches(budget: Budget, manifest: Manifest, races: Mapping[Shape, P
     refuse_unknown({shape_text(shape): 0 for shape in budget.shape_ratios}, list(known), "ratio", "a shape")
     for shape, table in budget.shape_ratios.items():
         refuse_unknown(table, ratios(races[shape]), f'ratio."{shape_text(shape)}"', "a variant")
-    swaps = ("bound", "loaded") if manifest.kind is Kind.DYNAMIC and len(manifest.adapters) > 1 else ()
+    swaps = ("bound", "loaded") if manifest.kind is ExportKind.DYNAMIC and len(manifest.adapters) > 1 else ()
     refuse_unknown(budget.swap_us, swaps, "swap_us", "a swap")
     variants = [each.name for race in races.values() for each in race.candidates]
     for place, table in budget.memory_mb.items():

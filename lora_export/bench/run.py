@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from lora_export.artifact import Kind, Manifest
+from lora_export.artifact import ExportKind, Manifest
 from lora_export.base.tasks import SEQ2SEQ
 from lora_export.bench import memory
 from lora_export.bench.budget import AGAINST
@@ -68,7 +68,7 @@ def run_bench(plan: BenchPlan, compared: Mapping[str, Path], progress: Progress)
     swaps = ()
     for name, opener in openers.items():  # what cannot run is refused here, before the long measurements
         session = opener()
-        if name == EXPORT and plan.manifest.kind is Kind.DYNAMIC:
+        if name == EXPORT and plan.manifest.kind is ExportKind.DYNAMIC:
             swaps = measure_swap(session, plan.races[-1].shape[0], plan.budget)
         del session
     peaks, memory_notes = measure_memory(plan, folders, choice.name, progress)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from lora_export.artifact import AdapterRecord, Kind
+from lora_export.artifact import AdapterRecord, ExportKind
 from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.check.cases.decoding import decoding_cases
 from lora_export.check.cases.mixed_rows import merged_against_dynamic, row_cases, sequence_cases
@@ -68,13 +68,13 @@ def run_check(
     skipped = [] if lack is None else [lack]
     bench = Bench(request, session, task, gates, lack is None, own, mixed)
     where = Where(bench.gates, request.folder)
-    if manifest.kind is Kind.MERGED and request.merged is not None:
+    if manifest.kind is ExportKind.MERGED and request.merged is not None:
         raise UsageProblem(
             "--merged compares a merged export with a dynamic one, and this one is merged",
             where=str(request.folder),
             next_step="name the dynamic export first: lora-export check DYNAMIC --merged MERGED",
         )
-    if manifest.kind is Kind.MERGED:
+    if manifest.kind is ExportKind.MERGED:
         cases = _merged_cases(bench, batcher, data, skipped, where, progress)
     else:
         cases = _dynamic_cases(bench, batcher, data, skipped, where, progress)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lora_export.adapters.factors import Adapter
-from lora_export.adapters.peft_reader import read_adapter
+from lora_export.adapters.peft_reader import read_trained_adapter
 from lora_export.base.checkpoint import checkpoint_names, stored_apart
 from lora_export.base.tasks import CLASSIFICATION, Task
 from lora_export.base.weightless import build_weightless, parameter_aliases, untie
@@ -56,7 +56,7 @@ def _read_adapters(plan: Plan, model) -> tuple[Adapter, ...]:
         sizes = _sizes_of(config)
         if sizes not in bases:
             bases[sizes] = build_weightless(plan.task, config, "float32")
-        found.append(read_adapter(folder, bases[sizes]))
+        found.append(read_trained_adapter(folder, bases[sizes]))
     return tuple(found)
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from lora_export.adapters.folder import open_adapter
-from lora_export.adapters.peft_reader import read_adapter
+from lora_export.adapters.peft_reader import read_trained_adapter
 from lora_export.base.tasks import Task
 from lora_export.base.weightless import build_weightless
 from lora_export.errors import InputRefused
@@ -50,7 +50,7 @@ def with_config(own, folder: Path, **changes: object) -> Path:
 
 
 def read(folder: Path, base: torch.nn.Module):
-    return read_adapter(open_adapter(folder, str(folder)), base)
+    return read_trained_adapter(open_adapter(folder, str(folder)), base)
 
 
 def test_ranks_and_scales_are_those_of_each_module(adapters, llama):

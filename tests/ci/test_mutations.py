@@ -21,14 +21,14 @@ from subjects import ARCHITECTURES, Subject, base_arrays, checked, export_subjec
 from trained_adapters import make_adapter
 from wrong_exports import write_values
 
-from lora_export.artifact import Kind
+from lora_export.artifact import ExportKind
 from lora_export.check.results import ParityCase
 
 BY_NAME = {option.name: option for option in OPTIONS}
 
 
 def subject(architecture: str, option: str, dtype: str, kind: str) -> Subject:
-    return Subject(architecture, BY_NAME[option], dtype, Kind(kind))
+    return Subject(architecture, BY_NAME[option], dtype, ExportKind(kind))
 
 
 # Subjects, and the damages that are done to them: each task but the encoder-decoders', both dtypes, both kinds.
