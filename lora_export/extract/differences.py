@@ -22,7 +22,7 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 
 
-class Kind(StrEnum):
+class DifferenceKind(StrEnum):
     """What a parameter is, seen from PEFT: what of it an adapter can carry depends on that alone."""
 
     LINEAR = "linear"  # the weight of nn.Linear or Conv1D
@@ -44,7 +44,7 @@ class Difference:
 
     path: str
     module: str
-    kind: Kind
+    kind: DifferenceKind
     shape: tuple[int, ...]
     in_base: bool
     is_head: bool
@@ -52,7 +52,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Checkpoints:
     """A base and its full fine-tune, opened on the fine-tune's model (weightless) of one task.
 
     Attributes:
@@ -104,7 +104,7 @@ class Pair:
         return sorted(set(self.tuned.files.tensors) - set(self.tuned_names.values()))
 
 
-def open_pair(base: Checkpoint, tuned: Checkpoint, task: Task) -> Pair:
+def open_checkpoints(base: Checkpoint, tuned: Checkpoint, task: Task) -> Checkpoints:
     """Match the tensors of both checkpoints to the fine-tune's model.
 
     Raises:
@@ -126,7 +126,7 @@ def open_pair(base: Checkpoint, tuned: Checkpoint, task: Task) -> Pair:
             found=error.found,
             next_step="name the base it was trained from; a resized vocabulary needs a base resized likewise",
         ) from error
-    return Pair(
+    return Checkpoints(
         task, base, tuned, config, model, base_names, checkpoint_names(model, tuned.files), parameter_aliases(model)
     )
 
@@ -171,7 +171,9 @@ def _flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def find_differences(pair: Pair, progress: Callable[[str, int], None] = lambda path, n_bytes: None) -> list[Difference]:
+def find_differences(
+    checkpoints: Checkpoints, progress: Callable[[str, int], None] = lambda path, n_bytes: None
+) -> list[Difference]:
     """Every parameter and persistent buffer of the fine-tune's model that is not the base's, in the model's order.
 
     Where the two are stored in different dtypes, what the narrower one cannot hold is no difference.
@@ -183,16 +185,18 @@ def find_differences(pair: Pair, progress: Callable[[str, int], None] = lambda p
         InputRefused: The fine-tune lacks a tensor, or one that differs is not finite.
     """
     found = []
-    for path, tensor in pair.model.state_dict().items():
-        stored = pair.read_tuned(path)
-        base = pair.read_base(path)
+    for path, tensor in checkpoints.model.state_dict().items():
+        stored = checkpoints.read_tuned(path)
+        base = checkpoints.read_base(path)
         if base is None or not _equal(base, stored):
-            _require_finite(pair.tuned, path, stored)
+            _require_finite(checkpoints.tuned, path, stored)
             if base is not None:
-                _require_finite(pair.base, path, base)
-            kind, transposed = _kind_of(pair.model, path)
+                _require_finite(checkpoints.base, path, base)
+            kind, transposed = _kind_of(checkpoints.model, path)
             module, in_base = path.rpartition(".")[0], base is not None
-            found.append(Difference(path, module, kind, tuple(tensor.shape), in_base, pair.is_head(path), transposed))
+            found.append(
+                Difference(path, module, kind, tuple(tensor.shape), in_base, checkpoints.is_head(path), transposed)
+            )
         progress(path, stored.nbytes)
     return found
 
@@ -214,12 +218,12 @@ def _require_finite(checkpoint: Checkpoint, path: str, tensor: torch.Tensor) -> 
         )
 
 
-def _kind_of(model: torch.nn.Module, path: str) -> tuple[Kind, bool]:
+def _kind_of(model: torch.nn.Module, path: str) -> tuple[DifferenceKind, bool]:
     module_path, _, name = path.rpartition(".")
     module = model.get_submodule(module_path)
     is_conv1d = type(module).__name__ == "Conv1D"
     if isinstance(module, torch.nn.Linear) or is_conv1d:
-        return (Kind.LINEAR if name == "weight" else Kind.BIAS), is_conv1d
+        return (DifferenceKind.LINEAR if name == "weight" else DifferenceKind.BIAS), is_conv1d
     if isinstance(module, torch.nn.Embedding) and name == "weight":
-        return Kind.EMBEDDING, True
-    return Kind.OTHER, False
+        return DifferenceKind.EMBEDDING, True
+    return DifferenceKind.OTHER, False

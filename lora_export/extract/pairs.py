@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from lora_export.adapters.peft_writer import PREFIX
-from lora_export.extract.differences import Kind, Pair
+from lora_export.extract.differences import Checkpoints, DifferenceKind
 from lora_export.extract.peft_folder import TensorFile, pair_tensors
 from lora_export.extract.placement import PairPlan, Placement
 from lora_export.extract.results import ModuleResult, WholeResult
@@ -19,7 +19,7 @@ _Factored = tuple[ModuleResult, torch.Tensor, torch.Tensor]
 
 
 def write_pairs(
-    pair: Pair,
+    checkpoints: Checkpoints,
     placement: Placement,
     biases: Collection[str],
     choice: RankChoice,
@@ -42,26 +42,26 @@ def write_pairs(
         if plan.weight is None:
             a, b = torch.zeros(1, plan.shape[1]), torch.zeros(plan.shape[0], 1)
         else:
-            factored = tied.get(plan.weight) or _factor(pair, plan, choice, exact)
-            tied |= {alias: factored for alias in pair.aliases[plan.weight] if alias != plan.weight}
+            factored = tied.get(plan.weight) or _factor(checkpoints, plan, choice, exact)
+            tied |= {alias: factored for alias in checkpoints.aliases[plan.weight] if alias != plan.weight}
             result, a, b = factored
-            kind = Kind.EMBEDDING if plan.is_embedding else Kind.LINEAR
+            kind = DifferenceKind.EMBEDDING if plan.is_embedding else DifferenceKind.LINEAR
             results[plan.module] = replace(result, module=plan.module, kind=kind)
-        bias = _bias_delta(pair, plan, biases) if placement.has_bias else None
+        bias = _bias_delta(checkpoints, plan, biases) if placement.has_bias else None
         for name, tensor in pair_tensors(plan, a, b, bias).items():
             file.add(name, tensor)
     return results
 
 
-def _factor(pair: Pair, plan: PairPlan, choice: RankChoice, exact: bool) -> _Factored:
-    delta = pair.delta(plan.weight)
+def _factor(checkpoints: Checkpoints, plan: PairPlan, choice: RankChoice, exact: bool) -> _Factored:
+    delta = checkpoints.delta(plan.weight)
     spectrum, rank = decompose(delta, choice, exact=exact)
     a, b = spectrum.factors(rank)
     error = remaining_error(delta, a, b) / spectrum.norm
     curve = _known_curve(delta, spectrum)
     shape = tuple(delta.shape)
     result = ModuleResult(
-        plan.module, Kind.LINEAR, shape, rank, min(shape), spectrum.norm, error, curve, spectrum.complete
+        plan.module, DifferenceKind.LINEAR, shape, rank, min(shape), spectrum.norm, error, curve, spectrum.complete
     )
     return result, a, b
 
@@ -75,18 +75,20 @@ def _known_curve(delta: torch.Tensor, spectrum: Spectrum) -> tuple[float, ...]:
     return tuple(float(f"{error:.4g}") for error in curve)
 
 
-def _bias_delta(pair: Pair, plan: PairPlan, biases: Collection[str]) -> torch.Tensor:
+def _bias_delta(checkpoints: Checkpoints, plan: PairPlan, biases: Collection[str]) -> torch.Tensor:
     path = f"{plan.module}.bias"
-    return pair.delta(path) if path in biases else torch.zeros(plan.shape[1] if plan.transposed else plan.shape[0])
+    return (
+        checkpoints.delta(path) if path in biases else torch.zeros(plan.shape[1] if plan.transposed else plan.shape[0])
+    )
 
 
-def write_wholes(pair: Pair, placement: Placement, file: TensorFile) -> tuple[WholeResult, ...]:
+def write_wholes(checkpoints: Checkpoints, placement: Placement, file: TensorFile) -> tuple[WholeResult, ...]:
     """Write the fine-tune's own tensors of the modules that are saved whole."""
     results = []
     for module, why in sorted(placement.wholes.items()):
-        paths = [f"{module}.{name}" for name in pair.model.get_submodule(module).state_dict()]
+        paths = [f"{module}.{name}" for name in checkpoints.model.get_submodule(module).state_dict()]
         for path in paths:
-            file.add(f"{PREFIX}{path}", pair.read_tuned(path))
+            file.add(f"{PREFIX}{path}", checkpoints.read_tuned(path))
         n_elements = sum(math.prod(file.shapes[f"{PREFIX}{path}"]) for path in paths)
         results.append(WholeResult(module, why, n_elements))
     return tuple(results)

@@ -19,9 +19,9 @@ import torch
 
 from lora_export.base.tasks import Task
 from lora_export.errors import InputRefused
-from lora_export.extract.differences import Difference, Kind, Pair
+from lora_export.extract.differences import Checkpoints, Difference, DifferenceKind
 
-LEAVABLE = (Kind.BIAS, Kind.EMBEDDING, Kind.OTHER)
+LEAVABLE = (DifferenceKind.BIAS, DifferenceKind.EMBEDDING, DifferenceKind.OTHER)
 _HEAD, _LACKED = "classification head", "the base lacks it"
 # PEFT saves modules of these names whole with every adapter of these tasks, whether they differ or not.
 _PEFT_HEADS = {
@@ -64,7 +64,7 @@ class Placement:
     left_out: tuple[Difference, ...]
 
 
-def place(pair: Pair, differences: Iterable[Difference], leave_out: Collection[str]) -> Placement:
+def place(checkpoints: Checkpoints, differences: Iterable[Difference], leave_out: Collection[str]) -> Placement:
     """Decide what carries each difference.
 
     Raises:
@@ -74,7 +74,7 @@ def place(pair: Pair, differences: Iterable[Difference], leave_out: Collection[s
     if not differences:
         raise InputRefused(
             "The fine-tune is the base: no tensor differs",
-            where=f"{pair.base.path} and {pair.tuned.path}",
+            where=f"{checkpoints.base.path} and {checkpoints.tuned.path}",
             next_step="name the base first and the fine-tune second; check that the training changed anything",
         )
     # What the base lacks cannot be left out: there would be nothing in its place.
@@ -83,43 +83,45 @@ def place(pair: Pair, differences: Iterable[Difference], leave_out: Collection[s
     if not carried:
         raise InputRefused(
             "Nothing that differs is left to extract",
-            where=str(pair.tuned.path),
+            where=str(checkpoints.tuned.path),
             found=", ".join(d.path for d in left_out[:6]),
             next_step="leave out less",
         )
-    has_bias = any(d.kind is Kind.BIAS and d.in_base and not d.is_head for d in carried)
+    has_bias = any(d.kind is DifferenceKind.BIAS and d.in_base and not d.is_head for d in carried)
     wholes: dict[str, str] = {}
-    for name in _PEFT_HEADS.get(pair.task, ()):
-        if any(child == name for child, _ in pair.model.named_children()):
+    for name in _PEFT_HEADS.get(checkpoints.task, ()):
+        if any(child == name for child, _ in checkpoints.model.named_children()):
             wholes[name] = _HEAD
     for d in carried:
         if d.is_head:
             wholes[d.path.split(".")[0]] = _HEAD
         elif not d.in_base:
             wholes[_owner(d)] = _LACKED
-        elif d.kind is Kind.EMBEDDING and has_bias:
+        elif d.kind is DifferenceKind.EMBEDDING and has_bias:
             wholes[d.module] = "PEFT has no lora_bias beside embedding pairs"
-        elif d.kind is Kind.OTHER:
-            wholes[_owner(d)] = f"no pair for {type(pair.model.get_submodule(d.module)).__name__}"
-        elif d.kind is Kind.LINEAR and has_bias and _is_tied_embedding(pair, d):
+        elif d.kind is DifferenceKind.OTHER:
+            wholes[_owner(d)] = f"no pair for {type(checkpoints.model.get_submodule(d.module)).__name__}"
+        elif d.kind is DifferenceKind.LINEAR and has_bias and _is_tied_embedding(checkpoints, d):
             wholes[d.module] = "tied to an embedding that is saved whole"
-    wholes = _as_peft_matches(pair, wholes)
-    pairs = _pairs(pair, [d for d in carried if not _inside(d.module, wholes)]) or [_pair_of_zeros(pair, wholes)]
+    wholes = _as_peft_matches(checkpoints, wholes)
+    pairs = _pairs(checkpoints, [d for d in carried if not _inside(d.module, wholes)]) or [
+        _pair_of_zeros(checkpoints, wholes)
+    ]
     return Placement(tuple(pairs), wholes, has_bias, left_out)
 
 
-def kinds_only_merged(pair: Pair, placement: Placement) -> list[Kind]:
+def kinds_only_merged(checkpoints: Checkpoints, placement: Placement) -> list[DifferenceKind]:
     """The kinds to leave out so that every module saved whole is Linear, which is all that a dynamic graph can replace.
 
     Modules that the base lacks are not counted: they cannot be left out.
     """
     found = set()
     for whole, why in placement.wholes.items():
-        for module in pair.model.get_submodule(whole).modules():
+        for module in checkpoints.model.get_submodule(whole).modules():
             if isinstance(module, torch.nn.Linear) or why in (_HEAD, _LACKED):
                 continue
             if any(True for _ in module.parameters(recurse=False)):
-                found.add(Kind.EMBEDDING if isinstance(module, torch.nn.Embedding) else Kind.OTHER)
+                found.add(DifferenceKind.EMBEDDING if isinstance(module, torch.nn.Embedding) else DifferenceKind.OTHER)
     return sorted(found)
 
 
@@ -133,16 +135,16 @@ def _owner(difference: Difference) -> str:
     return difference.module
 
 
-def _is_tied_embedding(pair: Pair, difference: Difference) -> bool:
-    owners = (alias.rpartition(".")[0] for alias in pair.aliases.get(difference.path, ()))
-    return any(isinstance(pair.model.get_submodule(owner), torch.nn.Embedding) for owner in owners)
+def _is_tied_embedding(checkpoints: Checkpoints, difference: Difference) -> bool:
+    owners = (alias.rpartition(".")[0] for alias in checkpoints.aliases.get(difference.path, ()))
+    return any(isinstance(checkpoints.model.get_submodule(owner), torch.nn.Embedding) for owner in owners)
 
 
-def _as_peft_matches(pair: Pair, wholes: dict[str, str]) -> dict[str, str]:
+def _as_peft_matches(checkpoints: Checkpoints, wholes: dict[str, str]) -> dict[str, str]:
     """`wholes` with what PEFT's matching (`endswith`) takes beside them, without what lies inside another."""
     matched = dict(wholes)
-    names = (*wholes, *_PEFT_HEADS.get(pair.task, ()))
-    for path, _ in pair.model.named_modules(remove_duplicate=False):
+    names = (*wholes, *_PEFT_HEADS.get(checkpoints.task, ()))
+    for path, _ in checkpoints.model.named_modules(remove_duplicate=False):
         if path not in matched and any(path.endswith(name) for name in names):
             matched[path] = "PEFT saves it with a module whose name ends alike"
     return {path: why for path, why in matched.items() if not _inside(path.rpartition(".")[0], matched)}
@@ -152,19 +154,19 @@ def _inside(module: str, wholes: Iterable[str]) -> bool:
     return any(module == whole or module.startswith(f"{whole}.") for whole in wholes)
 
 
-def _pairs(pair: Pair, differences: list[Difference]) -> list[PairPlan]:
+def _pairs(checkpoints: Checkpoints, differences: list[Difference]) -> list[PairPlan]:
     by_module: dict[str, PairPlan] = {}
     for d in differences:
-        if d.kind is Kind.BIAS:
-            shape = tuple(pair.model.get_parameter(f"{d.module}.weight").shape)
+        if d.kind is DifferenceKind.BIAS:
+            shape = tuple(checkpoints.model.get_parameter(f"{d.module}.weight").shape)
             by_module.setdefault(d.module, PairPlan(d.module, shape, False, d.transposed, None))
         else:
-            by_module[d.module] = PairPlan(d.module, d.shape, d.kind is Kind.EMBEDDING, d.transposed, d.path)
+            by_module[d.module] = PairPlan(d.module, d.shape, d.kind is DifferenceKind.EMBEDDING, d.transposed, d.path)
     return list(by_module.values())
 
 
-def _pair_of_zeros(pair: Pair, wholes: dict[str, str]) -> PairPlan:
-    for path, module in pair.model.named_modules():
+def _pair_of_zeros(checkpoints: Checkpoints, wholes: dict[str, str]) -> PairPlan:
+    for path, module in checkpoints.model.named_modules():
         if isinstance(module, torch.nn.Linear) and not _inside(path, wholes):
             return PairPlan(path, tuple(module.weight.shape), False, False, None)
     raise InputRefused(

@@ -24,7 +24,7 @@ from lora_export.base.tasks import CLASSIFICATION, peft_task_type, resolve_task
 from lora_export.carried import carried_files
 from lora_export.errors import some_of
 from lora_export.export.plan import local_path
-from lora_export.extract.differences import Difference, Kind, Pair, find_differences, open_pair
+from lora_export.extract.differences import Checkpoints, Difference, DifferenceKind, find_differences, open_checkpoints
 from lora_export.extract.pairs import write_pairs, write_wholes
 from lora_export.extract.peft_folder import TensorFile, prove_loads, write_config
 from lora_export.extract.placement import Placement, kinds_only_merged, place
@@ -61,7 +61,7 @@ class ExtractRequest:
 
 @dataclass(frozen=True)
 class _Found:
-    pair: Pair
+    checkpoints: Checkpoints
     differences: list[Difference]
     placement: Placement
 
@@ -70,16 +70,16 @@ def _find(request: ExtractRequest, progress: Progress) -> _Found:
     base = Checkpoint.open(locate(request.base, kind="base"))
     tuned = Checkpoint.open(locate(request.tuned, kind="fine-tune"))
     task = resolve_task(request.task, tuned.config, {}, str(tuned.path))
-    pair = open_pair(base, tuned, task)
-    total, done = len(pair.model.state_dict()), 0
+    checkpoints = open_checkpoints(base, tuned, task)
+    total, done = len(checkpoints.model.state_dict()), 0
 
     def count(path: str, n_bytes: int) -> None:
         nonlocal done
         done += 1
         progress("comparing tensors", done, total)
 
-    differences = find_differences(pair, count)
-    return _Found(pair, differences, place(pair, differences, request.leave_out))
+    differences = find_differences(checkpoints, count)
+    return _Found(checkpoints, differences, place(checkpoints, differences, request.leave_out))
 
 
 def describe_extraction(request: ExtractRequest, out: Path, progress: Progress = silent) -> dict:
@@ -92,8 +92,8 @@ def describe_extraction(request: ExtractRequest, out: Path, progress: Progress =
     full = request.choice.rank or math.inf
     return {
         "folder": str(out),
-        "task": found.pair.task,
-        "n_equal": len(found.pair.model.state_dict()) - len(found.differences),
+        "task": found.checkpoints.task,
+        "n_equal": len(found.checkpoints.model.state_dict()) - len(found.differences),
         "pairs": {plan.module: int(min(full, *plan.shape)) for plan in found.placement.pairs},
         "wholes": found.placement.wholes,
         "biases": found.placement.has_bias,
@@ -122,23 +122,30 @@ def run_extract(
     started, start = datetime.datetime.now(datetime.UTC), time.monotonic()
     refuse_existing(out, overwrite=overwrite, marker=MARKER)
     found = _find(request, progress)
-    pair, placement = found.pair, found.placement
-    biases = {difference.path for difference in found.differences if difference.kind is Kind.BIAS}
+    checkpoints, placement = found.checkpoints, found.placement
+    biases = {difference.path for difference in found.differences if difference.kind is DifferenceKind.BIAS}
     n_bytes = _bytes_needed(found, request.choice)
     with (
         ThreadPoolExecutor(max_workers=1) as hashing,
         staging(out, overwrite=overwrite, n_bytes=n_bytes, marker=MARKER) as folder,
     ):
-        hashed = hashing.submit(lambda: {"base": _hashes(pair.base), "fine-tune": _hashes(pair.tuned)})
+        hashed = hashing.submit(lambda: {"base": _hashes(checkpoints.base), "fine-tune": _hashes(checkpoints.tuned)})
         file = TensorFile(folder / WEIGHTS)
         meter = partial(progress, "decomposing differences")
-        results = write_pairs(pair, placement, biases, request.choice, file, meter, exact=request.exact)
-        wholes = write_wholes(pair, placement, file)
+        results = write_pairs(checkpoints, placement, biases, request.choice, file, meter, exact=request.exact)
+        wholes = write_wholes(checkpoints, placement, file)
         file.close()
         ranks = {plan.module: results[plan.module].rank if plan.weight else 1 for plan in placement.pairs}
-        modules = [name for name, _ in pair.model.named_modules()]
-        write_config(folder, placement, ranks, modules, local_path(pair.base.located.given), peft_task_type(pair.task))
-        _carry(pair, folder)
+        modules = [name for name, _ in checkpoints.model.named_modules()]
+        write_config(
+            folder,
+            placement,
+            ranks,
+            modules,
+            local_path(checkpoints.base.located.given),
+            peft_task_type(checkpoints.task),
+        )
+        _carry(checkpoints, folder)
         report = ExtractReport(
             folder=str(out),
             asked=f"rank {request.choice.rank}" if request.choice.rank else f"energy {request.choice.energy:g}",
@@ -152,56 +159,57 @@ def run_extract(
             **_facts(found),
         )
         progress("loading it with PEFT", 0, 1)
-        prove_loads(folder, pair.model, file.shapes)
+        prove_loads(folder, checkpoints.model, file.shapes)
         written = write_reports(report, folder / REPORTS)
     return report, {suffix: out / REPORTS / path.name for suffix, path in written.items()}
 
 
 def _facts(found: _Found) -> dict[str, object]:
     """What a report says of the two checkpoints, however they were decomposed."""
-    pair, placement = found.pair, found.placement
-    n_tensors = len(pair.model.state_dict())
+    checkpoints, placement = found.checkpoints, found.placement
+    n_tensors = len(checkpoints.model.state_dict())
     return {
-        "task": pair.task,
-        "base": local_path(pair.base.located.given),
-        "tuned": local_path(pair.tuned.located.given),
-        "left_out": tuple(_left_out(pair, difference) for difference in placement.left_out),
+        "task": checkpoints.task,
+        "base": local_path(checkpoints.base.located.given),
+        "tuned": local_path(checkpoints.tuned.located.given),
+        "left_out": tuple(_left_out(checkpoints, difference) for difference in placement.left_out),
         "notes": _notes(found),
         "biases": placement.has_bias,
         "n_equal": n_tensors - len(found.differences),
         "n_tensors": n_tensors,
-        "n_parameters_tuned": sum(math.prod(info.shape) for info in pair.tuned.files.tensors.values()),
-        "n_bytes_tuned": sum(path.stat().st_size for path in weight_files(pair.tuned.path)),
+        "n_parameters_tuned": sum(math.prod(info.shape) for info in checkpoints.tuned.files.tensors.values()),
+        "n_bytes_tuned": sum(path.stat().st_size for path in weight_files(checkpoints.tuned.path)),
         "versions": versions(),
     }
 
 
-def _left_out(pair: Pair, difference: Difference) -> LeftOut:
-    norm = frobenius(pair.read_base(difference.path).float().reshape(1, -1))
-    change = frobenius(pair.delta(difference.path).reshape(1, -1))
+def _left_out(checkpoints: Checkpoints, difference: Difference) -> LeftOut:
+    norm = frobenius(checkpoints.read_base(difference.path).float().reshape(1, -1))
+    change = frobenius(checkpoints.delta(difference.path).reshape(1, -1))
     return LeftOut(difference.path, difference.kind, change / norm if norm else None)
 
 
 def _notes(found: _Found) -> tuple[str, ...]:
-    pair, notes = found.pair, []
-    if kinds := kinds_only_merged(pair, found.placement):
+    checkpoints, notes = found.checkpoints, []
+    if kinds := kinds_only_merged(checkpoints, found.placement):
         notes.append(
             "A dynamic graph has no inputs for whole modules that are not Linear, so `merge` takes this adapter and "
             f"`dynamic` refuses it; `dynamic` takes it without them: {' '.join(f'--leave-out {k}' for k in kinds)}."
         )
-    if unused := pair.unused():
+    if unused := checkpoints.unused():
         notes.append(f"Not part of the fine-tune's model, so not looked at: {some_of(unused, 6)}.")
-    if pair.base.dtype != pair.tuned.dtype:
+    base, tuned = checkpoints.base.dtype, checkpoints.tuned.dtype
+    if base != tuned:
         notes.append(
-            f"The base is stored in {pair.base.dtype} and the fine-tune in {pair.tuned.dtype}: what the narrower one "
-            "cannot hold is no difference."
+            f"The base is stored in {base} and the fine-tune in {tuned}: what the narrower one cannot hold is no "
+            "difference."
         )
     return tuple(notes)
 
 
 def _bytes_needed(found: _Found, choice: RankChoice) -> int:
     """Bytes of the adapter; with an energy, whose ranks are not known yet, of its whole modules only."""
-    state = found.pair.model.state_dict()
+    state = found.checkpoints.model.state_dict()
     wholes = tuple(f"{module}." for module in found.placement.wholes)
     n_elements = sum(tensor.numel() for path, tensor in state.items() if path.startswith(wholes))
     if choice.rank:
@@ -214,9 +222,9 @@ def _hashes(checkpoint: Checkpoint) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in files}
 
 
-def _carry(pair: Pair, folder: Path) -> None:
+def _carry(checkpoints: Checkpoints, folder: Path) -> None:
     """The fine-tune's tokenizer and licences; for a classifier its config too, which names the labels."""
-    for path in carried_files(pair.tuned.path):
+    for path in carried_files(checkpoints.tuned.path):
         shutil.copyfile(path, folder / path.name)
-    if pair.task in CLASSIFICATION:
-        shutil.copyfile(pair.tuned.path / "config.json", folder / "config.json")
+    if checkpoints.task in CLASSIFICATION:
+        shutil.copyfile(checkpoints.tuned.path / "config.json", folder / "config.json")

@@ -310,16 +310,16 @@ def test_peft_saves_the_file_it_loads_with_the_same_keys(bases, tmp_path):
 
 def test_a_parameter_of_no_module_is_refused_unless_it_is_left_out(bases):
     from lora_export.base.checkpoint import Checkpoint, locate
-    from lora_export.extract.differences import Difference, Kind, open_pair
+    from lora_export.extract.differences import Difference, DifferenceKind, open_checkpoints
     from lora_export.extract.placement import place
 
     base = Checkpoint.open(locate(str(bases["llama"]), kind="base"))
-    pair = open_pair(base, base, "text-generation")
-    own = Difference("scale", "", Kind.OTHER, (3,), True, False, False)
+    checkpoints = open_checkpoints(base, base, "text-generation")
+    own = Difference("scale", "", DifferenceKind.OTHER, (3,), True, False, False)
     query = "model.layers.0.self_attn.q_proj"
-    linear = Difference(f"{query}.weight", query, Kind.LINEAR, (64, 64), True, False, False)
+    linear = Difference(f"{query}.weight", query, DifferenceKind.LINEAR, (64, 64), True, False, False)
     with pytest.raises(InputRefused, match="parameter of the model itself differs") as caught:
-        place(pair, [own, linear], frozenset())
+        place(checkpoints, [own, linear], frozenset())
     assert "--leave-out others" in str(caught.value)
-    placement = place(pair, [own, linear], frozenset({"others"}))
+    placement = place(checkpoints, [own, linear], frozenset({"others"}))
     assert [plan.module for plan in placement.pairs] == [query] and placement.left_out == (own,)
