@@ -21,6 +21,7 @@
     staging.py      a folder that appears whole or not at all
     environment.py  where a result was obtained
     verdict.py      the values that the results of check and bench have in common
+    compat.py       every private or patched symbol of another library
     quiet.py        libraries that print, silenced
     errors.py       the error tree
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_export.adapters.support import options_in_use
+from lora_export.compat import borrow
 from lora_export.errors import InputRefused
 
 KEY = "lora_adapter_metadata"
@@ -95,8 +96,7 @@ class HeaderOptions:
         return json.loads(found.pop()) if found else True
 
     def _alpha_of_component(self, name: str, rank: int) -> float | None:
-        from peft.utils.other import get_pattern_key
-
+        pattern_of = borrow("peft.utils.other:get_pattern_key")
         component = max((c for c in self.components if not c or name.startswith(f"{c}.")), key=len, default=None)
         if component is None and len(self.components) == 1:
             component = next(iter(self.components))
@@ -106,12 +106,10 @@ class HeaderOptions:
         if "lora_alpha" not in options:
             return None
         ranks, alphas = (dict(options.get(key) or {}) for key in ("rank_pattern", "alpha_pattern"))
-        said = ranks.get(get_pattern_key(list(ranks), module), options.get("r"))
+        said = ranks.get(pattern_of(list(ranks), module), options.get("r"))
         if said is not None:
             self._require_rank(name, rank, _number(self.file, "r", said))
-        alpha = _number(
-            self.file, "lora_alpha", alphas.get(get_pattern_key(list(alphas), module), options["lora_alpha"])
-        )
+        alpha = _number(self.file, "lora_alpha", alphas.get(pattern_of(list(alphas), module), options["lora_alpha"]))
         return alpha * math.sqrt(rank) if options.get("use_rslora") else alpha
 
     def _require_rank(self, name: str, rank: int, said: float) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_export.adapters.factors import LoraFactors
+from lora_export.compat import borrow
 from lora_export.errors import InputRefused
 
 _ADAPTER = "default"
@@ -49,11 +50,10 @@ class PeftLayer:
             base: The base's values of `parameters`.
             rank: An int, or a share of the energy below 1.
         """
-        from peft.tuners.lora.conversion import _convert_module_to_lora
-
+        convert = borrow("peft.tuners.lora.conversion:_convert_module_to_lora")
         layer = self._with(base)
         is_in_out = type(layer.get_base_layer()).__name__ == "Conv1D"
-        a, b, _ = _convert_module_to_lora(layer, rank, _ADAPTER)
+        a, b, _ = convert(layer, rank, _ADAPTER)
         return LoraFactors(module, a.detach().clone(), b.detach().clone(), 1.0, is_in_out)
 
     @torch.no_grad()

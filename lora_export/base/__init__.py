@@ -12,5 +12,5 @@
     trace.py       the trace of a weightless model
     decompose.py   torch.onnx made to decompose operator by operator
 
-Imports contract, errors, quiet.
+Imports compat, contract, errors, quiet.
 """

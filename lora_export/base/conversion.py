@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lora_export.base.stored import SafetensorsFiles
+from lora_export.compat import borrow
 from lora_export.errors import InputRefused, some_of
 
 
@@ -64,18 +65,13 @@ def stored_parameters(model: torch.nn.Module, files: SafetensorsFiles) -> Iterat
     Raises:
         InputRefused: Stored tensors do not convert, or a parameter is stored both whole and in parts.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-
+    loading = "transformers.core_model_loading"
+    rename_source_key, dot_natural_key = borrow(f"{loading}:rename_source_key"), borrow(f"{loading}:dot_natural_key")
+    converter_class, renaming_class = borrow(f"{loading}:WeightConverter"), borrow(f"{loading}:WeightRenaming")
     state = model.state_dict(keep_vars=True)
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    mapping = borrow("transformers.conversion_mapping:get_model_conversion_mapping")(model)
+    renamings = [entry for entry in mapping if isinstance(entry, renaming_class)]
+    converters = [entry for entry in mapping if isinstance(entry, converter_class)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     whole: dict[str, str] = {}
     conversions: dict[str, _Conversion] = {}

@@ -8,12 +8,16 @@ and with anything that writes in place, the whole is decomposed as ever.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
+from lora_export.compat import borrow_if_there
+
+_PASSES = "torch.onnx._internal.exporter._fx_passes"
 _aten = torch.ops.aten
 _CASTS = frozenset({_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout})
 _SAME = frozenset({_aten.detach.default, _aten.lift_fresh_copy.default})
@@ -39,25 +43,23 @@ _Decompose = Callable[[ExportedProgram, object], ExportedProgram]
 @contextlib.contextmanager
 def decomposed_by_operator() -> Iterator[None]:
     """While open, torch.onnx's exporter uses `decompose` where it can, on a torch that is built as we know it."""
-    try:
-        from torch.onnx._internal.exporter import _fx_passes
-        from torch.onnx._internal.exporter._decomp import get_onnx_implemented_overloads
-
-        original: _Decompose = _fx_passes.decompose_with_registry
-    except (ImportError, AttributeError):
+    original: _Decompose | None = borrow_if_there(f"{_PASSES}:decompose_with_registry")
+    implemented = borrow_if_there("torch.onnx._internal.exporter._decomp:get_onnx_implemented_overloads")
+    if original is None or implemented is None:
         yield
         return
 
     def patched(program: ExportedProgram, registry: object) -> ExportedProgram:
-        if decompose(program, frozenset(get_onnx_implemented_overloads(registry))):
+        if decompose(program, frozenset(implemented(registry))):
             return program
         return original(program, registry)
 
-    _fx_passes.decompose_with_registry = patched
+    passes = importlib.import_module(_PASSES)
+    passes.decompose_with_registry = patched
     try:
         yield
     finally:
-        _fx_passes.decompose_with_registry = original
+        passes.decompose_with_registry = original
 
 
 def decompose(program: ExportedProgram, implemented: frozenset) -> bool:

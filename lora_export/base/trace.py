@@ -19,6 +19,7 @@ from lora_export.base.recipe import RECIPE, Recipe
 from lora_export.base.sample import Sample
 from lora_export.base.seq2seq import seq2seq_sample
 from lora_export.base.tasks import SEQ2SEQ, Task, cache_argument, is_dual_encoder, text_input_names
+from lora_export.compat import borrow
 from lora_export.contract import SINGLE
 from lora_export.errors import EnvironmentUnusable, some_of
 from lora_export.quiet import quiet
@@ -49,12 +50,12 @@ def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE) -> ir.Model:
         `total_sequence_length`, or as `seq2seq` names them. Parameters and persistent buffers have `const_value`
         None; everything else (constants, non-persistent buffers) keeps its value.
     """
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
-
+    exporter_class = borrow("transformers.exporters.exporter_onnx:OnnxExporter")
+    config_class = borrow("transformers.exporters.exporter_onnx:OnnxConfig")
     sample = _sample(task, model, graph)
-    config = OnnxConfig(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False)
+    config = config_class(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False)
     with quiet(), decomposed_by_operator(), _forward(model, sample.forward):
-        program = OnnxExporter().export(model, sample.inputs, config).program
+        program = exporter_class().export(model, sample.inputs, config).program
     if is_dual_encoder(model):
         _keep_outputs(program, _DUAL_OUTPUTS)
     _unbind_parameters(program.graph, model)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn, assert_never
 
 import click
 
+from lora_export.compat import untested
 from lora_export.errors import EnvironmentUnusable, LoraExportError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def issue_tracker() -> str:
 
 
 class Display:
-    """Prints a command's result to standard output, and progress to standard error if that is a terminal."""
+    """Prints a command's result to standard output, and progress to standard error."""
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self.as_json = as_json
@@ -86,15 +87,23 @@ class Display:
         self._shows_progress = sys.stderr.isatty() and not (as_json or quiet)
         self._started = time.monotonic()
         self._line_open = False
+        self._stage = ""
 
     def start(self, what: str) -> None:
-        """Say at once that the command is alive: its libraries take seconds to load."""
+        """Say at once that the command is alive, as its libraries take seconds to load, and which are untested."""
+        for sentence in untested():
+            self.say(sentence)
         if self._shows_progress:
             self._draw(f"{what}: loading")
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Draw a bar for a stage, once the command has taken over a second."""
-        if not self._shows_progress or time.monotonic() - self._started < _SLOW_SECONDS:
+        """Draw a bar for a stage, once the command has taken over a second; where no terminal is, a line a stage."""
+        if not self._shows_progress:
+            if stage != self._stage and not (self.as_json or self.quiet):
+                self._stage = stage
+                print_to_reader(f"{time.monotonic() - self._started:6.1f} s  {stage}", err=True)
+            return
+        if time.monotonic() - self._started < _SLOW_SECONDS:
             return
         share = min(1.0, done / total) if total else 0.0
         bar = ("█" * round(share * _BAR_WIDTH)).ljust(_BAR_WIDTH, "░")

@@ -12,5 +12,5 @@
     bind.py                write graphs with their weights
     module_values.py       find modules in a written graph, and look into it
 
-Imports base, contract, errors, quiet.
+Imports base, compat, contract, errors, quiet.
 """

@@ -14,22 +14,26 @@ import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
 from lora_export.base.recipe import Recipe
+from lora_export.compat import borrow, borrow_if_there
 from lora_export.graph.unbound import is_matrix_transpose, prepare_weights, recipe_of, set_recipe
 from lora_export.quiet import quiet
+
+_FUSIONS = "transformers.exporters.onnxruntime_fusions"
 
 
 def fuse(model: ir.Model, provider: str) -> ir.Model:
     """`model` (changed in place and returned) optimized and fused for `provider`, "cpu" or "cuda"."""
     from onnxscript.optimizer import optimize_ir
-    from transformers.exporters.onnxruntime_fusions import _unfuse_mixed_dtype_skip_norms, fuse_for_onnxruntime
 
+    fuse_for_onnxruntime = borrow(f"{_FUSIONS}:fuse_for_onnxruntime")
+    unfuse_mixed_dtype_skip_norms = borrow(f"{_FUSIONS}:_unfuse_mixed_dtype_skip_norms")
     prepare_weights(model)
     with quiet(), _operator_checked_first():
         # Folding a Resize (interpolated position embeddings) evaluates it element by element in Python.
         optimize_ir(model, should_fold=lambda node: False if node.op_type == "Resize" else None)
         fuse_for_onnxruntime(model, provider)
         # Its last step but a few fuses again what it had taken apart: T5 in float16, whose residual is float32.
-        _unfuse_mixed_dtype_skip_norms(model)
+        unfuse_mixed_dtype_skip_norms(model)
     if provider == "cuda":
         pack_siblings(model)
     read_tied_weights_transposed(model)
@@ -46,21 +50,23 @@ def _operator_checked_first() -> Iterator[None]:
     makes fusing quadratic in the number of layers. A node whose operator differs from that of the pattern's first
     output fails either way, so the graph that comes out is the same.
     """
-    from onnxscript.rewriter._basics import MatchResult
-    from onnxscript.rewriter._matcher import SimplePatternMatcher
+    matcher = borrow_if_there("onnxscript.rewriter._matcher:SimplePatternMatcher")
+    result = borrow_if_there("onnxscript.rewriter._basics:MatchResult")
+    if matcher is None or result is None:
+        yield
+        return
+    original = matcher.match
 
-    original = SimplePatternMatcher.match
-
-    def match(self: SimplePatternMatcher, model: ir.Model, graph: object, node: ir.Node, **options: object) -> object:
+    def match(self, model: ir.Model, graph: object, node: ir.Node, **options: object) -> object:
         if not self.pattern.output_nodes[0].op.matches(node.op_type):
-            return MatchResult().fail("another operator")
+            return result().fail("another operator")
         return original(self, model, graph, node, **options)
 
-    SimplePatternMatcher.match = match
+    matcher.match = match
     try:
         yield
     finally:
-        SimplePatternMatcher.match = original
+        matcher.match = original
 
 
 def pack_siblings(model: ir.Model) -> ir.Model:

@@ -1,0 +1,185 @@
+"""Every private or patched symbol of another library: which, why, since which release, and what happens without it.
+
+The rest of the package takes them from here by name, so a library that moves one is met in one place: by a slower way
+where there is one, else by an error that names versions. Tests walk the table, and hold that nothing private is
+imported anywhere else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from lora_export.errors import EnvironmentUnusable
+
+
+class Without(StrEnum):
+    """What happens where a symbol is not there."""
+
+    SLOWER = "a slower way is taken"
+    REFUSED = "an error names the versions"
+
+
+@dataclass(frozen=True)
+class Borrowed:
+    """A symbol that its library does not promise to keep.
+
+    Attributes:
+        place: `module:attribute`, with dots for attributes of attributes.
+        distribution: The library.
+        since: The oldest release that is known to have it, as used here.
+        why: What it is for.
+        is_patched: Whether it is replaced while in use, and put back.
+    """
+
+    place: str
+    distribution: str
+    since: str
+    why: str
+    without: Without
+    is_patched: bool = False
+
+
+BORROWED = (
+    Borrowed(
+        "torch.onnx._internal.exporter._fx_passes:decompose_with_registry", "torch", "2.13",
+        "the trace decomposes operator by operator instead of tracing the whole again", Without.SLOWER, is_patched=True,
+    ),
+    Borrowed(
+        "torch.onnx._internal.exporter._decomp:get_onnx_implemented_overloads", "torch", "2.13",
+        "which operators the exporter has ONNX functions for", Without.SLOWER,
+    ),
+    Borrowed(
+        "torch.utils._python_dispatch:TorchDispatchMode", "torch", "2.13",
+        "check records the results of every operation of one module", Without.REFUSED,
+    ),
+    Borrowed(
+        "onnxscript.rewriter._matcher:SimplePatternMatcher", "onnxscript", "0.7.2",
+        "a pattern's operator is compared first, so that fusing is not quadratic in the layers", Without.SLOWER,
+        is_patched=True,
+    ),
+    Borrowed(
+        "onnxscript.rewriter._basics:MatchResult", "onnxscript", "0.7.2",
+        "what that comparison gives where operators differ", Without.SLOWER,
+    ),
+    Borrowed(
+        "transformers.exporters.exporter_onnx:OnnxExporter", "transformers", "5.23",
+        "the trace; the module is new and may move", Without.REFUSED,
+    ),
+    Borrowed(
+        "transformers.exporters.exporter_onnx:OnnxConfig", "transformers", "5.23",
+        "the trace's settings", Without.REFUSED,
+    ),
+    Borrowed(
+        "transformers.exporters.onnxruntime_fusions:fuse_for_onnxruntime", "transformers", "5.23",
+        "fusions into ONNX Runtime's operators; the module is new and may move", Without.REFUSED,
+    ),
+    Borrowed(
+        "transformers.exporters.onnxruntime_fusions:_unfuse_mixed_dtype_skip_norms", "transformers", "5.23",
+        "taken again after the last fusion: T5 in float16, whose residual is float32", Without.REFUSED,
+    ),
+    Borrowed(
+        "transformers.core_model_loading:rename_source_key", "transformers", "5.23",
+        "how stored names become a model's", Without.REFUSED,
+    ),
+    Borrowed(
+        "transformers.core_model_loading:dot_natural_key", "transformers", "5.23",
+        "the order in which Transformers converts tensors", Without.REFUSED,
+    ),
+    Borrowed(
+        "transformers.core_model_loading:WeightConverter", "transformers", "5.23",
+        "how stored tensors become a model's parameters", Without.REFUSED,
+    ),
+    Borrowed(
+        "transformers.core_model_loading:WeightRenaming", "transformers", "5.23",
+        "renamings among these", Without.REFUSED,
+    ),
+    Borrowed(
+        "transformers.conversion_mapping:get_model_conversion_mapping", "transformers", "5.23",
+        "which of these a model has", Without.REFUSED,
+    ),
+    Borrowed(
+        "transformers.modeling_utils:PreTrainedModel._from_config", "transformers", "5.23",
+        "builds a class that is no auto class (CLIP's encoders with a projection) from its config", Without.REFUSED,
+    ),
+    Borrowed(
+        "transformers.modeling_utils:PreTrainedModel._keep_in_fp32_modules", "transformers", "5.23",
+        "what stays in float32 when a model is loaded in float16", Without.REFUSED,
+    ),
+    Borrowed(
+        "transformers.configuration_utils:PretrainedConfig._attn_implementation", "transformers", "5.23",
+        "put back after check has looked into an attention", Without.REFUSED,
+    ),
+    Borrowed(
+        "peft.tuners.lora.conversion:_convert_module_to_lora", "peft", "0.21",
+        "one layer of another tuner as the nearest pair, computed as PEFT does", Without.REFUSED,
+    ),
+    Borrowed(
+        "peft.utils.other:get_pattern_key", "peft", "0.21",
+        "which pattern of ranks and alphas a module takes", Without.REFUSED,
+    ),
+)  # fmt: skip
+# torch.isfinite is public and replaced for the trace of encoder-decoders (base.seq2seq); tensors are marked with
+# Transformers' `_is_hf_initialized`, without which weightless parameters would be initialized (base.weightless).
+
+_BY_PLACE = {entry.place: entry for entry in BORROWED}
+
+
+def borrow(place: str) -> object:
+    """The symbol at `place`, an entry of the table.
+
+    Raises:
+        EnvironmentUnusable: It is not there; the message names versions.
+    """
+    found = _find(place)
+    if found is _MISSING:
+        entry = _BY_PLACE[place]
+        raise EnvironmentUnusable(
+            f"This release of {entry.distribution} lacks something that lora-export uses: {entry.why}",
+            where=f"{entry.distribution} {importlib.metadata.version(entry.distribution)}",
+            expected=f"{entry.place.replace(':', '.')}, as release {entry.since} has it",
+            next_step="install a release that was tested: see `dependencies` in pyproject.toml",
+        )
+    return found
+
+
+def borrow_if_there(place: str) -> object | None:
+    """The symbol at `place`, an entry of the table; None where this release has none."""
+    found = _find(place)
+    return None if found is _MISSING else found
+
+
+_MISSING = object()
+
+
+def _find(place: str) -> object:
+    module, _, path = _BY_PLACE[place].place.partition(":")
+    try:
+        found: object = importlib.import_module(module)
+        for name in path.split("."):
+            found = getattr(found, name)
+    except (ImportError, AttributeError):
+        return _MISSING
+    return found
+
+
+def untested() -> Iterator[str]:
+    """A sentence for each installed library that is newer or older than what the tests were run with."""
+    from packaging.requirements import Requirement
+
+    try:
+        required = importlib.metadata.requires("lora-export") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return
+    for requirement in map(Requirement, required):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            installed = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if not requirement.specifier.contains(installed, prereleases=True):
+            yield f"untested: {requirement.name} {installed}; tested with {requirement.specifier}"

@@ -1,0 +1,84 @@
+"""What is private to other libraries is in one table, is there today, and is missed in the way that the table says."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+from pathlib import Path
+
+import pytest
+
+import lora_export
+from lora_export import compat
+from lora_export.compat import BORROWED, Borrowed, Without, borrow, borrow_if_there, untested
+from lora_export.errors import EnvironmentUnusable
+
+PACKAGE = Path(lora_export.__file__).parent
+SOURCES = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+OURS = "lora_export"
+
+
+@pytest.mark.parametrize("entry", BORROWED, ids=lambda entry: entry.place)
+def test_each_is_there_today(entry):
+    borrow(entry.place)
+    installed = importlib.metadata.version(entry.distribution)
+    assert [int(n) for n in installed.split(".")[:2]] >= [int(n) for n in entry.since.split(".")[:2]]
+
+
+@pytest.mark.parametrize("entry", BORROWED, ids=lambda entry: entry.place)
+def test_each_is_used(entry):
+    name = entry.place.rpartition(":")[2].rpartition(".")[2]
+    elsewhere = [text for path, text in SOURCES.items() if path.name != "compat.py"]
+    assert any(re.search(rf"\b{name}\b", text) for text in elsewhere)
+
+
+def test_nothing_private_is_imported_anywhere_else():
+    found = []
+    for path, text in SOURCES.items():
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] in (OURS, "__future__"):
+                continue
+            parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            if any(part.startswith("_") for part in parts):
+                found.append(f"{path.relative_to(PACKAGE)}: {'.'.join(parts)}")
+    assert found == []
+
+
+def test_what_is_missing_and_needed_is_an_error_that_names_versions(monkeypatch):
+    gone = Borrowed("peft.utils.other:no_such_thing", "peft", "0.21", "a reason", Without.REFUSED)
+    monkeypatch.setitem(compat._BY_PLACE, gone.place, gone)
+    with pytest.raises(
+        EnvironmentUnusable, match="This release of peft lacks something that lora-export uses"
+    ) as found:
+        borrow(gone.place)
+    assert found.value.where == f"peft {importlib.metadata.version('peft')}"
+    assert found.value.expected == "peft.utils.other.no_such_thing, as release 0.21 has it"
+    assert borrow_if_there(gone.place) is None
+
+
+@pytest.mark.parametrize(
+    "entry", [entry for entry in BORROWED if entry.without is Without.SLOWER], ids=lambda e: e.place
+)
+def test_without_what_only_saves_time_the_graph_is_the_same(entry, bases, monkeypatch):
+    from transformers import AutoConfig
+
+    from lora_export.base.tasks import Task
+    from lora_export.base.trace import trace
+    from lora_export.base.weightless import build_weightless
+    from lora_export.graph.fuse import fuse
+
+    def operators() -> list[str]:
+        model = build_weightless(Task.FEATURE_EXTRACTION, AutoConfig.from_pretrained(bases["bert"]), "float32")
+        return sorted(node.op_type for node in fuse(trace(Task.FEATURE_EXTRACTION, model), "cpu").graph)
+
+    expected = operators()
+    monkeypatch.setitem(compat._BY_PLACE, entry.place, Borrowed("no.such:thing", "torch", "0", "gone", Without.SLOWER))
+    assert operators() == expected
+
+
+def test_a_release_that_was_not_tested_is_said_in_a_line(monkeypatch):
+    assert list(untested()) == []
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "99.0" if name == "transformers" else "0")
+    said = [line for line in untested() if "transformers" in line]
+    assert len(said) == 1 and re.fullmatch(r"untested: transformers 99\.0; tested with .*<5\.25.*", said[0])
