@@ -14,7 +14,6 @@ A name becomes a module of the base or the adapter is refused; nothing is guesse
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -26,7 +25,8 @@ from safetensors.torch import save_file
 from lora_export.adapters.header import HeaderOptions
 from lora_export.adapters.module_names import Place, resolve_all
 from lora_export.adapters.peft_writer import PREFIX, WEIGHTS, write_config
-from lora_export.errors import InputRefused
+from lora_export.base.stored import refuse_pickles
+from lora_export.errors import InputRefused, some_of
 
 
 class Dialect(StrEnum):
@@ -100,7 +100,7 @@ def group(dialect: Dialect, tensors: Mapping[str, torch.Tensor], mlx: Mapping, h
     if left_over:
         raise InputRefused(
             f"The adapter (format: {dialect}) holds tensors that are no plain LoRA",
-            where=f"{file}: {_few(left_over)}",
+            where=f"{file}: {some_of(left_over, 6)}",
             expected="keys that end in " + ", ".join(_PARTS[dialect]),
             next_step="LyCORIS (LoHa, LoKr, DoRA), CP and full differences are not read: merge it where it was trained "
             "and make an adapter of the result with `lora-export extract`",
@@ -109,9 +109,9 @@ def group(dialect: Dialect, tensors: Mapping[str, torch.Tensor], mlx: Mapping, h
     if halves:
         raise InputRefused(
             "The adapter's file lacks one half of a pair",
-            where=f"{file}: {_few(halves)}",
+            where=f"{file}: {some_of(halves, 6)}",
             expected="both halves",
-            found=", ".join(f"{name}: {'/'.join(sorted(found[name]))}" for name in halves[:3]),
+            found=some_of([f"{name}: {'/'.join(sorted(found[name]))}" for name in halves], 3),
             next_step="save or fetch it again",
         )
     return ForeignAdapter(dialect, file, found, mlx, header)
@@ -219,16 +219,9 @@ def _uses_dora(adapter: ForeignAdapter) -> bool:
     if with_magnitude and len(with_magnitude) != len(adapter.tensors):
         raise InputRefused(
             "Some modules have a DoRA magnitude and some have none",
-            where=f"{adapter.file}: {_few(sorted(set(adapter.tensors) - set(with_magnitude)))}",
+            where=f"{adapter.file}: {some_of(sorted(set(adapter.tensors) - set(with_magnitude)), 6)}",
         )
     return bool(with_magnitude)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-_PICKLES = re.compile(r"\.(bin|pt|pth|ckpt|pkl)$")
 
 
 def refuse_unreadable(path: Path) -> None:
@@ -240,12 +233,6 @@ def refuse_unreadable(path: Path) -> None:
             expected="the PEFT folder that it was converted from",
             next_step="export from that folder",
         )
-    if _PICKLES.search(path.name):
-        raise InputRefused(
-            "The adapter's weights are pickled; a pickle can run code, so it is never read",
-            where=str(path),
-            expected="safetensors",
-            next_step="load it where you trust it and save it again as safetensors",
-        )
+    refuse_pickles(path, "adapter")
     if path.suffix != ".safetensors":
         raise InputRefused("The file is no adapter", where=str(path), expected="a folder, or a .safetensors file")

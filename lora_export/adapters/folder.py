@@ -11,6 +11,7 @@ from pathlib import Path
 import safetensors
 
 from lora_export.adapters.header import HeaderOptions
+from lora_export.base.stored import refuse_pickles
 from lora_export.errors import InputRefused, some_of
 
 WEIGHTS = "adapter_model.safetensors"
@@ -72,7 +73,7 @@ def open_adapter(path: Path, given: str, name: str | None = None) -> AdapterFold
             "The folder holds no PEFT adapter",
             where=str(path),
             expected="adapter_config.json and adapter_model.safetensors",
-            found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
+            found=some_of(sorted(p.name for p in path.iterdir()), 8) or "an empty folder",
         ) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputRefused("adapter_config.json is not valid JSON", where=str(config_file), found=str(error)) from error
@@ -87,15 +88,7 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
     """Shapes by key, and the header's free text."""
     file = path / WEIGHTS
     if not file.exists():
-        pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        if pickles:
-            raise InputRefused(
-                "The adapter's weights are pickled; a pickle can run code, so it is never read",
-                where=str(path),
-                expected=WEIGHTS,
-                found=", ".join(pickles),
-                next_step="load it where you trust it and save again with save_pretrained (safetensors is the default)",
-            )
+        refuse_pickles(path, "adapter")
         raise InputRefused("The adapter has no weights", where=str(path), expected=WEIGHTS)
     try:
         with safetensors.safe_open(file, framework="pt") as handle:

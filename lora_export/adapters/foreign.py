@@ -22,9 +22,9 @@ from lora_export.artifact import sha256_of
 from lora_export.base.checkpoint import Checkpoint, locate
 from lora_export.base.stored import SafetensorsFiles, read_json
 from lora_export.base.tasks import resolve_task
-from lora_export.base.weightless import build_weightless
+from lora_export.base.weightless import build_weightless, is_conv1d
 from lora_export.carried import carried_files
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, some_of
 
 _SOURCE = "lora_export_source.json"
 _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -102,7 +102,7 @@ def read_foreign(path: Path) -> ForeignAdapter | None:
                 "The file is no LoRA adapter of a known format",
                 where=str(path),
                 expected="a PEFT folder, or keys as " + ", ".join(Dialect) + " write them",
-                found=", ".join(list(files.tensors)[:3]) or "no tensor",
+                found=some_of(list(files.tensors), 3) or "no tensor",
                 next_step="give the adapter's folder; a full fine-tune becomes an adapter with `lora-export extract`",
             )
         return None
@@ -137,7 +137,7 @@ def _weights_and_settings(path: Path) -> tuple[Path | None, dict]:
         raise InputRefused(
             "The folder holds several files that may be the adapter",
             where=str(path),
-            found=", ".join(file.name for file in found[:6]),
+            found=some_of([file.name for file in found], 6),
             next_step="give the file itself",
         )
     return (found[0] if found else None), {}
@@ -148,13 +148,12 @@ def _places(checkpoint: Checkpoint, task: str | None) -> tuple[dict[str, Place],
     model = build_weightless(resolved, checkpoint.load_config(), "float32")
     places = {}
     for path, module in model.named_modules():
-        kind = type(module).__name__
         if isinstance(module, torch.nn.Linear):
             places[path] = Place(path, "Linear", module.in_features, module.out_features)
         elif isinstance(module, torch.nn.Embedding):
             places[path] = Place(path, "Embedding", module.num_embeddings, module.embedding_dim)
-        elif kind == "Conv1D":
-            places[path] = Place(path, kind, *module.weight.shape)
+        elif is_conv1d(module):
+            places[path] = Place(path, "Conv1D", *module.weight.shape)
     return places, model.base_model_prefix
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, some_of
 
 # What other tools put before a module's path, to say which model of a pipeline it belongs to.
 _COMPONENTS = re.compile(
@@ -126,7 +126,7 @@ def _refuse_unknown(unknown: list[str], names: Sequence[str], places: Mapping[st
     if unknown:
         raise InputRefused(
             f"{len(unknown)} of {len(names)} names fit no Linear, Conv1D or Embedding module of the base",
-            where=f"{where}: {', '.join(unknown[:4])}",
+            where=f"{where}: {some_of(unknown, 4)}",
             expected=f"one of {len(places)} paths, such as {', '.join(list(places)[:3])}",
             next_step="check that the base and the task (--task) are those it was trained on, or rename the keys "
             f"to {_PEFT_FORM}",

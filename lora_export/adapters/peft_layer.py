@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_export.adapters.factors import LoraFactors
+from lora_export.base.weightless import is_conv1d
 from lora_export.compat import borrow
 from lora_export.errors import InputRefused
 
@@ -52,7 +53,7 @@ class PeftLayer:
         """
         convert = borrow("peft.tuners.lora.conversion:_convert_module_to_lora")
         layer = self._with(base)
-        is_in_out = type(layer.get_base_layer()).__name__ == "Conv1D"
+        is_in_out = is_conv1d(layer.get_base_layer())
         a, b, _ = convert(layer, rank, _ADAPTER)
         return LoraFactors(module, a.detach().clone(), b.detach().clone(), 1.0, is_in_out)
 

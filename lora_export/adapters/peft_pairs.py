@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lora_export.adapters.factors import LoraFactors
+from lora_export.base.weightless import is_conv1d
 
 # PEFT's variants of a LoRA layer that are a pair at inference: with a magnitude (DoRA), or for some tokens (aLoRA).
 _PAIR_VARIANTS = (
@@ -74,7 +75,7 @@ def _dense(module: torch.nn.Module) -> torch.Tensor:
 
 
 def _is_in_out(layer: torch.nn.Module) -> bool:
-    return type(layer.get_base_layer()).__name__ == "Conv1D"
+    return is_conv1d(layer.get_base_layer())
 
 
 def _adalora_factors(path: str, layer: torch.nn.Module) -> LoraFactors:

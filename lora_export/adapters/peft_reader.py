@@ -20,7 +20,7 @@ from lora_export.adapters.folder import WEIGHTS, AdapterFolder
 from lora_export.adapters.initialization import changes_base
 from lora_export.adapters.peft_layer import PeftLayer
 from lora_export.adapters.peft_pairs import convolution_pair_of, embedding_pair_of, pair_of
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, some_of
 
 _PREFIX = "base_model.model."
 
@@ -87,7 +87,7 @@ def _load_with_peft(folder: AdapterFolder, base: torch.nn.Module) -> torch.nn.Mo
         raise InputRefused(
             "The adapter's file lacks tensors that its config promises for this base",
             where=str(folder.path),
-            found=" ".join(missing[0].split())[:600] if missing else ", ".join(unfilled[:6]),
+            found=" ".join(missing[0].split())[:600] if missing else some_of(unfilled, 6),
             next_step=_check_base(folder),
         )
     return model
@@ -114,7 +114,7 @@ def _require_all_placed(folder: AdapterFolder, known: set[str]) -> None:
             "The adapter's file holds tensors that have no place on this base",
             where=str(folder.path),
             expected=f"{len(folder.shapes) - len(left)} of its {len(folder.shapes)} tensors have one",
-            found=", ".join(left[:6]) + (f" and {len(left) - 6} more" if len(left) > 6 else ""),
+            found=some_of(left, 6),
             next_step=_check_base(folder),
         )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import safetensors
 import torch
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, some_of
 
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -116,18 +116,23 @@ def weight_files(folder: Path) -> list[Path]:
         "The base has no weights",
         where=str(folder),
         expected="model.safetensors, or model.safetensors.index.json with its shards",
-        found=", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "an empty folder",
+        found=some_of(sorted(p.name for p in folder.iterdir()), 8) or "an empty folder",
     )
 
 
-def refuse_pickles(folder: Path, kind: str) -> None:
-    """Raise InputRefused if `folder` holds weights only as pickles, which can run code when they are read."""
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def refuse_pickles(path: Path, kind: str) -> None:
+    """Raise InputRefused if `path` is a pickle, or a folder that holds weights only as pickles: one can run code when
+    it is read."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    pickles = [file.name for file in files if file.suffix in _PICKLES]
     if pickles:
         raise InputRefused(
             f"The {kind}'s weights are pickled; a pickle can run code, so it is never read",
-            where=str(folder),
+            where=str(path),
             expected="safetensors",
-            found=", ".join(pickles),
-            next_step="load it where you trust it and save again with save_pretrained(…, safe_serialization=True)",
+            found=some_of(pickles, 6),
+            next_step="load it where you trust it and save it again with save_pretrained, which writes safetensors",
         )

@@ -97,3 +97,8 @@ def vocabulary_tables(model: torch.nn.Module) -> tuple[str, ...]:
     n_tokens = getattr(model.config.get_text_config(), "vocab_size", None)
     tables = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
     return tuple(f"{name}.weight" for name, table in tables.items() if table.num_embeddings == n_tokens)
+
+
+def is_conv1d(module: torch.nn.Module) -> bool:
+    """Whether `module` is Transformers' Conv1D: a linear map whose weight is stored `[in, out]` (GPT-2)."""
+    return type(module).__name__ == "Conv1D"

@@ -43,6 +43,8 @@ def main() -> None:
     # Nothing here needs a network once its inputs are on disk.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not os.environ.get("LORA_EXPORT_DEBUG"):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # Transformers' bars too; `Display` has its own
     collect_rarely()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from lora_export.errors import some_of
 
 
@@ -10,7 +12,7 @@ def _megabytes(n_bytes: int) -> str:
 
 
 def export_text(value: dict) -> str:
-    """`inspection.describe_export` for people."""
+    """`describe.describe_export` for people."""
     sizes = value["bytes"]
     what = f"{value['task']} in {value['dtype']}, fused for {value['provider']}"
     head = f"{value['kind']} export of {value['base']} for {what}"
@@ -47,12 +49,16 @@ def _conversion(adapter: dict) -> list[str]:
     )
 
 
+_WOULD = {"merge": "fold the adapters into one graph", "dynamic": "write one graph whose adapters are inputs"}
+
+
 def plan_text(value: dict) -> str:
-    """`inspection.describe_plan` for people."""
+    """`describe.describe_plan` for people."""
     write, read = value["write"], value["read"]
     parameters = sum(read["parameters_by_dtype"].values())
     lines = [
-        f"would {value['mode']} for {value['task']} in {value['dtype']}, fused for {value['provider']}; wrote nothing",
+        f"would {_WOULD[value['mode']]} for {value['task']} in {value['dtype']}, fused for {value['provider']}; "
+        "wrote nothing",
         *value["remarks"],
         f"read    {read['path']}: {read['tensors']} tensors, {parameters:,} parameters",
     ]
@@ -77,13 +83,28 @@ def plan_text(value: dict) -> str:
     return "\n".join(lines)
 
 
+def _named_shapes(tensors: dict[str, list]) -> list[str]:
+    """A line a tensor; those that differ by their layer only are one line: `present.{0 to 29}.key`."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for name, shape in tensors.items():
+        found = re.search(r"\.(\d+)\.", name)
+        pattern = re.sub(r"\.\d+\.", ".{}.", name, count=1)
+        layers.setdefault((pattern, str(shape)), []).append(int(found[1]) if found else -1)
+    lines = []
+    for (pattern, shape), numbers in layers.items():
+        shown = str(numbers[0]) if len(numbers) == 1 else f"{{{numbers[0]} to {numbers[-1]}}}"
+        lines.append(f"{pattern.replace('{}', shown)} {shape}")
+    return lines
+
+
 def inspect_text(value: dict) -> str:
-    """`inspection.inspect_path` for people."""
+    """`describe.inspect_path` for people."""
     if value["what"] == "export":
         lines = [export_text(value)]
         for name, graph in value.get("graphs", {"": value}).items():
             lines += [f"  {name}"] if name else []
-            lines += [f"  {name} {shape}" for name, shape in (graph["inputs"] | graph["outputs"]).items()]
+            lines += [f"  in   {line}" for line in _named_shapes(graph["inputs"])]
+            lines += [f"  out  {line}" for line in _named_shapes(graph["outputs"])]
             lines.append(f"  and {graph['adapter_inputs']} adapter inputs")
         return "\n".join(lines)
     if value["what"] == "base":

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from lora_export.adapters.folder import AdapterFolder, open_adapter
 from lora_export.adapters.foreign import ForeignAdapter, locate_adapter, name_of, read_foreign
+from lora_export.adapters.pack import choose_sites
 from lora_export.adapters.support import options_in_use, tuner_verdict
 from lora_export.artifact import ADAPTERS, MANIFEST, SIGNATURE, Manifest, read_manifest
 from lora_export.base.checkpoint import Checkpoint, locate
 from lora_export.base.stored import SAFETENSORS_DTYPES
 from lora_export.base.tasks import graphs_of
 from lora_export.contract import SINGLE, adapter_file, data_file, graph_file
-from lora_export.errors import InputRefused, LoraExportError
-from lora_export.export.graphs import choose_sites, target_modules
+from lora_export.errors import InputRefused, LoraExportError, some_of
+from lora_export.export.graphs import target_modules
 from lora_export.export.plan import Plan, Request, make_plan
 from lora_export.export.resolve import resolve
 from lora_export.integrity.signature import signer_with
@@ -191,7 +192,7 @@ def inspect_path(given: str) -> dict:
         "The folder is neither an export nor an adapter nor a base",
         where=str(path),
         expected=f"{MANIFEST}, adapter_config.json or config.json in it",
-        found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
+        found=some_of(sorted(p.name for p in path.iterdir()), 8) or "an empty folder",
     )
 
 

@@ -10,8 +10,8 @@ import torch
 
 from lora_export.base.checkpoint import Checkpoint, checkpoint_names
 from lora_export.base.tasks import CLASSIFICATION, Task
-from lora_export.base.weightless import build_weightless, parameter_aliases
-from lora_export.errors import InputRefused
+from lora_export.base.weightless import build_weightless, is_conv1d, parameter_aliases
+from lora_export.errors import InputRefused, some_of
 
 # Configuration that changes no output: names and provenance, training, generation, what the checkpoint is stored in.
 _WITHOUT_EFFECT = (
@@ -156,9 +156,9 @@ def _require_same_config(base_config, config, task: Task, base: Checkpoint, tune
     if different:
         raise InputRefused(
             "The fine-tune's configuration differs from the base's; an adapter carries weights, not configuration",
-            where=f"{tuned.path}/config.json: " + ", ".join(different[:6]),
-            expected=", ".join(f"{key} = {theirs.get(key)!r}" for key in different[:6]),
-            found=", ".join(f"{key} = {ours.get(key)!r}" for key in different[:6]),
+            where=f"{tuned.path}/config.json: " + some_of(different, 6),
+            expected=some_of([f"{key} = {theirs.get(key)!r}" for key in different], 6),
+            found=some_of([f"{key} = {ours.get(key)!r}" for key in different], 6),
             next_step="name the base that it was trained from, or first give a copy of the base this configuration",
         )
 
@@ -221,9 +221,9 @@ def _require_finite(checkpoint: Checkpoint, path: str, tensor: torch.Tensor) -> 
 def _kind_of(model: torch.nn.Module, path: str) -> tuple[DifferenceKind, bool]:
     module_path, _, name = path.rpartition(".")
     module = model.get_submodule(module_path)
-    is_conv1d = type(module).__name__ == "Conv1D"
-    if isinstance(module, torch.nn.Linear) or is_conv1d:
-        return (DifferenceKind.LINEAR if name == "weight" else DifferenceKind.BIAS), is_conv1d
+    is_in_out = is_conv1d(module)
+    if isinstance(module, torch.nn.Linear) or is_in_out:
+        return (DifferenceKind.LINEAR if name == "weight" else DifferenceKind.BIAS), is_in_out
     if isinstance(module, torch.nn.Embedding) and name == "weight":
         return DifferenceKind.EMBEDDING, True
     return DifferenceKind.OTHER, False

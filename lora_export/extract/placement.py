@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_export.base.tasks import Task
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, some_of
 from lora_export.extract.differences import Checkpoints, Difference, DifferenceKind
 
 LEAVABLE = (DifferenceKind.BIAS, DifferenceKind.EMBEDDING, DifferenceKind.OTHER)
@@ -84,7 +84,7 @@ def place(checkpoints: Checkpoints, differences: Iterable[Difference], leave_out
         raise InputRefused(
             "Nothing that differs is left to extract",
             where=str(checkpoints.tuned.path),
-            found=", ".join(d.path for d in left_out[:6]),
+            found=some_of([d.path for d in left_out], 6),
             next_step="leave out less",
         )
     has_bias = any(d.kind is DifferenceKind.BIAS and d.in_base and not d.is_head for d in carried)

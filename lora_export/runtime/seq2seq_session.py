@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_export.artifact import read_manifest
 from lora_export.contract import DECODER, DECODER_WITH_PAST, ENCODER, adapter_file
-from lora_export.errors import InputRefused, UsageProblem
+from lora_export.errors import InputRefused, UsageProblem, some_of
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.bank import RowAdapter, Shelf
 
@@ -137,7 +137,7 @@ class Seq2SeqSession:
                 raise InputRefused(
                     "The adapter's files do not belong together: one graph would run without it",
                     where=f"{prefix}: {graph}",
-                    expected=", ".join(lacking[:4]),
+                    expected=some_of(lacking, 4),
                     next_step="pack it for this export with `lora-export add`",
                 )
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftType
 from lora_export.adapters.support import (
     OPTIONS,
     TUNERS,
-    Verdict,
+    Handling,
     markdown_table,
     options_in_use,
     require_supported,
@@ -46,10 +46,10 @@ def test_a_default_config_uses_nothing_that_is_refused():
 
 
 def test_the_table_below_covers_every_refused_option():
-    refused = {option.name for option in OPTIONS if option.dynamic is Verdict.REFUSED}
+    refused = {option.name for option in OPTIONS if option.dynamic is Handling.REFUSED}
     assert refused == set(ASKED_FOR) - set(SERVED_ONLY)
-    assert {option.name for option in OPTIONS if option.merge is Verdict.REFUSED} - refused == set(SERVED_ONLY)
-    assert {option.name for option in OPTIONS if option.merge is Verdict.MERGED} & refused == set(MERGED_ONLY)
+    assert {option.name for option in OPTIONS if option.merge is Handling.REFUSED} - refused == set(SERVED_ONLY)
+    assert {option.name for option in OPTIONS if option.merge is Handling.MERGED} & refused == set(MERGED_ONLY)
 
 
 @pytest.mark.parametrize("name", MERGED_ONLY)
@@ -151,8 +151,8 @@ def test_options_in_use_are_those_that_are_set_in_the_tables_order():
     config = {"peft_type": "LORA", "modules_to_save": ["classifier"], "r": 4, "use_rslora": False, "lora_dropout": 0.1}
     uses = options_in_use(config)
     assert [(use.option.name, use.value) for use in uses] == [("r", 4), ("modules_to_save", ["classifier"])]
-    assert [use.verdict("merge") for use in uses] == [Verdict.MERGED] * 2
-    assert [use.verdict("dynamic") for use in uses] == [Verdict.SERVED] * 2
+    assert [use.verdict("merge") for use in uses] == [Handling.MERGED] * 2
+    assert [use.verdict("dynamic") for use in uses] == [Handling.SERVED] * 2
 
 
 def test_the_markdown_table_has_a_row_for_every_option():
