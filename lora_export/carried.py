@@ -30,6 +30,7 @@ _GROUPS = {
 _LICENCE_STEMS = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 # Of a fast tokenizer, what its last call left behind.
 _OF_THE_LAST_CALL = ("padding", "truncation")
+_OF_THE_SAVE = ("transformers_version", "_from_model_config", "_name_or_path")
 _SAMPLE = "Bind a socket to an address, then listen.\n\n\tdef f(x): return x + 1  # Größe"
 
 
@@ -144,11 +145,14 @@ def _equal(kind: str, one: Path, other: Path) -> bool:
 
 
 def _content(path: Path) -> object:
+    """What a file says: of JSON its values, but for those that tell which release saved it."""
     if path.suffix == ".json":
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            fields = json.loads(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError):
-            pass
+            return path.read_bytes()
+        is_object = isinstance(fields, dict)
+        return {key: fields[key] for key in fields if key not in _OF_THE_SAVE} if is_object else fields
     return path.read_bytes()
 
 

@@ -153,3 +153,15 @@ def test_generation_settings_of_an_adapter_are_its_own(tmp_path):
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     carried = plan_carried(base, {"chat": adapter}, "merge")
     assert carried.files["generation_config.json"] == adapter / "generation_config.json"
+
+
+def test_settings_that_another_release_saved_again_are_the_same(tmp_path):
+    folders = {}
+    for name, version in (("base", "5.20.0"), ("one", "5.23.0"), ("other", "5.24.0")):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        fields = {"eos_token_id": 2, "transformers_version": version, "_from_model_config": name == "base"}
+        (folders[name] / "generation_config.json").write_text(json.dumps(fields))
+    base = folders.pop("base")
+    carried = plan_carried(base, folders, "merge")
+    assert carried.files == {"generation_config.json": base / "generation_config.json"} and carried.places == {}
