@@ -33,6 +33,7 @@ Importing this package imports none of its heavy dependencies; the sessions need
 
 from __future__ import annotations
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -40,11 +41,12 @@ from lora_export.errors import EnvironmentUnusable, InputRefused, LoraExportErro
 
 if TYPE_CHECKING:
     from lora_export.runtime.adapter_session import AdapterSession
+    from lora_export.runtime.generate import generate
     from lora_export.runtime.seq2seq_session import Seq2SeqSession
 
 __all__ = [
     "AdapterSession", "EnvironmentUnusable", "InputRefused", "LoraExportError", "Seq2SeqSession", "UsageProblem",
-    "__version__",
+    "__version__", "generate",
 ]  # fmt: skip
 
 try:
@@ -53,13 +55,15 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0"
 
 
+# What is imported when it is first asked for.
+_LATER = {
+    "AdapterSession": "lora_export.runtime.adapter_session",
+    "Seq2SeqSession": "lora_export.runtime.seq2seq_session",
+    "generate": "lora_export.runtime.generate",
+}
+
+
 def __getattr__(name: str) -> object:
-    if name == "AdapterSession":
-        from lora_export.runtime.adapter_session import AdapterSession
-
-        return AdapterSession
-    if name == "Seq2SeqSession":
-        from lora_export.runtime.seq2seq_session import Seq2SeqSession
-
-        return Seq2SeqSession
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)

@@ -9,6 +9,7 @@ Standard library only: a host without torch, onnx or PEFT reads it too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
@@ -35,21 +36,135 @@ def adapter_file(adapter: str, graph: str) -> str:
 
 
 class AdapterInputKind(StrEnum):
-    """What an adapter input holds; the shape each kind has is given with it."""
+    """What an adapter input holds; `ADAPTER_INPUT_KINDS` has all else that is known of each."""
 
-    # [rows, in_features, rank]; of an embedding [rows, vocabulary, rank], of a convolution in_channels·∏kernel features
     LORA_A = "lora_A"
-    LORA_B = "lora_B"  # [rows, rank, out_features], the scale (and DoRA's gain) folded in
-    GAIN = "lora_magnitude"  # [rows, 1, out_features], DoRA's m / ‖W + s·B·A‖, which multiplies W x
-    WEIGHT = "weight"  # [rows, in_features, out_features], a whole replaced Linear
-    BIAS = "bias"  # [rows, 1, out_features], in place of the module's own
-    TOKEN_IDS = "token_ids"  # [rows, n_tokens], int64, tokens whose embedding changes; -1 is none
-    TOKEN_DELTA = "token_delta"  # [rows, n_tokens, embedding_dim], what is added to it
-    GATE = "lora_gate"  # [rows, sequence or 1, 1], which multiplies x A of gated modules: 1 active, 0 not
+    LORA_B = "lora_B"
+    GAIN = "lora_magnitude"
+    WEIGHT = "weight"
+    BIAS = "bias"
+    TOKEN_IDS = "token_ids"
+    TOKEN_DELTA = "token_delta"
+    GATE = "lora_gate"
 
 
-# The one gate of a graph: an adapter is active for the same tokens in all its modules.
+class Default(StrEnum):
+    """What an input is where no adapter is fed. Each leaves the base as it is."""
+
+    EMPTY = "empty"  # nothing along the kind's axis: rank 0, no tokens
+    ONES = "ones"
+    BASE = "base"  # the base's parameter of the input's name, stored; zeros for a module that has none
+    BASE_TRANSPOSED = "base_transposed"  # likewise, `[out, in]` stored as `[in, out]`
+
+
+class Blend(StrEnum):
+    """What a row that runs adapters `k` with weights `w_k` is fed, of their tensors `b_k`."""
+
+    CONCATENATE = "concatenate"  # [b_1 … b_n] along the kind's axis
+    CONCATENATE_WEIGHTED = "concatenate_weighted"  # [w_1 b_1 … w_n b_n] along the kind's axis
+    # b_0 + Σ w_k (b_k − b_0), b_0 the default: Ilharco et al., Task Arithmetic (arXiv 2212.04089), section 2
+    TASK_VECTORS = "task_vectors"
+    FROM_PROMPT = "from_prompt"  # no adapter brings it: the host makes it of the prompt's tokens
+
+
+ROWS, GATE_LENGTH = "rows", "gate_length"
+LOWEST = float("-inf")  # stands for the lowest finite number of a dtype: a padded class never wins
+
+
+@dataclass(frozen=True)
+class KindSpec:
+    """All that is known of a kind of adapter input, whichever module and graph has it.
+
+    Attributes:
+        dims: Sizes, and names of axes.
+        suffix: Of the input's name, `<module>.<suffix>`; the whole name of one that belongs to no module.
+        axis: Where adapters differ in size, so that rows are padded with `fill`; None where they do not.
+        dtype: None for the dtype of the graph.
+        companions: What an adapter must bring beside it, where the module takes it.
+        served: What of an adapter it serves, in the words of a refusal; empty for what a companion names.
+    """
+
+    kind: AdapterInputKind
+    suffix: str
+    dims: tuple[Dim, ...]
+    default: Default
+    blend: Blend
+    axis: int | None = None
+    fill: float = 0
+    dtype: str | None = None
+    companions: tuple[AdapterInputKind, ...] = ()
+    served: str = ""
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the default is a tensor of the base in the graph's data file."""
+        return self.default in (Default.BASE, Default.BASE_TRANSPOSED)
+
+    def name(self, module: str) -> str:
+        """The input's name; for a stored default also the path of the base's parameter that it takes the place of."""
+        return f"{module}.{self.suffix}" if module else self.suffix
+
+    def dims_of(self, module: str, sizes: Mapping[str, int]) -> tuple[Dim, ...]:
+        """The dims of the input of `module`, with the `sizes` that the module decides; other axes are symbols."""
+        # Each module has its own: adapters differ in rank by module, and ONNX Runtime reuses buffers by symbol.
+        symbol = {dim: f"{module}.{dim}" if module and dim != ROWS else dim for dim in self.dims}
+        return tuple(dim if isinstance(dim, int) else sizes.get(dim, symbol[dim]) for dim in self.dims)
+
+    def constant(self, dims: tuple[Dim, ...]) -> tuple[tuple[Dim, ...], int]:
+        """Shape and number of the default of an input of `dims`, where it is not stored; of one stored, its zeros."""
+        sizes = [1 if dim in (ROWS, GATE_LENGTH) else dim for dim in dims]
+        if self.default is Default.EMPTY:
+            sizes[self.axis] = 0
+        return tuple(sizes), int(self.default is Default.ONES)
+
+
+_K, _D, _B = AdapterInputKind, Default, Blend
+# An embedding's in_features are its vocabulary, a convolution's in_channels·∏kernel. B has the scale folded in, and
+# DoRA's gain m / ‖W + s·B·A‖, which by itself multiplies W x. The gate multiplies x A, 1 where the adapter is active;
+# a graph has one, as an adapter is active for the same tokens in all its modules. A token id of -1 is none.
+ADAPTER_INPUT_KINDS = (
+    KindSpec(_K.LORA_A, "lora_A.weight", (ROWS, "in_features", "rank"), _D.EMPTY, _B.CONCATENATE, axis=2,
+             companions=(_K.LORA_B,), served="pairs on linear modules and embeddings"),
+    KindSpec(_K.LORA_B, "lora_B.weight", (ROWS, "rank", "out_features"), _D.EMPTY, _B.CONCATENATE_WEIGHTED, axis=1,
+             companions=(_K.LORA_A,)),
+    KindSpec(_K.GAIN, "lora_magnitude", (ROWS, 1, "out_features"), _D.ONES, _B.TASK_VECTORS),
+    KindSpec(_K.WEIGHT, "weight", (ROWS, "in_features", "out_features"), _D.BASE_TRANSPOSED, _B.TASK_VECTORS, axis=2,
+             companions=(_K.BIAS,), served="replaced Linear modules"),
+    KindSpec(_K.BIAS, "bias", (ROWS, 1, "out_features"), _D.BASE, _B.TASK_VECTORS, axis=2, fill=LOWEST,
+             served="biases"),
+    KindSpec(_K.TOKEN_IDS, "token_ids", (ROWS, "n_tokens"), _D.EMPTY, _B.CONCATENATE, axis=1, fill=-1, dtype="int64",
+             companions=(_K.TOKEN_DELTA,), served="token rows"),
+    KindSpec(_K.TOKEN_DELTA, "token_delta", (ROWS, "n_tokens", "embedding_dim"), _D.EMPTY, _B.CONCATENATE_WEIGHTED,
+             axis=1, companions=(_K.TOKEN_IDS,)),
+    KindSpec(_K.GATE, "lora_gate", (ROWS, GATE_LENGTH, 1), _D.ONES, _B.FROM_PROMPT),
+)  # fmt: skip
 GATE_INPUT = str(AdapterInputKind.GATE)
+
+
+def spec_of(kind: AdapterInputKind) -> KindSpec:
+    """The table's entry of `kind`."""
+    return next(spec for spec in ADAPTER_INPUT_KINDS if spec.kind is kind)
+
+
+@dataclass(frozen=True)
+class SiteChoice:
+    """The modules that a graph gives adapter inputs, by what adapters bring there."""
+
+    lora_modules: tuple[str, ...] = ()  # Linear modules with a pair
+    replaced_modules: tuple[str, ...] = ()  # Linear modules replaced as a whole
+    gain_modules: tuple[str, ...] = ()  # those of lora_modules with DoRA's gain
+    bias_modules: tuple[str, ...] = ()  # modules whose bias is an input, replaced ones not counted
+    embedding_modules: tuple[str, ...] = ()  # embeddings with a pair
+    token_modules: tuple[str, ...] = ()  # embeddings with changed tokens
+    convolution_modules: tuple[str, ...] = ()  # convolutions with a pair
+    gate_modules: tuple[str, ...] = ()  # those of lora_modules whose pair may be active for some tokens only
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """The base's parameters that inputs take the place of, by path."""
+        weight, bias = spec_of(AdapterInputKind.WEIGHT), spec_of(AdapterInputKind.BIAS)
+        biases = (*self.replaced_modules, *self.bias_modules)
+        return frozenset([*map(weight.name, self.replaced_modules), *map(bias.name, biases)])
 
 
 @dataclass(frozen=True)
@@ -75,12 +190,9 @@ class AdapterInput:
     """One optional input `[rows, …]` of a dynamic graph; `rows` is 1 or the batch size.
 
     Attributes:
-        name: The input's name, `<module>.lora_A.weight` and so on.
         module: The path of the module in the base model, the name that PEFT uses; empty for the gate, which is for all.
-        default: The stored default of a replaced Linear or bias; None where it is a constant: a pair of rank 0, a gain
-            or gate of 1, no tokens, zeros as the bias of a module without one.
-        base_has_default: Whether the default is the base checkpoint's own tensor; False when the checkpoint has no
-            such tensor (an encoder without a head) and the default is zeros.
+        default: The stored default; None where it is a constant, such as zeros for the bias of a module without one.
+        base_has_default: False where the checkpoint lacks the tensor of a stored default (an encoder without a head).
     """
 
     name: str
@@ -90,6 +202,10 @@ class AdapterInput:
     dims: tuple[Dim, ...]
     default: StoredDefault | None = None
     base_has_default: bool = True
+
+    @property
+    def spec(self) -> KindSpec:
+        return spec_of(self.kind)
 
 
 @dataclass(frozen=True)
@@ -125,15 +241,8 @@ class GraphContract:
         def adapter_input(entry: dict) -> AdapterInput:
             stored = entry["default"]
             default = stored and StoredDefault(tuple(stored["shape"]), stored["offset"], stored["length"])
-            return AdapterInput(
-                entry["name"],
-                entry["module"],
-                AdapterInputKind(entry["kind"]),
-                entry["dtype"],
-                tuple(entry["dims"]),
-                default,
-                entry["base_has_default"],
-            )
+            what = AdapterInputKind(entry["kind"]), entry["dtype"], tuple(entry["dims"])
+            return AdapterInput(entry["name"], entry["module"], *what, default, entry["base_has_default"])
 
         return cls(
             tuple(map(spec, fields["inputs"])),

@@ -1,18 +1,51 @@
-"""An adapter as the named tensors of a dynamic graph, and as a file that ONNX Runtime's own `LoraAdapter` loads."""
+"""An adapter as the named tensors of a dynamic graph, and as a file that ONNX Runtime's own `LoraAdapter` loads.
+
+`choose_sites` says which inputs adapters need, `pack` what one of them feeds to them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from lora_export.adapters.factors import Adapter, LoraFactors, TokenRows, dora_gain, fold, fold_dora, served_pair
-from lora_export.contract import AdapterInputKind, GraphContract
+from lora_export.contract import AdapterInputKind, GraphContract, KindSpec, SiteChoice, spec_of
 from lora_export.errors import InputRefused
 
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
+_WEIGHT, _BIAS = spec_of(AdapterInputKind.WEIGHT), spec_of(AdapterInputKind.BIAS)
+
+
+def choose_sites(adapters: Sequence[Adapter], targets: Sequence[str] = ()) -> SiteChoice:
+    """The union of what `adapters` touch, with `targets` added; a module replaced by one adapter takes no pair."""
+    replaced = dict.fromkeys(module for adapter in adapters for module in adapter.replaced_modules)
+    pairs = [pair for adapter in adapters for pair in adapter.lora.values() if pair.module not in replaced]
+    biases = [module for adapter in adapters for module in _modules_of(_BIAS, adapter.replaced)]
+    convolutions = [pair for adapter in adapters for pair in adapter.convolutions.values()]
+    biases += [pair.module for pair in (*pairs, *convolutions) if pair.bias is not None]
+    gated = [pair for adapter in adapters if adapter.invocation_tokens for pair in adapter.lora.values()]
+    return SiteChoice(
+        lora_modules=_unique([*(pair.module for pair in pairs), *(t for t in targets if t not in replaced)]),
+        replaced_modules=tuple(replaced),
+        gain_modules=_unique(pair.module for pair in pairs if pair.magnitude is not None),
+        bias_modules=_unique(module for module in biases if module not in replaced),
+        embedding_modules=_unique(module for adapter in adapters for module in adapter.embeddings),
+        convolution_modules=_unique(pair.module for pair in convolutions),
+        gate_modules=_unique(pair.module for pair in gated if pair.module not in replaced),
+        token_modules=_unique(module for adapter in adapters for module in _modules_of(_WEIGHT, adapter.token_rows)),
+    )
+
+
+def _modules_of(spec: KindSpec, paths: Iterable[str]) -> list[str]:
+    """The modules that have those of `paths` that are the parameter of `spec`."""
+    return [path.removesuffix(f".{spec.suffix}") for path in paths if path.endswith(f".{spec.suffix}")]
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
 
 
 def pack(
@@ -43,16 +76,16 @@ def pack(
     for pair in adapter.lora.values():
         packer.add_linear(pair)
     for module in adapter.replaced_modules:
-        packer.put(module, AdapterInputKind.WEIGHT, adapter.replaced[f"{module}.weight"].float().T)
-    added_to = {f"{module}.bias" for module, pair in adapter.pairs.items() if pair.bias is not None}
-    for path, tensor in adapter.replaced.items():
-        if path.endswith(".bias") and path not in added_to:
-            packer.put(path.removesuffix(".bias"), AdapterInputKind.BIAS, tensor.float().reshape(1, -1))
+        packer.put(module, AdapterInputKind.WEIGHT, adapter.replaced[_WEIGHT.name(module)].float().T)
+    added_to = {module for module, pair in adapter.pairs.items() if pair.bias is not None}
+    for module in _modules_of(_BIAS, adapter.replaced):
+        if module not in added_to:
+            packer.put(module, AdapterInputKind.BIAS, adapter.replaced[_BIAS.name(module)].float().reshape(1, -1))
     for pair in (*adapter.embeddings.values(), *adapter.convolutions.values()):
         packer.add_pair(pair, gain=None)
         packer.add_bias(pair)
-    for path, rows in adapter.token_rows.items():
-        packer.add_tokens(path, rows)
+    for module in _modules_of(_WEIGHT, adapter.token_rows):
+        packer.add_tokens(module, adapter.token_rows[_WEIGHT.name(module)])
     missing = [module for module in dict.fromkeys(packer.missing) if module not in elsewhere]
     if missing:
         raise InputRefused(
@@ -88,19 +121,19 @@ class _Packer:
     def add_linear(self, pair: LoraFactors) -> None:
         inputs = self._contract.of_module(pair.module)
         if AdapterInputKind.WEIGHT in inputs:
-            weight = self._base_weight(f"{pair.module}.weight")
+            weight = self._base_weight(_WEIGHT.name(pair.module))
             folded = fold(weight, [pair], torch.float32) if pair.magnitude is None else fold_dora(weight, pair)
             self.put(pair.module, AdapterInputKind.WEIGHT, folded if pair.weight_is_in_out else folded.T)
         else:
             is_dora = pair.magnitude is not None
-            self.add_pair(pair, dora_gain(self._base_weight(f"{pair.module}.weight"), pair) if is_dora else None)
+            self.add_pair(pair, dora_gain(self._base_weight(_WEIGHT.name(pair.module)), pair) if is_dora else None)
         self.add_bias(pair)
 
     def add_bias(self, pair: LoraFactors) -> None:
         if pair.bias is None:
             return
         added = pair.scale * pair.bias.float()
-        path, entry = f"{pair.module}.bias", self._contract.of_module(pair.module).get(AdapterInputKind.BIAS)
+        path, entry = _BIAS.name(pair.module), self._contract.of_module(pair.module).get(AdapterInputKind.BIAS)
         if path in self._replaced:  # trained as well
             added = added + self._replaced[path].float()
         elif entry is not None and entry.base_has_default:
@@ -114,12 +147,10 @@ class _Packer:
         if gain is not None:
             self.put(pair.module, AdapterInputKind.GAIN, gain.reshape(1, -1))
 
-    def add_tokens(self, path: str, rows: TokenRows) -> None:
-        module = path.removesuffix(".weight")
+    def add_tokens(self, module: str, rows: TokenRows) -> None:
+        base = self._base_weight(_WEIGHT.name(module))[rows.indices]
         self.put(module, AdapterInputKind.TOKEN_IDS, rows.indices)
-        self.put(
-            module, AdapterInputKind.TOKEN_DELTA, rows.rows.float() - self._base_weight(path)[rows.indices].float()
-        )
+        self.put(module, AdapterInputKind.TOKEN_DELTA, rows.rows.float() - base.float())
 
 
 def write_onnx_adapter(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -1,6 +1,6 @@
 """What happens to every option of an adapter: merged, served as inputs, or refused. The one table.
 
-It drives the refusals, `inspect` and README's table. It reads `adapter_config.json` as plain JSON, so an adapter is
+It drives the refusals, `inspect` and the docs' table. It reads `adapter_config.json` as plain JSON, so an adapter is
 refused before any work and without importing PEFT. What a supported option *means* is PEFT's business
 (`peft_reader`); this table only says whether it is supported.
 """
@@ -272,7 +272,7 @@ def _require_tuner(name: object, mode: str, adapter: str, convert_rank: float | 
 
 
 def markdown_table() -> str:
-    """The table as Markdown, for README; kept equal to it by a test."""
+    """The table as Markdown, for the docs; kept equal to it by a test."""
     rows = ["| option | `merge` | `dynamic` | |", "|---|---|---|---|"]
     for option in OPTIONS:
         note = option.note + (f"; instead: {option.way_out}" if option.way_out else "")

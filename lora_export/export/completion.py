@@ -12,7 +12,9 @@ import torch
 
 from lora_export.adapters.factors import Adapter, LoraFactors
 from lora_export.adapters.initialization import changes_base, with_initial_pair
+from lora_export.adapters.pack import choose_sites
 from lora_export.adapters.peft_layer import PeftLayer
+from lora_export.contract import ADAPTER_INPUT_KINDS
 from lora_export.errors import InputRefused, some_of
 from lora_export.export.weights import ParameterSource
 
@@ -93,8 +95,8 @@ def _conversion_error(layer: PeftLayer, real: dict[str, torch.Tensor], pair: Lor
 
 
 def _require_servable(adapter: Adapter, base: ParameterSource) -> None:
-    served = {f"{module}.{part}" for module in adapter.replaced_modules for part in ("weight", "bias")}
-    rest = [path for path in adapter.replaced if path not in served and not path.endswith(".bias")]
+    served = choose_sites([adapter]).parameters
+    rest = [path for path in adapter.replaced if path not in served]
     gated = adapter.invocation_tokens is not None
     what = {
         "has a bias on B that is active for some tokens only (lora_bias with alora_invocation_tokens)": [
@@ -110,7 +112,7 @@ def _require_servable(adapter: Adapter, base: ParameterSource) -> None:
             raise InputRefused(
                 f"Adapter {adapter.name!r} {problem}; a dynamic graph has no inputs for that",
                 where=some_of(where, 6),
-                expected="pairs on linear modules and embeddings, replaced Linear modules, biases, token rows",
+                expected=", ".join(spec.served for spec in ADAPTER_INPUT_KINDS if spec.served),
                 next_step="merge this adapter into a graph of its own",
             )
 

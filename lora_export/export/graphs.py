@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -14,47 +14,20 @@ from lora_export.adapters.factors import Adapter
 from lora_export.artifact import versions
 from lora_export.base.tasks import graphs_of
 from lora_export.base.trace import trace
-from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract, TensorSpec
+from lora_export.contract import AdapterInput, GraphContract, SiteChoice, TensorSpec
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.export.plan import Plan
 from lora_export.export.resolve import Resolved
 from lora_export.export.weights import digest
-from lora_export.graph.adapter_inputs import SiteChoice, add_adapter_inputs, attach_defaults
+from lora_export.graph.adapter_inputs import add_adapter_inputs, attach_defaults, present_in
 from lora_export.graph.cache import cache_key, cached_graph
-from lora_export.graph.convolution_inputs import convolutions_in
-from lora_export.graph.embedding_inputs import embeddings_in
 from lora_export.graph.fuse import fuse
-from lora_export.graph.linear_inputs import uses_of_bias
 from lora_export.graph.sites import find_sites, refuse_unlinked, sites_in
 from lora_export.graph.unbound import bind_small, rename_weight, untie
 
 _ADAPTER_INPUTS = "lora_export.adapter_inputs"
 # What a config holds besides the architecture; it changes no graph.
 _NOT_ARCHITECTURE = ("_name_or_path", "architectures", "transformers_version", "id2label", "label2id", "torch_dtype")
-
-
-def choose_sites(adapters: Sequence[Adapter], targets: Sequence[str] = ()) -> SiteChoice:
-    """The union of what `adapters` touch, with `targets` added; a module replaced by one adapter takes no pair."""
-    replaced = dict.fromkeys(module for adapter in adapters for module in adapter.replaced_modules)
-    pairs = [pair for adapter in adapters for pair in adapter.lora.values() if pair.module not in replaced]
-    biases = [path.removesuffix(".bias") for a in adapters for path in a.replaced if path.endswith(".bias")]
-    convolutions = [pair for adapter in adapters for pair in adapter.convolutions.values()]
-    biases += [pair.module for pair in (*pairs, *convolutions) if pair.bias is not None]
-    gated = [pair for adapter in adapters if adapter.invocation_tokens for pair in adapter.lora.values()]
-    return SiteChoice(
-        lora_modules=_unique([*(pair.module for pair in pairs), *(t for t in targets if t not in replaced)]),
-        replaced_modules=tuple(replaced),
-        gain_modules=_unique(pair.module for pair in pairs if pair.magnitude is not None),
-        bias_modules=_unique(module for module in biases if module not in replaced),
-        embedding_modules=_unique(module for adapter in adapters for module in adapter.embeddings),
-        convolution_modules=_unique(pair.module for pair in convolutions),
-        gate_modules=_unique(pair.module for pair in gated if pair.module not in replaced),
-        token_modules=_unique(path.removesuffix(".weight") for adapter in adapters for path in adapter.token_rows),
-    )
-
-
-def _unique(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))
 
 
 def target_modules(targets: Sequence[str], model) -> tuple[str, ...]:
@@ -143,8 +116,7 @@ def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str) -> _F
         "graph": graph,
         "tied": tied,
     }
-    replaced = frozenset(path for adapter in resolved.adapters for path in adapter.replaced)
-    replaced |= {f"{module}.bias" for module in choice.bias_modules}
+    replaced = choice.parameters.union(*(adapter.replaced for adapter in resolved.adapters))
     small = resolved.source.small_parameters(plan.dtype, without=replaced | resolved.source.zeros_for)
     untied = _untied(resolved)
     finished_from = traced_from | {
@@ -169,7 +141,7 @@ def _build(plan: Plan, resolved: Resolved, facts: _Facts, *, use_cache: bool) ->
         else:
             rename_weight(model, f"{module}.weight", other_name)
     bind_small(model, facts.small)
-    choice = facts.choice if is_only_graph else _present(model.graph, facts.choice)
+    choice = facts.choice if is_only_graph else present_in(model.graph, facts.choice)
     model, inputs = add_adapter_inputs(model, choice)
     model = fuse(model, plan.request.provider)
     attach_defaults(model.graph, inputs)
@@ -200,19 +172,8 @@ def _refuse_changed_embedding(resolved: Resolved) -> None:
             )
 
 
-def _present(graph: ir.Graph, choice: SiteChoice) -> SiteChoice:
-    """What of `choice` this graph, one of several, calls."""
-    linear = sites_in(graph, (*choice.lora_modules, *choice.replaced_modules))
-    tables = embeddings_in(graph, (*choice.embedding_modules, *choice.token_modules))
-    convolutions = convolutions_in(graph, choice.convolution_modules)
-    called = {module for module, sites in (linear | tables | convolutions).items() if sites}
-    called |= {module for module in choice.bias_modules if uses_of_bias(graph, module)[1]}
-    return SiteChoice(**{kind: tuple(m for m in modules if m in called) for kind, modules in asdict(choice).items()})
-
-
 def _has_default(entry: AdapterInput, resolved: Resolved) -> bool:
-    is_constant = entry.kind not in (AdapterInputKind.WEIGHT, AdapterInputKind.BIAS)
-    return is_constant or resolved.source.stored_name(entry.name) is not None
+    return not entry.spec.is_stored or resolved.source.stored_name(entry.name) is not None
 
 
 def _untied(resolved: Resolved) -> dict[str, str]:

@@ -3,9 +3,11 @@
     sites.py               the nodes that compute a module
     tape.py                insert nodes, and restore the axis of rows
     adapter_inputs.py      give a traced graph its adapter inputs
-    linear_inputs.py       those of linear modules
+    declare.py             inputs as the contract's table says
     embedding_inputs.py    those of embeddings
     convolution_inputs.py  those of convolutions
+    bias_inputs.py         biases
+    linear_inputs.py       those of linear modules
     unbound.py             initializers without a value
     fuse.py                optimize and fuse for a provider
     cache.py               finished graphs, kept

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.contract import SiteChoice
 from lora_export.errors import InputRefused
+from lora_export.graph.declare import DeclaredInputs
 from lora_export.graph.sites import module_of
 from lora_export.graph.tape import Tape, put_in_place_of
 
@@ -66,6 +68,22 @@ def find_convolutions(graph: ir.Graph, modules: tuple[str, ...]) -> dict[str, li
                 next_step="merge the adapter instead",
             )
     return sites
+
+
+def insert_convolution_pairs(inputs: DeclaredInputs, choice: SiteChoice) -> None:
+    """Give `choice.convolution_modules` a pair each.
+
+    Raises:
+        InputRefused: See `find_convolutions`.
+    """
+    for module, sites in find_convolutions(inputs.graph, choice.convolution_modules).items():
+        dtype = sites[0].node.inputs[1].dtype
+        pair = inputs.declare_pair(module, dtype, sites[0].in_features, sites[0].out_channels)
+        for site in sites:
+            add_convolution_pair(inputs.graph, site, *pair)
+
+
+CONVOLUTION_INPUTS = (insert_convolution_pairs,)
 
 
 def add_convolution_pair(graph: ir.Graph, site: ConvolutionSite, a: ir.Value, b: ir.Value) -> None:

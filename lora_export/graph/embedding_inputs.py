@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from lora_export.contract import AdapterInputKind, SiteChoice
 from lora_export.errors import InputRefused
+from lora_export.graph.declare import DeclaredInputs
 from lora_export.graph.sites import module_of
 from lora_export.graph.tape import Tape, put_in_place_of
 
@@ -58,6 +60,35 @@ def embeddings_in(graph: ir.Graph, modules: tuple[str, ...]) -> dict[str, list[E
             if module in sites and len(shape) == 2:
                 sites[module].append(EmbeddingSite(module, node, shape[0], shape[1]))
     return sites
+
+
+def insert_embedding_pairs(inputs: DeclaredInputs, choice: SiteChoice) -> None:
+    """Case 1, for `choice.embedding_modules`.
+
+    Raises:
+        InputRefused: See `find_embeddings`.
+    """
+    for module, sites in find_embeddings(inputs.graph, choice.embedding_modules).items():
+        pair = inputs.declare_pair(module, sites[0].node.inputs[0].dtype, sites[0].vocabulary, sites[0].dim)
+        for site in sites:
+            add_embedding_pair(inputs.graph, site, *pair)
+
+
+def insert_tokens(inputs: DeclaredInputs, choice: SiteChoice) -> None:
+    """Case 2, for `choice.token_modules`.
+
+    Raises:
+        InputRefused: See `find_embeddings`.
+    """
+    for module, sites in find_embeddings(inputs.graph, choice.token_modules).items():
+        dtype = sites[0].node.inputs[0].dtype
+        ids = inputs.declare(AdapterInputKind.TOKEN_IDS, module, dtype)
+        delta = inputs.declare(AdapterInputKind.TOKEN_DELTA, module, dtype, embedding_dim=sites[0].dim)
+        for site in sites:
+            add_token_inputs(inputs.graph, site, ids, delta)
+
+
+EMBEDDING_INPUTS = (insert_embedding_pairs, insert_tokens)
 
 
 def add_embedding_pair(graph: ir.Graph, site: EmbeddingSite, a: ir.Value, b: ir.Value) -> None:

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from lora_export.contract import ADAPTER_INPUT_KINDS, AdapterInputKind, spec_of
 from lora_export.graph.sites import NAME_SCOPES
 
 # Operator → the input that is data; the weight is the other of the first two, or the third of skip normalizations.
@@ -39,10 +40,10 @@ _ANCHORS = {
 # The output of a skip normalization that holds the sum it normalizes.
 _SKIP_SUM = 3
 _FOLLOWED = frozenset({"Add", "Mul", "Reshape", "Cast", "Unsqueeze", "Squeeze", "Sum"})
-# A name that two values would have had ends with a number.
-_WEIGHT = re.compile(r"(?P<module>.+?)(?<!\.lora_A)(?<!\.lora_B)\.weight(_\d+)?")
-_PAIR = (".lora_A.weight", ".lora_B.weight")
-_OWN = (*_PAIR, ".lora_magnitude", ".token_ids", ".token_delta", ".weight", ".bias")
+_PAIR = (AdapterInputKind.LORA_A, AdapterInputKind.LORA_B)
+# A name that two values would have had ends with a number; a pair's is not a weight of the base.
+_NOT_OF_BASE = "".join(rf"(?<!\.{kind})" for kind in _PAIR)
+_WEIGHT = re.compile(rf"(?P<module>.+?){_NOT_OF_BASE}\.weight(_\d+)?")
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 
 
@@ -172,14 +173,14 @@ class WrittenGraph:
         readers = [self.nodes[index] for index in self.consumers.get(output, ())]
         pending = any(f"{module}.bias" in reader.inputs and reader.op_type not in _FOLLOWED for reader in readers)
         parts = {"base": start} if output != start else {}
-        for part, suffix in zip(("lora_A", "lora_B"), _PAIR, strict=True):
-            reading = [self.nodes[index] for index in self.consumers.get(f"{module}{suffix}", ())]
+        for part in _PAIR:
+            reading = [self.nodes[index] for index in self.consumers.get(spec_of(part).name(module), ())]
             products = [reader.outputs[0] for reader in reading if reader.op_type == "MatMul"]
             # Of a module called several times, the one that belongs to this call.
             before = [value for value in products if self.producers[value] <= self.producers[output]]
             if products:
-                parts[part] = (before or products)[-1]
-        total, addend = self._skip_sum(output, parts.get("lora_B"))
+                parts[str(part)] = (before or products)[-1]
+        total, addend = self._skip_sum(output, parts.get(AdapterInputKind.LORA_B))
         pending = pending and total is None
         output = total or output
         has_bias = f"{module}.bias" in node.inputs
@@ -213,9 +214,7 @@ class WrittenGraph:
         return [n.outputs[0] for n in readers if n.op_type in _FOLLOWED and self._is_own(n, module)]
 
     def _is_own(self, node: GraphNode, module: str) -> bool:
-        return node.module == module or any(
-            value.removesuffix(suffix) == module for value in node.inputs for suffix in _OWN if value.endswith(suffix)
-        )
+        return node.module == module or any(spec.name(module) in node.inputs for spec in ADAPTER_INPUT_KINDS)
 
     def _readers(self, index: int) -> set[int]:
         return {reader for value in self.nodes[index].outputs for reader in self.consumers.get(value, ())}

@@ -45,6 +45,15 @@ class Site:
     def output(self) -> ir.Value:
         return self.node.outputs[0]
 
+    @property
+    def output_dims(self) -> list | None:
+        """The output's shape, from the input's if it has none; None where neither is known."""
+        if self.output.shape is not None:
+            return list(self.output.shape)
+        if self.input.shape is None:
+            return None
+        return [*list(self.input.shape)[:-1], self.out_features]
+
 
 def module_of(node: ir.Node) -> str | None:
     """The path of the module whose `forward` made `node`, or None if the exporter recorded none."""

@@ -64,6 +64,12 @@ def with_row_axis(graph: ir.Graph, tape: Tape, value: ir.Value, features: int, m
     return tape.op("Reshape", [value, shape], [rows.shape[0], None, features], value.dtype)
 
 
+def reshaped_as(tape: Tape, value: ir.Value, like: ir.Value, dims: list | None) -> ir.Value:
+    """`value` in the shape that `like` has when the graph runs; `dims` is what is known of it."""
+    shape = tape.op("Shape", [like], None, ir.DataType.INT64)
+    return tape.op("Reshape", [value, shape], dims, value.dtype)
+
+
 def put_in_place_of(graph: ir.Graph, old: ir.Value, new: ir.Value, users: tuple) -> None:
     """Let `users` (of `old`, from before `new` was made) read `new`, which takes over the name of a graph output."""
     for user, index in users:

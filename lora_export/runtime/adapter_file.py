@@ -9,18 +9,9 @@ import numpy as np
 import onnxruntime as ort
 
 from lora_export.artifact import sha256_of
-from lora_export.contract import AdapterInputKind, GraphContract
+from lora_export.contract import ROWS, GraphContract
 from lora_export.errors import InputRefused
 from lora_export.runtime.arrays import to_array
-
-# What an adapter must bring beside an input of a kind, where the module has it.
-_COMPANIONS = {
-    AdapterInputKind.LORA_A: (AdapterInputKind.LORA_B,),
-    AdapterInputKind.LORA_B: (AdapterInputKind.LORA_A,),
-    AdapterInputKind.TOKEN_IDS: (AdapterInputKind.TOKEN_DELTA,),
-    AdapterInputKind.TOKEN_DELTA: (AdapterInputKind.TOKEN_IDS,),
-    AdapterInputKind.WEIGHT: (AdapterInputKind.BIAS,),
-}
 
 
 def require_unchanged(path: Path, expected: str | None) -> None:
@@ -38,7 +29,7 @@ def require_unchanged(path: Path, expected: str | None) -> None:
 def require_fit(path: Path, tensors: Mapping[str, np.ndarray], contract: GraphContract) -> None:
     """Refuse what ONNX Runtime or a stacking would trip over later: tensors unfit, missing or not finite."""
     by_name = {entry.name: entry for entry in contract.adapter_inputs}
-    sizes = {"rows": 1}
+    sizes = {ROWS: 1}
     for name, array in tensors.items():
         entry = by_name.get(name)
         if entry is None or array.dtype.name != entry.dtype or not _has_shape(array, entry.dims, sizes):
@@ -48,7 +39,7 @@ def require_fit(path: Path, tensors: Mapping[str, np.ndarray], contract: GraphCo
                 expected=f"{list(entry.dims)} {entry.dtype}" if entry else "an adapter input of this graph",
                 next_step="pack it for this export with `lora-export add`",
             )
-        for kind in _COMPANIONS.get(entry.kind, ()):
+        for kind in entry.spec.companions:
             other = contract.of_module(entry.module).get(kind)
             if other is None or other.name in tensors:
                 continue

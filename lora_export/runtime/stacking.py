@@ -1,16 +1,19 @@
 """Stack the adapters of a batch's rows into the inputs of a dynamic graph. NumPy only.
 
-For a row with pairs `(A_k, B_k)` and weights `w_k`, `Σ_k w_k (x A_k) B_k = (x [A_1 … A_n]) [w_1 B_1; …; w_n B_n]`:
-a blend is a concatenation along rank. Rows of different ranks are padded with zeros to the largest in the batch.
+The table of `contract.py` says of each kind of input how a row's adapters are blended, and how rows of different sizes
+are padded. For a row with pairs `(A_k, B_k)` and weights `w_k`,
+`Σ_k w_k (x A_k) B_k = (x [A_1 … A_n]) [w_1 B_1; …; w_n B_n]`: a blend is a concatenation along rank. So is one of
+changed tokens along tokens, as what is added to a token twice adds up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import assert_never
 
 import numpy as np
 
-from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract
+from lora_export.contract import LOWEST, AdapterInput, AdapterInputKind, Blend, GraphContract
 from lora_export.errors import UsageProblem
 from lora_export.runtime.arrays import lowest, numpy_dtype
 
@@ -35,114 +38,64 @@ def stack_rows(
     Raises:
         UsageProblem: A blend mixes heads of different sizes.
     """
-    stacked: dict[str, np.ndarray] = {}
-    for module in contract.modules:
-        inputs = contract.of_module(module)
-        if AdapterInputKind.LORA_A in inputs:
-            pair = inputs[AdapterInputKind.LORA_A], inputs[AdapterInputKind.LORA_B]
-            stacked |= _stack_pair(*pair, adapters, rows)
-        if AdapterInputKind.TOKEN_IDS in inputs:
-            tokens = inputs[AdapterInputKind.TOKEN_IDS], inputs[AdapterInputKind.TOKEN_DELTA]
-            stacked |= _stack_tokens(*tokens, adapters, rows)
-        whole = [inputs[kind] for kind in _WHOLE if kind in inputs]
-        if any(entry.name in adapters[name] for row in rows for name, _ in row for entry in whole):
-            for entry in whole:
-                stacked[entry.name] = _stack_whole(entry, adapters, rows, _default(entry, defaults))
+    brought = {name for row in rows for adapter, _ in row for name in adapters[adapter]}
+    # Where one of a module's differs from the base, all do: a head's bias has the size of its weight.
+    changed = {e.module for e in contract.adapter_inputs if _is_task_vector(e) and e.name in brought}
+    stacked = {}
+    for entry in _brought_by_adapters(contract):
+        if entry.module in changed if _is_task_vector(entry) else entry.name in brought:
+            default = default_of(entry, defaults)
+            array = _padded(entry, [_blended(entry, adapters, row, default) for row in rows])
+            if array.size:  # rank 0 and no tokens are the default
+                stacked[entry.name] = array
     return stacked
 
 
 def default_inputs(contract: GraphContract, defaults: Tensors) -> dict[str, np.ndarray]:
     """What every adapter input but the gate is where no adapter is fed, by name: `[1, …]`, pairs and tokens empty."""
-    found = {}
-    for entry in contract.adapter_inputs:
-        if entry.kind in _EMPTY_AXIS:
-            shape = [1, *entry.dims[1:]]
-            shape[_EMPTY_AXIS[entry.kind]] = 0
-            found[entry.name] = np.zeros(shape, numpy_dtype(entry.dtype))
-        elif entry.kind is not AdapterInputKind.GATE:
-            found[entry.name] = _default(entry, defaults)
-    return found
+    return {entry.name: default_of(entry, defaults) for entry in _brought_by_adapters(contract)}
 
 
-# The axis of which an input without an adapter has nothing: the rank, the tokens.
-_EMPTY_AXIS = {
-    AdapterInputKind.LORA_A: 2,
-    AdapterInputKind.LORA_B: 1,
-    AdapterInputKind.TOKEN_IDS: 1,
-    AdapterInputKind.TOKEN_DELTA: 1,
-}
-# Inputs that an adapter gives as a whole, in place of what the base has.
-_WHOLE = (AdapterInputKind.WEIGHT, AdapterInputKind.BIAS, AdapterInputKind.GAIN)
-
-
-def _default(entry: AdapterInput, defaults: Tensors) -> np.ndarray:
-    """What the graph takes where no adapter is fed: stored, or a constant (a gain of 1, the zeros of no bias)."""
+def default_of(entry: AdapterInput, defaults: Tensors) -> np.ndarray:
+    """What the graph takes where no adapter is fed, `[1, …]`: stored, or a constant."""
     if entry.name in defaults:
         return defaults[entry.name]
-    constant = 1 if entry.kind is AdapterInputKind.GAIN else 0
-    return np.full((1, 1, entry.dims[-1]), constant, numpy_dtype(entry.dtype))
+    return np.full(*entry.spec.constant(entry.dims), numpy_dtype(entry.dtype))
 
 
-def _stack_tokens(
-    ids: AdapterInput, delta: AdapterInput, adapters: Mapping[str, Tensors], rows: Sequence[RowSpec]
-) -> dict[str, np.ndarray]:
-    """Tokens of a blend one behind the other, as what is added to a token twice adds up."""
-    parts = [[(adapters[name], weight) for name, weight in row if ids.name in adapters[name]] for row in rows]
-    n_tokens = max(sum(tensors[ids.name].shape[1] for tensors, _ in row) for row in parts)
-    if n_tokens == 0:
-        return {}
-    stacked_ids = np.full((len(rows), n_tokens), -1, np.int64)
-    stacked = np.zeros((len(rows), n_tokens, delta.dims[2]), numpy_dtype(delta.dtype))
-    for row, part in enumerate(parts):
-        start = 0
-        for tensors, weight in part:
-            end = start + tensors[ids.name].shape[1]
-            stacked_ids[row, start:end] = tensors[ids.name][0]
-            stacked[row, start:end] = tensors[delta.name][0] * np.asarray(weight, stacked.dtype)
-            start = end
-    return {ids.name: stacked_ids, delta.name: stacked}
+def _brought_by_adapters(contract: GraphContract) -> list[AdapterInput]:
+    return [entry for entry in contract.adapter_inputs if entry.spec.blend is not Blend.FROM_PROMPT]
 
 
-def _stack_pair(
-    a: AdapterInput, b: AdapterInput, adapters: Mapping[str, Tensors], rows: Sequence[RowSpec]
-) -> dict[str, np.ndarray]:
-    parts = [[(adapters[name], weight) for name, weight in row if a.name in adapters[name]] for row in rows]
-    rank = max(sum(tensors[a.name].shape[2] for tensors, _ in row) for row in parts)
-    if rank == 0:
-        return {}
-    dtype = next(tensors[a.name].dtype for row in parts for tensors, _ in row)
-    stacked_a = np.zeros((len(rows), a.dims[1], rank), dtype)
-    stacked_b = np.zeros((len(rows), rank, b.dims[2]), dtype)
-    for row, part in enumerate(parts):
-        start = 0
-        for tensors, weight in part:
-            end = start + tensors[a.name].shape[2]
-            stacked_a[row, :, start:end] = tensors[a.name][0]
-            stacked_b[row, start:end] = tensors[b.name][0] if weight == 1 else tensors[b.name][0] * weight
-            start = end
-    return {a.name: stacked_a, b.name: stacked_b}
+def _is_task_vector(entry: AdapterInput) -> bool:
+    return entry.spec.blend is Blend.TASK_VECTORS
 
 
-def _stack_whole(
-    entry: AdapterInput, adapters: Mapping[str, Tensors], rows: Sequence[RowSpec], default: np.ndarray
-) -> np.ndarray:
-    values = [_blend_whole(entry, adapters, row, default) for row in rows]
-    widest = max(value.shape[-1] for value in values)
-    # A padded class gets the lowest finite score through its bias, so that it never wins.
-    fill = lowest(values[0].dtype) if entry.kind is AdapterInputKind.BIAS else 0
-    stacked = np.full((len(rows), *values[0].shape[1:-1], widest), fill, values[0].dtype)
-    for row, value in enumerate(values):
-        stacked[row, ..., : value.shape[-1]] = value[0]
-    return stacked
-
-
-def _blend_whole(entry: AdapterInput, adapters: Mapping[str, Tensors], row: RowSpec, default: np.ndarray) -> np.ndarray:
-    """`W = W0 + Σ w_k (W_k − W0)`; an adapter without this tensor contributes `W0`, which is 0 if the base has none."""
+def _blended(entry: AdapterInput, adapters: Mapping[str, Tensors], row: RowSpec, default: np.ndarray) -> np.ndarray:
+    """What `row` is fed, `[1, …]`, of its own size."""
     brought = [(adapters[name][entry.name], weight) for name, weight in row if entry.name in adapters[name]]
+    blend, axis = entry.spec.blend, entry.spec.axis
     if not brought:
         return default
-    if len(brought) == 1 and brought[0][1] == 1:
+    if len(brought) == 1 and (brought[0][1] == 1 or blend is Blend.CONCATENATE):
         return brought[0][0]
+    match blend:
+        case Blend.CONCATENATE:
+            return np.concatenate([tensor for tensor, _ in brought], axis)
+        case Blend.CONCATENATE_WEIGHTED:
+            parts = [tensor if weight == 1 else (tensor * weight).astype(tensor.dtype) for tensor, weight in brought]
+            return np.concatenate(parts, axis)
+        case Blend.TASK_VECTORS:
+            return _added_task_vectors(entry, brought, default, row)
+        case Blend.FROM_PROMPT:
+            raise ValueError(f"{entry.name} is made of the prompt, not of adapters")
+    assert_never(blend)
+
+
+def _added_task_vectors(
+    entry: AdapterInput, brought: Sequence[tuple[np.ndarray, float]], default: np.ndarray, row: RowSpec
+) -> np.ndarray:
+    """`W = W0 + Σ w_k (W_k − W0)`; an adapter without this tensor contributes `W0`, which is 0 if the base has none."""
     sizes = {tensor.shape for tensor, _ in brought}
     if entry.base_has_default:
         sizes.add(default.shape)
@@ -158,6 +111,18 @@ def _blend_whole(entry: AdapterInput, adapters: Mapping[str, Tensors], row: RowS
     return total.astype(brought[0][0].dtype)
 
 
+def _padded(entry: AdapterInput, values: Sequence[np.ndarray]) -> np.ndarray:
+    """The rows' `values`, `[1, …]` each, as one array `[rows, …]`, filled up to the largest along the kind's axis."""
+    if len({value.shape for value in values}) == 1:
+        return np.concatenate(values)
+    dtype, fill = values[0].dtype, entry.spec.fill
+    shape = np.max([value.shape for value in values], axis=0)
+    stacked = np.full((len(values), *shape[1:]), lowest(dtype) if fill == LOWEST else fill, dtype)
+    for row, value in enumerate(values):
+        stacked[(row, *map(slice, value.shape[1:]))] = value[0]
+    return stacked
+
+
 def classes_by_row(
     contract: GraphContract, adapters: Mapping[str, Tensors], rows: Sequence[RowSpec], defaults: Tensors
 ) -> dict[str, list[int]]:
@@ -165,6 +130,6 @@ def classes_by_row(
     found = {}
     for entry in contract.adapter_inputs:
         if entry.kind is AdapterInputKind.WEIGHT:
-            sizes = [_blend_whole(entry, adapters, row, _default(entry, defaults)).shape[-1] for row in rows]
-            found[str(entry.dims[2])] = sizes
+            default = default_of(entry, defaults)
+            found[str(entry.dims[2])] = [_blended(entry, adapters, row, default).shape[-1] for row in rows]
     return found

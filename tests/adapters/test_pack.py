@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
 
-from lora_export.adapters.factors import Adapter, LoraFactors
-from lora_export.adapters.pack import pack, write_onnx_adapter
-from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract
+from lora_export.adapters.factors import Adapter, LoraFactors, TokenRows
+from lora_export.adapters.pack import choose_sites, pack, write_onnx_adapter
+from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract, SiteChoice
 from lora_export.errors import InputRefused
 
 
@@ -121,3 +123,36 @@ def test_the_file_is_the_same_every_time(tmp_path):
     for name in ("one", "two"):
         write_onnx_adapter(tmp_path / name, tensors)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_the_chosen_sites_are_the_union_of_what_adapters_bring():
+    """In the order in which adapters bring them: the graph's inputs come in that order."""
+    bias = torch.zeros(4)
+    gained = replace(factors("k", 4, 4, 2), magnitude=torch.ones(4))
+    first = Adapter("first", {"q": factors("q", 4, 4, 2), "k": gained}, {"norm.bias": bias}, (), {})
+    second = Adapter(
+        "second",
+        {"v": replace(factors("v", 4, 4, 2), bias=bias), "q": factors("q", 4, 4, 3)},
+        {},
+        (),
+        {"alora_invocation_tokens": [7]},
+        embeddings={"words": factors("words", 9, 4, 2)},
+        token_rows={"words.weight": TokenRows(torch.tensor([3]), torch.zeros(1, 4))},
+        convolutions={"patches": replace(factors("patches", 12, 4, 2), bias=bias)},
+    )
+    assert choose_sites([first, second], ["o", "q"]) == SiteChoice(
+        lora_modules=("q", "k", "v", "o"),
+        gain_modules=("k",),
+        bias_modules=("norm", "v", "patches"),
+        embedding_modules=("words",),
+        token_modules=("words",),
+        convolution_modules=("patches",),
+        gate_modules=("v", "q"),
+    )
+
+
+def test_a_module_that_one_adapter_replaces_takes_nothing_else_of_another():
+    head = replace(factors("head", 4, 4, 2), magnitude=torch.ones(4), bias=torch.zeros(4))
+    pair = Adapter("pair", {"head": head}, {}, (), {"alora_invocation_tokens": [7]})
+    whole = Adapter("whole", {}, {"head.weight": torch.zeros(4, 4), "head.bias": torch.zeros(4)}, ("head",), {})
+    assert choose_sites([pair, whole], ["head"]) == SiteChoice(replaced_modules=("head",))
