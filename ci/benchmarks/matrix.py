@@ -10,6 +10,7 @@ is 1 if a cell did not become what the tables (`architectures.py`, `adapter_opti
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -129,12 +130,12 @@ def _run(name: str, option: AdapterOption, base: Path, folder: Path, mode: str) 
 
 def _judged(report: CheckReport, mode: str) -> dict:
     passed = MERGED if mode == "merge" else SERVED
-    errors = [case.error for case in report.cases if case.error == case.error]
-    effects = [case.effect for case in report.cases if case.effect is not None]
+    errors = [case.largest_error for case in report.cases if case.largest_error is not None]
+    effects = [case.largest_effect for case in report.cases if case.largest_effect is not None]
     return {
         "found": passed if report.verdict is Verdict.PASS else "failed",
         "cases": len(report.cases),
-        "largest_error": max(errors),
+        "largest_error": max(error for error in errors if not math.isnan(error)),
         "smallest_effect": min(effects),
         "message": "; ".join(f"{case.name}: {text}" for case in report.cases for text in case.failures),
     }
@@ -220,7 +221,7 @@ def main(architectures: tuple[str, ...], options: tuple[str, ...], record: bool,
     if is_whole or record or missing:
         write_json(RESULT, {"versions": versions(), "cells": recorded(cells, keep_others=not is_whole)})
         write_into_readme("matrix", summary(read_result()))
-        click.echo(f"wrote {RESULT} and README's table")
+        click.echo(f"wrote {RESULT} and the docs' table")
     if not all(cell.as_expected for cell in cells):
         raise SystemExit(1)
 
