@@ -22,8 +22,8 @@ def main(out: Path) -> None:
     print(f"{'adapter':<10} {'error':>13} {'effect':>8} {'PyTorch':>11} {'ONNX Runtime':>13} {'on disk':>10}")
     for name, case in cases.items():
         size = sizes[f"adapters/{name}.onnx_adapter"]
-        accuracies = f"{case['accuracy_reference']:>11.1%} {case['accuracy_exported']:>13.1%}"
-        print(f"{name:<10} {case['error']:>13.1e} {case['effect']:>8.2f} {accuracies} {size:>10,}")
+        accuracies = f"{case['accuracy']['reference']:>11.1%} {case['accuracy']['exported']:>13.1%}"
+        print(f"{name:<10} {case['largest_error']:>13.1e} {case['largest_effect']:>8.2f} {accuracies} {size:>10,}")
     for workload in bench["workloads"]:
         ratios = {ratio["variant"]: ratio for ratio in workload["ratios"]}
         print(f"\nlatency at {workload['name']}:")

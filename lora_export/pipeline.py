@@ -13,20 +13,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lora_export.adapters.pack import choose_sites
 from lora_export.artifact import ADAPTERS, REPORTS, SIGNATURE, ExportKind, Manifest, read_manifest, write_manifest
 from lora_export.base.tasks import Task
 from lora_export.bench.plan import BASE, MERGED, BenchOptions, BenchPlan, foldable, plan_bench
 from lora_export.bench.results import BenchReport
-from lora_export.bench.run import run_bench
+from lora_export.bench.run import Bench, run_measurements
 from lora_export.carried import copy_carried
 from lora_export.check.context import CheckOptions, CheckRequest
 from lora_export.check.inputs.examples import read_examples
 from lora_export.check.results import CheckReport
-from lora_export.check.run import run_check
+from lora_export.check.run import begin_check, run_cases
 from lora_export.contract import SINGLE, adapter_file
 from lora_export.errors import InputRefused
 from lora_export.export.genai import write_genai_config
-from lora_export.export.graphs import choose_sites, contract_of, finished_graphs, target_modules
+from lora_export.export.graphs import contract_of, finished_graphs, target_modules
 from lora_export.export.plan import Request, make_plan
 from lora_export.export.records import adapter_records, hashed_sources, hashes_of, require_gated, write_config
 from lora_export.export.resolve import resolve
@@ -36,7 +37,7 @@ from lora_export.graph.bind import write_graphs
 from lora_export.integrity.signature import sign, signer_with
 from lora_export.integrity.sources import SourceOverrides, locate_sources
 from lora_export.report.extract_html import write_extract_reports
-from lora_export.report.write import write_reports, write_reproduction
+from lora_export.report.write import write_reports, write_reproduction, written_if_stopped
 from lora_export.staging import refuse_existing, require_disk, staging
 
 # Stage, how much of it is done, and of how much.
@@ -201,6 +202,7 @@ def check(
 
     Raises:
         LoraExportError: The export, its base or an adapter cannot be used; a failed gate is a result, not an error.
+            What was compared before anything is raised is written as a partial report.
     """
     manifest = read_manifest(folder)
     base, adapters = locate_sources(manifest, overrides)
@@ -208,8 +210,15 @@ def check(
         manifest.adapter(name)
     examples = {name: read_examples(path, options.n_rows) for name, path in options.data.items()}
     request = CheckRequest(folder, base, adapters, options.provider, examples, options.merged, options.tolerances)
-    report, files = run_check(request, progress)
-    return report, write_reports(report, folder / REPORTS) | write_reproduction(files, folder / REPORTS)
+    running = begin_check(request)
+
+    def write(stopped: str | None = None) -> tuple[CheckReport, dict[str, Path]]:
+        report, reports = running.report(stopped), folder / REPORTS
+        return report, write_reports(report, reports) | write_reproduction(running.reproduction, reports)
+
+    with written_if_stopped(write, lambda: bool(running.examination.cases)):
+        run_cases(running, progress)
+    return write()
 
 
 def bench(
@@ -223,14 +232,21 @@ def bench(
 
     Raises:
         LoraExportError: The export, its base, an adapter, the budget or the other export cannot be used; a failed gate
-            is a result, not an error.
+            is a result, not an error. What was measured before anything is raised is written as a partial report.
     """
     plan = plan_bench(folder, options)
     base, adapters = locate_sources(plan.manifest, overrides)
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=folder.resolve().parent) as temporary:
         compared = export_compared(plan, base, adapters, Path(temporary), progress)
-        report = run_bench(plan, compared, progress)
-    return report, write_reports(report, folder / REPORTS)
+        running = Bench(plan, compared)
+
+        def write(stopped: str | None = None) -> tuple[BenchReport, dict[str, Path]]:
+            report = running.report(stopped)
+            return report, write_reports(report, folder / REPORTS)
+
+        with written_if_stopped(write, lambda: running.has_results):
+            run_measurements(running, progress)
+        return write()
 
 
 def export_compared(

@@ -10,7 +10,7 @@ import numpy as np
 from lora_export.artifact import Manifest
 from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.check.inputs.audio import read_features
-from lora_export.check.inputs.examples import Batcher, Row, load_tokenizer
+from lora_export.check.inputs.examples import Batcher, Example, load_tokenizer
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.generate import generate
@@ -45,7 +45,7 @@ def run_trial(
             where=str(folder),
             next_step="run it from Python with AdapterSession",
         )
-    batch = batcher.batch([Row(text) for text in inputs])
+    batch = batcher.batch([Example(text) for text in inputs])
     outputs = session.run(batch.inputs, adapters)
     labels = _labels(manifest, blend)
     results = []

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+# The version of the reports of check and bench as JSON.
+REPORT_SCHEMA = 2
+
 
 class Verdict(StrEnum):
     PASS = "pass"

@@ -179,7 +179,7 @@ def save_tokenizer(folder: Path, *, longest: int) -> None:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator([row.source for row in built_in_examples(64).rows], trainer)
+    tokenizer.train_from_iterator([row.text_or_file for row in built_in_examples(64).rows], trainer)
     names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
     saved = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=longest, **names)
     saved.save_pretrained(folder)

@@ -6,7 +6,7 @@
 Every damage (`damages.py`, `graph_damages.py`) is done to every export that it applies to (`subjects.py`), the
 manifest's hash rewritten as if the tool had been wrong, and `check` is run: it is caught if the verdict is "fail" or
 the export is refused. Then 200 sound exports of other seeds, ranks, scales and strengths must all pass
-(`sound_exports.py`). README's table is written with the result. The exit code is 1 if a damage was missed or a sound
+(`sound_exports.py`). the docs' table is written with the result. The exit code is 1 if a damage was missed or a sound
 export failed.
 """
 
@@ -108,8 +108,9 @@ def _judged(found: CheckReport | LoraExportError) -> tuple[str, tuple[str, ...],
 
 
 def _largest_error(report: CheckReport) -> float | None:
-    errors = [case.error_relative for case in report.cases if not math.isnan(case.error_relative)]
-    return max(errors) if math.isfinite(max(errors)) else None
+    values = (case.value("error", "features") for case in report.cases)
+    largest = max(value for value in values if value is not None and not math.isnan(value))
+    return largest if math.isfinite(largest) else None
 
 
 def unavailable(base: Path, folder: Path) -> dict[str, str]:
@@ -159,7 +160,7 @@ def main(architectures: tuple[str, ...], names: tuple[str, ...], n_sound: int | 
         recorded = (cells, sound) if is_whole else among_recorded(cells, sound)
         write_result(*recorded, not_run)
         write_into_readme("mutations", markdown(*recorded))
-        click.echo(f"wrote {RESULT} and README's table")
+        click.echo(f"wrote {RESULT} and the docs' table")
     missed = [cell for cell in cells if not cell.caught]
     for cell in missed:
         click.echo("missed: " + _line(cell))

@@ -89,9 +89,8 @@ def sound_export(subject: Subject, seed: int, base: Path, folder: Path) -> Sound
     if isinstance(report, LoraExportError):
         failure, ratios, used = str(report), [], []
     else:
-        shown = [case for case in report.cases if case.effect_share is not None]
-        ratios = [case.effect_ratio for case in shown]
-        used = [abs(case.effect_share - 1) / case.effect_share_tolerance for case in shown]
+        ratios = [ratio for case in report.cases if (ratio := case.value("effect")) is not None]
+        used = [share.used for case in report.cases if (share := case.measured("effect_share")) is not None]
         failure = "; ".join(f"{case.name}: {text}" for case in report.cases for text in case.failures)
         failure = failure or ("" if report.verdict is Verdict.PASS else "nothing was compared")
     return SoundExport(

@@ -23,7 +23,7 @@ def paired_ratio(variant: Variant, base: Variant, allowance: float | None) -> Ra
         return [first + second for first, second in zip(samples[::2], samples[1::2], strict=True)]
 
     pairs = zip(block_sums(variant.fastest_ms), block_sums(base.fastest_ms), strict=True)
-    ratios = [mine / theirs for mine, theirs in pairs]
+    ratios = [one / other for one, other in pairs]
     low, high, confidence = median_interval(ratios)
     return Ratio(
         variant.name,
@@ -34,8 +34,14 @@ def paired_ratio(variant: Variant, base: Variant, allowance: float | None) -> Ra
         confidence,
         tuple(ratios),
         allowance,
-        verdict(low, high, allowance),
+        _judged(low, high, confidence, allowance),
     )
+
+
+def _judged(low: float, high: float, confidence: float, allowance: float | None) -> Verdict:
+    """As `verdict`; undecided where there are too few blocks for an interval of 95 %, in a bench that was stopped."""
+    found = verdict(low, high, allowance)
+    return Verdict.AMBIGUOUS if allowance is not None and confidence < CONFIDENCE else found
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:

@@ -125,39 +125,58 @@ def bound_run(
     return run
 
 
+@dataclass(frozen=True)
+class Timing:
+    """What accumulates for one candidate: each sample's milliseconds a run (mean, fastest), each round's warm-up."""
+
+    samples_ms: list[tuple[float, float]]
+    warm_ups: list[WarmUp]
+
+
+class Timings:
+    """What accumulates for all candidates of all races while they are timed."""
+
+    def __init__(self, races: Sequence[Race]) -> None:
+        self.by_race = [(race, [Timing([], []) for _ in race.candidates]) for race in races]
+
+    def workloads(self) -> list[Workload]:
+        """One for each race that has a whole block; samples of a block that was cut short are left out."""
+        found = []
+        for race, taken in self.by_race:
+            n_blocks = min(len(timing.samples_ms) for timing in taken) // 2
+            if n_blocks:
+                whole = [Timing(timing.samples_ms[: 2 * n_blocks], timing.warm_ups) for timing in taken]
+                found.append(_workload(race, whole))
+        return found
+
+
 def measure(
     openers: Mapping[str, Callable[[], Session]],
     races: Sequence[Race],
     *,
     blocks: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    timings: Timings | None = None,
 ) -> list[Workload]:
     """Time every race, one workload for each.
 
     Args:
         openers: How to open the sessions that the candidates name; with `stop_spinning`.
         blocks: Number of ABBA blocks for each race, at least 6 (below, no 95 % interval exists).
+        timings: Those of `races`, to be filled, for a caller that wants what was taken before a run raised.
     """
-    timings = [[_Timing([], []) for _ in race.candidates] for race in races]
+    timings = Timings(races) if timings is None else timings
     done = itertools.count(1)
     for number, n_blocks in enumerate(_spread(blocks, ROUNDS)):
         # Each round, another session is opened first.
         names = list(openers)
         turn = number % len(names)
         sessions = {name: openers[name]() for name in [*names[turn:], *names[:turn]]}
-        for race, taken in zip(races, timings, strict=True):
+        for race, taken in timings.by_race:
             for _ in _take_blocks(race, sessions, n_blocks, taken):
                 progress(next(done), blocks * len(races))
         sessions.clear()  # before the next round opens its own
-    return [_workload(race, taken) for race, taken in zip(races, timings, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Timing:
-    """What accumulates for one candidate: each sample's milliseconds a run (mean, fastest), each round's warm-up."""
-
-    samples_ms: list[tuple[float, float]]
-    warm_ups: list[WarmUp]
+    return timings.workloads()
 
 
 def _spread(blocks: int, rounds: int) -> list[int]:
@@ -167,7 +186,7 @@ def _spread(blocks: int, rounds: int) -> list[int]:
 
 
 def _take_blocks(
-    race: Race, sessions: Mapping[str, Session], n_blocks: int, timings: Sequence[_Timing]
+    race: Race, sessions: Mapping[str, Session], n_blocks: int, timings: Sequence[Timing]
 ) -> Iterator[int]:
     """Warm up and time `n_blocks` ABBA blocks, yielding after each; what is found is added to the `timings`."""
     runs = [bound_runs(sessions[c.session], c.adapters, race.inputs[c.session]) for c in race.candidates]
@@ -184,7 +203,7 @@ def _take_blocks(
         yield block
 
 
-def _workload(race: Race, timings: Sequence[_Timing]) -> Workload:
+def _workload(race: Race, timings: Sequence[Timing]) -> Workload:
     variants = {
         candidate.name: _variant(candidate, timing, race.shape[0])
         for candidate, timing in zip(race.candidates, timings, strict=True)
@@ -193,7 +212,7 @@ def _workload(race: Race, timings: Sequence[_Timing]) -> Workload:
     return Workload(*race.shape, tuple(variants.values()), tuple(ratios))
 
 
-def _variant(candidate: Candidate, timing: _Timing, batch: int) -> Variant:
+def _variant(candidate: Candidate, timing: Timing, batch: int) -> Variant:
     samples, fastest = zip(*timing.samples_ms, strict=True)
     median = statistics.median(samples)
     rate, warm_ups = batch / median * 1e3, tuple(timing.warm_ups)

@@ -152,11 +152,11 @@ def _planned(
     comparisons = compared_with_base(found, {each.name: budget.ratio(asked, each.name) for each in found})
     if other is not None:
         own = [each for each in found if each.session == EXPORT]
-        mine = next((each for each in own if isinstance(each.adapters, str)), own[0])
+        served_here = next((each for each in own if isinstance(each.adapters, str)), own[0])
         folded = [record.name for record in manifest.adapters] if manifest.kind is ExportKind.MERGED else []
-        served = [mine.adapters] if isinstance(mine.adapters, str) else folded
+        served = [served_here.adapters] if isinstance(served_here.adapters, str) else folded
         found.append(_other_candidate(served, against, other))
-        comparisons.append(Comparison(mine.name, AGAINST, budget.ratio(asked, AGAINST)))
+        comparisons.append(Comparison(served_here.name, AGAINST, budget.ratio(asked, AGAINST)))
     return PlannedRace(shape, tuple(found), tuple(comparisons))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from lora_export.verdict import Environment, Subject, Verdict, scope_of
+from lora_export.verdict import REPORT_SCHEMA, Environment, Subject, Verdict, scope_of
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Placement:
+class ProviderOperators:
     """Where ONNX Runtime runs one graph of a timed session: operators with their number, of one execution provider."""
 
     session: str
@@ -135,6 +135,7 @@ class BenchReport:
     Attributes:
         against: The other export that was timed beside it; None if there was none.
         memory: Empty where it cannot be measured.
+        stopped: What ended the bench before its last measurement, in words; None if nothing did.
     """
 
     subject: Subject
@@ -142,21 +143,29 @@ class BenchReport:
     workloads: tuple[Workload, ...]
     swaps: tuple[Swap, ...]
     memory: tuple[Memory, ...]
-    placements: tuple[Placement, ...]
+    placements: tuple[ProviderOperators, ...]
     notes: tuple[str, ...]
     seconds: float
     against: Subject | None = None
-    schema: int = 1
+    stopped: str | None = None
+    schema: int = REPORT_SCHEMA
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of all latencies, swaps and peaks of memory."""
+        """The worst of all latencies, swaps and peaks of memory; ambiguous if none is above its allowance and some are
+        missing."""
         ratios = [ratio for workload in self.workloads for ratio in workload.ratios]
         found = {entry.verdict for entry in (*ratios, *self.swaps, *self.memory)}
+        if self.partial:
+            found.add(Verdict.AMBIGUOUS)
         for verdict in (Verdict.FAIL, Verdict.AMBIGUOUS, Verdict.PASS):
             if verdict in found:
                 return verdict
         return Verdict.NOT_GATED
+
+    @property
+    def partial(self) -> bool:
+        return self.stopped is not None
 
     @property
     def scope(self) -> str | None:
@@ -164,5 +173,5 @@ class BenchReport:
 
     def to_dict(self) -> dict:
         workloads = [asdict(workload) | {"name": workload.name} for workload in self.workloads]
-        derived = {"report": "bench", "verdict": self.verdict, "scope": self.scope}
+        derived = {"report": "bench", "verdict": self.verdict, "scope": self.scope, "partial": self.partial}
         return asdict(self) | derived | {"workloads": workloads}

@@ -12,11 +12,11 @@ from lora_export.base.tasks import SEQ2SEQ
 from lora_export.bench import memory
 from lora_export.bench.budget import AGAINST
 from lora_export.bench.intervals import verdict
-from lora_export.bench.latency import ROUNDS, SAMPLE_SECONDS, Race, Session, measure
+from lora_export.bench.latency import ROUNDS, SAMPLE_SECONDS, Race, Session, Timings, measure
 from lora_export.bench.memory_job import MemoryJob
 from lora_export.bench.placement import placements
 from lora_export.bench.plan import EXPORT, BenchPlan, PlannedRace
-from lora_export.bench.results import BenchReport, Memory, Placement, Workload
+from lora_export.bench.results import BenchReport, Memory, ProviderOperators, Swap, Workload
 from lora_export.bench.swap import measure_swap
 from lora_export.bench.warm_up import MOST_SECONDS, RULE
 from lora_export.bench.workloads import source_length, workload_inputs
@@ -39,53 +39,81 @@ _UNKNOWN_MEMORY = {
 Progress = Callable[[str, int, int], None]
 
 
-def run_bench(plan: BenchPlan, compared: Mapping[str, Path], progress: Progress) -> BenchReport:
-    """Open every session once, measure each variant's memory, then time them together, workload by workload.
+class Bench:
+    """A bench in progress: what is timed, where, and what was measured so far.
 
     Args:
         compared: Folders of the base, and of the merged form where the plan has one, by session.
 
     Raises:
         InputRefused: The budget limits the memory of a GPU that is not used.
-        EnvironmentUnusable: The provider is not usable or would not run the compute, or a memory that the budget
-            limits cannot be measured here.
+        EnvironmentUnusable: The provider is not usable.
     """
-    started = time.monotonic()
-    folders = {EXPORT: plan.folder, **compared}
-    if plan.options.against is not None:
-        folders[AGAINST] = plan.options.against
-    choice = choose_provider(plan.options.provider)
-    _require_device(plan, choice.name)
-    described = environment(choice.name, choice.reason, _SETTINGS | _memory_settings(choice.name))
-    opened: dict[str, tuple[Placement, ...]] = {}
 
-    def open_one(name: str) -> Session:
-        session = open_export(folders[name], choice.name, stop_spinning=True)
-        opened[name] = placements(name, session)
+    def __init__(self, plan: BenchPlan, compared: Mapping[str, Path]) -> None:
+        self.started = time.monotonic()
+        self.plan = plan
+        self.folders = {EXPORT: plan.folder, **compared}
+        if plan.options.against is not None:
+            self.folders[AGAINST] = plan.options.against
+        choice = choose_provider(plan.options.provider)
+        _require_device(plan, choice.name)
+        self.provider = choice.name
+        self.environment = environment(choice.name, choice.reason, _SETTINGS | _memory_settings(choice.name))
+        self.sessions = tuple(dict.fromkeys(candidate.session for candidate in plan.races[0].candidates))
+        self.operators: dict[str, tuple[ProviderOperators, ...]] = {}
+        self.swaps: tuple[Swap, ...] = ()
+        self.memory: list[Memory] = []
+        self.memory_notes: tuple[str, ...] = ()
+        self.timings = Timings([_race(plan, race) for race in plan.races])
+
+    @property
+    def has_results(self) -> bool:
+        return bool(self.swaps or self.memory or self.timings.workloads())
+
+    def open(self, name: str) -> Session:
+        """A session by name; its operators by provider are kept."""
+        session = open_export(self.folders[name], self.provider, stop_spinning=True)
+        self.operators[name] = placements(name, session)
         return session
 
-    openers = {name: partial(open_one, name) for name in dict.fromkeys(c.session for c in plan.races[0].candidates)}
-    swaps = ()
-    for name, opener in openers.items():  # what cannot run is refused here, before the long measurements
-        session = opener()
+    def report(self, stopped: str | None = None) -> BenchReport:
+        """What was measured; `stopped` says what ended the bench before its last measurement."""
+        plan, workloads = self.plan, self.timings.workloads()
+        return BenchReport(
+            subject=subject(plan.folder, plan.manifest),
+            environment=self.environment,
+            workloads=tuple(workloads),
+            swaps=self.swaps,
+            memory=tuple(self.memory),
+            placements=tuple(entry for name in self.sessions for entry in self.operators.get(name, ())),
+            notes=(*_notes(plan, self.provider), *self.memory_notes, *_unsettled(workloads)),
+            seconds=time.monotonic() - self.started,
+            against=None if plan.against is None else subject(plan.options.against, plan.against),
+            stopped=stopped,
+        )
+
+
+def run_measurements(bench: Bench, progress: Progress) -> None:
+    """Open every session once, measure each variant's memory, then time them together, workload by workload; what was
+    measured is in `bench` as soon as it is known.
+
+    Raises:
+        EnvironmentUnusable: The provider would not run the compute, or a memory that the budget limits cannot be
+            measured here.
+    """
+    plan = bench.plan
+    for name in bench.sessions:  # what cannot run is refused here, before the long measurements
+        session = bench.open(name)
         if name == EXPORT and plan.manifest.kind is ExportKind.DYNAMIC:
-            swaps = measure_swap(session, plan.races[-1].shape[0], plan.budget)
+            bench.swaps = measure_swap(session, plan.races[-1].shape[0], plan.budget)
         del session
-    peaks, memory_notes = measure_memory(plan, folders, choice.name, progress)
-    races = [_race(plan, race) for race in plan.races]
-    workloads = measure(openers, races, blocks=plan.options.blocks, progress=partial(progress, "timing"))
+    bench.memory_notes = measure_memory(plan, bench.folders, bench.provider, progress, bench.memory)
+    openers = {name: partial(bench.open, name) for name in bench.sessions}
+    races = [race for race, _ in bench.timings.by_race]
+    show = partial(progress, "timing")
+    measure(openers, races, blocks=plan.options.blocks, progress=show, timings=bench.timings)
     progress("timing", 1, 1)
-    return BenchReport(
-        subject=subject(plan.folder, plan.manifest),
-        environment=described,
-        workloads=tuple(workloads),
-        swaps=swaps,
-        memory=peaks,
-        placements=tuple(entry for name in openers for entry in opened[name]),
-        notes=(*_notes(plan, choice.name), *memory_notes, *_unsettled(workloads)),
-        seconds=time.monotonic() - started,
-        against=None if plan.against is None else subject(plan.options.against, plan.against),
-    )
 
 
 def _race(plan: BenchPlan, race: PlannedRace) -> Race:
@@ -99,16 +127,16 @@ def _race(plan: BenchPlan, race: PlannedRace) -> Race:
 
 
 def measure_memory(
-    plan: BenchPlan, folders: Mapping[str, Path], provider: str, progress: Progress
-) -> tuple[tuple[Memory, ...], tuple[str, ...]]:
-    """The peaks of one session of each variant, judged, and a note if there is none to be had.
+    plan: BenchPlan, folders: Mapping[str, Path], provider: str, progress: Progress, found: list[Memory]
+) -> tuple[str, ...]:
+    """Add the peaks of one session of each variant, judged, to `found`; a note where there is none to be had.
 
     Raises:
         EnvironmentUnusable: The budget limits one that cannot be measured here.
     """
     variants = dict.fromkeys(candidate.name for race in plan.races for candidate in race.candidates)
     places = ("process", "device") if provider == "cuda" else ("process",)
-    found, missing = [], set()
+    missing = set()
     for done, variant in enumerate(variants):
         progress("measuring memory", done, len(variants))
         timed = [(race.shape, c) for race in plan.races for c in race.candidates if c.name == variant]
@@ -129,7 +157,7 @@ def measure_memory(
                 )
             else:
                 missing.add(place)
-    return tuple(found), tuple(_UNKNOWN_MEMORY[place] for place in sorted(missing))
+    return tuple(_UNKNOWN_MEMORY[place] for place in sorted(missing))
 
 
 def _memory_settings(provider: str) -> dict[str, str]:

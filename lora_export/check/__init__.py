@@ -10,5 +10,5 @@
     judge/                 how far apart, and how much is allowed
     locate/                where it went wrong
 
-Imports artifact, base, contract, environment, errors, export, graph, quiet, runtime, verdict.
+Imports artifact, base, compat, contract, environment, errors, export, graph, quiet, runtime, verdict.
 """

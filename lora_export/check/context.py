@@ -66,7 +66,7 @@ class CheckRequest:
 
 
 @dataclass(frozen=True)
-class Bench:
+class CheckContext:
     """One export with its session and inputs, as the cases use it.
 
     Attributes:
@@ -78,7 +78,7 @@ class Bench:
     request: CheckRequest
     session: AnySession
     task: Task
-    gates: Tolerances
+    limits: Tolerances
     with_precise: bool
     own: Mapping[str | None, Sequence[Batch]]
     mixed: Batch

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from lora_export.check.divergence_results import Divergence, LayerErrors
-from lora_export.check.judge.tolerances import Gate
-from lora_export.verdict import Environment, Subject, Verdict, scope_of
+from lora_export.check.judge.tolerances import MEASURES, Limit, holds, used
+from lora_export.verdict import REPORT_SCHEMA, Environment, Subject, Verdict, scope_of
 
 
 @dataclass(frozen=True)
@@ -35,63 +35,92 @@ class Rounding:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """One measure of a case.
+
+    Attributes:
+        name: A key of `judge.tolerances.MEASURES`, which says what it means and on which side of its limit it must be.
+        limit: None where the measure was taken and nothing limits it at this dtype.
+        failed: Whether the value is beyond the limit.
+    """
+
+    name: str
+    value: float
+    limit: float | None
+    failed: bool
+
+    @classmethod
+    def of(cls, name: str, value: float, limit: float | None) -> Measured:
+        """With `failed` as `limit` has it."""
+        return cls(name, value, limit, limit is not None and not holds(name, value, limit))
+
+    @property
+    def used(self) -> float | None:
+        """How much of its limit it takes, above 1 beyond it; None where nothing limits it."""
+        return None if self.limit is None else used(self.name, self.value, self.limit)
+
+    @property
+    def failure(self) -> str:
+        """That it is beyond its limit, in a sentence."""
+        return MEASURES[self.name].failure.format(value=self.value, limit=self.limit)
+
+
+@dataclass(frozen=True)
+class BothSides:
+    """The same figure of PyTorch and of the export."""
+
+    reference: float
+    exported: float
+
+
+@dataclass(frozen=True)
 class ParityCase:
     """One comparison of ONNX Runtime with its reference.
 
     Attributes:
-        name: What was compared, e.g. "topic", "base", "mixed rows", "topic → kind → topic → none".
+        name: What was compared, e.g. "topic", "base", "8 mixed rows", "topic → kind → topic → none".
         group: "base", "adapter", "rows", "sequence", "decoding" or "merged-dynamic".
         reference: What it was compared with, in words.
-        error: Largest absolute difference over real (unpadded) positions.
-        error_relative: `error` over max(1, largest absolute reference value).
-        tolerance: What `error_relative` may be; None where this measure does not gate.
-        kl: Mean Kullback-Leibler divergence of the softmax of the logits, in nats; None without logits.
-        kl_tolerance: Likewise.
-        top1: Share of positions where both have the same largest logit, counting only margins above the noise; 0 to 1.
-        top1_tolerance: Likewise (a lower bound).
-        effect: Largest absolute difference that the adapter makes in the reference; None where there is no adapter.
-        effect_ratio: `effect / error`; must be at least `effect_ratio_minimum`, where that gates.
-        effect_share: How much of the effect the export has, 1 if all of it; see `effect.py`.
-        effect_share_tolerance: How far that may be from 1.
-        rounding: The same against PyTorch at a wider dtype; None where that was not run.
-        rounding_ratio: The export's root mean square over PyTorch's, there; may be at most `rounding_ratio_maximum`.
-        perplexity_reference, perplexity_exported: Of a language model, on the data.
-        perplexity_difference: `|exported / reference − 1|`; may be at most `perplexity_tolerance`.
-        accuracy_reference, accuracy_exported: On labelled data, 0 to 1.
         n_rows: Rows (examples) compared.
+        measures: What was measured, each with its limit.
         failures: Why the case failed, one sentence each; empty if it passed.
+        largest_error: Largest absolute difference over real (unpadded) positions; None where tokens were compared.
+        largest_effect: Largest absolute difference that the adapter makes in the reference; None without an adapter.
+        rounding: How far both are from PyTorch at a wider dtype; None where that was not run.
+        perplexity: Of a language model, on the data.
+        accuracy: On labelled data, 0 to 1.
     """
 
     name: str
     group: str
     reference: str
-    error: float
-    error_relative: float
-    tolerance: float | None
     n_rows: int
-    kl: float | None = None
-    kl_tolerance: float | None = None
-    top1: float | None = None
-    top1_tolerance: float | None = None
-    effect: float | None = None
-    effect_ratio: float | None = None
-    effect_ratio_minimum: float | None = None
-    effect_share: float | None = None
-    effect_share_tolerance: float | None = None
-    rounding: Rounding | None = None
-    rounding_ratio: float | None = None
-    rounding_ratio_maximum: float | None = None
-    perplexity_reference: float | None = None
-    perplexity_exported: float | None = None
-    perplexity_difference: float | None = None
-    perplexity_tolerance: float | None = None
-    accuracy_reference: float | None = None
-    accuracy_exported: float | None = None
+    measures: tuple[Measured, ...] = ()
     failures: tuple[str, ...] = ()
+    largest_error: float | None = None
+    largest_effect: float | None = None
+    rounding: Rounding | None = None
+    perplexity: BothSides | None = None
+    accuracy: BothSides | None = None
 
     @property
     def passed(self) -> bool:
         return not self.failures
+
+    @property
+    def nearest(self) -> Measured | None:
+        """The measure that takes the most of its limit; None where nothing limits any."""
+        limited = [measured for measured in self.measures if measured.used is not None]
+        return max(limited, key=lambda measured: measured.used, default=None)
+
+    def measured(self, *names: str) -> Measured | None:
+        """The first of these measures that was taken; None if none was."""
+        return next((measured for name in names for measured in self.measures if measured.name == name), None)
+
+    def value(self, *names: str) -> float | None:
+        """Its value."""
+        found = self.measured(*names)
+        return None if found is None else found.value
 
 
 @dataclass(frozen=True)
@@ -100,27 +129,35 @@ class CheckReport:
 
     Attributes:
         data: What inputs were used, in words (file and number of rows, or the seed).
-        gates: The limits that the cases were judged by, each with its reason.
+        limits: The limits that the cases were judged by, each with its reason.
         skipped: What was not compared, and why, one sentence each.
         layers: The error by layer of each adapter and the base, whether or not a case failed.
         divergence: Where the first failing case differs from PyTorch, or why that was not found; None if none failed.
+        stopped: What ended the check before its last case, in words; None if nothing did.
     """
 
     subject: Subject
     environment: Environment
     data: tuple[str, ...]
     cases: tuple[ParityCase, ...]
-    gates: tuple[Gate, ...]
+    limits: tuple[Limit, ...]
     skipped: tuple[str, ...]
     seconds: float
     layers: tuple[LayerErrors, ...] = ()
     divergence: Divergence | None = None
-    schema: int = 1
+    stopped: str | None = None
+    schema: int = REPORT_SCHEMA
 
     @property
     def verdict(self) -> Verdict:
-        """Fail if any case failed, or if nothing was compared."""
-        return Verdict.PASS if self.cases and all(case.passed for case in self.cases) else Verdict.FAIL
+        """Fail if any case failed, or if nothing was compared; ambiguous if none did before the check was stopped."""
+        if not self.cases or not all(case.passed for case in self.cases):
+            return Verdict.FAIL
+        return Verdict.PASS if self.stopped is None else Verdict.AMBIGUOUS
+
+    @property
+    def partial(self) -> bool:
+        return self.stopped is not None
 
     @property
     def scope(self) -> str | None:
@@ -128,5 +165,5 @@ class CheckReport:
 
     def to_dict(self) -> dict:
         cases = [asdict(case) | {"passed": case.passed} for case in self.cases]
-        derived = {"report": "check", "verdict": self.verdict, "scope": self.scope}
+        derived = {"report": "check", "verdict": self.verdict, "scope": self.scope, "partial": self.partial}
         return asdict(self) | derived | {"cases": cases}

@@ -8,7 +8,8 @@
     junit.py           JUnit XML
     github.py          annotations of GitHub Actions
     summary.py         headline, key figures, findings
-    gates.py           what an allowance limits
+    allowances.py      the figures that an allowance limits
+    measure_words.py   what the measures of a check are called
     tables.py          tables as text cells
     check_tables.py    those of a check
     layer_tables.py    the error by layer

@@ -29,7 +29,7 @@ def render_json(report: Report) -> str:
 
 def report_schema() -> dict:
     """The JSON Schema (draft 2020-12) of `check.json` and `bench.json`; its `$id` ends with the reports' `schema`."""
-    return json.loads(files("lora_export.report").joinpath("schema/report-1.schema.json").read_text("utf-8"))
+    return json.loads(files("lora_export.report").joinpath("schema/report-2.schema.json").read_text("utf-8"))
 
 
 def _strict(value):

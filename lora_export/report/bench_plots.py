@@ -6,7 +6,7 @@ import math
 
 from lora_export.bench.results import BenchReport, Ratio, Variant, Workload
 from lora_export.report import format as fmt
-from lora_export.report.gates import ratio_name
+from lora_export.report.allowances import ratio_name
 from lora_export.report.summary import MARKS
 from lora_export.report.svg import Axis, Plot
 from lora_export.verdict import Verdict

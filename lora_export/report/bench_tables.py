@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from lora_export.bench.results import BenchReport, Placement, Ratio, Workload
+from lora_export.bench.results import BenchReport, ProviderOperators, Ratio, Workload
 from lora_export.contract import SINGLE
 from lora_export.report import format as fmt
-from lora_export.report.gates import SWAP_NAMES, memory_name, ratio_name
-from lora_export.report.tables import Cell, Column, Row, Table, fraction, verdict_cell
+from lora_export.report.allowances import SWAP_NAMES, memory_name, ratio_name
+from lora_export.report.tables import Cell, Column, Table, TableRow, fraction, verdict_cell
 from lora_export.verdict import Verdict
 
 _SHOWN_KINDS = 4
@@ -31,8 +31,14 @@ def latency_table(workload: Workload) -> Table:
         marks = [fmt.milliseconds(fmt.quantile(variant.samples_ms, at)) for at in (0.05, 0.95, 0, 1)]
         figures = (fmt.milliseconds(variant.median_ms), *marks, fmt.rate(variant.rows_per_second))
         cells = (Cell(variant.name, variant.description), *map(Cell, figures), Cell(str(len(variant.samples_ms))))
-        rows.append(Row(cells))
+        rows.append(TableRow(cells))
     return Table(f"Latency of {workload.name}", columns, tuple(rows))
+
+
+def variant_sentences(report: BenchReport) -> tuple[str, ...]:
+    """What runs in each variant: which adapter "dynamic" was."""
+    found = {f"{v.name}: {v.description}": None for workload in report.workloads for v in workload.variants}
+    return tuple(found)
 
 
 def ratio_table(report: BenchReport) -> Table:
@@ -46,7 +52,9 @@ def ratio_table(report: BenchReport) -> Table:
         Column("Allowance"),
         Column("Blocks"),
     )
-    rows = tuple(Row(_ratio_cells(ratio), workload.name) for workload in report.workloads for ratio in workload.ratios)
+    rows = tuple(
+        TableRow(_ratio_cells(ratio), workload.name) for workload in report.workloads for ratio in workload.ratios
+    )
     return Table("Latency ratios", columns, rows)
 
 
@@ -91,9 +99,9 @@ def _with_verdicts(
 ) -> Table:
     """Rows with their allowance and verdict; without these columns where no row has any."""
     if all(verdict is Verdict.NOT_GATED for _, _, verdict in rows):
-        return Table(caption, columns, tuple(Row(cells) for cells, _, _ in rows))
+        return Table(caption, columns, tuple(TableRow(cells) for cells, _, _ in rows))
     columns = (*columns, Column("Allowance"), Column("Result", numeric=False))
-    with_all = [Row((*cells, Cell(allowance), verdict_cell(verdict))) for cells, allowance, verdict in rows]
+    with_all = [TableRow((*cells, Cell(allowance), verdict_cell(verdict))) for cells, allowance, verdict in rows]
     return Table(caption, columns, tuple(with_all))
 
 
@@ -106,7 +114,7 @@ def placement_table(report: BenchReport) -> Table:
         Column("Most frequent", numeric=False),
     )
     rows = tuple(
-        Row((Cell(_session_name(p)), Cell(p.provider), Cell(str(p.n_operators)), Cell(most_frequent(p))))
+        TableRow((Cell(_session_name(p)), Cell(p.provider), Cell(str(p.n_operators)), Cell(most_frequent(p))))
         for p in report.placements
     )
     return Table("Operators by provider", columns, rows)
@@ -120,11 +128,11 @@ def placement_sentences(report: BenchReport) -> tuple[str, ...]:
     )
 
 
-def _session_name(placement: Placement) -> str:
+def _session_name(placement: ProviderOperators) -> str:
     return placement.session if placement.graph == SINGLE else f"{placement.session}, {placement.graph}"
 
 
-def most_frequent(placement: Placement) -> str:
+def most_frequent(placement: ProviderOperators) -> str:
     """The kinds of which there are most, and how many other kinds there are; the JSON has them all."""
     kinds = [f"{n} {kind}" for kind, n in placement.operators.items()]
     rest = len(kinds) - _SHOWN_KINDS

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from lora_export.check.judge.tolerances import MEASURES, limits_from_below
-from lora_export.check.results import CheckReport, ParityCase
+from lora_export.check.judge.tolerances import MEASURES
+from lora_export.check.results import CheckReport, Measured, ParityCase
 from lora_export.report import format as fmt
+from lora_export.report.measure_words import (
+    WORDS,
+    against_limit,
+    limit_text,
+    measures_by_title,
+    sign_of,
+    value_text,
+)
 from lora_export.report.summary import case_verdict
-from lora_export.report.tables import Cell, Column, Row, Table, verdict_cell
+from lora_export.report.tables import Cell, Column, Table, TableRow, verdict_cell
 
 _GROUPS = {
     "base": "Base without an adapter",
@@ -27,48 +35,48 @@ def cases_by_group(report: CheckReport) -> dict[str, list[ParityCase]]:
 
 
 def case_table(report: CheckReport, *, with_accuracy: bool = True) -> Table:
-    """Every comparison: largest differences of the outputs, KL in nats, shares as percentages."""
+    """Every comparison: the measure that takes the most of its limit, then all measures, each with its limit."""
     columns = (
         Column("Case", numeric=False),
         Column("Result", numeric=False),
-        Column("Error"),
-        Column("Relative"),
-        Column("÷ rounding"),
-        Column("Effect"),
-        Column("Effect ÷ error", wide=True),
-        Column("Effect share", wide=True),
-        Column("KL"),
-        Column("Top-1"),
+        Column("Nearest to its limit", numeric=False),
+        Column("Limit used"),
+        *(Column(title, wide=WORDS[names[0]].wide) for title, names in measures_by_title().items()),
+        Column("Largest error", wide=True),
+        Column("Largest effect", wide=True),
         Column("Accuracy"),
         Column("Rows", wide=True),
     )
-    rows = tuple(Row(_case_cells(case), group) for group, cases in cases_by_group(report).items() for case in cases)
+    groups = cases_by_group(report).items()
+    rows = tuple(TableRow(_case_cells(case), group) for group, cases in groups for case in cases)
     table = Table("All comparisons", columns, rows)
     wanted = [i for i, column in enumerate(columns) if with_accuracy or column.title != "Accuracy"]
     return table.keep(wanted).filled()
 
 
 def _case_cells(case: ParityCase) -> tuple[Cell, ...]:
+    nearest = case.nearest
     return (
         Cell(case.name, f"against {case.reference}" if case.reference else ""),
         verdict_cell(case_verdict(case)),
-        Cell(fmt.scientific(case.error)),
-        _limited(fmt.scientific(case.error_relative), "≤", fmt.scientific(case.tolerance)),
-        _limited(fmt.factor(case.rounding_ratio), "≤", fmt.factor(case.rounding_ratio_maximum)),
-        Cell(fmt.scientific(case.effect)),
-        _limited(fmt.multiple(case.effect_ratio), "≥", fmt.multiple(case.effect_ratio_minimum)),
-        _limited(fmt.share(case.effect_share), "±", fmt.scientific(case.effect_share_tolerance)),
-        _limited(fmt.scientific(case.kl), "≤", fmt.scientific(case.kl_tolerance)),
-        _limited(fmt.share(case.top1), "≥", fmt.share(case.top1_tolerance)),
+        Cell(fmt.MISSING if nearest is None else against_limit(nearest)),
+        Cell(fmt.MISSING if nearest is None else fmt.used(nearest.used)),
+        *(_measured_cell(case.measured(*names)) for names in measures_by_title().values()),
+        Cell(fmt.scientific(case.largest_error)),
+        Cell(fmt.scientific(case.largest_effect)),
         Cell(_accuracies(case)),
         Cell(str(case.n_rows)),
     )
 
 
+def _measured_cell(measured: Measured | None) -> Cell:
+    return Cell(fmt.MISSING) if measured is None else Cell(value_text(measured), limit_text(measured))
+
+
 def _accuracies(case: ParityCase) -> str:
-    if case.accuracy_reference is None and case.accuracy_exported is None:
+    if case.accuracy is None:
         return fmt.MISSING
-    return f"{fmt.share(case.accuracy_reference)} → {fmt.share(case.accuracy_exported)}"
+    return f"{fmt.share(case.accuracy.reference)} → {fmt.share(case.accuracy.exported)}"
 
 
 def accuracy_table(report: CheckReport) -> Table:
@@ -78,12 +86,11 @@ def accuracy_table(report: CheckReport) -> Table:
     )  # fmt: skip
     rows = []
     for case in report.cases:
-        reference, exported = case.accuracy_reference, case.accuracy_exported
-        if reference is None and exported is None:
-            continue
-        difference = None if reference is None or exported is None else exported - reference
-        texts = (case.name, fmt.share(reference), fmt.share(exported), fmt.points(difference), str(case.n_rows))
-        rows.append(Row(tuple(map(Cell, texts))))
+        if case.accuracy is not None:
+            reference, exported = case.accuracy.reference, case.accuracy.exported
+            difference = fmt.points(exported - reference)
+            texts = (case.name, fmt.share(reference), fmt.share(exported), difference, str(case.n_rows))
+            rows.append(TableRow(tuple(map(Cell, texts))))
     return Table("Accuracy on labelled data (difference in percentage points)", columns, tuple(rows))
 
 
@@ -95,16 +102,16 @@ def perplexity_table(report: CheckReport) -> Table:
     )  # fmt: skip
     rows = []
     for case in report.cases:
-        if case.perplexity_reference is None:
+        if case.perplexity is None:
             continue
         cells = (
             Cell(case.name),
-            Cell(fmt.significant(case.perplexity_reference)),
-            Cell(fmt.significant(case.perplexity_exported)),
-            _limited(fmt.scientific(case.perplexity_difference), "≤", fmt.scientific(case.perplexity_tolerance)),
+            Cell(fmt.significant(case.perplexity.reference)),
+            Cell(fmt.significant(case.perplexity.exported)),
+            _measured_cell(case.measured("perplexity")),
             Cell(fmt.significant(case.rounding.perplexity if case.rounding else None)),
         )
-        rows.append(Row(cells))
+        rows.append(TableRow(cells))
     return Table("Perplexity", columns, tuple(rows)).filled()
 
 
@@ -122,22 +129,17 @@ def rounding_table(report: CheckReport) -> Table:
     rows = []
     for case in report.cases:
         for title, name, text in _ROUNDING_MEASURES if case.rounding is not None else ():
-            theirs, mine = (getattr(case.rounding, f"{name}_{side}") for side in ("reference", "exported"))
-            if theirs is not None:
-                rows.append(Row((Cell(title), Cell(text(theirs)), Cell(text(mine))), case.name))
+            pytorch, exported = (getattr(case.rounding, f"{name}_{side}") for side in ("reference", "exported"))
+            if pytorch is not None:
+                rows.append(TableRow((Cell(title), Cell(text(pytorch)), Cell(text(exported))), case.name))
     return Table("Distance from PyTorch at a wider dtype", columns, tuple(rows))
 
 
-def gate_table(report: CheckReport) -> Table:
+def limit_table(report: CheckReport) -> Table:
     """The limits, and why."""
     columns = (Column("Measure", numeric=False), Column("Limit"), Column("Reason", numeric=False))
     rows = []
-    for gate in report.gates:
-        sign = "≥" if limits_from_below(gate.measure) else "≤"
-        limit = fmt.MISSING if gate.limit is None else f"{sign} {gate.limit:g}"
-        rows.append(Row((Cell(gate.measure, MEASURES[gate.measure]), Cell(limit), Cell(gate.reason))))
-    return Table("Gates", columns, tuple(rows))
-
-
-def _limited(text: str, sign: str, limit: str) -> Cell:
-    return Cell(text, "" if limit == fmt.MISSING else f"{sign} {limit}")
+    for limit in report.limits:
+        shown = fmt.MISSING if limit.limit is None else f"{sign_of(limit.measure)} {limit.limit:g}"
+        rows.append(TableRow((Cell(limit.measure, MEASURES[limit.measure].meaning), Cell(shown), Cell(limit.reason))))
+    return Table("Limits", columns, tuple(rows))

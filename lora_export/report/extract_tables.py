@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from lora_export.extract.results import ExtractReport, ModuleResult
 from lora_export.report import format as fmt
 from lora_export.report.curves import Curve, curve_plot
-from lora_export.report.tables import Cell, Column, Row, Table, fraction
+from lora_export.report.tables import Cell, Column, Table, TableRow, fraction
 
 _MOST_POINTS = 60
 _DESCRIPTION = (
@@ -73,7 +73,7 @@ def pair_table(report: ExtractReport) -> Table:
     )
     most = max((module.error for module in report.modules), default=0.0)
     rows = tuple(
-        Row(
+        TableRow(
             (
                 Cell(module.module, "" if module.kind == "linear" else "embedding"),
                 Cell(" × ".join(map(str, module.shape))),
@@ -90,14 +90,14 @@ def pair_table(report: ExtractReport) -> Table:
 
 def whole_table(report: ExtractReport) -> Table:
     columns = (Column("Module", numeric=False), Column("Why", numeric=False), Column("Elements"))
-    rows = tuple(Row((Cell(w.module), Cell(w.why), Cell(f"{w.n_elements:,}"))) for w in report.wholes)
+    rows = tuple(TableRow((Cell(w.module), Cell(w.why), Cell(f"{w.n_elements:,}"))) for w in report.wholes)
     return Table("Saved whole, exactly", columns, rows)
 
 
 def left_out_table(report: ExtractReport) -> Table:
     columns = (Column("Parameter", numeric=False), Column("Kind", numeric=False), Column("‖ΔW‖ ÷ ‖W0‖"))
     rows = tuple(
-        Row((Cell(x.parameter), Cell(x.kind), Cell(fmt.MISSING if x.change is None else remaining(x.change))))
+        TableRow((Cell(x.parameter), Cell(x.kind), Cell(fmt.MISSING if x.change is None else remaining(x.change))))
         for x in report.left_out
     )
     return Table("Left out: the base's values stay", columns, rows)

@@ -65,6 +65,22 @@ def share(value: float | None) -> str:
     return "<100%"
 
 
+def used(value: float) -> str:
+    """How much of a limit is used: <1%, 31%, 820%, 1.2e+05×."""
+    if not math.isfinite(value):
+        return _special(value)
+    if value < 0.01:
+        return "<1%" if value else "0%"
+    if value >= 100:
+        return multiple(value)
+    # What is beyond the limit never reads 100%, nor what is within.
+    for digits in range(6):
+        text = f"{100 * value:.{digits}f}%"
+        if value == 1 or float(text[:-1]) != 100:
+            break
+    return text
+
+
 def points(difference: float | None) -> str:
     """A difference of shares in percentage points, with its sign: -43.3."""
     if difference is None or not math.isfinite(difference):

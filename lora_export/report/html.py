@@ -10,8 +10,8 @@ from markupsafe import Markup
 
 from lora_export.bench.results import BenchReport
 from lora_export.check.results import CheckReport
+from lora_export.report import allowances, summary
 from lora_export.report import format as fmt
-from lora_export.report import gates, summary
 from lora_export.report import layer_tables as layers
 from lora_export.report.as_json import Report
 from lora_export.report.bench_plots import MOST_DOTS, latency_plot, ratio_plot
@@ -23,7 +23,7 @@ from lora_export.report.bench_tables import (
     swap_table,
 )
 from lora_export.report.check_plots import parity_plot
-from lora_export.report.check_tables import accuracy_table, case_table, gate_table, perplexity_table, rounding_table
+from lora_export.report.check_tables import accuracy_table, case_table, limit_table, perplexity_table, rounding_table
 from lora_export.report.provenance import (
     against_facts,
     environment_facts,
@@ -49,7 +49,7 @@ def render_check_html(report: CheckReport) -> str:
             accuracy=accuracy_table(report),
             perplexity=perplexity_table(report),
             rounding=rounding_table(report),
-            gates=gate_table(report),
+            limits=limit_table(report),
             reproduction=layers.reproduction_sentences(report),
             divergence_facts=layers.divergence_facts(report.divergence),
             compared=layers.divergence_table(report.divergence),
@@ -74,8 +74,8 @@ def render_bench_html(report: BenchReport) -> str:
         .get_template("bench.html")
         .render(
             **_common(report),
-            headline=gates.bench_headline(report),
-            summary=gates.bench_summary(report),
+            headline=allowances.bench_headline(report),
+            summary=allowances.bench_summary(report),
             figures=summary.bench_figures(report),
             findings=summary.bench_findings(report),
             plot=Markup(ratio_plot(report)),
@@ -95,6 +95,7 @@ def render_bench_html(report: BenchReport) -> str:
 def _common(report: Report) -> dict[str, object]:
     return {
         "report": report,
+        "partial": summary.partial_sentence(report),
         "subject_facts": subject_facts(report.subject),
         "environment_facts": environment_facts(report.environment),
         "sizes": size_table(report.subject),

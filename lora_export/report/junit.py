@@ -4,6 +4,7 @@ Within Jenkins' strict schema (`junit-10.xsd`), which knows properties of a suit
 stand in its `system-out`, one `name=value` a line, and among the suite's properties as `<group>/<case>/<name>`.
 
 A failed comparison or ratio is a failure; an undecided ratio, and what was not compared, is skipped with its reason.
+What stopped a check or a bench before its end is an error.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 
 from lora_export.bench.results import BenchReport, Ratio, Variant, Workload
 from lora_export.check.results import CheckReport, ParityCase
+from lora_export.report import allowances, summary
 from lora_export.report import format as fmt
-from lora_export.report import gates, summary
 from lora_export.report.as_json import Report
 from lora_export.report.layer_tables import reproduction_sentences, where_sentences
 from lora_export.report.provenance import environment_facts, subject_facts
@@ -24,12 +25,6 @@ from lora_export.verdict import Verdict
 
 # Neither may stand in XML 1.0, and `fmt.plain` lets them pass.
 _NOT_XML = re.compile("[\ufffe\uffff]")
-_CASE_FIGURES = (
-    "error", "error_relative", "tolerance", "effect", "effect_ratio", "effect_ratio_minimum", "kl", "kl_tolerance",
-    "effect_share", "effect_share_tolerance", "top1", "top1_tolerance", "rounding_ratio", "rounding_ratio_maximum",
-    "perplexity_reference", "perplexity_exported", "perplexity_difference",
-    "perplexity_tolerance", "accuracy_reference", "accuracy_exported", "n_rows",
-)  # fmt: skip
 _RATIO_FIGURES = ("median", "low", "high", "confidence", "allowance")
 _SWAP_FIGURES = ("median_us", "low_us", "high_us", "confidence", "allowance_us")
 _MEMORY_FIGURES = ("peak_mb", "allowance_mb")
@@ -50,7 +45,7 @@ class _TestCase:
 def render_check_junit(report: CheckReport) -> str:
     """The check as one suite with a test case for each comparison."""
     cases = [_parity_case(report, case) for case in report.cases]
-    if not cases:
+    if not cases and not report.partial:
         cases = [_TestCase("check", "comparisons", Verdict.FAIL, (summary.check_summary(report),))]
     cases += [
         _TestCase("not compared", sentence.partition(":")[0], Verdict.NOT_GATED, (sentence,))
@@ -63,13 +58,13 @@ def render_bench_junit(report: BenchReport) -> str:
     """The bench as one suite with a test case for each variant of each workload, each swap and each peak of memory."""
     cases = [case for workload in report.workloads for case in _workload_cases(workload)]
     cases += [
-        _gated_case("swap", gates.swap_name(swap), swap.verdict, gates.swap_verdict_sentence(swap),
+        _gated_case("swap", allowances.swap_name(swap), swap.verdict, allowances.swap_verdict_sentence(swap),
                     _figures(swap, _SWAP_FIGURES))
         for swap in report.swaps
     ]  # fmt: skip
     cases += [
-        _gated_case("memory", gates.memory_name(memory), memory.verdict, gates.memory_verdict_sentence(memory),
-                    _figures(memory, _MEMORY_FIGURES))
+        _gated_case("memory", allowances.memory_name(memory), memory.verdict,
+                    allowances.memory_verdict_sentence(memory), _figures(memory, _MEMORY_FIGURES))
         for memory in report.memory
     ]  # fmt: skip
     return _rendered("bench", report, cases)
@@ -82,8 +77,8 @@ def _workload_cases(workload: Workload) -> list[_TestCase]:
     for ratio in workload.ratios:
         if ratio is not first[ratio.variant]:
             figures = tuple((f"ratio_{name}", value) for name, value in _figures(ratio, _RATIO_FIGURES))
-            name = gates.ratio_name(ratio)
-            cases.append(_gated_case(workload.name, name, ratio.verdict, gates.ratio_sentence(ratio), figures))
+            name = allowances.ratio_name(ratio)
+            cases.append(_gated_case(workload.name, name, ratio.verdict, allowances.ratio_sentence(ratio), figures))
     return cases
 
 
@@ -96,10 +91,23 @@ def _gated_case(
 
 
 def _parity_case(report: CheckReport, case: ParityCase) -> _TestCase:
-    figures = _figures(case, _CASE_FIGURES)
+    figures = _case_figures(case)
     where = where_sentences(report, case.name)
     reasons = (*case.failures, *where, *(reproduction_sentences(report) if where else ()))
     return _TestCase(case.group, case.name, summary.case_verdict(case), reasons, figures)
+
+
+def _case_figures(case: ParityCase) -> tuple[tuple[str, str], ...]:
+    """Each measure by its name, and its limit."""
+    found: dict[str, float | int | None] = {}
+    for measured in case.measures:
+        found |= {measured.name: measured.value, f"{measured.name}_limit": measured.limit}
+    found |= {"largest_error": case.largest_error, "largest_effect": case.largest_effect}
+    for name, both in (("perplexity", case.perplexity), ("accuracy", case.accuracy)):
+        if both is not None:
+            found |= {f"{name}_reference": both.reference, f"{name}_exported": both.exported}
+    found["n_rows"] = case.n_rows
+    return tuple((name, repr(value)) for name, value in found.items() if value is not None)
 
 
 def _variant_case(workload: str, variant: Variant, ratio: Ratio | None) -> _TestCase:
@@ -109,7 +117,7 @@ def _variant_case(workload: str, variant: Variant, ratio: Ratio | None) -> _Test
         return _TestCase(workload, variant.name, Verdict.PASS, (), figures, seconds)
     figures += tuple((f"ratio_{name}", value) for name, value in _figures(ratio, _RATIO_FIGURES))
     undecided = ratio.verdict in (Verdict.FAIL, Verdict.AMBIGUOUS)
-    reasons = (f"{gates.ratio_name(ratio)}: {gates.ratio_sentence(ratio)}",) if undecided else ()
+    reasons = (f"{allowances.ratio_name(ratio)}: {allowances.ratio_sentence(ratio)}",) if undecided else ()
     return _TestCase(workload, variant.name, ratio.verdict, reasons, figures, seconds)
 
 
@@ -130,12 +138,14 @@ def _rendered(kind: str, report: Report, cases: list[_TestCase]) -> str:
         ET.SubElement(properties, "property", {"name": _text(name), "value": _text(value)})
     for case in cases:
         suite.append(_element(kind, case))
+    if report.stopped is not None:
+        suite.append(_stopped(kind, report))
     if report.scope:
         ET.SubElement(suite, "system-out").text = _text(report.scope)
     counts = {
-        "tests": str(len(cases)),
+        "tests": str(len(suite.findall("testcase"))),
         "failures": str(len(suite.findall("testcase/failure"))),
-        "errors": "0",
+        "errors": str(len(suite.findall("testcase/error"))),
         "time": _seconds(report.seconds, 3),
     }
     name = f"lora-export {kind}"
@@ -147,6 +157,14 @@ def _rendered(kind: str, report: Report, cases: list[_TestCase]) -> str:
     return ET.tostring(root, encoding="unicode", xml_declaration=False).join(
         ['<?xml version="1.0" encoding="UTF-8"?>\n', "\n"]
     )
+
+
+def _stopped(kind: str, report: Report) -> ET.Element:
+    """The measurement that raised, as an error: it says nothing of the export."""
+    element = ET.Element("testcase", {"classname": f"lora-export.{kind}.{kind}", "name": "runs to its end"})
+    message = _text(summary.partial_sentence(report))
+    ET.SubElement(element, "error", {"type": "stopped", "message": message}).text = _text(report.stopped)
+    return element
 
 
 def _where(report: Report) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from lora_export.check.divergence_results import ComparedValue, Divergence, Laye
 from lora_export.check.results import CheckReport
 from lora_export.report import format as fmt
 from lora_export.report.curves import Curve, curve_plot
-from lora_export.report.tables import Cell, Column, Row, Table, fraction, verdict_cell
+from lora_export.report.tables import Cell, Column, Table, TableRow, fraction, verdict_cell
 from lora_export.verdict import Verdict
 
 _TITLE = "Error by layer"
@@ -40,7 +40,7 @@ def layer_summary(report: CheckReport) -> Table:
         median = statistics.median(errors) if errors and not any(map(math.isnan, errors)) else math.nan
         figures = (str(len(errors)), fmt.scientific(median), fmt.scientific(worst and worst.error_relative))
         where = fmt.MISSING if worst is None else worst.module
-        rows.append(Row((Cell(layers.name, layers.row), *map(Cell, figures), Cell(where))))
+        rows.append(TableRow((Cell(layers.name, layers.row), *map(Cell, figures), Cell(where))))
     return Table(_SUMMARY, columns, tuple(rows))
 
 
@@ -49,7 +49,7 @@ def layer_table(layers: LayerErrors) -> Table:
     columns = (Column("Module", numeric=False), Column("Error"), Column("Relative"), Column("Node", numeric=False))
     most = max((m.error_relative for m in layers.modules if math.isfinite(m.error_relative)), default=0.0)
     rows = tuple(
-        Row(
+        TableRow(
             (
                 Cell(module.module),
                 Cell(fmt.scientific(module.error)),
@@ -117,7 +117,7 @@ def divergence_table(divergence: Divergence | None) -> Table:
         Column("Value", numeric=False, wide=True),
     )
     compared = () if divergence is None else divergence.compared
-    return Table("Intermediate tensors", columns, tuple(Row(_cells(value)) for value in compared))
+    return Table("Intermediate tensors", columns, tuple(TableRow(_cells(value)) for value in compared))
 
 
 def _cells(value: ComparedValue) -> tuple[Cell, ...]:

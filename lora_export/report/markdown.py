@@ -7,10 +7,16 @@ import re
 
 from lora_export.bench.results import BenchReport
 from lora_export.check.results import CheckReport
+from lora_export.report import allowances, summary
 from lora_export.report import format as fmt
-from lora_export.report import gates, summary
 from lora_export.report.as_json import Report
-from lora_export.report.bench_tables import latency_table, memory_table, placement_sentences, ratio_table
+from lora_export.report.bench_tables import (
+    latency_table,
+    memory_table,
+    placement_sentences,
+    ratio_table,
+    variant_sentences,
+)
 from lora_export.report.check_tables import case_table, perplexity_table
 from lora_export.report.layer_tables import divergence_table, layer_summary, reproduction_sentences, unseen_sentences
 from lora_export.report.provenance import against_facts, environment_facts, subject_facts
@@ -34,7 +40,7 @@ def render_check_markdown(report: CheckReport) -> str:
         _bullets("Without an error of their own", unseen_sentences(report)),
         _bullets("Not compared", report.skipped),
         _bullets("Data", report.data),
-        _bullets("Gates given", tuple(summary.given_gates(report))),
+        _bullets("Limits given", tuple(summary.given_limits(report))),
         _where(report.subject, report.environment, report.seconds),
     ]
     return _joined(blocks)
@@ -43,10 +49,11 @@ def render_check_markdown(report: CheckReport) -> str:
 def render_bench_markdown(report: BenchReport) -> str:
     """The bench as Markdown, verdict first."""
     blocks = [
-        _opening(report, gates.bench_headline(report), gates.bench_summary(report)),
+        _opening(report, allowances.bench_headline(report), allowances.bench_summary(report)),
         _findings(summary.bench_findings(report)),
         _table(ratio_table(report)),
         *(_table(latency_table(workload)) for workload in report.workloads),
+        _bullets("What was timed", variant_sentences(report)),
         _escaped(summary.swap_sentence(report)),
         _table(memory_table(report)),
         _bullets("Operators by provider", placement_sentences(report)),
@@ -65,9 +72,10 @@ def _escaped(text: str) -> str:
 
 
 def _opening(report: Report, headline: str, sentence: str) -> str:
-    scope = f"\n\n> **{_escaped(report.scope)}**" if report.scope else ""
+    labels = (summary.partial_sentence(report), report.scope)
+    quoted = "".join(f"\n\n> **{_escaped(label)}**" for label in labels if label)
     verdict = report.verdict
-    return f"## {MARKS[verdict]} {headline}\n\n**{str(verdict).capitalize()}.** {_escaped(sentence)}{scope}"
+    return f"## {MARKS[verdict]} {headline}\n\n**{str(verdict).capitalize()}.** {_escaped(sentence)}{quoted}"
 
 
 def _bullets(title: str, sentences: tuple[str, ...]) -> str:

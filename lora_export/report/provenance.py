@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_export.report import format as fmt
-from lora_export.report.tables import Cell, Column, Row, Table, fraction
+from lora_export.report.tables import Cell, Column, Table, TableRow, fraction
 from lora_export.verdict import Environment, Subject
 
 
@@ -12,9 +12,9 @@ def size_table(subject: Subject) -> Table:
     columns = (Column("File", numeric=False), Column("Size"))
     most = max(subject.n_bytes.values(), default=0)
     files = sorted(subject.n_bytes.items(), key=lambda entry: (-entry[1], entry[0]))
-    rows = [Row((Cell(name), Cell(fmt.byte_size(size), bar=fraction(size, most)))) for name, size in files]
+    rows = [TableRow((Cell(name), Cell(fmt.byte_size(size), bar=fraction(size, most)))) for name, size in files]
     if len(rows) > 1:
-        rows.append(Row((Cell("all files"), Cell(fmt.byte_size(sum(subject.n_bytes.values()))))))
+        rows.append(TableRow((Cell("all files"), Cell(fmt.byte_size(sum(subject.n_bytes.values()))))))
     return Table("Bytes on disk", columns, tuple(rows))
 
 
@@ -55,4 +55,4 @@ def environment_facts(environment: Environment) -> tuple[tuple[str, str], ...]:
 
 def pair_table(caption: str, heading: str, pairs: dict[str, str]) -> Table:
     columns = (Column(heading, numeric=False), Column("Value", numeric=False))
-    return Table(caption, columns, tuple(Row((Cell(key), Cell(value))) for key, value in sorted(pairs.items())))
+    return Table(caption, columns, tuple(TableRow((Cell(key), Cell(value))) for key, value in sorted(pairs.items())))

@@ -9,14 +9,19 @@ from dataclasses import dataclass
 from lora_export.bench.results import BenchReport, Workload
 from lora_export.check.results import CheckReport, ParityCase
 from lora_export.report import format as fmt
-from lora_export.report.gates import SWAP_NAMES, bench_gates
+from lora_export.report.allowances import SWAP_NAMES, limited_figures
 from lora_export.report.layer_tables import where_sentences
+from lora_export.report.measure_words import WORDS, measures_by_title, must_be_large
 from lora_export.verdict import Verdict
 
 # Shown beside the word, so that no verdict is told by colour alone.
 MARKS = {Verdict.PASS: "✓", Verdict.FAIL: "✕", Verdict.AMBIGUOUS: "?", Verdict.NOT_GATED: "·"}
 
-_CHECK_HEADLINES = {Verdict.PASS: "Parity check passed", Verdict.FAIL: "Parity check failed"}
+_CHECK_HEADLINES = {
+    Verdict.PASS: "Parity check passed",
+    Verdict.FAIL: "Parity check failed",
+    Verdict.AMBIGUOUS: "Parity check stopped before its end",
+}
 
 
 @dataclass(frozen=True)
@@ -44,37 +49,35 @@ def check_summary(report: CheckReport) -> str:
         compared = fmt.counted(len(report.cases), "comparison")
         return f"{n_failed} of {compared} with the reference failed; the reasons follow."
     passed = "The comparison" if len(report.cases) == 1 else f"All {len(report.cases)} comparisons"
-    sentence = f"{passed} with the reference stayed within the tolerances"
-    nearest = max(_tolerance_use(report), key=lambda entry: entry[0], default=None)
+    passed += " made before the check was stopped" if report.partial else " with the reference"
+    sentence = f"{passed} stayed within the tolerances"
+    limited = [(case.nearest, case) for case in report.cases if case.nearest is not None]
+    nearest, case = max(limited, key=lambda entry: entry[0].used, default=(None, None))
     if nearest is not None:
-        used, name = nearest
-        sentence += f"; nearest to its limit is “{fmt.plain(name)}”, with {_percent(used)} of the tolerated error"
+        what = f"the {WORDS[nearest.name].noun} of “{fmt.plain(case.name)}”"
+        sentence += f"; nearest to its limit is {what}, with {fmt.used(nearest.used)} of what is allowed"
     return sentence + "."
 
 
-def _tolerance_use(report: CheckReport) -> list[tuple[float, str]]:
-    """Error over tolerance of every case that gates on it, with its name."""
-    uses = [(case.error_relative / case.tolerance, case.name) for case in report.cases if case.tolerance]
-    return [(used, name) for used, name in uses if math.isfinite(used)]
-
-
-def _percent(used: float) -> str:
-    return f"{100 * used:.0f}%" if used >= 0.01 else "less than 1%"
+def partial_sentence(report: CheckReport | BenchReport) -> str:
+    """What stopped the measurements; empty where nothing did."""
+    if report.stopped is None:
+        return ""
+    return (
+        f"Partial report: stopped by {fmt.plain(report.stopped)}. What was measured before follows; the rest was not."
+    )
 
 
 def check_figures(report: CheckReport) -> tuple[tuple[str, str], ...]:
     """Label and value of what the top of a report shows."""
     n_passed = sum(case.passed for case in report.cases)
     figures = [("Comparisons passed", f"{n_passed} of {len(report.cases)}")]
-    errors = [case.error_relative for case in report.cases]
-    if errors:
-        figures.append(("Largest relative error", fmt.scientific(_worst(max, errors))))
-    roundings = [case.rounding_ratio for case in report.cases if case.rounding_ratio is not None]
-    if roundings:
-        figures.append(("Largest error ÷ PyTorch's rounding", fmt.factor(_worst(max, roundings))))
-    ratios = [case.effect_ratio for case in report.cases if case.effect_ratio is not None]
-    if ratios:
-        figures.append(("Smallest effect ÷ error", fmt.multiple(_worst(min, ratios))))
+    for names in measures_by_title().values():
+        words = WORDS[names[0]]
+        values = [value for case in report.cases if (value := case.value(*names)) is not None]
+        if words.figure and values:
+            worst = _worst(min if must_be_large(names[0]) else max, values)
+            figures.append((words.figure, words.text(worst)))
     return (*figures, ("Duration", fmt.duration(report.seconds)))
 
 
@@ -83,11 +86,11 @@ def _worst(choose: Callable[[list[float]], float], values: list[float]) -> float
     return math.nan if any(map(math.isnan, values)) else choose(values)
 
 
-def given_gates(report: CheckReport) -> Iterator[str]:
+def given_limits(report: CheckReport) -> Iterator[str]:
     """Limits that the user gave in place of the table's."""
-    for gate in report.gates:
-        if gate.overridden:
-            yield f"{gate.measure}: {gate.limit:g} ({gate.reason})"
+    for limit in report.limits:
+        if limit.overridden:
+            yield f"{limit.measure}: {limit.limit:g} ({limit.reason})"
 
 
 def check_findings(report: CheckReport) -> tuple[Finding, ...]:
@@ -108,10 +111,10 @@ def bench_figures(report: BenchReport) -> tuple[tuple[str, str], ...]:
 
 def bench_findings(report: BenchReport) -> tuple[Finding, ...]:
     return tuple(
-        Finding(gate.name, gate.verdict, (gate.sentence,))
+        Finding(figure.name, figure.verdict, (figure.sentence,))
         for verdict in (Verdict.FAIL, Verdict.AMBIGUOUS)
-        for gate in bench_gates(report)
-        if gate.verdict is verdict
+        for figure in limited_figures(report)
+        if figure.verdict is verdict
     )
 
 

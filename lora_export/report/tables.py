@@ -28,7 +28,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     cells: tuple[Cell, ...]
     group: str = ""
 
@@ -39,11 +39,11 @@ class Table:
 
     caption: str
     columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
 
-    def groups(self) -> dict[str, list[Row]]:
+    def groups(self) -> dict[str, list[TableRow]]:
         """Rows by group heading, in order of first appearance."""
-        found: dict[str, list[Row]] = {}
+        found: dict[str, list[TableRow]] = {}
         for row in self.rows:
             found.setdefault(row.group, []).append(row)
         return found

@@ -6,8 +6,8 @@ import textwrap
 
 from lora_export.bench.results import BenchReport
 from lora_export.check.results import CheckReport
+from lora_export.report import allowances, summary
 from lora_export.report import format as fmt
-from lora_export.report import gates, summary
 from lora_export.report.as_json import Report
 from lora_export.report.bench_tables import (
     latency_table,
@@ -15,12 +15,13 @@ from lora_export.report.bench_tables import (
     placement_sentences,
     ratio_table,
     swap_table,
+    variant_sentences,
 )
 from lora_export.report.check_tables import case_table, perplexity_table
 from lora_export.report.layer_tables import divergence_table, layer_summary, reproduction_sentences, unseen_sentences
 from lora_export.report.provenance import against_facts, environment_facts, size_table, subject_facts
 from lora_export.report.summary import MARKS, Finding
-from lora_export.report.tables import Row, Table
+from lora_export.report.tables import Table, TableRow
 from lora_export.verdict import Environment, Subject, Verdict
 
 WIDTH = 110
@@ -41,7 +42,7 @@ def render_check_text(report: CheckReport) -> str:
         _bullets("Without an error of their own", unseen_sentences(report)),
         _bullets("Not compared", report.skipped),
         _bullets("Data", report.data),
-        _bullets("Gates given", tuple(summary.given_gates(report))),
+        _bullets("Limits given", tuple(summary.given_limits(report))),
         _where(report.subject, report.environment, report.seconds),
     ]
     return _joined(blocks)
@@ -51,9 +52,10 @@ def render_bench_text(report: BenchReport) -> str:
     """The bench as text, verdict first; ends with a line break."""
     swap = swap_table(report)
     blocks = [
-        _opening(report, gates.bench_headline(report), gates.bench_summary(report)),
+        _opening(report, allowances.bench_headline(report), allowances.bench_summary(report)),
         _table(ratio_table(report)),
         *(_table(latency_table(workload)) for workload in report.workloads),
+        _bullets("What was timed", variant_sentences(report)),
         _table(swap) if swap.rows else summary.swap_sentence(report),
         _table(memory_table(report)),
         _bullets("Operators by provider", placement_sentences(report)),
@@ -70,8 +72,9 @@ def _joined(blocks: list[str]) -> str:
 
 
 def _opening(report: Report, headline: str, sentence: str) -> str:
-    scope = _wrapped(f"! {report.scope}") if report.scope else []
-    return "\n".join([f"{MARKS[report.verdict]} {report.verdict.upper()}: {headline}", *_wrapped(sentence), *scope])
+    partial = summary.partial_sentence(report)
+    labels = [line for label in (partial, report.scope) if label for line in _wrapped(f"! {label}")]
+    return "\n".join([f"{MARKS[report.verdict]} {report.verdict.upper()}: {headline}", *_wrapped(sentence), *labels])
 
 
 def _wrapped(text: str, first: str = "", rest: str | None = None) -> list[str]:
@@ -127,7 +130,7 @@ def _table(table: Table) -> str:
     return "\n".join(lines)
 
 
-def _texts(row: Row) -> list[str]:
+def _texts(row: TableRow) -> list[str]:
     return [cell.text.upper() if cell.verdict is Verdict.FAIL else fmt.plain(cell.text) for cell in row.cells]
 
 

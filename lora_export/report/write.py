@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from lora_export.check.divergence_results import ARRAYS, SCRIPT
@@ -12,6 +13,8 @@ from lora_export.report.as_json import Report, file_name, render_json
 from lora_export.report.html import render_bench_html, render_check_html
 from lora_export.report.junit import render_bench_junit, render_check_junit
 from lora_export.report.markdown import render_bench_markdown, render_check_markdown
+
+_MOST_OF_A_REASON = 500
 
 
 def write_reports(report: Report, folder: Path) -> dict[str, Path]:
@@ -28,6 +31,23 @@ def write_reports(report: Report, folder: Path) -> dict[str, Path]:
     contents["json"] = render_json(report)
     folder.mkdir(parents=True, exist_ok=True)
     return {suffix: _write(folder / file_name(report, suffix), text) for suffix, text in contents.items()}
+
+
+@contextlib.contextmanager
+def written_if_stopped(write: Callable[[str], object], has_results: Callable[[], bool]) -> Iterator[None]:
+    """Where what is inside raises, write what was measured before as a partial report; the exception goes on.
+
+    Args:
+        write: Writes it, given what stopped the measurements.
+        has_results: Whether anything was measured; if not, an earlier report stays.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if has_results():
+            with contextlib.suppress(OSError):  # a full disk may be what stopped it: that is to be told
+                write(f"{type(error).__name__}: {' '.join(str(error).split())[:_MOST_OF_A_REASON]}".rstrip(": "))
+        raise
 
 
 def write_reproduction(files: Mapping[str, bytes], folder: Path) -> dict[str, Path]:

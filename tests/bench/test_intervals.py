@@ -97,6 +97,16 @@ def test_a_ratio_carries_its_blocks_and_names():
     assert found.block_ratios == (6 / 4, 8 / 4) and found.median == 1.75
 
 
+@pytest.mark.parametrize("allowance", [0.5, 3.0])
+def test_too_few_blocks_decide_nothing(allowance):
+    """Five, of a bench that was stopped, have no interval of 95 %: neither wholly above nor wholly below says enough."""
+    base, other = blocks(1.5, 5, seed=1)
+    assert paired_ratio(other, base, allowance).verdict is Verdict.AMBIGUOUS
+    assert paired_ratio(other, base, None).verdict is Verdict.NOT_GATED
+    base, other = blocks(1.5, 6, seed=1)
+    assert paired_ratio(other, base, allowance).verdict is (Verdict.FAIL if allowance < 1 else Verdict.PASS)
+
+
 def test_false_alarms_are_rare_and_real_slowdowns_are_found():
     """5 % drift, 1.5 % noise, 5 % spikes, 30 blocks, an allowance of 2 %."""
     trials = 300

@@ -46,8 +46,8 @@ def test_every_round_opens_all_sessions_anew_in_another_order(session):
     assert [len(variant.samples_ms) for variant in workload.variants] == [14, 14]
     assert [(ratio.variant, ratio.against) for ratio in workload.ratios] == [("export", "base"), ("base", "export")]
     assert [ratio.verdict for ratio in workload.ratios] == [Verdict.NOT_GATED, Verdict.PASS]
-    mine, theirs = (ratio.block_ratios for ratio in workload.ratios)
-    assert len(mine) == 7 and mine == pytest.approx([1 / ratio for ratio in theirs])
+    ratios, inverse = (ratio.block_ratios for ratio in workload.ratios)
+    assert len(ratios) == 7 and ratios == pytest.approx([1 / ratio for ratio in inverse])
     for variant in workload.variants:
         assert len(variant.warm_ups) == ROUNDS and all(warm.n_runs >= 9 for warm in variant.warm_ups)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lora_export.bench import memory
+from lora_export.bench import latency, memory
 from lora_export.bench.latency import bound_runs
 from lora_export.bench.memory_job import MemoryJob
 from lora_export.bench.plan import BenchOptions, BenchPlan, plan_bench
-from lora_export.bench.results import Variant, WarmUp, Workload
+from lora_export.bench.results import Memory, Variant, WarmUp, Workload
 from lora_export.bench.run import _race, _unsettled, measure_memory
 from lora_export.errors import EnvironmentUnusable
+from lora_export.integrity.sources import SourceOverrides
+from lora_export.pipeline import bench
 from lora_export.runtime.seq2seq_session import open_export
 from lora_export.verdict import Verdict
 
@@ -44,7 +47,8 @@ def test_each_variant_has_a_process_that_runs_all_its_workloads(exports, tmp_pat
     monkeypatch.setattr(memory, "peaks_mb", peaks)
     folder = exports["bert-dynamic"]
     plan = planned(folder, tmp_path, "[memory_mb]\nbase = 99\nmerged = 201\n[device_memory_mb]\ndynamic = 999")
-    found, notes = measure_memory(plan, folders(folder), "cuda", quiet)
+    found: list[Memory] = []
+    notes = measure_memory(plan, folders(folder), "cuda", quiet, found)
     ran = {Path(job.folder).name: [shape for shape, _ in job.runs] for job in jobs[:2]}
     assert ran == {"base": [(1, 4, 0), (2, 8, 0)], "merged": [(1, 4, 0), (2, 8, 0)]}
     assert jobs[3].runs == [((1, 4, 0), "topic"), ((2, 8, 0), "topic")]
@@ -60,19 +64,19 @@ def test_each_variant_has_a_process_that_runs_all_its_workloads(exports, tmp_pat
 def test_an_unknown_peak_is_absent_and_said(exports, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "peaks_mb", lambda job: {"process": 5.0})
     folder = exports["bert-dynamic"]
-    found, notes = measure_memory(planned(folder, tmp_path), folders(folder), "cuda", quiet)
+    found: list[Memory] = []
+    notes = measure_memory(planned(folder, tmp_path), folders(folder), "cuda", quiet, found)
     assert {m.place for m in found} == {"process"}
     (note,) = notes
     assert note.startswith("Memory on the GPU: unknown, nvidia-smi does not name the process")
-    _, notes = measure_memory(planned(folder, tmp_path), folders(folder), "cpu", quiet)
-    assert notes == ()
+    assert measure_memory(planned(folder, tmp_path), folders(folder), "cpu", quiet, []) == ()
 
 
 def test_an_unknown_peak_with_an_allowance_is_no_pass(exports, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "peaks_mb", lambda job: {})
     folder = exports["bert-dynamic"]
     with pytest.raises(EnvironmentUnusable, match="memory that this machine does not tell") as caught:
-        measure_memory(planned(folder, tmp_path, "[memory_mb]\ndynamic = 9"), folders(folder), "cpu", quiet)
+        measure_memory(planned(folder, tmp_path, "[memory_mb]\ndynamic = 9"), folders(folder), "cpu", quiet, [])
     assert "dynamic: no figure for the process" in str(caught.value)
 
 
@@ -80,11 +84,11 @@ def test_another_export_gets_the_same_inputs_in_its_own_dtype(exports):
     """Decoders take the cache in the dtype that they compute in."""
     plan = plan_bench(exports["llama-base"], BenchOptions("cpu", [(2, 3, 4)], against=exports["llama-f16-merged"]))
     race = _race(plan, plan.races[0])
-    mine, other = race.inputs["export"]["model"], race.inputs["against"]["model"]
+    exported, other = race.inputs["export"]["model"], race.inputs["against"]["model"]
     past = "past_key_values.0.key"
-    assert (mine[past].dtype, other[past].dtype) == (np.float32, np.float16)
-    np.testing.assert_array_equal(mine[past].astype(np.float16), other[past])
-    np.testing.assert_array_equal(mine["input_ids"], other["input_ids"])
+    assert (exported[past].dtype, other[past].dtype) == (np.float32, np.float16)
+    np.testing.assert_array_equal(exported[past].astype(np.float16), other[past])
+    np.testing.assert_array_equal(exported["input_ids"], other["input_ids"])
     bound_runs(open_export(exports["llama-f16-merged"], "cpu"), None, race.inputs["against"])()
 
 
@@ -101,3 +105,30 @@ def test_a_warm_up_that_was_cut_is_named():
     assert note.endswith(
         "settled: base, 4 × 8 on 2 tokens (1 of 2 rounds); dynamic, 4 × 8 on 2 tokens (2 of 2 rounds)."
     )
+
+
+def test_a_crash_in_the_last_shape_loses_nothing_that_was_measured(exports, own, monkeypatch):
+    folder = own(exports["classifier-dynamic"])
+    original, samples = latency._sample_ms, []
+
+    def raises_in_the_second_round(run, repeats):
+        samples.append(repeats)
+        if len(samples) > 40:
+            raise MemoryError("no memory left")
+        return original(run, 1)
+
+    monkeypatch.setattr(latency, "_sample_ms", raises_in_the_second_round)
+    with pytest.raises(MemoryError, match="no memory left"):
+        bench(folder, SourceOverrides(), BenchOptions("cpu", [(1, 4, 0), (2, 4, 0)], blocks=8, max_ratio=100.0))
+    stored = json.loads((folder / "reports/bench.json").read_text())
+    assert (stored["partial"], stored["stopped"]) == (True, "MemoryError: no memory left")
+    assert stored["memory"] and stored["placements"]
+    (first, *_) = stored["workloads"]
+    assert first["name"] == "1 × 4 tokens"
+    n_samples = {len(variant["samples_ms"]) for variant in first["variants"]}
+    assert len(n_samples) == 1 and n_samples.pop() % 2 == 0, "whole blocks only"
+    assert stored["verdict"] == "ambiguous", "too few blocks to say that an allowance is kept"
+    for suffix in ("html", "md", "junit.xml"):
+        text = (folder / f"reports/bench.{suffix}").read_text()
+        assert "Partial report: stopped by MemoryError: no memory left." in text
+    assert '<error type="stopped"' in text

@@ -10,6 +10,7 @@ import pytest
 from stored_tensors import adapter_tensors, change_weight, write_adapter_tensors
 
 from lora_export.artifact import sha256_of
+from lora_export.check import run
 from lora_export.check.context import CheckOptions
 from lora_export.check.results import CheckReport
 from lora_export.errors import InputRefused, UsageProblem
@@ -44,8 +45,9 @@ def test_sound_exports_pass_every_case(name, exports, own):
         expected |= {"decoding"}
     assert groups(report) == expected
     for case in report.cases:
-        if case.group == "adapter" and case.effect is not None:
-            assert abs(case.effect_share - 1) <= case.effect_share_tolerance < 0.1
+        if case.group == "adapter" and case.largest_effect is not None:
+            share = case.measured("effect_share")
+            assert abs(share.value - 1) <= share.limit < 0.1
 
 
 def test_a_dynamic_export_is_compared_with_a_merged_one(exports, own):
@@ -79,13 +81,53 @@ def test_an_export_with_targets_and_no_adapter_is_checked(exports, own):
     assert report.verdict is Verdict.PASS and "base" in groups(report)
 
 
+def test_rows_are_counted_where_they_are_flattened(exports, own):
+    found = {case.name: case.n_rows for case in checked(own(exports["classifier-dynamic"])).cases}
+    names = list(found)
+    assert found["8 mixed rows"] == found["8 mixed rows alone"] == 8
+    sequence = next(name for name in names if " → " in name)
+    assert found[sequence] == 8 * len(sequence.split(" → "))
+
+
+def test_one_adapter_is_changed_for_none_and_back(exports, own):
+    names = {case.name for case in checked(own(exports["features-dynamic"])).cases}
+    assert "features → none → features" in names and not any("features → features" in name for name in names)
+
+
+def test_a_crash_in_the_last_case_loses_nothing_that_was_compared(exports, own, monkeypatch):
+    def raises(examination):
+        raise RuntimeError("the session fell over")
+
+    monkeypatch.setattr(run, "sequence_case", raises)
+    folder = own(exports["classifier-dynamic"])
+    with pytest.raises(RuntimeError, match="the session fell over"):
+        checked(folder)
+    stored = json.loads((folder / "reports/check.json").read_text())
+    assert (stored["partial"], stored["stopped"]) == (True, "RuntimeError: the session fell over")
+    assert stored["verdict"] == "ambiguous" and "8 mixed rows" in {case["name"] for case in stored["cases"]}
+    for suffix in ("html", "md", "junit.xml"):
+        text = (folder / f"reports/check.{suffix}").read_text()
+        assert "Partial report: stopped by RuntimeError: the session fell over." in text
+    assert '<error type="stopped"' in text
+
+
+def test_a_crash_before_anything_was_compared_leaves_an_earlier_report(exports, own, monkeypatch):
+    folder = own(exports["classifier-merged"])
+    checked(folder)
+    before = (folder / "reports/check.json").read_bytes()
+    monkeypatch.setattr(run.Examination, "judge_alone", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        checked(folder)
+    assert (folder / "reports/check.json").read_bytes() == before
+
+
 def test_labelled_data_gives_accuracies(exports, own, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": f"text {n}", "label_id": n % 3}) + "\n" for n in range(12)))
     report = checked(own(exports["bert-dynamic"]), data={"topic": data}, n_rows=8)
     case = next(case for case in report.cases if case.name == "topic")
     assert case.n_rows == 8
-    assert case.accuracy_reference == case.accuracy_exported is not None
+    assert case.accuracy.reference == case.accuracy.exported
     assert any(str(data) in line for line in report.data)
 
 

@@ -110,5 +110,5 @@ def test_the_recorded_run_is_whole_and_its_targets_follow_from_its_lines():
         assert len(verdicts) >= (200 if candidate == "equal" else 100)
 
 
-def test_readme_has_the_records_table():
+def test_the_docs_have_the_records_table():
     assert table_in_readme("latency_gate") == latency_gate.readme_table(json.loads(RESULT.read_text("utf-8")))

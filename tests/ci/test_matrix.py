@@ -29,7 +29,7 @@ def test_the_record_has_every_cell_as_the_table_expects_it():
     assert [(c.architecture, c.option, c.mode, c.found) for c in cells if not c.as_expected] == []
 
 
-def test_readme_has_the_records_table():
+def test_the_docs_have_the_records_table():
     assert table_in_readme("matrix") == matrix.summary(matrix.read_result())
 
 

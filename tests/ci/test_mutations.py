@@ -127,7 +127,7 @@ def test_an_export_that_fails_before_it_is_damaged_proves_nothing(bases, tmp_pat
 
 
 def test_a_failure_of_an_unknown_measure_must_be_named():
-    case = ParityCase("a", "adapter", "b", 0.0, 0.0, None, 1, failures=("it is purple",))
+    case = ParityCase("a", "adapter", "b", 1, failures=("it is purple",))
     with pytest.raises(LookupError, match="name the measure of this failure in _MEASURES: it is purple"):
         list(mutation_results.measures_of(case))
 
@@ -166,7 +166,7 @@ def test_a_part_is_recorded_among_the_rest(tmp_path, monkeypatch):
     assert mutation_results.among_recorded([caught], []) == ([caught, other], [])
 
 
-def test_readme_has_the_records_table():
+def test_the_docs_have_the_records_table():
     assert table_in_readme("mutations") == mutation_results.markdown(*mutation_results.read_result())
 
 

@@ -284,7 +284,7 @@ def test_a_limit_given_on_the_command_line_gates_and_is_recorded(exports, own):
     folder = own(exports["classifier-merged"])
     given = json.loads(call("check", folder, "--provider", "cpu", "--tolerance", "error=1e-12", "--json").output)
     assert given["verdict"] == "fail" and "at most 1e-12 is rounding" in given["cases"][0]["failures"][0]
-    assert [gate["measure"] for gate in given["gates"] if gate["overridden"]] == ["error"]
+    assert [limit["measure"] for limit in given["limits"] if limit["overridden"]] == ["error"]
     assert "is not MEASURE=LIMIT" in fails(2, "check", folder, "--tolerance", "error")
     assert "for a measure that there is not" in fails(2, "check", folder, "--tolerance", "errors=1")
 
@@ -306,7 +306,7 @@ def test_a_failed_check_annotates_the_run_and_fills_the_job_summary(exports, own
     result = call(*arguments, "--json")
     assert result.exit_code == 1 and result.stderr.startswith("::error title=")
     found = json.loads(result.stdout)
-    assert found["verdict"] == "fail" and found["cases"][0]["error"] is None
+    assert found["verdict"] == "fail" and found["cases"][0]["largest_error"] is None
     assert job_summary.read_text("utf-8").count("Parity check failed") == 3
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "no" / "summary.md"))
     assert "the job summary was not written" in fails(1, *arguments)

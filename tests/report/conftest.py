@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from lora_export.bench.results import BenchReport, Memory, Placement, Ratio, Swap, Variant, WarmUp, Workload
+from lora_export.bench.results import BenchReport, Memory, ProviderOperators, Ratio, Swap, Variant, WarmUp, Workload
 from lora_export.check.divergence_results import ComparedValue, Divergence, LayerErrors, Reproduction
 from lora_export.check.judge.tolerances import tolerances
-from lora_export.check.results import CheckReport, ParityCase, Rounding
+from lora_export.check.results import BothSides, CheckReport, Measured, ParityCase, Rounding
 from lora_export.verdict import Environment, Subject, Verdict
 
-GATES = tolerances("float32", "cpu", {"kl": 1e-6}).gates
+LIMITS = tolerances("float32", "cpu", {"kl": 1e-6}).recorded
 HOSTILE = "<script>alert('x')</script> & \"a|b\""
 
 
@@ -59,37 +59,24 @@ def subject() -> Subject:
     )
 
 
-def _case(name: str, group: str = "adapter", **changes: object) -> ParityCase:
-    values = {
-        "name": name,
-        "group": group,
-        "reference": "PEFT with the adapter active",
-        "error": 1.5e-06,
-        "error_relative": 3.0e-07,
-        "tolerance": 1e-04,
-        "n_rows": 256,
-        "kl": 2.1e-12,
-        "kl_tolerance": 1e-06,
-        "top1": 1.0,
-        "top1_tolerance": 0.999,
-        "effect": 4.2,
-        "effect_ratio": 2.8e06,
-        "effect_ratio_minimum": 100.0,
-        "effect_share": 1.0,
-        "effect_share_tolerance": 1e-4,
-    }
-    return ParityCase(**(values | changes))
+def _case(name: str, group: str = "adapter", reference: str = "PEFT with the adapter active", **changes) -> ParityCase:
+    """A passing case with all measures but `rounding` and `perplexity`; a change named after a measure is its value,
+    None to leave it out."""
+    values = {"error": 3.0e-07, "kl": 2.1e-12, "top1": 1.0, "effect": 2.8e06, "effect_share": 1.0}
+    limits = {"error": 1e-4, "kl": 1e-6, "top1": 0.999, "effect": 100.0, "effect_share": 1e-4,
+              "rounding": 2.0, "perplexity": 1e-4}  # fmt: skip
+    values |= {name: changes.pop(name) for name in list(changes) if name in limits}
+    measures = tuple(Measured.of(name, value, limits[name]) for name, value in values.items() if value is not None)
+    figures = {"largest_error": 1.5e-06, "largest_effect": 4.2} | changes
+    return ParityCase(name, group, reference, 256, measures, **figures)
 
 
-MEASURED = {
-    "rounding": Rounding(1.1e-07, 1.3e-07, 9.0e-07, 1.2e-06, 3e-13, 4e-13, 1.0, 0.9998, 12.345678),
-    "rounding_ratio": 1.18,
-    "rounding_ratio_maximum": 2.0,
-    "perplexity_reference": 12.345679,
-    "perplexity_exported": 12.345681,
-    "perplexity_difference": 1.6e-07,
-    "perplexity_tolerance": 1e-4,
-}
+WIDER = Rounding(1.1e-07, 1.3e-07, 9.0e-07, 1.2e-06, 3e-13, 4e-13, 1.0, 0.9998, 12.345678)
+
+
+def _precise(case: ParityCase) -> ParityCase:
+    """With what a run at a wider dtype and a language model's data add."""
+    return replace(case, rounding=WIDER, perplexity=BothSides(12.345679, 12.345681))
 
 
 def _value(module: str, place: int, error: float, what: str = "output", shape: tuple[int, ...] = (1, 7, 32)):
@@ -130,35 +117,34 @@ def _divergence() -> Divergence:
 
 @pytest.fixture
 def passing_check(subject: Subject, environment: Environment) -> CheckReport:
-    names = ("effect", "effect_ratio", "effect_ratio_minimum", "effect_share", "effect_share_tolerance")
-    without = dict.fromkeys(names)
+    without = {"effect": None, "effect_share": None, "largest_effect": None}
     cases = (
-        _case("base", "base", reference="the base in PyTorch", error=9.5e-07, error_relative=2e-07, **without),
-        _case("topic", accuracy_reference=0.941, accuracy_exported=0.941, **MEASURED),
-        _case("kind", error=2.4e-06, error_relative=4.8e-07, effect=1.31, effect_ratio=5.5e05, top1=0.99996),
-        _case(HOSTILE, error=0.0, error_relative=0.0, effect_ratio=math.inf),
-        _case("mixed rows", "rows", error=3.3e-05, error_relative=6.2e-05, effect_ratio=1.3e05),
-        _case("topic → kind → topic → none", "sequence", kl=None, kl_tolerance=None, top1=None, top1_tolerance=None),
+        _case("base", "base", "the base in PyTorch", error=2e-07, largest_error=9.5e-07, **without),
+        _precise(_case("topic", rounding=1.18, perplexity=1.6e-07, accuracy=BothSides(0.941, 0.941))),
+        _case("kind", error=4.8e-07, largest_error=2.4e-06, effect=5.5e05, largest_effect=1.31, top1=0.99996),
+        _case(HOSTILE, error=0.0, largest_error=0.0, effect=math.inf),
+        _case("mixed rows", "rows", error=6.2e-05, largest_error=3.3e-05, effect=1.3e05),
+        _case("topic → kind → topic → none", "sequence", kl=None, top1=None),
     )
     data = ("topics.jsonl, 256 rows", "random token ids, seed 7")
     skipped = ("Decoding: the task has no cache.",)
-    return CheckReport(subject, environment, data, cases, GATES, skipped, seconds=41.26, layers=_layers())
+    return CheckReport(subject, environment, data, cases, LIMITS, skipped, seconds=41.26, layers=_layers())
 
 
 @pytest.fixture
 def failing_check(passing_check: CheckReport, subject: Subject, environment: Environment) -> CheckReport:
     swapped = _case(
-        "swapped <b>names</b>", error=0.82, error_relative=0.82, effect=1.1, effect_ratio=1.34, top1=0.61,
-        accuracy_reference=0.941, accuracy_exported=0.508,
+        "swapped <b>names</b>", error=0.82, largest_error=0.82, effect=1.34, largest_effect=1.1, top1=0.61,
+        accuracy=BothSides(0.941, 0.508),
         failures=("The relative error 8.2e-01 exceeds 1.0e-04.", "The effect is only 1.3 times the error; 100 are needed."),
     )  # fmt: skip
     broken = _case(
-        "half precision", error=math.nan, error_relative=math.nan, kl=math.inf, effect=math.inf, effect_ratio=math.nan,
+        "half precision", error=math.nan, largest_error=math.nan, kl=math.inf, effect=math.nan, largest_effect=math.inf,
         failures=("ONNX Runtime returned NaN in 12 of 256 rows.",),
     )  # fmt: skip
     cases = (*passing_check.cases, swapped, broken)
     layers = (*passing_check.layers, LayerErrors("broken", "row 2 of 8", (_value("layer.0", 0, math.nan),)))
-    return CheckReport(subject, environment, (), cases, GATES, (), 131.0, layers, _divergence())
+    return CheckReport(subject, environment, (), cases, LIMITS, (), 131.0, layers, _divergence())
 
 
 @pytest.fixture
@@ -168,8 +154,19 @@ def gpu_check(passing_check: CheckReport, environment: Environment, subject: Sub
 
 
 @pytest.fixture
+def stopped_check(passing_check: CheckReport) -> CheckReport:
+    return replace(passing_check, cases=passing_check.cases[:2], stopped="RuntimeError: the <b>session</b> fell over")
+
+
+@pytest.fixture
+def stopped_bench(gated_bench: BenchReport) -> BenchReport:
+    first = replace(gated_bench.workloads[0], ratios=gated_bench.workloads[0].ratios[:1])
+    return replace(gated_bench, workloads=(first,), memory=(), stopped="MemoryError")
+
+
+@pytest.fixture
 def empty_check(subject: Subject, environment: Environment) -> CheckReport:
-    return CheckReport(subject, environment, (), (), GATES, (), seconds=0.4)
+    return CheckReport(subject, environment, (), (), LIMITS, (), seconds=0.4)
 
 
 def _variant(name: str, centre: float, n: int, seed: int, description: str = "") -> Variant:
@@ -210,9 +207,9 @@ def gated_bench(subject: Subject, environment: Environment) -> BenchReport:
     )
     kinds = {"MatMul": 74, "Add": 60, "SkipLayerNormalization": 24, "Gather": 5, "Shape": 4, HOSTILE: 1}
     placements = (
-        Placement("base", "model", "CUDAExecutionProvider", kinds),
-        Placement("base", "model", "CPUExecutionProvider", {"Shape": 3}),
-        Placement("export", "model", "CUDAExecutionProvider", {"MatMul": 146, "Add": 132}),
+        ProviderOperators("base", "model", "CUDAExecutionProvider", kinds),
+        ProviderOperators("base", "model", "CPUExecutionProvider", {"Shape": 3}),
+        ProviderOperators("export", "model", "CUDAExecutionProvider", {"MatMul": 146, "Add": 132}),
     )
     notes = ("Both cores were shared with other processes.", f"A note with {HOSTILE}")
     return BenchReport(subject, environment, (first, second), swaps, memory, placements, notes, seconds=83.5)

@@ -17,7 +17,10 @@ from lora_export.report import bench_tables, check_tables, provenance
 from lora_export.report.html import render_bench_html, render_check_html
 from lora_export.report.tables import Table
 
-REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench", "compared_bench")
+REPORTS = (
+    "passing_check", "failing_check", "empty_check", "stopped_check",
+    "gated_bench", "ungated_bench", "compared_bench", "stopped_bench",
+)  # fmt: skip
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -207,6 +210,23 @@ def test_missing_parts_leave_no_empty_sections(empty_check: CheckReport, ungated
     assert not {"findings", "parity", "cases", "accuracy", "skipped", "data"} & set(empty.ids)
     assert not {"findings", "ratio-table", "memory", "placements", "against", "notes"} & set(ungated.ids)
     assert "Changing the adapter was not measured." in ungated.text
+
+
+def test_tables_of_six_columns_have_the_whole_width(gated_bench: BenchReport) -> None:
+    """In half of it, on a screen of 1000 to 1600 pixels, the swaps' allowance and result were cut off."""
+    page = render_bench_html(gated_bench)
+    for half in re.findall(r'class="columns".*?</section>', page, re.DOTALL):
+        heads = re.findall(r"<thead.*?</thead>", half, re.DOTALL)
+        assert all(head.count("<th ") <= 2 for head in heads)
+        assert 'id="swap"' not in half
+
+
+def test_a_partial_report_says_so_before_its_numbers(stopped_check: CheckReport, stopped_bench: BenchReport) -> None:
+    for report in (stopped_check, stopped_bench):
+        text = Page(_render(report)).text
+        assert text.startswith("AMBIGUOUS – ")
+        assert text.index(f"Partial report: stopped by {report.stopped}.") < text.index("Duration")
+    assert "Partial report" not in _render(replace(stopped_check, stopped=None))
 
 
 def test_size_stays_small(gated_bench: BenchReport) -> None:

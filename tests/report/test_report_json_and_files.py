@@ -25,11 +25,14 @@ def _parsed(report: CheckReport | BenchReport) -> dict:
 
 def test_check_values_survive(failing_check: CheckReport, hostile: str) -> None:
     found = _parsed(failing_check)
-    assert (found["report"], found["verdict"], found["schema"]) == ("check", "fail", 1)
+    assert (found["report"], found["verdict"], found["schema"]) == ("check", "fail", 2)
     by_name = {case["name"]: case for case in found["cases"]}
-    assert by_name["topic"]["error"] == 1.5e-06
-    assert by_name[hostile]["effect_ratio"] is None  # infinite
-    assert by_name["half precision"]["error"] is None  # NaN
+    assert by_name["topic"]["largest_error"] == 1.5e-06
+    topic = {entry["name"]: entry for entry in by_name["topic"]["measures"]}
+    assert topic["rounding"] == {"name": "rounding", "value": 1.18, "limit": 2.0, "failed": False}
+    assert {entry["name"]: entry["value"] for entry in by_name[hostile]["measures"]}["effect"] is None  # infinite
+    assert by_name["half precision"]["largest_error"] is None  # NaN
+    assert (found["partial"], found["stopped"]) == (False, None)
     assert by_name["half precision"]["passed"] is False
 
 

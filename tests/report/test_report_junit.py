@@ -7,14 +7,17 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import pytest
-from junitparser import Failure, JUnitXml, Skipped
+from junitparser import Error, Failure, JUnitXml, Skipped
 
 from lora_export.bench.results import BenchReport
 from lora_export.check.results import CheckReport
 from lora_export.report.junit import render_bench_junit, render_check_junit
 from lora_export.verdict import Verdict
 
-REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench", "compared_bench")
+REPORTS = (
+    "passing_check", "failing_check", "empty_check", "stopped_check",
+    "gated_bench", "ungated_bench", "compared_bench", "stopped_bench",
+)  # fmt: skip
 
 # Jenkins' junit-10.xsd, as far as it is used: required and optional attributes, and children in any order.
 STRICT = {
@@ -25,6 +28,7 @@ STRICT = {
     "property": ("name value", "", ""),
     "testcase": ("name", "time classname group", "skipped error failure system-out system-err"),
     "failure": ("", "type message", ""),
+    "error": ("", "type message", ""),
     "skipped": ("", "type message", ""),
     "system-out": ("", "", ""),
 }  # fmt: skip
@@ -81,12 +85,12 @@ def test_a_failed_comparison_tells_why(failing_check: CheckReport) -> None:
 
 def test_figures_are_at_full_precision(passing_check: CheckReport, gated_bench: BenchReport) -> None:
     properties = {entry.name: entry.value for entry in _suite(passing_check).properties()}
-    assert properties["adapter/topic/error"] == "1.5e-06"
+    assert properties["adapter/topic/largest_error"] == "1.5e-06" and properties["adapter/topic/error"] == "3e-07"
     assert properties["adapter/topic/accuracy_exported"] == "0.941"
     assert "base/base/effect" not in properties
     assert properties["graph sha-256"] == passing_check.subject.graph_sha256
     assert properties["version onnxruntime"] == "1.23.0" and properties["verdict"] == "pass"
-    assert "tolerance=0.0001\n" in _cases(passing_check)["lora-export.check.adapter", "topic"].system_out
+    assert "error_limit=0.0001\n" in _cases(passing_check)["lora-export.check.adapter", "topic"].system_out
     variant = gated_bench.workloads[0].variants[1]
     case = _cases(gated_bench)["lora-export.bench.8 × 128 tokens", "merged"]
     assert f"median_ms={variant.median_ms!r}\n" in case.system_out
@@ -101,6 +105,17 @@ def test_what_was_not_compared_is_skipped(passing_check: CheckReport) -> None:
 def test_a_check_of_nothing_fails(empty_check: CheckReport) -> None:
     (result,) = _cases(empty_check)["lora-export.check.check", "comparisons"].result
     assert isinstance(result, Failure) and "holds no comparison" in result.message
+
+
+@pytest.mark.parametrize("name", ["stopped_check", "stopped_bench"])
+def test_what_stopped_the_measurements_is_an_error_beside_what_was_measured(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    report = request.getfixturevalue(name)
+    suite = _suite(report)
+    (error,) = [result for case in suite for result in case.result if isinstance(result, Error)]
+    assert error.text == report.stopped and error.message.startswith(f"Partial report: stopped by {report.stopped}.")
+    assert (suite.errors, suite.failures) == (1, 0) and suite.tests > 2
 
 
 def test_every_variant_has_its_verdict(gated_bench: BenchReport, hostile: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from lora_export.bench.results import BenchReport
-from lora_export.check.results import CheckReport
+from lora_export.check.results import CheckReport, Measured
 from lora_export.report.bench_plots import MOST_DOTS, latency_plot, ratio_plot, thinned
 from lora_export.report.check_plots import parity_plot
 from lora_export.report.svg import Axis
@@ -45,21 +45,37 @@ def test_axis_without_extent() -> None:
     assert Axis(3.0, 3.0).ticks()
 
 
-def test_parity_plot_orders_error_tolerance_and_effect(passing_check: CheckReport) -> None:
+def test_parity_plot_shows_how_much_of_its_limit_each_measure_takes(passing_check: CheckReport) -> None:
     topic = replace(passing_check, cases=(passing_check.cases[1],))
     image = parity_plot(topic)
-    (error,), (limit,), (reach,) = (_marks(image, style) for style in ("error", "limit", "reach"))
-    assert _at(error, "cx") < _at(limit, "x1") < _at(reach, "x2")
-    assert _at(reach, "x1") == _at(error, "cx")
-    # 1e-04 of a largest output of 5 (error over relative error), on an axis from 1e-06 to 10.
-    assert _at(limit, "x1") == pytest.approx(2 + 96 * (math.log10(5e-04) + 6) / 7, abs=0.01)
+    (nearest,), (limit,), others = (_marks(image, style) for style in ("error", "limit", "other"))
+    # 1.18 of at most 2, on an axis from a thousandth to ten times the limit.
+    assert _at(nearest, "cx") == pytest.approx(2 + 96 * (math.log10(0.59) + 3) / 4, abs=0.01)
+    assert _at(limit, "x1") == pytest.approx(2 + 96 * 3 / 4, abs=0.01)
+    assert len(others) == 6 and all(_at(other, "cx") < _at(nearest, "cx") for other in others)
+    assert "error over PyTorch's rounding" in image and ">59% ✓<" in image
+
+
+def test_a_failed_case_has_its_dot_beyond_the_band_whatever_measure_failed(failing_check: CheckReport) -> None:
+    """A dot inside the band that is marked as failed would say two things."""
+    passing = failing_check.cases[1]
+    measures = tuple(Measured.of(m.name, 9.0 if m.name == "rounding" else m.value, m.limit) for m in passing.measures)
+    case = replace(passing, measures=measures, failures=("the error is 9 × what PyTorch itself loses",))
+    image = parity_plot(replace(failing_check, cases=(case,)))
+    (dot,), (band,) = _marks(image, "error"), _marks(image, "allowed")
+    assert _at(dot, "cx") > _at(band, "x") + _at(band, "width")
+    assert len(_marks(image, "label failed")) == 1 and ">450% ✕<" in image
 
 
 def test_parity_plot_of_special_values(failing_check: CheckReport, empty_check: CheckReport) -> None:
     image = parity_plot(failing_check)
-    assert len(_marks(image, "error")) == 6 and len(_marks(image, "error exact")) == 1
-    assert [note.text for note in _marks(image, "note")] == ["the error is NaN"]
+    assert len(_marks(image, "error")) == 7
+    assert [note.text for note in _marks(image, "note")] == ["the relative error is NaN"]
     assert len(_marks(image, "label failed")) == 2
+    tokens = replace(failing_check.cases[0], measures=())
+    assert "nothing limits it" not in parity_plot(replace(failing_check, cases=(tokens,)))
+    both = replace(failing_check, cases=(tokens, failing_check.cases[0]))
+    assert [note.text for note in _marks(parity_plot(both), "note")] == ["nothing limits it"]
     assert parity_plot(empty_check) == ""
 
 

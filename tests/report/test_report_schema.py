@@ -16,7 +16,8 @@ from lora_export.check import divergence_results
 from lora_export.check import results as check_results
 from lora_export.check.context import CheckOptions
 from lora_export.check.judge import tolerances
-from lora_export.report import check_tables
+from lora_export.check.judge.formulas import FORMULAS
+from lora_export.report import check_tables, measure_words
 from lora_export.report.as_json import json_value, render_json, report_schema
 
 REPORTS = (
@@ -27,15 +28,17 @@ REPORTS = (
     "ungated_bench",
     "compared_bench",
     "gpu_check",
+    "stopped_check",
+    "stopped_bench",
 )
 SCHEMA = report_schema()
 VALIDATOR = Draft202012Validator(SCHEMA, format_checker=Draft202012Validator.FORMAT_CHECKER)
 
 
-def test_the_schema_is_one() -> None:
+def test_the_schema_is_the_second() -> None:
     Draft202012Validator.check_schema(SCHEMA)
-    assert SCHEMA["$id"] == "urn:lora-export:report:1"
-    assert SCHEMA["$defs"]["check"]["properties"]["schema"] == {"const": 1}
+    assert SCHEMA["$id"] == "urn:lora-export:report:2"
+    assert SCHEMA["$defs"]["check"]["properties"]["schema"] == {"const": results.REPORT_SCHEMA} == {"const": 2}
 
 
 @pytest.mark.parametrize("name", REPORTS)
@@ -50,7 +53,9 @@ def test_reports_are_valid(name: str, request: pytest.FixtureRequest) -> None:
         ("subject", results.Subject, set()),
         ("case", check_results.ParityCase, {"passed"}),
         ("rounding", check_results.Rounding, set()),
-        ("gate", tolerances.Gate, set()),
+        ("limit", tolerances.Limit, set()),
+        ("measured", check_results.Measured, set()),
+        ("both_sides", check_results.BothSides, set()),
         ("variant", bench_results.Variant, set()),
         ("ratio", bench_results.Ratio, set()),
         ("workload", bench_results.Workload, {"name"}),
@@ -61,9 +66,9 @@ def test_reports_are_valid(name: str, request: pytest.FixtureRequest) -> None:
         ("reproduction", divergence_results.Reproduction, set()),
         ("divergence", divergence_results.Divergence, set()),
         ("memory", bench_results.Memory, set()),
-        ("placement", bench_results.Placement, set()),
-        ("check", check_results.CheckReport, {"report", "verdict", "scope"}),
-        ("bench", bench_results.BenchReport, {"report", "verdict", "scope"}),
+        ("placement", bench_results.ProviderOperators, set()),
+        ("check", check_results.CheckReport, {"report", "verdict", "scope", "partial"}),
+        ("bench", bench_results.BenchReport, {"report", "verdict", "scope", "partial"}),
     ],
 )
 def test_every_field_is_described_and_required(definition: str, kind: type, derived: set[str]) -> None:
@@ -71,6 +76,12 @@ def test_every_field_is_described_and_required(definition: str, kind: type, deri
     fields = {field.name for field in dataclasses.fields(kind)} | derived
     assert set(described["properties"]) == set(described["required"]) == fields
     assert described["additionalProperties"] is False
+
+
+def test_every_measure_has_words_and_a_formula() -> None:
+    assert list(measure_words.WORDS) == list(tolerances.MEASURES) == list(FORMULAS)
+    for words in measure_words.WORDS.values():
+        assert words.title and words.noun and words.text(1.0)
 
 
 def test_groups_of_cases_are_those_with_a_heading() -> None:
@@ -101,7 +112,7 @@ def _drop(*path: object) -> Callable[[dict], None]:
 BROKEN = {
     "no kind": ("passing_check", _drop("report")),
     "another kind": ("passing_check", _set("report", "latency")),
-    "another version": ("passing_check", _set("schema", 2)),
+    "another version": ("passing_check", _set("schema", 1)),
     "version as text": ("gated_bench", _set("schema", "1")),
     "a field too many": ("passing_check", _set("score", 7)),
     "a bench called check": ("gated_bench", _set("report", "check")),
@@ -111,9 +122,14 @@ BROKEN = {
     "an ambiguous check": ("passing_check", _set("verdict", "ambiguous")),
     "passed in spite of failures": ("failing_check", _set("cases", -1, "passed", True)),
     "failed without a reason": ("passing_check", _set("cases", 0, "passed", False)),
-    "a case without its error": ("passing_check", _drop("cases", 0, "error")),
-    "an error as text": ("passing_check", _set("cases", 0, "error", "1e-6")),
-    "top-1 in percent": ("passing_check", _set("cases", 0, "top1", 99.9)),
+    "a case without its error": ("passing_check", _drop("cases", 0, "largest_error")),
+    "an error as text": ("passing_check", _set("cases", 0, "largest_error", "1e-6")),
+    "a measure without its limit": ("passing_check", _drop("cases", 0, "measures", 0, "limit")),
+    "a measure as text": ("passing_check", _set("cases", 0, "measures", 0, "value", "1e-6")),
+    "a partial check that says pass": ("stopped_check", _set("verdict", "pass")),
+    "a partial check without a reason": ("stopped_check", _set("stopped", None)),
+    "a whole check with a reason": ("passing_check", _set("stopped", "RuntimeError")),
+    "a partial bench that says pass": ("stopped_bench", _set("verdict", "pass")),
     "a group nobody knows": ("passing_check", _set("cases", 0, "group", "others")),
     "an error by layer without its module": ("passing_check", _drop("layers", 0, "modules", 0, "module")),
     "a difference without a sentence": ("failing_check", _set("divergence", "sentence", "")),

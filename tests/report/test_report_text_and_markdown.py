@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import html
 import re
 from dataclasses import replace
 
 import pytest
 
 from lora_export.bench.results import BenchReport
-from lora_export.check.results import CheckReport
+from lora_export.check.results import CheckReport, Measured
 from lora_export.report.bench_tables import latency_table, ratio_table
 from lora_export.report.check_tables import case_table
 from lora_export.report.markdown import render_bench_markdown, render_check_markdown
 from lora_export.report.text import WIDTH, render_bench_text, render_check_text
 from lora_export.verdict import Verdict
 
-REPORTS = ("passing_check", "failing_check", "empty_check", "gated_bench", "ungated_bench", "compared_bench")
+REPORTS = (
+    "passing_check", "failing_check", "empty_check", "stopped_check",
+    "gated_bench", "ungated_bench", "compared_bench", "stopped_bench",
+)  # fmt: skip
 
 
 def _text(report: CheckReport | BenchReport) -> str:
@@ -70,8 +74,47 @@ def test_columns_are_aligned(passing_check: CheckReport) -> None:
 
 
 def test_nearest_to_the_limit_is_named(passing_check: CheckReport) -> None:
-    assert "nearest to its limit is “mixed rows”, with 62% of the tolerated error" in " ".join(
-        render_check_text(passing_check).split()
+    text = " ".join(render_check_text(passing_check).split())
+    assert "nearest to its limit is the relative error of “mixed rows”, with 62% of what is allowed" in text
+
+
+def test_nearest_to_the_limit_is_the_largest_over_all_measures(passing_check: CheckReport) -> None:
+    """An error at 6 % says nothing while another measure stands at 59 %."""
+    text = " ".join(render_check_text(replace(passing_check, cases=passing_check.cases[:2])).split())
+    assert "nearest to its limit is the error over PyTorch's rounding of “topic”, with 59% of what is allowed" in text
+
+
+def test_the_measure_that_decides_is_shown_with_its_limit(passing_check: CheckReport) -> None:
+    """In half precision nothing limits the relative error, which is then far above float32's limit."""
+    values = {"error": (3e-2, None), "kl": (4e-4, 1e-3), "top1": (1.0, 0.99)}
+    measures = tuple(Measured.of(name, *figures) for name, figures in values.items())
+    report = replace(passing_check, cases=(replace(passing_check.cases[0], measures=measures),))
+    for text in (render_check_text(report), render_check_markdown(report)):
+        assert "KL 4.0e-04 ≤ 1.0e-03" in text and "40%" in text and "≤ 1.0e-04" not in text
+
+
+def test_text_and_markdown_say_what_each_variant_was(gated_bench: BenchReport) -> None:
+    for text in (render_bench_text(gated_bench), render_bench_markdown(gated_bench)):
+        assert "- dynamic: adapter given as inputs" in text and "- mixed rows: one adapter a row" in text
+
+
+def test_a_ratio_of_too_few_blocks_decides_nothing(stopped_bench: BenchReport) -> None:
+    ratio = replace(stopped_bench.workloads[0].ratios[0], confidence=0.75, verdict=Verdict.AMBIGUOUS)
+    workload = replace(stopped_bench.workloads[0], ratios=(ratio,))
+    text = " ".join(render_bench_text(replace(stopped_bench, workloads=(workload,))).split())
+    assert "its 75.0% interval is 1.012× to 1.048×, of too few blocks to decide on the allowance of 1.050×." in text
+
+
+@pytest.mark.parametrize(("name", "headline"), [
+    ("stopped_check", "Parity check stopped before its end"), ("stopped_bench", "The bench was stopped before its end"),
+])  # fmt: skip
+def test_a_partial_report_says_so_at_its_top(name: str, headline: str, request: pytest.FixtureRequest) -> None:
+    report = request.getfixturevalue(name)
+    assert report.verdict is Verdict.AMBIGUOUS and report.partial
+    text = " ".join(_text(report).split())
+    assert text.startswith(f"? AMBIGUOUS: {headline}") and f"! Partial report: stopped by {report.stopped}." in text
+    assert _markdown(report).startswith(f"## ? {headline}") and "\n\n> **Partial report: stopped by " in _markdown(
+        report
     )
 
 
@@ -136,7 +179,7 @@ def test_a_gpu_run_is_not_labelled(gpu_check: CheckReport) -> None:
 
 
 def _cells(markdown: str) -> set[tuple[str, ...]]:
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    lines = [html.unescape(line) for line in markdown.splitlines() if line.startswith("|")]
     return {tuple(cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]) for line in lines}
 
 

@@ -8,18 +8,19 @@ from dataclasses import replace
 
 import numpy as np
 
+from lora_export.check.cases.examination import Examination, Examined
 from lora_export.check.context import run_reference
 from lora_export.check.inputs.examples import Batch, Batcher, Examples
 from lora_export.check.inputs.invoked import with_invocation
 from lora_export.check.inputs.ragged import ragged
-from lora_export.check.judge.compare import Outputs, compare, noise_of
+from lora_export.check.judge.compare import Comparison, Outputs
+from lora_export.check.judge.formulas import noise_of
 from lora_export.check.judge.measures import output_scale
 from lora_export.check.judge.tolerances import Tolerances
 from lora_export.check.locate.probe import Probe
-from lora_export.check.locate.probes import step_probe, worst_probes
-from lora_export.check.locate.where import Where
+from lora_export.check.locate.probes import step_probe
 from lora_export.check.reference.unmerged import Reference
-from lora_export.check.results import ParityCase
+from lora_export.check.results import Measured, ParityCase
 from lora_export.contract import GATE_INPUT
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.generate import empty_cache, generate
@@ -27,47 +28,47 @@ from lora_export.runtime.generate import empty_cache, generate
 _ROWS = 4
 GREEDY_TOKENS = 32
 _PROMPT_TOKENS = 12
-NO_GREEDY = (
+_NO_GREEDY = (
     "The cached steps of given tokens agree with PyTorch, so the tokens that a generation chooses are looked into no "
     "further: their inputs are its own."
 )
 
 
-def decoding_cases(
-    label: str,
-    adapter: RowAdapter,
-    session: AdapterSession,
-    reference: Reference,
-    batcher: Batcher,
-    examples: Examples,
-    gates: Tolerances,
-    where: Where,
-) -> list[ParityCase]:
+def decoding_cases(examination: Examination, examined: Examined, batcher: Batcher, examples: Examples) -> None:
     """Left padding, cached steps (a chunk, then single tokens) and greedy agreement of one adapter."""
+    session, adapter, reference = examination.session, examined.adapter, examined.reference
+    limits = examination.context.limits
     invocation = session.manifest.adapter(adapter).invocation_tokens if isinstance(adapter, str) else None
     batch = with_invocation(_ragged(batcher.batch(examples.rows[-_ROWS:], padding_side="left")), invocation)
     expected = run_reference(reference, [batch], precisely=True)
-    whole = session.run(batch.inputs | empty_cache(session, len(batch.labels)), adapter)["logits"].astype(np.float32)
+    whole = session.run(batch.inputs | empty_cache(session, len(batch.labels)), adapter)["logits"]
+    padded = decoding_comparison(f"{examined.label}: padded on the left", expected, whole, batch)
+    examination.judge_rows(padded, examined, [batch])
     stepped = np.concatenate([logits for *_, logits in _steps(session, batch, adapter)], axis=1)
-    described = "PEFT, unmerged, without a cache"
-
-    def case(suffix: str, values: np.ndarray) -> ParityCase:
-        found = Outputs("logits", (values,), (batch.real,))
-        return compare(f"{label}: {suffix}", "decoding", described, expected, found, gates)
-
-    padded, cached = case("padded on the left", whole), case("cached steps", stepped)
-    with_whole = Outputs("logits", (whole,), (batch.real,))
-    where.find(padded, lambda: worst_probes(session, adapter, reference, [batch], expected, with_whole))
-    where.find(cached, lambda: _step_probes(session, adapter, reference, batch, expected.values[0], stepped, gates))
+    cached = examination.judge(
+        decoding_comparison(f"{examined.label}: cached steps", expected, stepped, batch),
+        lambda: _step_probes(session, examined, batch, expected.values[0], stepped, limits),
+    )
     prompts = [
         ids[real][: _PROMPT_TOKENS * (row + 1) // _ROWS].tolist() + list(invocation or ())
         for row, (ids, real) in enumerate(zip(batch.inputs["input_ids"], batch.real, strict=True))
     ]
     found = generate(session, prompts, adapter, max_new_tokens=GREEDY_TOKENS)
     behind = [_behind(reference, *pair) for pair in zip(prompts, found, strict=True)]
-    greedy = greedy_case(label, behind, noise_of(cached, expected.positions(), gates), gates)
-    where.cannot(greedy, NO_GREEDY)
-    return [padded, cached, greedy]
+    noise = noise_of(cached.rounding, expected.positions(), limits)
+    add_greedy_case(examination, greedy_case(examined.label, behind, noise, limits))
+
+
+def decoding_comparison(name: str, expected: Outputs, logits: np.ndarray, batch: Batch) -> Comparison:
+    """The logits of one batch, however the export was run for them, against one pass of PEFT without a cache."""
+    found = Outputs("logits", (logits.astype(np.float32),), (batch.real,))
+    return Comparison(name, "decoding", "PEFT, unmerged, without a cache", expected, found)
+
+
+def add_greedy_case(examination: Examination, case: ParityCase) -> None:
+    """Add a case that was judged by its tokens; it is not looked into."""
+    examination.cases.append(case)
+    examination.where.cannot(case, _NO_GREEDY)
 
 
 def _ragged(batch: Batch) -> Batch:
@@ -101,32 +102,32 @@ def _steps(
 
 def _step_probes(
     session: AdapterSession,
-    adapter: RowAdapter,
-    reference: Reference,
+    examined: Examined,
     batch: Batch,
     expected: np.ndarray,
     stepped: np.ndarray,
-    gates: Tolerances,
+    limits: Tolerances,
 ) -> Iterator[Probe]:
     """The first step that fails, on the cache that the export made up to there."""
-    row, position = first_failing(expected, stepped, batch.real, gates)
-    start, end, inputs, _ = next(step for step in _steps(session, batch, adapter) if step[1] > position)
+    row, position = first_failing(expected, stepped, batch.real, limits)
+    start, end, inputs, _ = next(step for step in _steps(session, batch, examined.adapter) if step[1] > position)
     described = f"row {row + 1} of {len(stepped)}, positions {start} to {end - 1} on a cache of {start}"
-    yield step_probe(session, adapter, reference, batch, row, (start, end, inputs), described)
+    step = (start, end, inputs)
+    yield step_probe(session, examined.adapter, examined.reference, batch, row, step, described)
 
 
-def first_failing(expected: np.ndarray, found: np.ndarray, real: np.ndarray, gates: Tolerances) -> tuple[int, int]:
+def first_failing(expected: np.ndarray, found: np.ndarray, real: np.ndarray, limits: Tolerances) -> tuple[int, int]:
     """Row and position of the first logits, `[batch, position, n]`, that differ by more than rounding; of the largest
     difference, if none does."""
     difference = np.abs(expected.astype(np.float64) - found).max(axis=-1)
     error = np.where(real, np.where(np.isfinite(difference), difference, np.inf), 0.0)
-    limit = gates.features if gates.error is None else gates.error
+    limit = limits.features if limits.error is None else limits.error
     fails = error > limit * output_scale(expected[real])
     position = int(fails.any(axis=0).argmax()) if fails.any() else int(error.max(axis=0).argmax())
     return int(error[:, position].argmax()), position
 
 
-def greedy_case(label: str, behind: Sequence[np.ndarray], noise: float | None, gates: Tolerances) -> ParityCase:
+def greedy_case(label: str, behind: Sequence[np.ndarray], noise: float | None, limits: Tolerances) -> ParityCase:
     """Greedy tokens of rows in one padded batch with a cache: each must be PyTorch's best after those before it.
 
     A token within twice the `noise` of PyTorch's best is a tie and agrees; what follows it is judged after it, so one
@@ -134,22 +135,19 @@ def greedy_case(label: str, behind: Sequence[np.ndarray], noise: float | None, g
 
     Args:
         behind: How far each token's logit is below the best in PyTorch, `[tokens]` for each row.
-        noise: What rounding may move a logit by; None where nothing tells: then ties count as flips, and nothing gates.
+        noise: What rounding may move a logit by; None where nothing tells: then ties count as flips, without a limit.
     """
     agreement = float((np.concatenate(behind) <= 2 * (noise or 0)).mean())
-    failures, limit = (), None if noise is None else gates.top1
-    if limit is not None and agreement < limit:
-        failures = (f"{agreement:.1%} of {GREEDY_TOKENS} greedy tokens agree; {gates.top1:.1%} are expected",)
+    measured = Measured.of("top1", agreement, None if noise is None else limits.top1)
+    failures = ()
+    if measured.failed:
+        failures = (f"{agreement:.1%} of {GREEDY_TOKENS} greedy tokens agree; {limits.top1:.1%} are expected",)
     return ParityCase(
         name=f"{label}: {GREEDY_TOKENS} greedy tokens",
         group="decoding",
         reference="PEFT, unmerged, each prompt alone, without a cache",
-        error=0.0 if agreement == 1 else float("nan"),
-        error_relative=0.0 if agreement == 1 else float("nan"),
-        tolerance=None,
         n_rows=len(behind),
-        top1=agreement,
-        top1_tolerance=limit,
+        measures=(measured,),
         failures=failures,
     )
 

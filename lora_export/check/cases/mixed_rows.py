@@ -6,106 +6,108 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from lora_export.check.context import Bench, run_export
-from lora_export.check.judge.compare import Outputs, compare
+from lora_export.check.cases.examination import Examination
+from lora_export.check.context import CheckContext, run_export
+from lora_export.check.judge.compare import Comparison, Outputs
 from lora_export.check.locate.probe import Probe
 from lora_export.check.locate.probes import row_of, row_probes, whole_probe, worst_row
-from lora_export.check.locate.where import Where
-from lora_export.check.results import ParityCase
 from lora_export.runtime.seq2seq_session import open_export
 
 
-def row_cases(bench: Bench, alone: Mapping[str | None, Outputs], where: Where) -> list[ParityCase]:
+def row_cases(examination: Examination, alone: Mapping[str | None, Outputs]) -> None:
     """A batch with another adapter in each row, against each row alone, in PEFT and in ONNX Runtime."""
+    context, batch = examination.context, examination.context.mixed
     names = list(alone)
-    n_rows = len(bench.mixed.labels)
+    n_rows = len(batch.labels)
     assigned = [names[row % len(names)] for row in range(n_rows)]
-    mixed = bench.run([bench.mixed], assigned)
+    mixed = context.run([batch], assigned)
     expected, precise, found, single = [], [], [], []
     for row, name in enumerate(assigned):
         reference = alone[name].values[0][row : row + 1]
         expected.append(reference)
         precise += [values[row : row + 1] for values in alone[name].precise]
         found.append(mixed.values[0][row : row + 1, ..., : reference.shape[-1]])
-        single.append(bench.run([row_of(bench.mixed, row)], name).values[0])
-    masks = [None if bench.mixed.real is None else bench.mixed.real[row : row + 1] for row in range(n_rows)]
+        single.append(context.run([row_of(batch, row)], name).values[0])
+    masks = [None if batch.real is None else batch.real[row : row + 1] for row in range(n_rows)]
 
     def rows(values: list[np.ndarray]) -> np.ndarray:
         # Heads differ in size, so rows are compared as one long list of numbers, padding left out.
         flat = [Outputs(mixed.name, (v,), (m,)).positions().reshape(1, -1) for v, m in zip(values, masks, strict=True)]
         return np.concatenate(flat, axis=1)
 
-    label, described = f"{n_rows} mixed rows", "PEFT, each row's adapter"
-    n_positions = n_rows if mixed.values[0].ndim < 3 or bench.mixed.real is None else int(bench.mixed.real.sum())
+    label = f"{n_rows} mixed rows"
+    n_positions = n_rows if mixed.values[0].ndim < 3 or batch.real is None else int(batch.real.sum())
     wider = (rows(precise),) if precise else ()
     peft = Outputs("rows", (rows(expected),), (None,), precise=wider, n_flattened=n_positions)
     together, apart = (Outputs("rows", (rows(values),), (None,)) for values in (found, single))
-    in_peft = compare(label, "rows", described, peft, together, bench.gates)
     parts = Outputs(mixed.name, tuple(expected), tuple(masks)), Outputs(mixed.name, tuple(found), tuple(masks))
-    where.find(in_peft, lambda: _mixed_probes(bench, assigned, *parts))
-    in_onnx = compare(f"{label} alone", "rows", "ONNX Runtime, each row alone", apart, together, bench.gates)
-    where.cannot(
-        in_onnx,
+    examination.judge(
+        Comparison(label, "rows", "PEFT, each row's adapter", peft, together, n_rows=n_rows),
+        lambda: _mixed_probes(context, assigned, *parts),
+    )
+    examination.judge(
+        Comparison(f"{label} alone", "rows", "ONNX Runtime, each row alone", apart, together, n_rows=n_rows),
         "Each row agrees with PEFT, and the batch differs from its rows alone by more than rounding: both are ONNX "
         "Runtime's results, so there is no PyTorch to compare nodes with.",
     )
-    return [in_peft, in_onnx]
 
 
-def _mixed_probes(bench: Bench, assigned: Sequence[str | None], expected: Outputs, found: Outputs) -> Iterator[Probe]:
+def _mixed_probes(
+    context: CheckContext, assigned: Sequence[str | None], expected: Outputs, found: Outputs
+) -> Iterator[Probe]:
     """The row of the mixed batch with the largest error, against its own adapter in PEFT."""
     row, _ = worst_row(expected, found)
     name = assigned[row]
-    n_labels = bench.session.manifest.adapter(name).n_labels if name else None
-    reference = bench.reference([name] if name else [], n_labels)
+    n_labels = context.session.manifest.adapter(name).n_labels if name else None
+    reference = context.reference([name] if name else [], n_labels)
     described = f"row {row + 1} of {len(assigned)} mixed rows ({name or 'base'}), which has the largest error"
-    yield whole_probe(bench.session, assigned, reference, bench.mixed, row, described)
+    yield whole_probe(context.session, assigned, reference, context.mixed, row, described)
 
 
-def sequence_cases(bench: Bench, where: Where) -> list[ParityCase]:
-    """A → B → A → none in one session, against a fresh session for each."""
-    names = list(bench.session.adapters)
+def sequence_case(examination: Examination) -> None:
+    """A → B → A → none in one session, against a fresh session for each; of one adapter A → none → A."""
+    context = examination.context
+    names = list(context.session.adapters)
     if not names:
-        return []
-    order: list[str | None] = [names[0], names[-1], names[0], None]
-    label = " → ".join(name or "none" for name in order)
+        return
+    first, last = names[0], names[-1]
+    order: list[str | None] = [first, last, first, None] if len(names) > 1 else [first, None, first]
     values, fresh = [], []
     for name in order:
-        values.append(bench.run([bench.mixed], name).values[0].reshape(1, -1))
+        values.append(context.run([context.mixed], name).values[0].reshape(1, -1))
     for name in order:
-        session = open_export(bench.request.folder, bench.session.provider)
-        fresh.append(run_export(session, [bench.mixed], name).values[0].reshape(1, -1))
+        session = open_export(context.request.folder, context.session.provider)
+        fresh.append(run_export(session, [context.mixed], name).values[0].reshape(1, -1))
 
     def joined(parts: list[np.ndarray]) -> Outputs:
         return Outputs("rows", (np.concatenate(parts, axis=1),), (None,))
 
-    case = compare(label, "sequence", "a fresh session for each", joined(fresh), joined(values), bench.gates)
-    where.cannot(
-        case,
+    label = " → ".join(name or "none" for name in order)
+    n_rows = len(order) * len(context.mixed.labels)
+    examination.judge(
+        Comparison(label, "sequence", "a fresh session for each", joined(fresh), joined(values), n_rows=n_rows),
         "The same graph gives something else after other adapters than in a fresh session: what the session feeds "
         "differs, no node, so there is none to name.",
     )
-    return [case]
 
 
-def merged_against_dynamic(bench: Bench, where: Where) -> ParityCase:
-    merged = open_export(bench.request.merged, bench.session.provider)
+def merged_against_dynamic(examination: Examination) -> None:
+    """A merged export of one adapter, or of a sum, against the same in the dynamic export."""
+    context = examination.context
+    merged = open_export(context.request.merged, context.session.provider)
     names = [record.name for record in merged.manifest.adapters]
     blend = {record.name: record.weight for record in merged.manifest.adapters}
-    batches = bench.own.get(names[0] if names else None) or bench.own[None]
-    expected, found = run_export(merged, batches, None), bench.run(batches, blend or None)
-    label = f"merged {' + '.join(names) or 'base'}"
-    against = f"the merged export {bench.request.merged}"
-    case = compare(label, "merged-dynamic", against, expected, found, bench.gates)
+    batches = context.own.get(names[0] if names else None) or context.own[None]
+    expected, found = run_export(merged, batches, None), context.run(batches, blend or None)
 
     def probes() -> Iterator[Probe]:
         n_labels = next((record.n_labels for record in merged.manifest.adapters if record.n_labels), None)
-        reference = bench.reference_of(merged.manifest.adapters, n_labels)
-        sides = {"the merged export": (merged, None), "the dynamic export": (bench.session, blend or None)}
+        reference = context.reference_of(merged.manifest.adapters, n_labels)
+        sides = {"the merged export": (merged, None), "the dynamic export": (context.session, blend or None)}
         for side, (session, adapters) in sides.items():
             batch, row = worst_row(expected, found)
             described = f"the row with the largest difference between the two, in {side}"
             yield next(row_probes(session, adapters, reference, batches[batch], row, described))
 
-    where.find(case, probes)
-    return case
+    label, against = f"merged {' + '.join(names) or 'base'}", f"the merged export {context.request.merged}"
+    examination.judge(Comparison(label, "merged-dynamic", against, expected, found), probes)

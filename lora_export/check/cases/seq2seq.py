@@ -8,18 +8,23 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_export.check.cases.decoding import GREEDY_TOKENS, NO_GREEDY, first_failing, greedy_case
+from lora_export.check.cases.decoding import (
+    GREEDY_TOKENS,
+    add_greedy_case,
+    decoding_comparison,
+    first_failing,
+    greedy_case,
+)
+from lora_export.check.cases.examination import Examination, Examined
 from lora_export.check.context import run_reference
 from lora_export.check.inputs.examples import Batch, Examples
 from lora_export.check.inputs.ragged import ragged
 from lora_export.check.inputs.seq2seq_examples import Seq2SeqBatcher
-from lora_export.check.judge.compare import Outputs, compare, noise_of
+from lora_export.check.judge.formulas import noise_of
 from lora_export.check.judge.tolerances import Tolerances
 from lora_export.check.locate.probe import Probe
-from lora_export.check.locate.probes import seq2seq_step_probe, whole_probe, worst_probes
-from lora_export.check.locate.where import Where
+from lora_export.check.locate.probes import seq2seq_step_probe, whole_probe
 from lora_export.check.reference.unmerged import Reference
-from lora_export.check.results import ParityCase
 from lora_export.runtime.adapter_session import RowAdapter
 from lora_export.runtime.seq2seq_session import DecoderState, Seq2SeqSession
 
@@ -27,49 +32,37 @@ _ROWS = 4
 
 
 def seq2seq_decoding_cases(
-    label: str,
-    adapter: RowAdapter,
-    session: Seq2SeqSession,
-    reference: Reference,
-    batcher: Seq2SeqBatcher,
-    examples: Examples | None,
-    gates: Tolerances,
-    where: Where,
-) -> list[ParityCase]:
+    examination: Examination, examined: Examined, batcher: Seq2SeqBatcher, examples: Examples | None
+) -> None:
     """Left padding (text), cached steps (a chunk, then single tokens) and greedy agreement of one adapter.
 
     Args:
         examples: The texts; None to decode noise.
     """
+    session, adapter, reference = examination.session, examined.adapter, examined.reference
+    limits = examination.context.limits
     text = None if examples is None else examples.rows[-_ROWS:]
     batch = batcher.noise(_ROWS) if text is None else batcher.batch(text, padding_side="left")
     if text is not None:
         batch = replace(batch, inputs=ragged(batch.inputs))
     expected = run_reference(reference, [batch], precisely=True)
-    described = "PEFT, unmerged, without a cache"
-
-    def case(suffix: str, values: np.ndarray) -> ParityCase:
-        found = Outputs("logits", (values.astype(np.float32),), (batch.real,))
-        return compare(f"{label}: {suffix}", "decoding", described, expected, found, gates)
-
-    stepped = np.concatenate([logits for *_, logits in _steps(session, batch, adapter)], axis=1)
-    cases = [case("cached steps", stepped)]
     if text is not None:
-        whole = session.run(batch.inputs, adapter)["logits"].astype(np.float32)
-        cases.insert(0, case("padded on the left", whole))
-        found = Outputs("logits", (whole,), (batch.real,))
-        where.find(cases[0], lambda: worst_probes(session, adapter, reference, [batch], expected, found))
-    where.find(cases[-1], lambda: _step_probes(session, adapter, reference, batch, expected.values[0], stepped, gates))
+        whole = session.run(batch.inputs, adapter)["logits"]
+        padded = decoding_comparison(f"{examined.label}: padded on the left", expected, whole, batch)
+        examination.judge_rows(padded, examined, [batch])
+    stepped = np.concatenate([logits for *_, logits in _steps(session, batch, adapter)], axis=1)
+    cached = examination.judge(
+        decoding_comparison(f"{examined.label}: cached steps", expected, stepped, batch),
+        lambda: _step_probes(session, examined, batch, expected.values[0], stepped, limits),
+    )
     sources = {name: array for name, array in batch.inputs.items() if name != "decoder_input_ids"}
     generated = session.generate(
         sources, adapter, max_new_tokens=GREEDY_TOKENS, start_ids=(batcher.start_id,), eos_ids=frozenset()
     )
     rows = zip(_rows(sources), generated, strict=True)
     behind = [_behind(reference, source, batcher.start_id, targets) for source, targets in rows]
-    noise = noise_of(cases[-1], expected.positions(), gates)
-    greedy = greedy_case(label, behind, noise, gates)
-    where.cannot(greedy, NO_GREEDY)
-    return [*cases, greedy]
+    noise = noise_of(cached.rounding, expected.positions(), limits)
+    add_greedy_case(examination, greedy_case(examined.label, behind, noise, limits))
 
 
 def _behind(reference: Reference, source: dict[str, np.ndarray], start: int, targets: list[int]) -> np.ndarray:
@@ -101,23 +94,22 @@ def _steps(
 
 def _step_probes(
     session: Seq2SeqSession,
-    adapter: RowAdapter,
-    reference: Reference,
+    examined: Examined,
     batch: Batch,
     expected: np.ndarray,
     stepped: np.ndarray,
-    gates: Tolerances,
+    limits: Tolerances,
 ) -> Iterator[Probe]:
     """The first step that fails, on the cache that the export made up to there."""
-    row, position = first_failing(expected, stepped, batch.real, gates)
-    start, end, state, _ = next(step for step in _steps(session, batch, adapter) if step[1] > position)
+    row, position = first_failing(expected, stepped, batch.real, limits)
+    start, end, state, _ = next(step for step in _steps(session, batch, examined.adapter) if step[1] > position)
     described = f"row {row + 1} of {len(stepped)}, targets {start} to {end - 1} on a cache of {start}"
     if state is not None:
-        yield seq2seq_step_probe(session, reference, batch, row, (start, end, state), described)
+        yield seq2seq_step_probe(session, examined.reference, batch, row, (start, end, state), described)
         return
     targets = {"decoder_input_ids": batch.inputs["decoder_input_ids"][:, :end]}
     begun = replace(batch, inputs=batch.inputs | targets, real=batch.real[:, :end])
-    yield whole_probe(session, adapter, reference, begun, row, described)
+    yield whole_probe(session, examined.adapter, examined.reference, begun, row, described)
 
 
 def _rows(sources: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:

@@ -2,77 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
 from lora_export.base.tasks import SEQ2SEQ, Task
-from lora_export.check.context import Bench, main_outputs
-from lora_export.check.judge.compare import Outputs, compare
-from lora_export.check.locate.probes import row_of, whole_probe, worst_probes
-from lora_export.check.locate.where import Where
-from lora_export.check.reference.unmerged import Reference
-from lora_export.check.results import ParityCase
-from lora_export.runtime.adapter_session import RowAdapter
+from lora_export.check.cases.examination import Examination, Examined
+from lora_export.check.context import main_outputs
+from lora_export.check.judge.compare import Comparison, Outputs
+from lora_export.check.locate.probes import row_of, whole_probe
 
 
-def side_output_cases(
-    label: str, adapter: RowAdapter, bench: Bench, reference: Reference, where: Where
-) -> list[ParityCase]:
+def side_output_cases(examination: Examination, examined: Examined) -> None:
     """Pooled outputs, and a dual encoder's scores; none for decoders, which give logits and a cache only."""
-    if bench.task is Task.TEXT_GENERATION or bench.task in SEQ2SEQ:
-        return []
-    how = (label, adapter, bench, reference, where)
-    return [*_pooled_cases(*how), *_similarity_cases(*how)]
+    task = examination.context.task
+    if task is Task.TEXT_GENERATION or task in SEQ2SEQ:
+        return
+    _pooled_cases(examination, examined)
+    if task is Task.ZERO_SHOT_IMAGE_CLASSIFICATION:
+        _similarity_case(examination, examined)
 
 
-def _pooled_cases(
-    label: str, adapter: RowAdapter, bench: Bench, reference: Reference, where: Where
-) -> Iterator[ParityCase]:
+def _pooled_cases(examination: Examination, examined: Examined) -> None:
     """Every other output that is no score: those of a row depend on that row alone."""
-    given = [spec.name for spec in bench.session.manifest.contract.outputs]
+    mixed, reference = examination.context.mixed, examined.reference
+    given = [spec.name for spec in examination.session.manifest.contract.outputs]
     main = main_outputs(given)
     beside = [name for name in given if name not in main and not name.startswith("logits")]
     if not beside:
         return
-    expected = reference.run(bench.mixed.inputs)
-    precise = {} if reference.precise is None else reference.precise.run(bench.mixed.inputs)
+    expected = reference.run(mixed.inputs)
+    precise = {} if reference.precise is None else reference.precise.run(mixed.inputs)
     names = [name for name in beside if name in expected]
-    found = bench.session.run(bench.mixed.inputs, adapter, outputs=names) if names else {}
+    found = examination.session.run(mixed.inputs, examined.adapter, outputs=names) if names else {}
     for name in names:
-        theirs, mine = (Outputs(name, (of[name].astype(np.float32),), (bench.mixed.real,)) for of in (expected, found))
-        theirs = replace(theirs, precise=(precise[name],) if precise else ())
-        case = compare(f"{label}: {name}", _group(bench, adapter), "PyTorch", theirs, mine, bench.gates)
-        probes = partial(worst_probes, bench.session, adapter, reference, [bench.mixed], theirs, mine)
-        where.find(case, probes)
-        yield case
+        pytorch, exported = (Outputs(name, (of[name].astype(np.float32),), (mixed.real,)) for of in (expected, found))
+        pytorch = replace(pytorch, precise=(precise[name],) if precise else ())
+        comparison = Comparison(f"{examined.label}: {name}", examined.group, "PyTorch", pytorch, exported)
+        examination.judge_rows(comparison, examined, [mixed])
 
 
-def _similarity_cases(
-    label: str, adapter: RowAdapter, bench: Bench, reference: Reference, where: Where
-) -> Iterator[ParityCase]:
+def _similarity_case(examination: Examination, examined: Examined) -> None:
     """A dual encoder's scores, one image against many texts: what it computes across rows, and with unequal batches."""
-    if bench.task is not Task.ZERO_SHOT_IMAGE_CLASSIFICATION:
-        return
     name = "logits_per_image"
-    inputs = bench.mixed.inputs | {"pixel_values": bench.mixed.inputs["pixel_values"][:1]}
+    session, reference, mixed = examination.session, examined.reference, examination.context.mixed
+    inputs = mixed.inputs | {"pixel_values": mixed.inputs["pixel_values"][:1]}
     wider = () if reference.precise is None else (reference.precise.run(inputs)[name],)
-    theirs = reference.run(inputs)[name]
-    expected = Outputs("logits", (theirs,), (None,), precise=wider, n_flattened=theirs.size)
-    values = bench.session.run(inputs, adapter, outputs=[name])[name].astype(np.float32)
+    pytorch = reference.run(inputs)[name]
+    expected = Outputs("logits", (pytorch,), (None,), precise=wider, n_flattened=pytorch.size)
+    values = session.run(inputs, examined.adapter, outputs=[name])[name].astype(np.float32)
     found = Outputs("logits", (values,), (None,))
-    title = f"{label}: texts for an image"
-    case = compare(title, _group(bench, adapter), "PEFT, unmerged", expected, found, bench.gates)
-    text = int(np.nan_to_num(np.abs(values - expected.values[0])[0], nan=np.inf).argmax())
-    one = row_of(bench.mixed, text)
+    text = int(np.nan_to_num(np.abs(values - pytorch)[0], nan=np.inf).argmax())
+    one = row_of(mixed, text)
     one = replace(one, inputs=one.inputs | {"pixel_values": inputs["pixel_values"]})
     described = f"text {text + 1} of {values.shape[1]}, which has the largest error, with the image"
-    where.find(case, lambda: [whole_probe(bench.session, adapter, reference, one, 0, described)])
-    yield case
-
-
-def _group(bench: Bench, adapter: RowAdapter) -> str:
-    is_merged = not bench.session.adapters and bench.session.manifest.adapters
-    return "adapter" if adapter or is_merged else "base"
+    examination.judge(
+        Comparison(
+            f"{examined.label}: texts for an image",
+            examined.group,
+            "PEFT, unmerged",
+            expected,
+            found,
+            n_rows=len(mixed.labels),
+        ),
+        lambda: [whole_probe(session, examined.adapter, reference, one, 0, described)],
+    )

@@ -26,10 +26,10 @@ _TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True)
-class Row:
-    """One example: its text or image file, and its class if the data names one."""
+class Example:
+    """A text, or the path of an image, and its class if the data names one."""
 
-    source: str
+    text_or_file: str
     label: int | None = None
 
 
@@ -65,7 +65,7 @@ class Batch:
 class Examples:
     """Rows to compare on, and where they came from in words."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[Example, ...]
     description: str
 
 
@@ -77,13 +77,13 @@ def read_examples(path: Path, limit: int) -> Examples:
     """
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp"))
-        rows = tuple(Row(str(file)) for file in files)
+        rows = tuple(Example(str(file)) for file in files)
     elif path.is_file():
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise InputRefused("The data is not UTF-8 text", where=str(path), found=str(error)) from error
-        parse = _json_row if path.suffix == ".jsonl" else lambda where, line: Row(line)
+        parse = _json_example if path.suffix == ".jsonl" else lambda where, line: Example(line)
         rows = tuple(parse(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip())
     else:
         raise InputRefused("There is no such data file", where=str(path))
@@ -94,10 +94,10 @@ def read_examples(path: Path, limit: int) -> Examples:
     return Examples(tuple(chosen), f"{path} ({len(chosen)} of {len(rows)} rows)")
 
 
-def _json_row(where: str, line: str) -> Row:
+def _json_example(where: str, line: str) -> Example:
     try:
         fields = json.loads(line)
-        return Row(str(fields["text"]), fields.get("label_id"))
+        return Example(str(fields["text"]), fields.get("label_id"))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputRefused(
             "A line of the data is not an example", where=where, expected='{"text": …, "label_id": …}', found=line[:80]
@@ -109,7 +109,7 @@ def built_in_examples(n_rows: int = _BUILT_IN_ROWS) -> Examples:
     texts = sorted(set(_docstrings()), key=lambda text: (len(text), text))
     strata = [texts[i * len(texts) // n_rows : (i + 1) * len(texts) // n_rows] for i in range(n_rows)]
     rng = random.Random(SEED)
-    rows = [Row(rng.choice(stratum)) for stratum in strata]
+    rows = [Example(rng.choice(stratum)) for stratum in strata]
     return Examples(tuple(rows), f"{n_rows} docstrings of Python's standard library, stratified by length")
 
 
@@ -158,13 +158,13 @@ class Batcher:
         rows = examples.rows
         return [self.batch(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
 
-    def batch(self, rows: Sequence[Row], *, padding_side: str = "right") -> Batch:
+    def batch(self, rows: Sequence[Example], *, padding_side: str = "right") -> Batch:
         """One batch. Decoders get `position_ids` from the mask, and no past."""
         labels = tuple(row.label for row in rows)
         if self.takes_images:
             return Batch({"pixel_values": self._pixel_values(rows)}, None, labels)
         encoded = self._processor(
-            [row.source for row in rows],
+            [row.text_or_file for row in rows],
             return_tensors="np",
             padding=True,
             padding_side=padding_side,
@@ -182,11 +182,11 @@ class Batcher:
         is_predicted = self._task is Task.TEXT_GENERATION
         return Batch(inputs, mask.astype(bool), labels, "input_ids" if is_predicted else None)
 
-    def _pixel_values(self, rows: Sequence[Row]) -> np.ndarray:
+    def _pixel_values(self, rows: Sequence[Example]) -> np.ndarray:
         from PIL import Image
 
         try:
-            images = [Image.open(row.source).convert("RGB") for row in rows]
+            images = [Image.open(row.text_or_file).convert("RGB") for row in rows]
         except OSError as error:
             raise InputRefused("A file is no image that Pillow reads", found=str(error)) from error
         pixels = self._processor(images, return_tensors="np")["pixel_values"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_export.artifact import Manifest
-from lora_export.check.inputs.examples import MOST_TOKENS, SEED, Batch, Examples, Row, load_tokenizer
+from lora_export.check.inputs.examples import MOST_TOKENS, SEED, Batch, Example, Examples, load_tokenizer
 from lora_export.contract import ENCODER
 from lora_export.errors import InputRefused
 from lora_export.runtime.arrays import numpy_dtype
@@ -47,7 +47,7 @@ class Seq2SeqBatcher:
         rows = examples.rows
         return [self.batch(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
 
-    def batch(self, rows: Sequence[Row], *, padding_side: str = "right") -> Batch:
+    def batch(self, rows: Sequence[Example], *, padding_side: str = "right") -> Batch:
         """One batch; `padding_side` is that of the sources, and `real` marks the targets that are no padding.
 
         Raises:
@@ -56,11 +56,11 @@ class Seq2SeqBatcher:
         if not self.takes_text:
             raise InputRefused(
                 "Data for a speech export is not read; it is compared on seeded noise",
-                where=rows[0].source,
+                where=rows[0].text_or_file,
                 next_step="leave out --data",
             )
         encoded = self._tokenizer(
-            [row.source for row in rows],
+            [row.text_or_file for row in rows],
             return_tensors="np",
             padding=True,
             padding_side=padding_side,

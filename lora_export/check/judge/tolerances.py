@@ -3,25 +3,28 @@
 float32 is judged by the largest error relative to the largest reference magnitude (at least 1). In half precision the
 largest of many roundings says little, so distributions are compared instead; where there are no logits, the relative
 error is, at what a dozen layers of roundings amount to. At every dtype the export's distance from PyTorch at a wider
-dtype may be at most a multiple of PyTorch's own: of all gates the sharpest, as it knows how well the model can be
+dtype may be at most a multiple of PyTorch's own: of all limits the sharpest, as it knows how well the model can be
 computed at this dtype.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import assert_never
 
 from lora_export.errors import UsageProblem
 
 
 @dataclass(frozen=True)
-class Gate:
+class Limit:
     """One limit.
 
     Attributes:
         measure: What is limited, a name in `MEASURES`.
-        limit: None where the measure does not gate at this dtype.
+        limit: None where nothing limits the measure at this dtype.
         reason: Why this number.
         overridden: Whether the limit was given by the user.
     """
@@ -32,17 +35,60 @@ class Gate:
     overridden: bool = False
 
 
+class Bound(StrEnum):
+    """On which side of its limit a measure must be."""
+
+    AT_MOST = "at most"
+    AT_LEAST = "at least"
+    SHARE_AT_LEAST = "a share, at least"
+    AROUND_ONE = "from 1, at most"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured, in words; `failure` says in a sentence that `value` is beyond `limit`."""
+
+    meaning: str
+    failure: str
+    bound: Bound = Bound.AT_MOST
+
+
+_ERROR = "the error is {value:.2e} of the output's size; at most {limit:.0e} is rounding"
 MEASURES = {
-    "error": "largest absolute difference of the logits over max(1, largest absolute reference value); at most",
-    "features": "the same for outputs without logits (hidden states, embeddings); at most",
-    "rounding": "root mean square of (export − PyTorch at a wider dtype) over that of PyTorch at this dtype; at most",
-    "kl": "mean Kullback-Leibler divergence of the distributions, nats; at most",
-    "top1": "share of positions with the same best class, flips within the noise aside; at least",
-    "perplexity": "relative difference of the perplexities on the data; at most",
-    "effect": "what the adapter changes in the reference over the error, else it counts as dropped; at least",
-    "effect_share": "distance from 1 of the share of that effect which arrives, beyond what rounding does; at most",
+    "error": Measure(
+        "largest absolute difference of the logits over max(1, largest absolute reference value); at most", _ERROR
+    ),
+    "features": Measure("the same for outputs without logits (hidden states, embeddings); at most", _ERROR),
+    "rounding": Measure(
+        "root mean square of (export − PyTorch at a wider dtype) over that of PyTorch at this dtype; at most",
+        "the error is {value:.3g} × what PyTorch itself loses by rounding at this dtype; at most {limit:.3g} × is "
+        "rounding",
+    ),
+    "kl": Measure(
+        "mean Kullback-Leibler divergence of the distributions, nats; at most",
+        "the distributions differ by {value:.2e} nats; at most {limit:.0e} is rounding",
+    ),
+    "top1": Measure(
+        "share of positions with the same best class, flips within the noise aside; at least",
+        "the best class agrees in {value:.2%} of positions; {limit:.1%} is expected",
+        Bound.SHARE_AT_LEAST,
+    ),
+    "perplexity": Measure(
+        "relative difference of the perplexities on the data; at most",
+        "the perplexity is off by {value:.2e} of it; at most {limit:.0e} is rounding",
+    ),
+    "effect": Measure(
+        "what the adapter changes in the reference over the error, else it counts as dropped; at least",
+        "the adapter has no effect here: it changes the reference by {value:.3g} × the error; at least {limit:g} × is "
+        "expected",
+        Bound.AT_LEAST,
+    ),
+    "effect_share": Measure(
+        "distance from 1 of the share of that effect which arrives, beyond what rounding does; at most",
+        "{value:.2%} of the adapter's effect arrives; 100 % to within {limit:.2%} is expected",
+        Bound.AROUND_ONE,
+    ),
 }
-_AT_LEAST = ("top1", "effect")
 
 _ANY = ("float32", "float16", "bfloat16")
 _HALF = ("float16", "bfloat16")
@@ -85,12 +131,12 @@ _EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 @dataclass(frozen=True)
 class Tolerances:
-    """The gates of one dtype on one provider; None where a measure does not gate. See `MEASURES`.
+    """The limits of one dtype on one provider; None where nothing limits a measure. See `MEASURES`.
 
     Attributes:
         epsilon: Distance from 1 to the next number of the dtype.
         noise: Multiple of PyTorch's rounding that outputs may be off by: the table's for `rounding`, not a given one.
-        gates: The same limits with their reasons, to be recorded.
+        recorded: The same limits with their reasons, to be recorded.
     """
 
     error: float | None
@@ -103,11 +149,11 @@ class Tolerances:
     effect_share: float | None
     epsilon: float = 2.0**-23
     noise: float = 2.0
-    gates: tuple[Gate, ...] = ()
+    recorded: tuple[Limit, ...] = ()
 
 
 def tolerances(dtype: str, provider: str, overrides: Mapping[str, float] | None = None) -> Tolerances:
-    """The gates for an export of `dtype` run on `provider` ("cpu" or "cuda").
+    """The limits for an export of `dtype` run on `provider` ("cpu" or "cuda").
 
     Args:
         overrides: Limits to put in place of the table's, by measure.
@@ -124,32 +170,65 @@ def tolerances(dtype: str, provider: str, overrides: Mapping[str, float] | None 
             expected=", ".join(MEASURES),
             found=", ".join(unknown),
         )
-    gates = tuple(_gate(measure, dtype, provider, given) for measure in MEASURES)
-    noise = _gate("rounding", dtype, provider, {}).limit
-    return Tolerances(**{gate.measure: gate.limit for gate in gates}, epsilon=_EPSILON[dtype], noise=noise, gates=gates)
+    limits = tuple(_limit(measure, dtype, provider, given) for measure in MEASURES)
+    noise = _limit("rounding", dtype, provider, {}).limit
+    return Tolerances(
+        **{each.measure: each.limit for each in limits}, epsilon=_EPSILON[dtype], noise=noise, recorded=limits
+    )
 
 
-def _gate(measure: str, dtype: str, provider: str, given: Mapping[str, float]) -> Gate:
+def _limit(measure: str, dtype: str, provider: str, given: Mapping[str, float]) -> Limit:
     row = next(row for row in _TABLE if row[0] == measure and dtype in row[1] and provider in row[2])
     if measure in given:
-        return Gate(measure, given[measure], f"given; the table says {_shown(row[3])}: {row[4]}", overridden=True)
-    return Gate(measure, row[3], row[4])
+        return Limit(measure, given[measure], f"given; the table says {_shown(row[3])}: {row[4]}", overridden=True)
+    return Limit(measure, row[3], row[4])
 
 
 def _shown(limit: float | None) -> str:
     return "none" if limit is None else f"{limit:g}"
 
 
-def limits_from_below(measure: str) -> bool:
-    """Whether the measure must be at least its limit, not at most."""
-    return measure in _AT_LEAST
+def holds(measure: str, value: float, limit: float) -> bool:
+    """Whether `value` of the measure is within `limit`; NaN never is."""
+    match MEASURES[measure].bound:
+        case Bound.AT_MOST:
+            return value <= limit
+        case Bound.AT_LEAST | Bound.SHARE_AT_LEAST:
+            return value >= limit
+        case Bound.AROUND_ONE:
+            return abs(value - 1) <= limit
+        case bound:
+            assert_never(bound)
+
+
+def used(measure: str, value: float, limit: float) -> float:
+    """How much of what `limit` allows `value` takes: 0.31 for 31 %, above 1 beyond the limit, infinite for NaN.
+
+    Of a share that must be at least 0.999, 0.9996 takes 0.4: what is missing over what may be missing.
+    """
+    match MEASURES[measure].bound:
+        case Bound.AT_MOST:
+            taken, allowed = value, limit
+        case Bound.AT_LEAST:
+            taken, allowed = limit, value
+        case Bound.SHARE_AT_LEAST:
+            taken, allowed = 1 - value, 1 - limit
+        case Bound.AROUND_ONE:
+            taken, allowed = abs(value - 1), limit
+        case bound:
+            assert_never(bound)
+    if math.isnan(value):
+        return math.inf
+    if taken <= 0:
+        return 0.0
+    return taken / allowed if allowed > 0 else math.inf
 
 
 def markdown_table() -> str:
-    """The gates on the CPU provider as Markdown, for README; kept equal to it by a test."""
-    by_dtype = {dtype: tolerances(dtype, "cpu").gates for dtype in _ANY}
+    """The limits on the CPU provider as Markdown, for the docs; kept equal to it by a test."""
+    by_dtype = {dtype: tolerances(dtype, "cpu").recorded for dtype in _ANY}
     lines = ["| measure | " + " | ".join(by_dtype) + " | |", "|---|" + "---:|" * len(by_dtype) + "---|"]
-    for number, (measure, meaning) in enumerate(MEASURES.items()):
-        limits = [_shown(gates[number].limit).replace("none", "–") for gates in by_dtype.values()]
-        lines.append(f"| `{measure}` | {' | '.join(limits)} | {meaning} |")
+    for number, (measure, measured) in enumerate(MEASURES.items()):
+        shown = [_shown(of[number].limit).replace("none", "–") for of in by_dtype.values()]
+        lines.append(f"| `{measure}` | {' | '.join(shown)} | {measured.meaning} |")
     return "\n".join(lines) + "\n"

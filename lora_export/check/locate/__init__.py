@@ -3,7 +3,7 @@
     where.py         collects, while the cases run
     probes.py        one row of a case to look into
     probe.py         that row on both sides
-    layers.py        pair them with the graph's, and compare
+    layers.py        match them with the graph's, and compare
     divergence.py    the first node that differs
     reproduction.py  a script that shows it
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_export.check.divergence_results import ComparedValue, Divergence
-from lora_export.check.locate.layers import INPUT, Row, difference
+from lora_export.check.locate.layers import INPUT, BatchRow, difference
 from lora_export.check.locate.probe import Seen, SeenGraph
 from lora_export.check.reference.module_calls import WHOLE, Recording, recorded
 from lora_export.graph.module_values import GraphNode, WrittenGraph
@@ -95,15 +95,15 @@ def _first(seen: Seen) -> _Found | None:
         others = [later for later in rest if later.module != value.module and later.value != value.value]
         if others and not any(later.diverges for later in others):
             continue
-        call = graph.pairings[index].call
+        call = graph.matches[index].call
         return _Found(graph, index, value, call.input_from if value.what == INPUT else value.module)
     return None
 
 
 def _is_inside_agreeing(graph: SeenGraph, index: int) -> bool:
     """Whether a value is a part of an adapted module whose output agrees: computed otherwise, to the same end."""
-    call = graph.pairings[index].call
-    outputs = [c for p, c in zip(graph.pairings, graph.compared, strict=True) if p.call is call and p.what == WHOLE]
+    call = graph.matches[index].call
+    outputs = [c for p, c in zip(graph.matches, graph.compared, strict=True) if p.call is call and p.what == WHOLE]
     return graph.compared[index].what not in (INPUT, WHOLE) and not any(output.diverges for output in outputs)
 
 
@@ -172,7 +172,7 @@ class _Results:
     """PyTorch's results, of which each is that of one node: a node that leaves its input as it was (the addition of a
     mask that masks nothing) must not pass for the one before it."""
 
-    def __init__(self, recording: Recording, row: Row, limit: float) -> None:
+    def __init__(self, recording: Recording, row: BatchRow, limit: float) -> None:
         self._row, self._limit = row, limit
         self._left = list(recording.results)
         self._all = [*recording.results, *recording.views]

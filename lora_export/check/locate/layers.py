@@ -1,4 +1,4 @@
-"""Pair the modules of a graph with the calls of PyTorch, and compare what they are given and give on one row."""
+"""Match the modules of a graph with the calls of PyTorch, and compare what they are given and give on one row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INPUT = "input"
 
 
 @dataclass(frozen=True)
-class Row:
+class BatchRow:
     """Which numbers of an array are the row's.
 
     Attributes:
@@ -74,7 +74,7 @@ _NEVER = 1e30
 
 
 @dataclass(frozen=True)
-class Pairing:
+class Match:
     """A value of the graph, with another added to it if need be, and the tensor that it should hold; `call` is the
     module's, `terms` the size of what one number of `expected` is the sum of (None where that is unknown)."""
 
@@ -94,7 +94,7 @@ class Pairing:
         return sum((array.astype(np.float32) for array in more), first)
 
 
-def pair(sites: Sequence[ModuleSite], calls: Sequence[ModuleCall], available: Mapping[str, object]) -> list[Pairing]:
+def match(sites: Sequence[ModuleSite], calls: Sequence[ModuleCall], available: Mapping[str, object]) -> list[Match]:
     """Match the uses of modules in a graph with their calls, in the order of the calls.
 
     The n-th use of a module is its n-th call. A weight that is tied has one name in the graph: a lookup is of an
@@ -108,7 +108,7 @@ def pair(sites: Sequence[ModuleSite], calls: Sequence[ModuleCall], available: Ma
         by_module[call.module, call.part].append(call)
     uses: Counter[str] = Counter()
     order = {id(call): index for index, call in enumerate(calls)}
-    found: list[tuple[int, int, Pairing]] = []
+    found: list[tuple[int, int, Match]] = []
     for site in sites:
         module = _called(site, by_module)
         if module is None:
@@ -123,7 +123,7 @@ def pair(sites: Sequence[ModuleSite], calls: Sequence[ModuleCall], available: Ma
         expected = call.output - call.bias if site.bias_is_pending and call.bias is not None else call.output
         expected = expected if site.scale == 1 else expected * np.float32(site.scale)
         if site.input in available and not call.is_lookup and _is_floating(call.input):
-            found.append((rank, 0, Pairing(call, INPUT, site.input, call.input)))
+            found.append((rank, 0, Match(call, INPUT, site.input, call.input)))
         # Of a merged module the product alone is no longer the base's, nor is it of a pair that is served otherwise.
         served = site.parts if LORA_A in site.parts and by_module.get((module, LORA_A)) else {}
         for place, (part, value) in enumerate(served.items(), 1):
@@ -132,9 +132,9 @@ def pair(sites: Sequence[ModuleSite], calls: Sequence[ModuleCall], available: Ma
                 inside = parts[number]
                 is_later = part == BASE and inside.bias is not None and not site.base_has_bias
                 tensor = inside.output - inside.bias if is_later else inside.output
-                found.append((rank, place, Pairing(call, part, value, tensor, terms=inside.terms)))
-        found.append((rank, 9, Pairing(call, WHOLE, site.output, expected, site.addend, call.terms)))
-    return [pairing for _, _, pairing in sorted(found, key=lambda entry: entry[:2])]
+                found.append((rank, place, Match(call, part, value, tensor, terms=inside.terms)))
+        found.append((rank, 9, Match(call, WHOLE, site.output, expected, site.addend, call.terms)))
+    return [each for _, _, each in sorted(found, key=lambda entry: entry[:2])]
 
 
 def _called(site: ModuleSite, by_module: Mapping[tuple[str, str], list[ModuleCall]]) -> str | None:
@@ -157,15 +157,15 @@ def _is_floating(array: np.ndarray | None) -> bool:
 def compare_values(
     graph: WrittenGraph,
     stem: str,
-    pairings: Iterable[Pairing],
+    matches: Iterable[Match],
     values: Mapping[str, np.ndarray],
-    row: Row,
+    row: BatchRow,
     limit: float,
 ) -> list[ComparedValue]:
-    """Compare each pairing on `row`; more than `limit`, relative to the reference's size (`scale_of`), diverges."""
+    """Compare each match on `row`; more than `limit`, relative to the reference's size (`scale_of`), diverges."""
     return [
         compare_value(graph, stem, p.call.module, p.what, p.value, p.expected, p.found(values), row, limit, p.terms)
-        for p in pairings
+        for p in matches
     ]
 
 
@@ -177,7 +177,7 @@ def compare_value(
     value: str,
     expected: np.ndarray,
     found: np.ndarray,
-    row: Row,
+    row: BatchRow,
     limit: float,
     terms: float | None,
 ) -> ComparedValue:
@@ -209,7 +209,9 @@ def _brought_to(expected: np.ndarray, found: np.ndarray, what: str) -> np.ndarra
     return found[..., :n] if is_padding else found
 
 
-def difference(expected: np.ndarray, found: np.ndarray, row: Row, terms: float | None = None) -> tuple[float, float]:
+def difference(
+    expected: np.ndarray, found: np.ndarray, row: BatchRow, terms: float | None = None
+) -> tuple[float, float]:
     """The largest absolute difference over real positions, and that over the expected values' size (`scale_of`).
 
     Infinite where the sizes differ; NaN where a number is NaN, infinite or a mask's lowest number on one side only.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_export.check.divergence_results import ComparedValue, LayerErrors
-from lora_export.check.locate.layers import Pairing, Row, compare_value, compare_values, pair
+from lora_export.check.locate.layers import BatchRow, Match, compare_value, compare_values, match
 from lora_export.check.reference.module_calls import WHOLE, ModuleCall, recorded
 from lora_export.check.reference.unmerged import Reference
 from lora_export.contract import graph_file
@@ -26,7 +26,7 @@ class GraphRun:
 
     session: AdapterSession
     feeds: Mapping[str, np.ndarray]
-    row: Row
+    row: BatchRow
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class SeenGraph:
     """One graph's values, compared.
 
     Attributes:
-        compared: Inputs, parts and outputs of modules, in the order in which PyTorch computes them, with `pairings`.
+        compared: Inputs, parts and outputs of modules, in the order in which PyTorch computes them, with `matches`.
         outputs: The outputs of the graph that the reference has too, and those of the reference, `[1, …]`.
     """
 
     run: GraphRun
     graph: WrittenGraph
-    pairings: tuple[Pairing, ...]
+    matches: tuple[Match, ...]
     compared: tuple[ComparedValue, ...]
     outputs: tuple[ComparedValue, ...]
     expected: Mapping[str, np.ndarray]
@@ -117,12 +117,12 @@ def look(probe: Probe, limit: float) -> Seen:
 def _look(run: GraphRun, calls: Sequence[ModuleCall], outputs: Mapping[str, np.ndarray], limit: float) -> SeenGraph:
     session = run.session
     graph = WrittenGraph(session.folder / graph_file(session.graph))
-    pairings = pair(graph.sites(), calls, graph.producers.keys() | graph.inputs)
+    matches = match(graph.sites(), calls, graph.producers.keys() | graph.inputs)
     names = _ENCODED if "encoder" in session.graph else {}
     expected = {name: outputs[names.get(name, name)] for name in graph.outputs if names.get(name, name) in outputs}
-    wanted = list(dict.fromkeys([*(v for p in pairings for v in p.values if v in graph.producers), *expected]))
+    wanted = list(dict.fromkeys([*(v for p in matches for v in p.values if v in graph.producers), *expected]))
     values = run_for_values(graph.with_outputs(wanted), session.folder, session.provider, run.feeds, wanted)
-    compared = compare_values(graph, session.graph, pairings, {**run.feeds, **values}, run.row, limit)
+    compared = compare_values(graph, session.graph, matches, {**run.feeds, **values}, run.row, limit)
     final = [
         compare_value(
             graph, session.graph, "", name, name, tensor, values[name], run.row, limit, _terms_of(tensor, calls)
@@ -130,7 +130,7 @@ def _look(run: GraphRun, calls: Sequence[ModuleCall], outputs: Mapping[str, np.n
         for name, tensor in expected.items()
     ]
     found = {name: values[name] for name in expected}
-    return SeenGraph(run, graph, tuple(pairings), tuple(compared), tuple(final), expected, found)
+    return SeenGraph(run, graph, tuple(matches), tuple(compared), tuple(final), expected, found)
 
 
 def _terms_of(output: np.ndarray, calls: Sequence[ModuleCall]) -> float | None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_export.check.inputs.examples import Batch
 from lora_export.check.judge.compare import Outputs
-from lora_export.check.locate.layers import Row
+from lora_export.check.locate.layers import BatchRow
 from lora_export.check.locate.probe import GraphRun, Probe
 from lora_export.check.reference.unmerged import Reference
 from lora_export.contract import DECODER, DECODER_WITH_PAST, ENCODER
@@ -86,12 +86,14 @@ def whole_probe(
         encoder, decoder = session.sessions[ENCODER], session.sessions[DECODER]
         mask = one.inputs["attention_mask"][0] == 1 if "attention_mask" in one.inputs else None
         runs = (
-            GraphRun(encoder, encoder.feeds(source, adapters), Row(row, n_rows, mask)),
-            GraphRun(decoder, decoder.feeds(encoded | {"input_ids": targets}, adapters), Row(row, n_rows, _real(one))),
+            GraphRun(encoder, encoder.feeds(source, adapters), BatchRow(row, n_rows, mask)),
+            GraphRun(
+                decoder, decoder.feeds(encoded | {"input_ids": targets}, adapters), BatchRow(row, n_rows, _real(one))
+            ),
         )
     else:
         inputs = batch.inputs | empty_cache(session, n_rows)
-        runs = (GraphRun(session, session.feeds(inputs, adapters), Row(row, n_rows, _real(one))),)
+        runs = (GraphRun(session, session.feeds(inputs, adapters), BatchRow(row, n_rows, _real(one))),)
     return Probe(reference, one.inputs, runs, described)
 
 
@@ -118,7 +120,7 @@ def step_probe(
     start, end, inputs = step
     one = row_of(batch, row)
     real = one.real[0, :end]
-    rows = Row(row, len(batch.labels), real, end - start)
+    rows = BatchRow(row, len(batch.labels), real, end - start)
     whole = {name: array[:, :end] for name, array in one.inputs.items()}
     return Probe(reference, whole, (GraphRun(session, session.feeds(inputs, adapter), rows),), described)
 
@@ -137,7 +139,7 @@ def seq2seq_step_probe(
     decoder = session.sessions[DECODER_WITH_PAST]
     targets = batch.inputs["decoder_input_ids"][:, start:end]
     feeds = decoder.feeds({**state.fixed, **state.cache, "input_ids": targets}, state.adapters)
-    rows = Row(row, len(batch.labels), one.real[0, :end], end - start)
+    rows = BatchRow(row, len(batch.labels), one.real[0, :end], end - start)
     inputs = one.inputs | {"decoder_input_ids": one.inputs["decoder_input_ids"][:, :end]}
     return Probe(reference, inputs, (GraphRun(decoder, feeds, rows),), described)
 

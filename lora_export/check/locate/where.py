@@ -20,11 +20,11 @@ class Where:
     """Collects, while the cases run.
 
     Attributes:
-        gates: The check's tolerances: what is rounding in the outputs is rounding inside.
+        limits: The check's tolerances: what is rounding in the outputs is rounding inside.
         folder: The export under check.
     """
 
-    gates: Tolerances
+    limits: Tolerances
     folder: Path
     layers: list[LayerErrors] = field(default_factory=list)
     divergence: Divergence | None = None
@@ -32,7 +32,7 @@ class Where:
 
     @property
     def limit(self) -> float:
-        return self.gates.features
+        return self.limits.features
 
     def measure(self, name: str, case: ParityCase, probes: Iterable[Probe]) -> None:
         """Take the error by layer of adapter `name` on the first probe, and the first failing case's divergence.
@@ -74,7 +74,7 @@ class Where:
         differing = [graph for graph in seen.graphs if any(output.diverges for output in graph.outputs)]
         graph = next((graph for graph in differing if graph.stem == divergence.graph), differing[0])
         is_this = graph.run.session.folder.resolve() == self.folder.resolve()
-        limit = self.gates.features if self.gates.error is None else self.gates.error
+        limit = self.limits.features if self.limits.error is None else self.limits.error
         made = reproduction(graph, divergence, limit, is_this_export=is_this)
         if made is None:
             return divergence

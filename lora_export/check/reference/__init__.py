@@ -4,5 +4,5 @@
     trained.py       adapters as PEFT runs them
     module_calls.py  what every module is given and gives in one run
 
-Imports base, check.judge, export, quiet.
+Imports base, check.judge, compat, export, quiet.
 """

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_export.check.judge.measures import ENOUGH
+from lora_export.compat import borrow
 from lora_export.export.weights import as_numpy
 
 WHOLE, BASE, LORA_A, LORA_B = "output", "base", "lora_A", "lora_B"
@@ -227,7 +227,7 @@ def _scales(model: torch.nn.Module) -> dict[int, float]:
     return found
 
 
-class _Results(TorchDispatchMode):
+class _Results(borrow("torch.utils._python_dispatch:TorchDispatchMode")):
     """Records the floating results of the operations of one module."""
 
     def __init__(self, observer: _Observer) -> None:

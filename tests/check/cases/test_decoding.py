@@ -7,12 +7,23 @@ import pytest
 
 from lora_export.base.tasks import Task
 from lora_export.check.cases import decoding
+from lora_export.check.cases.examination import Examination, Examined
+from lora_export.check.context import CheckContext
 from lora_export.check.inputs.examples import Batcher, built_in_examples
 from lora_export.check.judge.tolerances import tolerances
 from lora_export.check.locate.where import Where
 from lora_export.check.reference.trained import TrainedAdapter
 from lora_export.check.reference.unmerged import Reference
 from lora_export.runtime.adapter_session import AdapterSession
+
+
+def decoded(session: AdapterSession, reference: Reference, batcher: Batcher) -> Examination:
+    """The decoding cases of `chat`; they use nothing of a check but its session and limits."""
+    limits = tolerances("float32", "cpu")
+    context = CheckContext(None, session, Task.TEXT_GENERATION, limits, with_precise=False, own={}, mixed=None)
+    examination = Examination(context, Where(limits, session.folder))
+    decoding.decoding_cases(examination, Examined("chat", "chat", reference), batcher, built_in_examples())
+    return examination
 
 
 @pytest.fixture
@@ -32,12 +43,9 @@ def greedy(exports, bases, adapters, monkeypatch):
         monkeypatch.setattr(decoding, "generate", generate)
         if noise is not None:
             monkeypatch.setattr(
-                decoding, "greedy_case", lambda label, behind, _, gates: judge(label, behind, noise, gates)
+                decoding, "greedy_case", lambda label, behind, _, limits: judge(label, behind, noise, limits)
             )
-        gates = tolerances("float32", "cpu")
-        return decoding.decoding_cases(
-            "chat", "chat", session, reference, batcher, built_in_examples(), gates, Where(gates, session.folder)
-        )[-1]
+        return decoded(session, reference, batcher).cases[-1]
 
     return run
 
@@ -50,9 +58,7 @@ def test_the_built_in_examples_pad_a_decoder_on_the_left(exports, bases, adapter
     monkeypatch.setattr(session, "run", lambda inputs, *rest: seen.append(inputs) or original(inputs, *rest))
     reference = Reference(Task.TEXT_GENERATION, bases["llama"], [TrainedAdapter(adapters["chat"])], "float32", None)
     batcher = Batcher(exports["llama-dynamic"], Task.TEXT_GENERATION, session.manifest.contract)
-    gates = tolerances("float32", "cpu")
-    where = Where(gates, exports["llama-dynamic"])
-    cases = decoding.decoding_cases("chat", "chat", session, reference, batcher, built_in_examples(), gates, where)
+    cases = decoded(session, reference, batcher).cases
     assert all(case.passed for case in cases)
     whole, prompts = seen[0]["attention_mask"], seen[-32]["attention_mask"]
     for mask in (whole, prompts):
@@ -67,18 +73,18 @@ def change_the_last_token(continuations: list[list[int]]) -> None:
 
 def test_a_sound_graph_agrees_in_every_token(greedy):
     case = greedy()
-    assert case.passed and case.top1 == 1 and case.error == 0
+    assert case.passed and case.value("top1") == 1 and case.largest_error is None
 
 
 def test_one_wrong_token_is_caught(greedy):
     case = greedy(change_the_last_token)
-    assert case.top1 == pytest.approx(1 - 1 / 128)
+    assert case.value("top1") == pytest.approx(1 - 1 / 128)
     assert not case.passed and "greedy tokens agree" in case.failures[0]
 
 
 def test_continuations_of_other_rows_are_caught(greedy):
     case = greedy(lambda continuations: continuations.reverse())
-    assert not case.passed and case.top1 < 0.9
+    assert not case.passed and case.value("top1") < 0.9
 
 
 def test_a_token_within_the_noise_of_the_best_is_a_tie(greedy):

@@ -9,24 +9,24 @@ import pytest
 
 from lora_export.artifact import read_manifest
 from lora_export.base.tasks import Task
-from lora_export.check.inputs.examples import Batcher, Row, built_in_examples, read_examples
+from lora_export.check.inputs.examples import Batcher, Example, built_in_examples, read_examples
 from lora_export.errors import InputRefused
 
 
 def test_text_lines_and_json_lines(tmp_path):
     lines = tmp_path / "a.txt"
     lines.write_text("one\n\n  two  \n")
-    assert [row.source for row in read_examples(lines, 9).rows] == ["one", "  two  "]
+    assert [row.text_or_file for row in read_examples(lines, 9).rows] == ["one", "  two  "]
     rows = tmp_path / "a.jsonl"
     rows.write_text('{"text": "one", "label_id": 2}\n{"text": "two"}\n')
-    assert read_examples(rows, 9).rows == (Row("one", 2), Row("two", None))
+    assert read_examples(rows, 9).rows == (Example("one", 2), Example("two", None))
 
 
 def test_a_limit_takes_an_even_spread(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("\n".join(str(n) for n in range(100)))
     found = read_examples(file, 4)
-    assert [row.source for row in found.rows] == ["0", "25", "50", "75"]
+    assert [row.text_or_file for row in found.rows] == ["0", "25", "50", "75"]
     assert found.description == f"{file} (4 of 100 rows)"
     assert len(read_examples(file, 1000).rows) == 100
 
@@ -64,15 +64,18 @@ def test_data_that_is_no_text_is_refused(tmp_path):
 def test_images_come_from_a_folder_in_order(tmp_path):
     for name in ("b.png", "a.JPG", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
-    assert [row.source for row in read_examples(tmp_path, 9).rows] == [str(tmp_path / "a.JPG"), str(tmp_path / "b.png")]
+    assert [row.text_or_file for row in read_examples(tmp_path, 9).rows] == [
+        str(tmp_path / "a.JPG"),
+        str(tmp_path / "b.png"),
+    ]
 
 
 def test_built_in_texts_are_the_same_every_time_and_differ_in_length():
     first, again = built_in_examples(16), built_in_examples(16)
     assert first == again and len(first.rows) == 16
-    lengths = [len(row.source) for row in first.rows]
+    lengths = [len(row.text_or_file) for row in first.rows]
     assert lengths == sorted(lengths) and lengths[-1] > 10 * lengths[0]
-    assert len({row.source for row in first.rows}) == 16
+    assert len({row.text_or_file for row in first.rows}) == 16
 
 
 def batcher(exports, name: str, task: Task) -> Batcher:
@@ -80,7 +83,7 @@ def batcher(exports, name: str, task: Task) -> Batcher:
 
 
 def test_texts_become_padded_batches(exports):
-    found = batcher(exports, "bert-merged", Task.TEXT_CLASSIFICATION).batch([Row("abc", 1), Row("a")])
+    found = batcher(exports, "bert-merged", Task.TEXT_CLASSIFICATION).batch([Example("abc", 1), Example("a")])
     assert set(found.inputs) == {"input_ids", "attention_mask", "token_type_ids"}
     assert found.inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert found.real.tolist() == found.inputs["attention_mask"].astype(bool).tolist()
@@ -89,7 +92,9 @@ def test_texts_become_padded_batches(exports):
 
 
 def test_decoders_get_positions_and_padding_on_the_side_asked_for(exports):
-    made = batcher(exports, "llama-base", Task.TEXT_GENERATION).batch([Row("abc"), Row("a")], padding_side="left")
+    made = batcher(exports, "llama-base", Task.TEXT_GENERATION).batch(
+        [Example("abc"), Example("a")], padding_side="left"
+    )
     assert made.inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     assert made.inputs["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
     assert not any(name.startswith("past") for name in made.inputs)
@@ -97,15 +102,15 @@ def test_decoders_get_positions_and_padding_on_the_side_asked_for(exports):
 
 @pytest.mark.parametrize(("side", "expected"), [("right", [[1, 2, -1], [-1] * 3]), ("left", [[1, 2, -1], [-1] * 3])])
 def test_a_decoders_targets_are_the_tokens_that_follow(side, expected, exports):
-    made = batcher(exports, "llama-base", Task.TEXT_GENERATION).batch([Row("abc"), Row("a")], padding_side=side)
+    made = batcher(exports, "llama-base", Task.TEXT_GENERATION).batch([Example("abc"), Example("a")], padding_side=side)
     ids = made.inputs["input_ids"]
     wanted = [[-1 if place < 0 else ids[row, place] for place in places] for row, places in enumerate(expected)]
     assert made.targets.tolist() == wanted
-    assert batcher(exports, "bert-merged", Task.TEXT_CLASSIFICATION).batch([Row("abc")]).targets is None
+    assert batcher(exports, "bert-merged", Task.TEXT_CLASSIFICATION).batch([Example("abc")]).targets is None
 
 
 def test_long_texts_are_cut(exports):
-    found = batcher(exports, "llama-base", Task.TEXT_GENERATION).batch([Row("x" * 5000)])
+    found = batcher(exports, "llama-base", Task.TEXT_GENERATION).batch([Example("x" * 5000)])
     assert found.inputs["input_ids"].shape == (1, 96)
 
 
@@ -115,10 +120,10 @@ def test_images_become_pixels(exports, tmp_path):
     Image.fromarray(np.full((30, 40, 3), 200, np.uint8)).save(tmp_path / "a.png")
     made = batcher(exports, "vit-merged", Task.IMAGE_CLASSIFICATION)
     assert made.takes_images
-    assert made.batch([Row(str(tmp_path / "a.png"))]).inputs["pixel_values"].shape == (1, 3, 16, 16)
+    assert made.batch([Example(str(tmp_path / "a.png"))]).inputs["pixel_values"].shape == (1, 3, 16, 16)
     (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(InputRefused):
-        made.batch([Row(str(tmp_path / "b.png"))])
+        made.batch([Example(str(tmp_path / "b.png"))])
     noise = made.noise(3).inputs["pixel_values"]
     assert noise.shape == (3, 3, 16, 16) and noise.std() == pytest.approx(1, abs=0.1)
 

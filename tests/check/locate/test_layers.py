@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from lora_export.check.locate.layers import Row, difference, pair
+from lora_export.check.locate.layers import BatchRow, difference, match
 from lora_export.check.reference.module_calls import ModuleCall
 from lora_export.graph.module_values import ModuleSite
 
-ALL = Row(0, 1)
+ALL = BatchRow(0, 1)
 
 
 def test_the_difference_is_the_largest_and_relative_to_the_largest_value():
@@ -49,14 +49,14 @@ def test_padded_positions_do_not_count():
     expected, found = np.zeros((1, 3, 2)), np.zeros((1, 3, 2))
     found[:, 2] = math.nan
     expected[:, 0] = 1
-    assert difference(expected, found, Row(0, 1, real)) == (1, 1)
+    assert difference(expected, found, BatchRow(0, 1, real)) == (1, 1)
     scores = np.zeros((1, 4, 3, 3))
     scores[..., 2, :] = scores[..., 2] = 9
-    assert difference(np.zeros((1, 4, 3, 3)), scores, Row(0, 1, real))[0] == 0
+    assert difference(np.zeros((1, 4, 3, 3)), scores, BatchRow(0, 1, real))[0] == 0
 
 
 def test_a_row_is_found_in_its_batch():
-    row = Row(1, 3)
+    row = BatchRow(1, 3)
     assert row.of_graph(np.arange(6).reshape(3, 2)).tolist() == [[2, 3]]
     assert row.of_graph(np.arange(12).reshape(6, 2)).tolist() == [[4, 5], [6, 7]]  # batch and tokens in one axis
     assert row.of_graph(np.arange(2).reshape(1, 2)).tolist() == [[0, 1]]  # the same for all rows
@@ -64,7 +64,7 @@ def test_a_row_is_found_in_its_batch():
 
 
 def test_a_step_on_a_cache_is_the_end_of_the_whole():
-    row = Row(0, 1, np.ones(5, bool), n_last=2)
+    row = BatchRow(0, 1, np.ones(5, bool), n_last=2)
     assert row.of_reference(np.arange(10).reshape(1, 5, 2)).tolist() == [[[6, 7], [8, 9]]]
     assert row.of_reference(np.zeros((1, 4, 5, 3))).shape == (1, 4, 2, 3)
     assert row.of_reference(np.zeros((5, 7, 3))).shape == (2, 7, 3)  # a bias by position, without a row axis
@@ -82,14 +82,14 @@ def site(module: str, output: str, position: int, *, is_lookup: bool = False, pa
 
 def test_uses_are_paired_with_calls_in_order():
     sites = [site("m", "first", 0), site("m", "second", 5), site("m", "third", 7)]
-    found = pair(sites, [call("m", 1), call("n", 9), call("m", 2)], set())
+    found = match(sites, [call("m", 1), call("n", 9), call("m", 2)], set())
     assert [(p.value, float(p.expected.item())) for p in found] == [("first", 1), ("second", 2)]
 
 
 def test_a_tied_weight_belongs_to_whom_it_is_read_as():
     sites = [site("embed", "e", 0, is_lookup=True), site("embed", "logits", 9, scale=0.5)]
     calls = [call("embed", 1, is_lookup=True, weight=7), call("other", 2, weight=8), call("head", 3, weight=7)]
-    assert [(p.call.module, float(p.expected.item())) for p in pair(sites, calls, set())] == [
+    assert [(p.call.module, float(p.expected.item())) for p in match(sites, calls, set())] == [
         ("embed", 1),
         ("head", 1.5),
     ]
@@ -98,9 +98,9 @@ def test_a_tied_weight_belongs_to_whom_it_is_read_as():
 def test_parts_are_compared_only_where_pytorch_has_them():
     sites = [site("m", "y", 3, parts={"base": "wx", "lora_A": "xa", "lora_B": "xab"})]
     whole, base = call("m", 6), call("m", 1, part="base")
-    assert [p.what for p in pair(sites, [base, whole], set())] == ["output"]
+    assert [p.what for p in match(sites, [base, whole], set())] == ["output"]
     pairs = [call("m", 2, part="lora_A"), call("m", 3, part="lora_B")]
-    assert [p.what for p in pair(sites, [base, *pairs, whole], set())] == ["base", "lora_A", "lora_B", "output"]
+    assert [p.what for p in match(sites, [base, *pairs, whole], set())] == ["base", "lora_A", "lora_B", "output"]
 
 
 # Few numbers, which may be near zero by chance.
@@ -122,4 +122,4 @@ def test_padding_does_not_make_few_numbers_many():
     real = np.zeros(16, bool)
     real[:2] = True
     expected = np.full((1, 16, 1), 5e-4)
-    assert difference(expected, expected + 1e-6, Row(0, 1, real))[1] == pytest.approx(1e-6, rel=1e-6)
+    assert difference(expected, expected + 1e-6, BatchRow(0, 1, real))[1] == pytest.approx(1e-6, rel=1e-6)

@@ -14,7 +14,7 @@ MEMORY_PLACES = {"process": "in the process", "device": "on the GPU"}
 
 
 @dataclass(frozen=True)
-class Gate:
+class LimitedFigure:
     """One figure with an allowance.
 
     Attributes:
@@ -41,22 +41,22 @@ def memory_name(memory: Memory) -> str:
     return f"{memory.variant}, {MEMORY_PLACES[memory.place]}"
 
 
-def bench_gates(report: BenchReport) -> tuple[Gate, ...]:
+def limited_figures(report: BenchReport) -> tuple[LimitedFigure, ...]:
     """All that have an allowance, in the order of the report."""
     found = [
-        _gate(
+        _limited(
             "latency", f"{ratio_name(ratio)}, {workload.name}", ratio, ratio_sentence(ratio), ratio.median / allowance
         )
         for workload, ratio in _ratios(report)
         if (allowance := ratio.allowance) is not None
     ]
     found += [
-        _gate("adapter swap", swap_name(swap), swap, swap_verdict_sentence(swap), swap.median_us / allowance)
+        _limited("adapter swap", swap_name(swap), swap, swap_verdict_sentence(swap), swap.median_us / allowance)
         for swap in report.swaps
         if (allowance := swap.allowance_us) is not None
     ]
     found += [
-        _gate("memory", memory_name(memory), memory, memory_verdict_sentence(memory), memory.peak_mb / allowance)
+        _limited("memory", memory_name(memory), memory, memory_verdict_sentence(memory), memory.peak_mb / allowance)
         for memory in report.memory
         if (allowance := memory.allowance_mb) is not None
     ]
@@ -67,8 +67,8 @@ def _ratios(report: BenchReport) -> list[tuple[Workload, Ratio]]:
     return [(workload, ratio) for workload in report.workloads for ratio in workload.ratios]
 
 
-def _gate(kind: str, name: str, figure: Ratio | Swap | Memory, sentence: str, used: float) -> Gate:
-    return Gate(kind, name, figure.verdict, sentence, used)
+def _limited(kind: str, name: str, of: Ratio | Swap | Memory, sentence: str, used: float) -> LimitedFigure:
+    return LimitedFigure(kind, name, of.verdict, sentence, used)
 
 
 def ratio_sentence(ratio: Ratio) -> str:
@@ -76,7 +76,10 @@ def ratio_sentence(ratio: Ratio) -> str:
     sentence = f"The median ratio is {fmt.ratio(ratio.median)}; {interval}"
     if ratio.allowance is None:
         return f"{sentence}."
-    return _against_allowance(sentence, ratio.low, ratio.high, ratio.allowance, fmt.ratio(ratio.allowance))
+    shown = fmt.ratio(ratio.allowance)
+    if ratio.verdict is Verdict.AMBIGUOUS and not ratio.low <= ratio.allowance < ratio.high:
+        return f"{sentence}, of too few blocks to decide on the allowance of {shown}."
+    return _against_allowance(sentence, ratio.low, ratio.high, ratio.allowance, shown)
 
 
 def swap_verdict_sentence(swap: Swap) -> str:
@@ -112,9 +115,9 @@ def memory_verdict_sentence(memory: Memory) -> str:
 
 def bench_headline(report: BenchReport) -> str:
     """What of the report decides its verdict, and how."""
-    kinds = list(dict.fromkeys(gate.kind for gate in bench_gates(report) if gate.verdict is report.verdict))
+    kinds = list(dict.fromkeys(figure.kind for figure in limited_figures(report) if figure.verdict is report.verdict))
     if not kinds:
-        return "Latency was measured, not gated"
+        return "The bench was stopped before its end" if report.partial else "Latency was measured, not gated"
     who = fmt.listed(kinds).capitalize()
     many = len(kinds) > 1
     match report.verdict:
@@ -127,19 +130,21 @@ def bench_headline(report: BenchReport) -> str:
 
 
 def bench_summary(report: BenchReport) -> str:
-    gates = bench_gates(report)
-    if not gates:
+    figures = limited_figures(report)
+    if not figures:
         measured = fmt.counted(len(report.workloads), "workload")
         return f"Nothing has an allowance; the figures for {measured} are for information."
-    worst = max(gates, key=lambda gate: math.inf if math.isnan(gate.used) else gate.used)
+    worst = max(figures, key=lambda figure: math.inf if math.isnan(figure.used) else figure.used)
     nearest = f"“{fmt.plain(worst.name)}” takes the most of its allowance, {_percent(worst.used)}"
-    of = fmt.counted(len(gates), "gated figure")
+    of = fmt.counted(len(figures), "gated figure")
     if report.verdict is Verdict.PASS:
-        who = "The only gated figure is" if len(gates) == 1 else f"All {of} are"
+        who = "The only gated figure is" if len(figures) == 1 else f"All {of} are"
         return f"{who} within the allowance; {nearest}."
-    counts = {verdict: sum(gate.verdict is verdict for gate in gates) for verdict in Verdict}
+    counts = {verdict: sum(figure.verdict is verdict for figure in figures) for verdict in Verdict}
     states = {Verdict.FAIL: "above the allowance", Verdict.AMBIGUOUS: "undecided"}
     parts = [f"{counts[v]} {'is' if counts[v] == 1 else 'are'} {words}" for v, words in states.items() if counts[v]]
+    if not parts:
+        return f"Of {of} known before the bench was stopped, none is above the allowance; {nearest}."
     return f"Of {of}, {fmt.listed(parts)}; {nearest}."
 
 
