@@ -14,6 +14,7 @@ from lora_export.adapters.factors import Adapter
 from lora_export.artifact import versions
 from lora_export.base.tasks import graphs_of
 from lora_export.base.trace import trace
+from lora_export.base.weightless import is_conv1d
 from lora_export.contract import AdapterInput, GraphContract, SiteChoice, TensorSpec
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.export.plan import Plan
@@ -36,7 +37,7 @@ def target_modules(targets: Sequence[str], model) -> tuple[str, ...]:
     Raises:
         UsageProblem: A target names no linear module.
     """
-    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) or "Conv1D" in str(type(m))]
+    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) or is_conv1d(m)]
     found: dict[str, None] = {}
     for target in targets:
         matches = [name for name in linear if name == target or name.endswith(f".{target}")]

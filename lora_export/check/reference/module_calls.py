@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from lora_export.base.weightless import is_conv1d
 from lora_export.check.judge.measures import ENOUGH
 from lora_export.compat import borrow
 from lora_export.export.weights import as_numpy
@@ -193,7 +194,7 @@ def _out_in_weight(module: torch.nn.Module) -> torch.Tensor | None:
     """The weight of a linear map, `[out, in]`; None of any other module."""
     if isinstance(module, torch.nn.Linear):
         return module.weight.detach()
-    return module.weight.detach().T if type(module).__name__ == "Conv1D" else None
+    return module.weight.detach().T if is_conv1d(module) else None
 
 
 def _wrapped(module: torch.nn.Module) -> torch.nn.Module:
