@@ -3,7 +3,7 @@
     pipeline.py     the main path: export, add_adapter, check, bench, extract_adapter
     trial.py        `run`: try an export
 
-    cli/            all of Click; the only room that exits
+    cli/            all of Click; the only room that exits (a verdict's exit code: cli/output.py)
     export/         from a request to all that an export holds
     check/          is the export what was trained?
     bench/          what does it cost?
@@ -15,7 +15,7 @@
     adapters/       a trained adapter on its base: reading, mathematics, packing, what is supported
     base/           a base checkpoint: reading, tasks, the weightless model, its trace
 
-    contract.py     the exported graph's contract, shared by all of the above
+    contract.py     the exported graph's contract: inputs, outputs, and the table of adapter-input kinds
     artifact.py     the exported folder's files and its manifest
     carried.py      what a host needs beside the graph: tokenizers, processors, licences
     staging.py      a folder that appears whole or not at all
@@ -23,7 +23,7 @@
     verdict.py      the values that the results of check and bench have in common
     compat.py       every private or patched symbol of another library
     quiet.py        libraries that print, silenced
-    errors.py       the error tree
+    errors.py       the error tree, each error with its exit code
 
 Imports run downwards only, and every room's `__init__` says what it is for, its files in reading order, and what it
 imports; tests hold both.

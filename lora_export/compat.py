@@ -1,12 +1,14 @@
 """Every private or patched symbol of another library: which, why, since which release, and what happens without it.
 
 The rest of the package takes them from here by name, so a library that moves one is met in one place: by a slower way
-where there is one, else by an error that names versions. Tests walk the table, and hold that nothing private is
-imported anywhere else.
+where there is one, else by an error that names versions. Attributes of a library's own objects (a model's class, its
+config) are used where they are needed, and listed here. Tests walk the table, and hold that nothing private is imported
+anywhere else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 from collections.abc import Iterator
@@ -28,7 +30,8 @@ class Borrowed:
     """A symbol that its library does not promise to keep.
 
     Attributes:
-        place: `module:attribute`, with dots for attributes of attributes.
+        place: `module:attribute`, with dots for attributes of attributes; where releases differ, several, with `|`
+            between them, tried in turn.
         distribution: The library.
         since: The oldest release that is known to have it, as used here.
         why: What it is for.
@@ -41,6 +44,11 @@ class Borrowed:
     why: str
     without: Without
     is_patched: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the rest of the package asks for it by: its last name."""
+        return self.place.partition("|")[0].rpartition(":")[2].rpartition(".")[2]
 
 
 BORROWED = (
@@ -125,18 +133,18 @@ BORROWED = (
 # torch.isfinite is public and replaced for the trace of encoder-decoders (base.seq2seq); tensors are marked with
 # Transformers' `_is_hf_initialized`, without which weightless parameters would be initialized (base.weightless).
 
-_BY_PLACE = {entry.place: entry for entry in BORROWED}
+_BY_NAME = {entry.name: entry for entry in BORROWED}
 
 
-def borrow(place: str) -> object:
-    """The symbol at `place`, an entry of the table.
+def borrow(name: str) -> object:
+    """The symbol `name`, an entry of the table.
 
     Raises:
         EnvironmentUnusable: It is not there; the message names versions.
     """
-    found = _find(place)
+    found = _find(name)
     if found is _MISSING:
-        entry = _BY_PLACE[place]
+        entry = _BY_NAME[name]
         raise EnvironmentUnusable(
             f"This release of {entry.distribution} lacks something that lora-export uses: {entry.why}",
             where=f"{entry.distribution} {importlib.metadata.version(entry.distribution)}",
@@ -146,24 +154,44 @@ def borrow(place: str) -> object:
     return found
 
 
-def borrow_if_there(place: str) -> object | None:
-    """The symbol at `place`, an entry of the table; None where this release has none."""
-    found = _find(place)
+def borrow_if_there(name: str) -> object | None:
+    """The symbol `name`, an entry of the table; None where this release has none."""
+    found = _find(name)
     return None if found is _MISSING else found
+
+
+@contextlib.contextmanager
+def replaced(name: str, replacement: object) -> Iterator[None]:
+    """While open, `replacement` stands in the module of the symbol `name`, which is there."""
+    original = borrow(name)
+    owner = next(m for m in map(_module_of, _BY_NAME[name].place.split("|")) if getattr(m, name, None) is original)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 _MISSING = object()
 
 
-def _find(place: str) -> object:
-    module, _, path = _BY_PLACE[place].place.partition(":")
+def _module_of(place: str) -> object | None:
     try:
-        found: object = importlib.import_module(module)
-        for name in path.split("."):
-            found = getattr(found, name)
-    except (ImportError, AttributeError):
-        return _MISSING
-    return found
+        return importlib.import_module(place.partition(":")[0])
+    except ImportError:
+        return None
+
+
+def _find(name: str) -> object:
+    for place in _BY_NAME[name].place.split("|"):
+        found: object = _module_of(place)
+        try:
+            for attribute in place.partition(":")[2].split("."):
+                found = getattr(found, attribute)
+        except AttributeError:
+            continue
+        return found
+    return _MISSING
 
 
 def untested() -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The error tree. Every message says what, where, what was expected, what was found and the next step.
 
-Only `lora_export.cli.main` turns an error into an exit code; library callers catch `LoraExportError`.
+An error has its exit code; only `lora_export.cli` exits with it, and library callers catch `LoraExportError`.
 """
 
 from __future__ import annotations

@@ -209,7 +209,15 @@ def check(
     for name in filter(None, options.data):
         manifest.adapter(name)
     examples = {name: read_examples(path, options.n_rows) for name, path in options.data.items()}
-    request = CheckRequest(folder, base, adapters, options.provider, examples, options.merged, options.tolerances)
+    request = CheckRequest(
+        folder=folder,
+        base=base,
+        adapters=adapters,
+        provider=options.provider,
+        data=examples,
+        merged=options.merged,
+        tolerances=options.tolerances,
+    )
     running = begin_check(request)
 
     def write(stopped: str | None = None) -> tuple[CheckReport, dict[str, Path]]:

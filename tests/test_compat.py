@@ -21,16 +21,31 @@ OURS = "lora_export"
 
 @pytest.mark.parametrize("entry", BORROWED, ids=lambda entry: entry.place)
 def test_each_is_there_today(entry):
-    borrow(entry.place)
+    borrow(entry.name)
     installed = importlib.metadata.version(entry.distribution)
     assert [int(n) for n in installed.split(".")[:2]] >= [int(n) for n in entry.since.split(".")[:2]]
 
 
+def test_a_symbol_that_moved_is_found_where_it_is_now(monkeypatch):
+    entry = Borrowed(
+        "peft.gone:get_pattern_key|peft.utils.other:get_pattern_key", "peft", "0.21", "why", Without.REFUSED
+    )
+    monkeypatch.setitem(compat._BY_NAME, "get_pattern_key", entry)
+    assert entry.name == "get_pattern_key" and borrow("get_pattern_key").__module__ == "peft.utils.other"
+
+
+def test_what_is_patched_is_put_back():
+    original = borrow("decompose_with_registry")
+    with pytest.raises(ZeroDivisionError), compat.replaced("decompose_with_registry", None):
+        assert borrow("decompose_with_registry") is None
+        raise ZeroDivisionError
+    assert borrow("decompose_with_registry") is original
+
+
 @pytest.mark.parametrize("entry", BORROWED, ids=lambda entry: entry.place)
 def test_each_is_used(entry):
-    name = entry.place.rpartition(":")[2].rpartition(".")[2]
     elsewhere = [text for path, text in SOURCES.items() if path.name != "compat.py"]
-    assert any(re.search(rf"\b{name}\b", text) for text in elsewhere)
+    assert any(re.search(rf"\b{entry.name}\b", text) for text in elsewhere)
 
 
 def test_nothing_private_is_imported_anywhere_else():
@@ -47,14 +62,14 @@ def test_nothing_private_is_imported_anywhere_else():
 
 def test_what_is_missing_and_needed_is_an_error_that_names_versions(monkeypatch):
     gone = Borrowed("peft.utils.other:no_such_thing", "peft", "0.21", "a reason", Without.REFUSED)
-    monkeypatch.setitem(compat._BY_PLACE, gone.place, gone)
+    monkeypatch.setitem(compat._BY_NAME, gone.name, gone)
     with pytest.raises(
         EnvironmentUnusable, match="This release of peft lacks something that lora-export uses"
     ) as found:
-        borrow(gone.place)
+        borrow(gone.name)
     assert found.value.where == f"peft {importlib.metadata.version('peft')}"
     assert found.value.expected == "peft.utils.other.no_such_thing, as release 0.21 has it"
-    assert borrow_if_there(gone.place) is None
+    assert borrow_if_there(gone.name) is None
 
 
 @pytest.mark.parametrize(
@@ -73,7 +88,7 @@ def test_without_what_only_saves_time_the_graph_is_the_same(entry, bases, monkey
         return sorted(node.op_type for node in fuse(trace(Task.FEATURE_EXTRACTION, model), "cpu").graph)
 
     expected = operators()
-    monkeypatch.setitem(compat._BY_PLACE, entry.place, Borrowed("no.such:thing", "torch", "0", "gone", Without.SLOWER))
+    monkeypatch.setitem(compat._BY_NAME, entry.name, Borrowed("no.such:thing", "torch", "0", "gone", Without.SLOWER))
     assert operators() == expected
 
 

@@ -3,8 +3,8 @@
     support.py         the one table: each option merged, served as inputs, or refused
     folder.py          an adapter's folder, headers only
     header.py          rank and scale in a safetensors header
-    factors.py         a trained adapter as values, and its mathematics
-    merging.py         what adapters do to one parameter, and their weighted sum
+    factors.py         a trained adapter as values, and the mathematics of LoRA and DoRA
+    merging.py         which of it a parameter takes, and the weighted sum of several
     initialization.py  starts that changed the base, undone
     peft_reader.py     PEFT loads the adapter; what it resolved is read
     peft_pairs.py      the pairs in PEFT's layers

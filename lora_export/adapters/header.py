@@ -96,7 +96,7 @@ class HeaderOptions:
         return json.loads(found.pop()) if found else True
 
     def _alpha_of_component(self, name: str, rank: int) -> float | None:
-        pattern_of = borrow("peft.utils.other:get_pattern_key")
+        pattern_of = borrow("get_pattern_key")
         component = max((c for c in self.components if not c or name.startswith(f"{c}.")), key=len, default=None)
         if component is None and len(self.components) == 1:
             component = next(iter(self.components))

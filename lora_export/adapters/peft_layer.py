@@ -51,7 +51,7 @@ class PeftLayer:
             base: The base's values of `parameters`.
             rank: An int, or a share of the energy below 1.
         """
-        convert = borrow("peft.tuners.lora.conversion:_convert_module_to_lora")
+        convert = borrow("_convert_module_to_lora")
         layer = self._with(base)
         is_in_out = is_conv1d(layer.get_base_layer())
         a, b, _ = convert(layer, rank, _ADAPTER)

@@ -65,11 +65,10 @@ def stored_parameters(model: torch.nn.Module, files: SafetensorsFiles) -> Iterat
     Raises:
         InputRefused: Stored tensors do not convert, or a parameter is stored both whole and in parts.
     """
-    loading = "transformers.core_model_loading"
-    rename_source_key, dot_natural_key = borrow(f"{loading}:rename_source_key"), borrow(f"{loading}:dot_natural_key")
-    converter_class, renaming_class = borrow(f"{loading}:WeightConverter"), borrow(f"{loading}:WeightRenaming")
+    rename_source_key, dot_natural_key = borrow("rename_source_key"), borrow("dot_natural_key")
+    converter_class, renaming_class = borrow("WeightConverter"), borrow("WeightRenaming")
     state = model.state_dict(keep_vars=True)
-    mapping = borrow("transformers.conversion_mapping:get_model_conversion_mapping")(model)
+    mapping = borrow("get_model_conversion_mapping")(model)
     renamings = [entry for entry in mapping if isinstance(entry, renaming_class)]
     converters = [entry for entry in mapping if isinstance(entry, converter_class)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -8,16 +8,14 @@ and with anything that writes in place, the whole is decomposed as ever.
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
-from lora_export.compat import borrow_if_there
+from lora_export.compat import borrow_if_there, replaced
 
-_PASSES = "torch.onnx._internal.exporter._fx_passes"
 _aten = torch.ops.aten
 _CASTS = frozenset({_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout})
 _SAME = frozenset({_aten.detach.default, _aten.lift_fresh_copy.default})
@@ -43,8 +41,8 @@ _Decompose = Callable[[ExportedProgram, object], ExportedProgram]
 @contextlib.contextmanager
 def decomposed_by_operator() -> Iterator[None]:
     """While open, torch.onnx's exporter uses `decompose` where it can, on a torch that is built as we know it."""
-    original: _Decompose | None = borrow_if_there(f"{_PASSES}:decompose_with_registry")
-    implemented = borrow_if_there("torch.onnx._internal.exporter._decomp:get_onnx_implemented_overloads")
+    original: _Decompose | None = borrow_if_there("decompose_with_registry")
+    implemented = borrow_if_there("get_onnx_implemented_overloads")
     if original is None or implemented is None:
         yield
         return
@@ -54,12 +52,8 @@ def decomposed_by_operator() -> Iterator[None]:
             return program
         return original(program, registry)
 
-    passes = importlib.import_module(_PASSES)
-    passes.decompose_with_registry = patched
-    try:
+    with replaced("decompose_with_registry", patched):
         yield
-    finally:
-        passes.decompose_with_registry = original
 
 
 def decompose(program: ExportedProgram, implemented: frozenset) -> bool:

@@ -50,8 +50,8 @@ def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE) -> ir.Model:
         `total_sequence_length`, or as `seq2seq` names them. Parameters and persistent buffers have `const_value`
         None; everything else (constants, non-persistent buffers) keeps its value.
     """
-    exporter_class = borrow("transformers.exporters.exporter_onnx:OnnxExporter")
-    config_class = borrow("transformers.exporters.exporter_onnx:OnnxConfig")
+    exporter_class = borrow("OnnxExporter")
+    config_class = borrow("OnnxConfig")
     sample = _sample(task, model, graph)
     config = config_class(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False)
     with quiet(), decomposed_by_operator(), _forward(model, sample.forward):

@@ -1,7 +1,7 @@
 """Is the export what was trained? Unmerged PEFT against ONNX Runtime, case by case.
 
     run.py                 the order of the cases
-    context.py             the two sides over the same batches
+    context.py             the options, and the two sides over the same batches
     results.py             what was found, as frozen values
     divergence_results.py  where they part, likewise
     reference/             unmerged PEFT

@@ -51,7 +51,9 @@ def check(
         from lora_export.report.text import render_check_text
 
         files_of_data = {name: Path(path) for name, path in data.items()}
-        how = CheckOptions(flags.provider, files_of_data, merged, n_rows, tolerances)
+        how = CheckOptions(
+            provider=flags.provider, data=files_of_data, merged=merged, n_rows=n_rows, tolerances=tolerances
+        )
         overrides = SourceOverrides(flags.base, flags.adapters)
         report, files = pipeline.check(out, overrides, how, progress=display.progress)
         conclude(report, render_check_text(report), files, display)
@@ -111,7 +113,9 @@ def bench(
         from lora_export.integrity.sources import SourceOverrides
         from lora_export.report.text import render_bench_text
 
-        how = BenchOptions(flags.provider, shapes, blocks, max_ratio, budget, against)
+        how = BenchOptions(
+            provider=flags.provider, shapes=shapes, blocks=blocks, max_ratio=max_ratio, budget=budget, against=against
+        )
         overrides = SourceOverrides(flags.base, flags.adapters)
         report, files = pipeline.bench(out, overrides, how, progress=display.progress)
         conclude(report, render_bench_text(report), files, display)

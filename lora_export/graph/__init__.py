@@ -10,7 +10,7 @@
     linear_inputs.py       those of linear modules
     unbound.py             initializers without a value
     fuse.py                optimize and fuse for a provider
-    cache.py               finished graphs, kept
+    cache.py               finished graphs, kept on disk
     bind.py                write graphs with their weights
     module_values.py       find modules in a written graph, and look into it
 

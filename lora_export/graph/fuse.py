@@ -18,15 +18,13 @@ from lora_export.compat import borrow, borrow_if_there
 from lora_export.graph.unbound import is_matrix_transpose, prepare_weights, recipe_of, set_recipe
 from lora_export.quiet import quiet
 
-_FUSIONS = "transformers.exporters.onnxruntime_fusions"
-
 
 def fuse(model: ir.Model, provider: str) -> ir.Model:
     """`model` (changed in place and returned) optimized and fused for `provider`, "cpu" or "cuda"."""
     from onnxscript.optimizer import optimize_ir
 
-    fuse_for_onnxruntime = borrow(f"{_FUSIONS}:fuse_for_onnxruntime")
-    unfuse_mixed_dtype_skip_norms = borrow(f"{_FUSIONS}:_unfuse_mixed_dtype_skip_norms")
+    fuse_for_onnxruntime = borrow("fuse_for_onnxruntime")
+    unfuse_mixed_dtype_skip_norms = borrow("_unfuse_mixed_dtype_skip_norms")
     prepare_weights(model)
     with quiet(), _operator_checked_first():
         # Folding a Resize (interpolated position embeddings) evaluates it element by element in Python.
@@ -50,8 +48,8 @@ def _operator_checked_first() -> Iterator[None]:
     makes fusing quadratic in the number of layers. A node whose operator differs from that of the pattern's first
     output fails either way, so the graph that comes out is the same.
     """
-    matcher = borrow_if_there("onnxscript.rewriter._matcher:SimplePatternMatcher")
-    result = borrow_if_there("onnxscript.rewriter._basics:MatchResult")
+    matcher = borrow_if_there("SimplePatternMatcher")
+    result = borrow_if_there("MatchResult")
     if matcher is None or result is None:
         yield
         return

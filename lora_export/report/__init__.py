@@ -1,6 +1,6 @@
 """What people and programs read of a result: pure functions of frozen values, free of torch and onnxruntime.
 
-    write.py           all renderings into a folder
+    write.py           all renderings of a check or bench into a folder
     as_json.py         for programs, by a published schema
     html.py            one self-contained page
     text.py            a terminal

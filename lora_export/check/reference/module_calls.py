@@ -228,7 +228,7 @@ def _scales(model: torch.nn.Module) -> dict[int, float]:
     return found
 
 
-class _Results(borrow("torch.utils._python_dispatch:TorchDispatchMode")):
+class _Results(borrow("TorchDispatchMode")):
     """Records the floating results of the operations of one module."""
 
     def __init__(self, observer: _Observer) -> None:
