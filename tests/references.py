@@ -83,3 +83,8 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
     assert found.shape == expected.shape, f"shape {found.shape}, expected {expected.shape}"
     scale = max(1.0, np.abs(expected).max())
     return float(np.abs(found.astype(np.float64) - expected).max() / scale)
+
+
+def rms_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Root mean square difference: of two roundings, where the largest of many is a matter of luck."""
+    return float(np.sqrt(np.mean(np.square(found.astype(np.float64) - expected.astype(np.float64)))))

@@ -65,17 +65,21 @@ def test_the_script_checks_and_times_every_export_on_cuda(stub):
     for command in ("check", "bench"):
         calls = [line for line in log if line.startswith(f"-m lora_export.cli.main {command} ")]
         assert len(calls) == 6 and all("--provider cuda" in call for call in calls)
-    exported = [line for line in log if re.search(r"cli (dynamic|merge) .*--provider cuda --dtype float(32|16)", line)]
+    exported = [
+        line for line in log if re.search(r"cli\.main (dynamic|merge) .*--provider cuda --dtype float(32|16)", line)
+    ]
     assert len(exported) == 6
     assert len(list((stub.parent / "results").glob("*-cuda.json"))) == 12
 
 
 def test_the_script_s_exit_codes(stub):
     code, log = run_script(stub, check=1)
-    assert code == 1 and sum("cli bench" in line for line in log) == 6, "a failed check ends nothing but the verdict"
+    assert code == 1 and sum("cli.main bench" in line for line in log) == 6, (
+        "a failed check ends nothing but the verdict"
+    )
     (stub.parent / "log").unlink()
     code, log = run_script(stub, check=4)
-    assert code == 4 and not any("cli bench" in line for line in log)
+    assert code == 4 and not any("cli.main bench" in line for line in log)
     (stub.parent / "log").unlink()
     code, log = run_script(stub, questions=4)
     assert code == 4 and not any("lora_export.cli.main" in line for line in log)

@@ -18,7 +18,7 @@ import safetensors.torch
 import tiny
 import torch
 from catalogue import ADAPTERS, EXPORTS, SEQ2SEQ_BASES, ExportSpec, export_to
-from references import decoder_feeds, error, inputs_for, outputs_of, real, unmerged
+from references import decoder_feeds, error, inputs_for, outputs_of, real, rms_error, unmerged
 
 from lora_export.artifact import read_manifest, sha256_of
 from lora_export.errors import EnvironmentUnusable, InputRefused, UsageProblem
@@ -131,7 +131,7 @@ def test_float16_is_as_near_to_float32_as_pytorch_is(name, exports, bases, adapt
     assert session.manifest.dtype == "float16"
     found = real(run(session, inputs, "chat" if spec.mode == "dynamic" else None), inputs)
     assert found.dtype == np.float16
-    assert error(found, truth) < max(2 * error(pytorch, truth), 2**-10)
+    assert rms_error(found, truth) < max(2 * rms_error(pytorch, truth), 2**-12)
 
 
 def stored(folder: Path, name: str) -> np.ndarray:
