@@ -11,9 +11,9 @@
     extract/        a full fine-tune as an adapter
     integrity/      is the folder still what was exported?
     runtime/        run an export, with onnxruntime and numpy only
-    graph/          passes over an onnx-ir model
+    graph/          passes over an onnx-ir model: adapter inputs, fusions, weights
     adapters/       a trained adapter on its base: reading, mathematics, packing, what is supported
-    base/           a base checkpoint: reading, tasks, the weightless model, its trace
+    base/           a base checkpoint: reading, tasks, the weightless model, its trace with the KV cache
 
     contract.py     the exported graph's contract: inputs, outputs, and the table of adapter-input kinds
     artifact.py     the exported folder's files and its manifest

@@ -96,7 +96,7 @@ def export(request: Request, options: ExportOptions, *, progress: Progress = sil
         optional = {name: graph.adapter_inputs for name, graph in graphs.items()}
         with staging(options.out, overwrite=options.overwrite, n_bytes=plan.n_bytes) as folder:
             meter = _Meter(progress, plan.n_bytes)
-            written = write_graphs(models, folder, resolved.source.make_weight, optional, meter)
+            written = write_graphs(models, folder, resolved.parameters.make_weight, optional, meter)
             contracts = {name: contract_of(model, written.adapter_inputs[name]) for name, model in models.items()}
             sources = sources_when_hashed()
             records = adapter_records(plan, resolved, sources, contracts, folder)

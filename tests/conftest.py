@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--all-mutations", action="store_true", help="run every cell of ci/benchmarks/mutations.py instead of a few"
     )
 
+    parser.addoption("--update-goldens", action="store_true", help="write the files in tests/goldens anew")
     parser.addoption("--seed", default="", help="other random weights for the tiny models: any text")
 
 

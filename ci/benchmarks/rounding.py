@@ -74,7 +74,7 @@ def by_peft(base: Path, adapters: list[Path], dtype: torch.dtype) -> dict[str, t
 
 def measure(base: Path, adapters: list[Path], dtype: str) -> dict[str, float]:
     chosen = tuple((str(path), path.name) for path in adapters)
-    source = resolve(make_plan(Request(str(base), chosen, "merge", dtype=dtype))).source
+    source = resolve(make_plan(Request(str(base), chosen, "merge", dtype=dtype))).parameters
     expected, theirs = truth(base, adapters), by_peft(base, adapters, DTYPES[dtype])
     start = load(base, torch.float64).state_dict()
     ours_of, theirs_of = [], []

@@ -10,17 +10,17 @@ from dataclasses import replace
 
 import torch
 
-from lora_export.adapters.factors import Adapter, LoraFactors
+from lora_export.adapters.factors import Adapter, LoraFactors, delta
 from lora_export.adapters.initialization import changes_base, with_initial_pair
 from lora_export.adapters.pack import choose_sites
 from lora_export.adapters.peft_layer import PeftLayer
 from lora_export.contract import ADAPTER_INPUT_KINDS
 from lora_export.errors import InputRefused, some_of
-from lora_export.export.weights import ParameterSource
+from lora_export.export.weights import Parameters
 
 
 def completed(
-    adapter: Adapter, base: ParameterSource, model: torch.nn.Module, mode: str, convert_rank: float | None
+    adapter: Adapter, base: Parameters, model: torch.nn.Module, mode: str, convert_rank: float | None
 ) -> Adapter:
     """`adapter` as `mode` ("merge" or "dynamic") exports it on the pristine `base`.
 
@@ -50,7 +50,7 @@ def completed(
     return adapter
 
 
-def _with_differing_copies(adapter: Adapter, base: ParameterSource) -> Adapter:
+def _with_differing_copies(adapter: Adapter, base: Parameters) -> Adapter:
     replaced = dict(adapter.replaced)
     for path, tensor in adapter.base_copies.items():
         if not base.stores(path, tensor):
@@ -58,7 +58,7 @@ def _with_differing_copies(adapter: Adapter, base: ParameterSource) -> Adapter:
     return replace(adapter, replaced=replaced)
 
 
-def _converted(adapter: Adapter, base: ParameterSource, convert_rank: float | None) -> Adapter:
+def _converted(adapter: Adapter, base: Parameters, convert_rank: float | None) -> Adapter:
     lora, errors, kept = dict(adapter.lora), {}, {}
     for module, layer in adapter.layers.items():
         if convert_rank is None or not layer.is_convertible:
@@ -70,7 +70,7 @@ def _converted(adapter: Adapter, base: ParameterSource, convert_rank: float | No
     return replace(adapter, lora=lora, layers=kept, conversion_errors=errors)
 
 
-def _with_head_rows_as_pairs(adapter: Adapter, base: ParameterSource, model: torch.nn.Module) -> Adapter:
+def _with_head_rows_as_pairs(adapter: Adapter, base: Parameters, model: torch.nn.Module) -> Adapter:
     """Rows `R` of a Linear at token ids `t` as a pair: A is `R − W[t]`, `[n, in]`, and B has a 1 at `[t[j], j]`."""
     lora, kept = dict(adapter.lora), {}
     for path, rows in adapter.token_rows.items():
@@ -89,12 +89,11 @@ def _with_head_rows_as_pairs(adapter: Adapter, base: ParameterSource, model: tor
 def _conversion_error(layer: PeftLayer, real: dict[str, torch.Tensor], pair: LoraFactors) -> float:
     """`‖ΔW − s·B·A‖ / ‖ΔW‖`, Frobenius; 0 where the layer changes nothing."""
     change = layer.merged(real)["weight"] - real["weight"].float()
-    product = (pair.b.float() * pair.scale) @ pair.a.float()
-    error = (change - (product.T if pair.weight_is_in_out else product)).norm()
+    error = (change - delta(pair)).norm()
     return float(error / change.norm()) if change.norm() else 0.0
 
 
-def _require_servable(adapter: Adapter, base: ParameterSource) -> None:
+def _require_servable(adapter: Adapter, base: Parameters) -> None:
     served = choose_sites([adapter]).parameters
     rest = [path for path in adapter.replaced if path not in served]
     gated = adapter.invocation_tokens is not None
@@ -117,7 +116,7 @@ def _require_servable(adapter: Adapter, base: ParameterSource) -> None:
             )
 
 
-def _require_mergeable(adapter: Adapter, base: ParameterSource) -> None:
+def _require_mergeable(adapter: Adapter, base: Parameters) -> None:
     adds_bias = {module for module, pair in adapter.pairs.items() if pair.bias is not None}
     adds_bias |= set(adapter.layers) if adapter.config.get("peft_type") == "BEFT" else set()
     lacking = sorted(module for module in adds_bias if f"{module}.bias" not in base.shapes)

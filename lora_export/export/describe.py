@@ -49,7 +49,7 @@ def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), si
     item = 4 if plan.dtype == "float32" else 2
     sizes = [item * math.prod(info.shape) for info in plan.checkpoint.files.tensors.values()]
     # A parameter made of several stored tensors (merged experts) is larger than each of them.
-    largest = max((item * math.prod(shape) for shape in resolved.source.shapes.values()), default=0)
+    largest = max((item * math.prod(shape) for shape in resolved.parameters.shapes.values()), default=0)
     adapters = []
     for folder, adapter in zip(plan.folders, resolved.adapters, strict=True):
         adapters.append(

@@ -106,7 +106,7 @@ def _finished_graph(
 
 def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str) -> _Facts:
     config = {key: value for key, value in plan.config.to_dict().items() if key not in _NOT_ARCHITECTURE}
-    tied = sorted({group for group in resolved.source.aliases.values() if len(group) > 1})
+    tied = sorted({group for group in resolved.parameters.aliases.values() if len(group) > 1})
     traced_from = {
         "config": config,
         "labels": plan.config.num_labels,
@@ -118,7 +118,7 @@ def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str) -> _F
         "tied": tied,
     }
     replaced = choice.parameters.union(*(adapter.replaced for adapter in resolved.adapters))
-    small = resolved.source.small_parameters(plan.dtype, without=replaced | resolved.source.zeros_for)
+    small = resolved.parameters.small_parameters(plan.dtype, without=replaced | resolved.parameters.zeros_for)
     untied = _untied(resolved)
     finished_from = traced_from | {
         "provider": plan.request.provider,
@@ -164,7 +164,7 @@ def _refuse_changed_embedding(resolved: Resolved) -> None:
     for adapter in resolved.adapters:
         changed = [path for path in adapter.replaced if path.removesuffix(".weight") not in adapter.replaced_modules]
         changed += [*adapter.token_rows, *(f"{module}.weight" for module in adapter.embeddings)]
-        shared = [path for path in changed if len(resolved.source.aliases.get(path, ())) > 1]
+        shared = [path for path in changed if len(resolved.parameters.aliases.get(path, ())) > 1]
         if shared:
             raise InputRefused(
                 f"Adapter {adapter.name!r} changes an embedding that others of an encoder-decoder share",
@@ -174,7 +174,7 @@ def _refuse_changed_embedding(resolved: Resolved) -> None:
 
 
 def _has_default(entry: AdapterInput, resolved: Resolved) -> bool:
-    return not entry.spec.is_stored or resolved.source.stored_name(entry.name) is not None
+    return not entry.spec.is_stored or resolved.parameters.stored_name(entry.name) is not None
 
 
 def _untied(resolved: Resolved) -> dict[str, str]:
@@ -185,8 +185,8 @@ def _untied(resolved: Resolved) -> dict[str, str]:
     2. Linear modules tied to each other: those that change are.
     """
     found: dict[str, str] = {}
-    for group in {id(paths): paths for paths in resolved.source.aliases.values() if len(paths) > 1}.values():
-        changes = {path: [_signature(adapter, path) for adapter, _ in resolved.source.adapters] for path in group}
+    for group in {id(paths): paths for paths in resolved.parameters.aliases.values() if len(paths) > 1}.values():
+        changes = {path: [_signature(adapter, path) for adapter, _ in resolved.parameters.adapters] for path in group}
         tables = [path for path in group if _is_embedding(resolved.model, path)]
         unchanged = [path for path in group if not any(map(any, changes[path]))]
         keeper = next(iter(tables or unchanged or group))

@@ -18,7 +18,7 @@ from lora_export.contract import GraphContract, adapter_file
 from lora_export.errors import InputRefused, some_of
 from lora_export.export.plan import Plan, local_path
 from lora_export.export.resolve import Resolved
-from lora_export.export.weights import ParameterSource
+from lora_export.export.weights import Parameters
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def adapter_records(
     records = []
     for place, (source, adapter) in enumerate(zip(plan.folders, resolved.adapters, strict=True)):
         is_merged = plan.request.mode == "merge"
-        files = {} if is_merged else _pack(adapter, graphs, resolved.source, folder)
+        files = {} if is_merged else _pack(adapter, graphs, resolved.parameters, folder)
         is_converted = source.config.get("peft_type") not in ("LORA", "ADALORA", "TRAINABLE_TOKENS")
         records.append(
             AdapterRecord(
@@ -92,7 +92,7 @@ def adapter_records(
     return tuple(records)
 
 
-def _pack(adapter: Adapter, graphs: Mapping[str, GraphContract], base: ParameterSource, folder: Path) -> dict[str, str]:
+def _pack(adapter: Adapter, graphs: Mapping[str, GraphContract], base: Parameters, folder: Path) -> dict[str, str]:
     """Write a file for each of `graphs` that takes any of `adapter`; their paths in `folder`."""
     packed = {}
     for graph, contract in graphs.items():

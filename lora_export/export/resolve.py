@@ -12,7 +12,7 @@ from lora_export.base.tasks import CLASSIFICATION, Task
 from lora_export.base.weightless import build_weightless, parameter_aliases, untie
 from lora_export.export.completion import completed
 from lora_export.export.plan import Plan
-from lora_export.export.weights import ParameterSource
+from lora_export.export.weights import Parameters
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Resolved:
     """A plan's tensors: adapters as PEFT resolved them, and the source of every parameter."""
 
     adapters: tuple[Adapter, ...]
-    source: ParameterSource
+    parameters: Parameters
     model: object
 
 
@@ -41,7 +41,7 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
     replaced = frozenset(brought) if plan.request.mode == "merge" else frozenset()
     names = checkpoint_names(model, plan.checkpoint.files, replaced)
     untie(model, stored_apart(model, names, plan.checkpoint.files))
-    base = ParameterSource(plan.checkpoint, names, parameter_aliases(model), shapes, zeros_for=head)
+    base = Parameters(plan.checkpoint, names, parameter_aliases(model), shapes, zeros_for=head)
     adapters = tuple(completed(adapter, base, model, plan.request.mode, plan.request.convert_rank) for adapter in read)
     merged = tuple(zip(adapters, plan.request.weight_of_each, strict=True)) if plan.request.mode == "merge" else ()
     return Resolved(adapters, replace(base, adapters=merged), model)

@@ -21,7 +21,7 @@ from lora_export.errors import InputRefused
 
 
 @dataclass(frozen=True)
-class ParameterSource:
+class Parameters:
     """Every parameter of the exported model, by its path, made on request.
 
     Attributes:

@@ -56,7 +56,7 @@ def test_whatever_the_options_the_fold_is_pefts_merge(options, bases):
             with pytest.raises(InputRefused, match="PEFT cannot load the adapter onto this base"):
                 resolve(make_plan(request))
             return
-        source = resolve(make_plan(request)).source
+        source = resolve(make_plan(request)).parameters
         for name, tensor in expected.items():
             torch.testing.assert_close(source.parameter(name, torch.float32), tensor, atol=2e-5, rtol=1e-5, msg=name)
 
@@ -77,7 +77,7 @@ def test_a_resized_vocabulary_is_merged_at_its_new_size(bases, tmp_path):
     resolved = resolve(make_plan(request))
     merged = trained.merge_and_unload().state_dict()
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"):
-        torch.testing.assert_close(resolved.source.parameter(name, torch.float32), merged[name], atol=1e-5, rtol=0)
+        torch.testing.assert_close(resolved.parameters.parameter(name, torch.float32), merged[name], atol=1e-5, rtol=0)
     export(request, ExportOptions(tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == before + 6
     report, _ = check(tmp_path / "out", SourceOverrides(), CheckOptions(n_rows=8))
@@ -98,7 +98,7 @@ def test_multihead_attention_is_merged_and_its_module_named_where_not_served(mod
             resolve(make_plan(request))
         assert "head.attention (MultiheadAttention)" in refused.value.where
         return
-    source = resolve(make_plan(request)).source
+    source = resolve(make_plan(request)).parameters
     base = transformers.SiglipVisionModel.from_pretrained(tmp_path / "base")
     merged = PeftModel.from_pretrained(base, tmp_path / "a").merge_and_unload().state_dict()
     for name in (name for name in merged if "head.attention" in name):

@@ -146,7 +146,7 @@ def test_an_adapter_in_float64_is_read_as_it_is(bases, adapters, tmp_path):
     file = folder / "adapter_model.safetensors"
     save_file({name: tensor.double() for name, tensor in load_file(file).items()}, file)
     wide, plain = (
-        resolve(make_plan(Request(str(bases["llama"]), ((str(given), None),), "merge"))).source.parameter(
+        resolve(make_plan(Request(str(bases["llama"]), ((str(given), None),), "merge"))).parameters.parameter(
             f"{QUERY}.weight", torch.float32
         )
         for given in (folder, adapters["chat"])

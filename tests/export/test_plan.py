@@ -68,7 +68,7 @@ def test_a_replaced_module_that_is_no_linear_is_merged_but_not_served(bases, tmp
         resolve(make_plan(Request(str(bases["llama"]), ((str(folder), None),), "dynamic")))
     assert refused.value.where == "model.norm.weight"
     resolved = resolve(make_plan(Request(str(bases["llama"]), ((str(folder), None),), "merge")))
-    found = resolved.source.parameter("model.norm.weight", torch.float32)
+    found = resolved.parameters.parameter("model.norm.weight", torch.float32)
     assert torch.equal(found, resolved.adapters[0].replaced["model.norm.weight"])
 
 

@@ -18,7 +18,7 @@ from lora_export.export.resolve import resolve
 @pytest.fixture
 def source(bases, adapters):
     """The llama with `chat` folded in."""
-    return resolve(make_plan(Request(str(bases["llama"]), ((str(adapters["chat"]), None),), "merge"))).source
+    return resolve(make_plan(Request(str(bases["llama"]), ((str(adapters["chat"]), None),), "merge"))).parameters
 
 
 @pytest.fixture
