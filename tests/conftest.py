@@ -30,6 +30,16 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["LORA_EXPORT_TEST_SEED"] = config.getoption("--seed")
 
 
+# What takes long in one test, and so would run alone at the end.
+_FIRST = ("test_install.py", "test_seq2seq_export.py", "test_reproducible.py", "test_cli.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: workers take whole files in this order (`--no-loadscope-reorder`)."""
+    places = {name: place for place, name in enumerate(_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(_FIRST)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_core_each() -> None:
     """Pin each of several workers to a core: the waiting threads of one would take the other's."""
