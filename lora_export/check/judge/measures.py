@@ -9,6 +9,21 @@ import numpy as np
 ENOUGH = 8
 
 
+# An array that large has many numbers, if not all are one.
+_SURELY_MANY = 64 * ENOUGH
+
+
+def is_few(values: np.ndarray) -> bool:
+    """Whether there are fewer than `ENOUGH` numbers in `values`; those that are equal up to rounding are one.
+
+    The texts that a model does not tell apart have one score, and one rounding, however many they are.
+    """
+    if not ENOUGH <= values.size < _SURELY_MANY or not np.isfinite(values).all():
+        return values.size < ENOUGH
+    largest = float(np.abs(values).max())
+    return largest > 0 and len(np.unique(np.round(values / (1e-5 * largest)))) < ENOUGH
+
+
 def scale_of(expected: np.ndarray, terms: float | None = None) -> float:
     """The size that an error of `expected` is measured against: the largest absolute value, 0 of nothing.
 
@@ -20,7 +35,7 @@ def scale_of(expected: np.ndarray, terms: float | None = None) -> float:
             size of what a normalized state, a cosine or a logit is made of.
     """
     largest = float(np.abs(expected).max(initial=0))
-    return largest if expected.size >= ENOUGH else max(largest, 1.0 if terms is None else terms)
+    return max(largest, 1.0 if terms is None else terms) if is_few(expected) else largest
 
 
 def output_scale(expected: np.ndarray) -> float:
@@ -30,7 +45,7 @@ def output_scale(expected: np.ndarray) -> float:
 
 def typical_size(expected: np.ndarray) -> float:
     """Root mean square of `expected`; of fewer than `ENOUGH` values at least 1, as in `scale_of`."""
-    return rms(expected) if expected.size >= ENOUGH else max(1.0, rms(expected))
+    return max(1.0, rms(expected)) if is_few(expected) else rms(expected)
 
 
 def rms(differences: np.ndarray) -> float:

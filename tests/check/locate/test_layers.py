@@ -114,8 +114,14 @@ def test_the_error_of_one_number_is_measured_against_what_went_into_it(terms, sc
 
 
 def test_the_error_of_many_numbers_is_measured_against_the_largest():
-    expected = np.full(8, 5e-4)
+    expected = np.linspace(1e-4, 5e-4, 8)
     assert difference(expected, expected + 1e-6, ALL, terms=40.0)[1] == pytest.approx(2e-3, rel=1e-6)
+
+
+def test_one_number_many_times_is_one_number():
+    expected = np.full(8, 5e-4)
+    assert difference(expected, expected + 1e-6, ALL, terms=40.0)[1] == pytest.approx(1e-6 / 40, rel=1e-6)
+    assert difference(np.zeros(8), np.zeros(8) + 1e-6, ALL, terms=40.0)[1] > 1, "what ought to be nothing is exact"
 
 
 def test_padding_does_not_make_few_numbers_many():
