@@ -176,14 +176,14 @@ def _pair(adapter: ForeignAdapter, name: str, place: Place) -> tuple[torch.Tenso
 def _alpha(adapter: ForeignAdapter, name: str, rank: int) -> float:
     """PEFT's alpha of the pair `name`, whose scale is alpha / rank: the tensor's, else the header's, else the rank."""
     if adapter.dialect is not Dialect.MLX:
-        said = adapter.header.alpha(name, rank)
         alpha = adapter.tensors[name].get("alpha")
+        said = adapter.header.alpha(name, rank, has_own=alpha is not None)
         if alpha is None:
             return float(rank) if said is None else said
         if alpha.numel() != 1 or not torch.isfinite(alpha).all():
             raise InputRefused("An alpha is no finite number", where=str(adapter.file), found=str(alpha.tolist()))
         stored = float(alpha) or float(rank)
-        if adapter.header.components and said is not None and not math.isclose(stored, said, rel_tol=1e-3):
+        if said is not None and not math.isclose(stored, said, rel_tol=1e-3):
             raise InputRefused(
                 "The alpha in the file's header is another than the tensor's",
                 where=f"{adapter.file}: {name}",

@@ -25,7 +25,6 @@ _READ = frozenset(
      "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
 )  # fmt: skip
 _COMPARED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "init_lora_weights")
-_RANK = "the rank of the header's options and that of the tensors"
 
 
 @dataclass(frozen=True)
@@ -34,21 +33,21 @@ class HeaderOptions:
 
     Attributes:
         components: Options of `LoraConfig` by the component that they are for; "" for those of no component.
-        kohya: (rank, alpha) that hold for all pairs; None if the header names none.
+        kohya: (rank, alpha), as written, of the pairs that have no alpha of their own; None if the header names none.
     """
 
     file: Path
     components: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    kohya: tuple[float, float] | None = None
+    kohya: tuple[str, str] | None = None
 
     @classmethod
     def of(cls, file: Path, metadata: Mapping[str, str]) -> HeaderOptions:
         """Read the header's `metadata` of `file`.
 
         Raises:
-            InputRefused: The options are no JSON object, or a number is none.
+            InputRefused: The options are no JSON object.
         """
-        return cls(file, _components(file, metadata), _kohya(file, metadata))
+        return cls(file, _components(file, metadata), _kohya(metadata))
 
     def require_enough(self) -> None:
         """Refuse a header that asks for more than ranks and scales, where no `adapter_config.json` says it.
@@ -70,18 +69,23 @@ class HeaderOptions:
                     next_step="load it in PEFT or diffusers and save it as a PEFT adapter (save_pretrained)",
                 )
 
-    def alpha(self, name: str, rank: int) -> float | None:
+    def alpha(self, name: str, rank: int, *, has_own: bool) -> float | None:
         """The alpha of the pair `name` of `rank`, of which alpha / rank is its scale; None if the header is silent.
 
+        Args:
+            has_own: Whether the file stores an alpha for the pair. kohya's header then does not speak of it: ranks may
+                differ by module, and a resized file's header says "Dynamic".
+
         Raises:
-            InputRefused: The header says another rank, or says nothing of the component that the pair belongs to.
+            InputRefused: The header says another rank, or no number, or nothing of the pair's component.
         """
         if self.components:
             return self._alpha_of_component(name, rank)
-        if self.kohya is None:
+        if has_own or self.kohya is None:
             return None
-        self._require_rank(name, rank, self.kohya[0])
-        return self.kohya[1]
+        said, alpha = self.kohya
+        self._require_rank(name, rank, _number(self.file, "ss_network_dim", said))
+        return _number(self.file, "ss_network_alpha", alpha)
 
     @property
     def start(self) -> object:
@@ -114,7 +118,11 @@ class HeaderOptions:
 
     def _require_rank(self, name: str, rank: int, said: float) -> None:
         if said != rank:
-            self._refuse(name, f"{_RANK} to be the same", f"{said:g} in the header, {rank} in the tensors")
+            self._refuse(
+                name,
+                "the rank of the header's options and that of the tensors to be the same",
+                f"{said:g} in the header, {rank} in the tensors",
+            )
 
     def _refuse(self, name: str, expected: str, found: str) -> None:
         raise InputRefused(
@@ -160,11 +168,9 @@ def _components(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, 
     return found
 
 
-def _kohya(file: Path, metadata: Mapping[str, str]) -> tuple[float, float] | None:
+def _kohya(metadata: Mapping[str, str]) -> tuple[str, str] | None:
     rank, alpha = metadata.get("ss_network_dim"), metadata.get("ss_network_alpha")
-    if rank in (None, "None") or alpha in (None, "None"):
-        return None
-    return _number(file, "ss_network_dim", rank), _number(file, "ss_network_alpha", alpha)
+    return None if rank in (None, "None") or alpha in (None, "None") else (rank, alpha)
 
 
 def _number(file: Path, name: str, value: object) -> float:

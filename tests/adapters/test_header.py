@@ -103,7 +103,9 @@ def test_a_start_that_changed_the_base_is_the_header_s_too():
 
 
 def test_rslora_is_alpha_over_the_root_of_the_rank():
-    assert header({"lora_alpha": 6, "use_rslora": True}).alpha("query", 9) / 9 == pytest.approx(6 / math.sqrt(9))
+    assert header({"lora_alpha": 6, "use_rslora": True}).alpha("query", 9, has_own=False) / 9 == pytest.approx(
+        6 / math.sqrt(9)
+    )
 
 
 @pytest.mark.parametrize("key", ["lora_alpha", "unet.lora_alpha"])
@@ -116,3 +118,12 @@ def test_a_peft_adapter_whose_header_contradicts_its_config_is_refused(key, base
     assert (refused.value.expected, refused.value.found) == ("lora_alpha = 8", "lora_alpha = 16")
     save_file(load_file(file), file, metadata={KEY: json.dumps({key: 8})})
     assert make_plan(Request(str(bases["llama"]), ((str(folder), None),), "merge")).folders[0].name == "chat"
+
+
+@pytest.mark.parametrize("dim", ["Dynamic", "8", "32"])
+def test_kohya_s_header_says_nothing_of_pairs_with_an_alpha_of_their_own(dim, bases, tmp_path):
+    """sd-scripts' resize_lora.py writes "Dynamic" for both; other trainers give some modules another rank."""
+    said = {"ss_network_dim": dim, "ss_network_alpha": dim}
+    assert scales(bases, written(tmp_path / "stored", said, alpha=12.0)) == pytest.approx({QUERY: 3, VALUE: 3})
+    with pytest.raises(InputRefused, match="is no number" if dim == "Dynamic" else "do not fit its tensors"):
+        scales(bases, written(tmp_path / "silent", said))
