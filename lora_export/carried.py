@@ -7,6 +7,7 @@ that brings another has it in `adapters/<name>/`. Files are taken a group at a t
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Mapping
@@ -140,8 +141,14 @@ def _equal(kind: str, one: Path, other: Path) -> bool:
         return True
     if kind != "tokenizer" or not (_is_whole(kind, files) and _is_whole(kind, others)):
         return False
-    behaviour = _behaviour(one)
-    return behaviour is not None and behaviour == _behaviour(other)
+    behaviour = _behaviour(one, _stamp(files))
+    return behaviour is not None and behaviour == _behaviour(other, _stamp(others))
+
+
+def _stamp(files: Mapping[str, Path]) -> tuple[tuple[str, int, int], ...]:
+    """What tells files from the same ones written anew."""
+    states = {name: path.stat() for name, path in files.items()}
+    return tuple((name, state.st_mtime_ns, state.st_size) for name, state in states.items())
 
 
 def _content(path: Path) -> object:
@@ -156,7 +163,8 @@ def _content(path: Path) -> object:
     return path.read_bytes()
 
 
-def _behaviour(folder: Path) -> dict | None:
+@functools.lru_cache(maxsize=2)  # the base's, which every adapter's is compared with, stays beside one of them
+def _behaviour(folder: Path, stamp: tuple) -> dict | None:
     """All that decides what a tokenizer makes of a text; None if Transformers cannot load it from this folder alone."""
     from transformers import AutoTokenizer
 
