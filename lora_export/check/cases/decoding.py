@@ -109,11 +109,19 @@ def _step_probes(
     limits: Tolerances,
 ) -> Iterator[Probe]:
     """The first step that fails, on the cache that the export made up to there."""
-    row, position = first_failing(expected, stepped, batch.real, limits)
-    start, end, inputs, _ = next(step for step in _steps(session, batch, examined.adapter) if step[1] > position)
+    steps = _steps(session, batch, examined.adapter)
+    row, (start, end, inputs, _) = failing_step(steps, expected, stepped, batch.real, limits)
     described = f"row {row + 1} of {len(stepped)}, positions {start} to {end - 1} on a cache of {start}"
     step = (start, end, inputs)
     yield step_probe(session, examined.adapter, examined.reference, batch, row, step, described)
+
+
+def failing_step(
+    steps: Iterator[tuple], expected: np.ndarray, stepped: np.ndarray, real: np.ndarray, limits: Tolerances
+) -> tuple[int, tuple]:
+    """The row that fails first, and the one of `steps` (first position, last position, …) that computes where."""
+    row, position = first_failing(expected, stepped, real, limits)
+    return row, next(step for step in steps if step[1] > position)
 
 
 def first_failing(expected: np.ndarray, found: np.ndarray, real: np.ndarray, limits: Tolerances) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from lora_export.check.cases.decoding import (
     GREEDY_TOKENS,
     add_greedy_case,
     decoding_comparison,
-    first_failing,
+    failing_step,
     greedy_case,
 )
 from lora_export.check.cases.examination import Examination, Examined
@@ -101,8 +101,8 @@ def _step_probes(
     limits: Tolerances,
 ) -> Iterator[Probe]:
     """The first step that fails, on the cache that the export made up to there."""
-    row, position = first_failing(expected, stepped, batch.real, limits)
-    start, end, state, _ = next(step for step in _steps(session, batch, examined.adapter) if step[1] > position)
+    steps = _steps(session, batch, examined.adapter)
+    row, (start, end, state, _) = failing_step(steps, expected, stepped, batch.real, limits)
     described = f"row {row + 1} of {len(stepped)}, targets {start} to {end - 1} on a cache of {start}"
     if state is not None:
         yield seq2seq_step_probe(session, examined.reference, batch, row, (start, end, state), described)
