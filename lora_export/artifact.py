@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from importlib.resources import files
 from pathlib import Path
 
 from lora_export.contract import (
@@ -22,6 +23,7 @@ from lora_export.contract import (
     graph_file,
 )
 from lora_export.errors import InputRefused, UsageProblem
+from lora_export.json_schema import violations
 
 MANIFEST = "lora_export.json"
 ADAPTERS, REPORTS = "adapters", "reports"
@@ -194,6 +196,7 @@ def read_manifest(folder: Path) -> Manifest:
                 found=f"schema {fields['schema']}",
                 next_step="export again, or use the lora-export version that wrote it",
             )
+        _require_schema(fields, path)
         return _manifest_from(fields)
     except FileNotFoundError as error:
         raise InputRefused(
@@ -202,8 +205,24 @@ def read_manifest(folder: Path) -> Manifest:
             expected=f"{MANIFEST}, as `lora-export merge` and `lora-export dynamic` write it",
             next_step="give the folder named with -o when exporting",
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise InputRefused("The export's manifest is damaged", where=str(path), found=repr(error)) from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _damaged(path, repr(error)[:400]) from error
+
+
+def _require_schema(fields: object, path: Path) -> None:
+    schema = json.loads(files("lora_export").joinpath("schema/manifest-1.schema.json").read_text(encoding="utf-8"))
+    if (found := next(violations(fields, schema, schema), None)) is not None:
+        raise _damaged(path, found)
+
+
+def _damaged(path: Path, found: str) -> InputRefused:
+    return InputRefused(
+        "The export's manifest is damaged",
+        where=str(path),
+        expected="a file as the schema urn:lora-export:manifest:1 says",
+        found=found,
+        next_step="fetch the folder again, or export again",
+    )
 
 
 def _manifest_from(fields: dict) -> Manifest:

@@ -1,11 +1,15 @@
 """The error tree. Every message says what, where, what was expected, what was found and the next step.
 
-An error has its exit code; only `lora_export.cli` exits with it, and library callers catch `LoraExportError`.
+An error has its exit code; only `lora_export.cli` exits with it, and library callers catch `LoraExportError`. Whatever
+else is raised is a defect, of this package or of a library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, metadata, version
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -66,7 +70,78 @@ class EnvironmentUnusable(LoraExportError):
     exit_code = 4
 
 
+class Defect(LoraExportError):
+    """A mistake in this package, or a library that has changed (exit 6).
+
+    It is never raised: it is what the command line makes of an error that is none of these.
+    """
+
+    exit_code = 6
+
+
 def some_of(names: Sequence[str], most: int) -> str:
     """The first `most` names and how many more there are: a, b and 3 more."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+# What code raises that is called in a way it does not know: a library has changed, or an input has led there.
+_OF_CODE = (TypeError, AttributeError, NameError, ImportError, NotImplementedError)
+_PACKAGE = str(Path(__file__).parent)
+
+
+@contextlib.contextmanager
+def refused_if_it_fails(what: str, *, where: str | Callable[[], str], next_step: str) -> Iterator[None]:
+    """While a library works on the user's input: turn what it raises into a refusal that says `what` failed.
+
+    An error of this package passes, and so do one that this package's own code raises by mistake and one of the system
+    (a full disk). A refusal for what may be a library's change names versions and where to report it.
+
+    Raises:
+        InputRefused: The library raised.
+        MemoryError: It asked for more memory than there is.
+    """
+    try:
+        yield
+    except (LoraExportError, MemoryError):
+        raise
+    except Exception as error:
+        if "allocate memory" in str(error):
+            raise MemoryError(str(error)) from error
+        is_of_the_system = isinstance(error, OSError) and error.errno is not None
+        if is_of_the_system or (isinstance(error, _OF_CODE) and _raised_here(error)):
+            raise
+        if isinstance(error, _OF_CODE):
+            next_step += f"; if an earlier release of {_versions()} did it, report that: {issue_tracker()}"
+        where = where if isinstance(where, str) else where()
+        raise InputRefused(what, where=where, found=told(error), next_step=next_step) from error
+
+
+def told(error: BaseException, n_characters: int = 400) -> str:
+    """What an error says, on one line, and its kind where that tells something."""
+    said = " ".join(str(error).split())[:n_characters]
+    return said if isinstance(error, ValueError | RuntimeError) and said else f"{type(error).__name__}: {said}"
+
+
+def _raised_here(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_code.co_filename.startswith(_PACKAGE)
+
+
+def _versions() -> str:
+    found = []
+    for name in ("transformers", "peft", "torch"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} (here {version(name)})")
+    return " or ".join(found)
+
+
+def issue_tracker() -> str:
+    """Where defects are reported: the address in the package's metadata."""
+    try:
+        urls = metadata("lora-export").get_all("Project-URL") or ()
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        urls = ()
+    return dict(entry.split(", ", 1) for entry in urls).get("Issues", "`urls` in pyproject.toml")

@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
     parser.addoption("--update-goldens", action="store_true", help="write the files in tests/goldens anew")
+    parser.addoption("--fuzz", type=float, default=1, help="how many times as many inputs the fuzz tries")
     parser.addoption("--seed", default="", help="other random weights for the tiny models: any text")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from lora_export import EnvironmentUnusable, InputRefused, LoraExportError, UsageProblem
-from lora_export.errors import some_of
+from lora_export.errors import refused_if_it_fails, some_of
 
 
 def test_the_message_has_a_line_for_each_part_that_is_given():
@@ -30,3 +32,41 @@ def test_each_kind_has_its_exit_code(error, code):
 def test_a_long_list_of_names_says_how_many_more_there_are():
     assert some_of(["a", "b", "c"], 2) == "a, b and 1 more"
     assert some_of(["a", "b"], 2) == "a, b" and some_of([], 2) == ""
+
+
+def failing(error: Exception) -> InputRefused:
+    with (
+        pytest.raises(InputRefused) as refused,
+        refused_if_it_fails("It failed", where="here", next_step="try another"),
+    ):
+        next(raising(error))
+    return refused.value
+
+
+def raising(error: Exception):
+    """Raise in code that is not this package's."""
+    raise error
+    yield
+
+
+def test_what_a_library_raises_on_an_input_is_a_refusal():
+    found = failing(ValueError("heads do\n not divide"))
+    assert (found.what, found.where, found.found) == ("It failed", "here", "heads do not divide")
+    assert found.next_step == "try another" and isinstance(found.__cause__, ValueError)
+    assert failing(KeyError("rope")).found == "KeyError: 'rope'"
+
+
+def test_what_may_be_a_librarys_change_names_versions_and_where_to_report_it():
+    for error in (TypeError("unexpected keyword"), AttributeError("no x"), ImportError("no y")):
+        found = failing(error)
+        assert "damaged" not in str(found) and found.found.startswith(type(error).__name__)
+        assert re.search(r"transformers \(here \d+\.\d+.*report that: https://", found.next_step)
+
+
+@pytest.mark.parametrize("error", [MemoryError("x"), OSError(28, "No space left"), InputRefused("another")])
+def test_what_is_no_fault_of_the_input_passes(error):
+    with pytest.raises(type(error)) as raised, refused_if_it_fails("It failed", where="here", next_step="none"):
+        raise error
+    assert raised.value is error
+    with pytest.raises(MemoryError), refused_if_it_fails("It failed", where="here", next_step="none"):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")

@@ -11,11 +11,27 @@ from pathlib import Path
 import safetensors
 
 from lora_export.adapters.header import HeaderOptions
-from lora_export.base.stored import refuse_pickles
+from lora_export.base.stored import read_json, refuse_pickles
 from lora_export.errors import InputRefused, some_of
 
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_TOKENS = ("alora_invocation_tokens",)
+_TYPES = {
+    "peft_type": ((str,), "a name"),
+    "task_type": ((str,), "a name, or null"),
+    "base_model_name_or_path": ((str,), "a folder or a hub id, or null"),
+    "revision": ((str,), "a name, or null"),
+    "r": ((int,), "a whole number"),
+    "lora_alpha": ((int, float), "a number"),
+    "rank_pattern": ((dict,), "an object of ranks by pattern"),
+    "alpha_pattern": ((dict,), "an object of alphas by pattern"),
+    "modules_to_save": ((list,), "a list of names, or null"),
+    "target_modules": ((str, list), "a pattern, or a list of names"),
+    "exclude_modules": ((str, list), "a pattern, or a list of names"),
+    "alora_invocation_tokens": ((list,), "a list of token ids, or null"),
+    "init_lora_weights": ((bool, str), "true, false, or a name"),
+}
 # What some tuners keep beside their floats: which elements or rows they are for.
 _INDICES = ("I64", "I32", "BOOL")
 
@@ -44,9 +60,9 @@ class AdapterFolder:
         """`id2label` of a `config.json` beside the adapter, if its trainer saved one."""
         try:
             raw = json.loads((self.path / "config.json").read_text(encoding="utf-8")).get("id2label")
-        except (FileNotFoundError, json.JSONDecodeError, AttributeError):
+            return {int(key): str(value) for key, value in raw.items()} if isinstance(raw, dict) else None
+        except (FileNotFoundError, ValueError, AttributeError, RecursionError):
             return None
-        return {int(key): str(value) for key, value in raw.items()} if isinstance(raw, dict) else None
 
 
 def open_adapter(path: Path, given: str, name: str | None = None) -> AdapterFolder:
@@ -65,23 +81,38 @@ def open_adapter(path: Path, given: str, name: str | None = None) -> AdapterFold
             found=repr(name),
             next_step="give a name with --name",
         )
-    config_file = path / "adapter_config.json"
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not (path / CONFIG).is_file():
         raise InputRefused(
             "The folder holds no PEFT adapter",
             where=str(path),
             expected="adapter_config.json and adapter_model.safetensors",
             found=some_of(sorted(p.name for p in path.iterdir()), 8) or "an empty folder",
-        ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputRefused("adapter_config.json is not valid JSON", where=str(config_file), found=str(error)) from error
-    if not isinstance(config, dict):
-        raise InputRefused("adapter_config.json holds no JSON object", where=str(config_file))
+        )
+    config = read_json(path / CONFIG)
+    _require_types(config, path / CONFIG)
     shapes, metadata = _read_header(path)
     HeaderOptions.of(path / WEIGHTS, metadata).require_agreement(config)
     return AdapterFolder(name, path, given, config, shapes)
+
+
+def _require_types(config: Mapping[str, object], file: Path) -> None:
+    """Refuse options of another type than `LoraConfig` says, which PEFT does not look at when it reads them.
+
+    Only those whose value decides something before PEFT has loaded the adapter.
+    """
+    for name, (types, expected) in _TYPES.items():
+        value = config.get(name)
+        fits = value is None or (isinstance(value, types) and (bool in types or not isinstance(value, bool)))
+        if fits and name in _TOKENS and value is not None:
+            fits = all(isinstance(token, int) and 0 <= token < 2**31 for token in value)
+        if not fits:
+            raise InputRefused(
+                "An option of the adapter is not what it should be",
+                where=f"{file}: {name}",
+                expected=expected,
+                found=repr(value)[:200],
+                next_step="fetch or save the adapter again",
+            )
 
 
 def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

@@ -145,7 +145,8 @@ def _weights_and_settings(path: Path) -> tuple[Path | None, dict]:
 
 def _places(checkpoint: Checkpoint, task: str | None) -> tuple[dict[str, Place], str]:
     resolved = resolve_task(task, checkpoint.config, {}, str(checkpoint.path))
-    model = build_weightless(resolved, checkpoint.load_config(), "float32")
+    most = checkpoint.most_parameters
+    model = build_weightless(resolved, checkpoint.load_config(), "float32", most_parameters=most)
     places = {}
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):

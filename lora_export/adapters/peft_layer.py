@@ -15,7 +15,7 @@ import torch
 from lora_export.adapters.factors import LoraFactors
 from lora_export.base.weightless import is_conv1d
 from lora_export.compat import borrow
-from lora_export.errors import InputRefused
+from lora_export.errors import refused_if_it_fails
 
 _ADAPTER = "default"
 
@@ -54,7 +54,10 @@ class PeftLayer:
         convert = borrow("_convert_module_to_lora")
         layer = self._with(base)
         is_in_out = is_conv1d(layer.get_base_layer())
-        a, b, _ = convert(layer, rank, _ADAPTER)
+        with refused_if_it_fails(
+            "PEFT cannot convert a layer of this adapter to a pair", where=module, next_step="merge it exactly"
+        ):
+            a, b, _ = convert(layer, rank, _ADAPTER)
         return LoraFactors(module, a.detach().clone(), b.detach().clone(), 1.0, is_in_out)
 
     @torch.no_grad()
@@ -66,16 +69,10 @@ class PeftLayer:
         """
         layer = self._with(base)
         places = _own_parameters(layer)
-        try:
+        what, where = "PEFT cannot merge a layer of this adapter", type(layer).__name__
+        with refused_if_it_fails(what, where=where, next_step="serve it with PEFT"):
             for each in _merge_order(layer):
                 each.merge(adapter_names=[_ADAPTER])
-        except (ValueError, RuntimeError, NotImplementedError) as error:
-            raise InputRefused(
-                "PEFT cannot merge a layer of this adapter",
-                where=type(layer).__name__,
-                found=" ".join(str(error).split()),
-                next_step="serve it with PEFT",
-            ) from error
         return {name: getattr(owner, attribute).detach() for name, (owner, attribute) in places.items()}
 
     def _with(self, base: Mapping[str, torch.Tensor]) -> torch.nn.Module:

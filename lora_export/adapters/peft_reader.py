@@ -7,7 +7,6 @@ every tensor of the file must arrive, be finite, and have the shape that the bas
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from lora_export.adapters.folder import WEIGHTS, AdapterFolder
 from lora_export.adapters.initialization import changes_base
 from lora_export.adapters.peft_layer import PeftLayer
 from lora_export.adapters.peft_pairs import convolution_pair_of, embedding_pair_of, pair_of
-from lora_export.errors import InputRefused, some_of
+from lora_export.errors import InputRefused, refused_if_it_fails, some_of
 
 _PREFIX = "base_model.model."
 
@@ -66,21 +65,15 @@ def _copy_of(base: torch.nn.Module) -> torch.nn.Module:
 def _load_with_peft(folder: AdapterFolder, base: torch.nn.Module) -> torch.nn.Module:
     from peft import PeftConfig, PeftModel
 
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            config = PeftConfig.from_pretrained(str(folder.path))
-            if changes_base(folder.config) or folder.config.get("init_lora_weights") is True:
-                # A start that changes the base needs its weights: repeated when the pair is folded or packed.
-                config.init_lora_weights = True
-            model = PeftModel.from_pretrained(base, folder.path, config=config, low_cpu_mem_usage=True).eval()
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, re.error) as error:
-        raise InputRefused(
-            "PEFT cannot load the adapter onto this base",
-            where=str(folder.path),
-            found=" ".join(str(error).split())[:600],
-            next_step=_check_base(folder),
-        ) from error
+    what, where = "PEFT cannot load the adapter onto this base", str(folder.path)
+    refused = refused_if_it_fails(what, where=where, next_step=_check_base(folder))
+    with refused, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = PeftConfig.from_pretrained(str(folder.path))
+        if changes_base(folder.config) or folder.config.get("init_lora_weights") is True:
+            # A start that changes the base needs its weights: repeated when the pair is folded or packed.
+            config.init_lora_weights = True
+        model = PeftModel.from_pretrained(base, folder.path, config=config, low_cpu_mem_usage=True).eval()
     missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message).lower()]
     unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing or unfilled:

@@ -2,6 +2,7 @@
 
     stored.py      JSON and safetensors of a folder
     quantized.py   refuses quantized weights, by the name of their method
+    config.py      its config.json, compared with the checkpoint's headers and read by Transformers
     checkpoint.py  a base's folder, and what it holds of a model
     conversion.py  which stored tensors make a parameter, and reading them
     recipe.py      how a stored weight is made, as data

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lora_export.base.config import read_config, refuse_unsafe_or_unknown, require_headers
 from lora_export.base.conversion import Converted, stored_parameters
 from lora_export.base.quantized import refuse_other_dtypes, refuse_quantized
 from lora_export.base.stored import SAFETENSORS_DTYPES, SafetensorsFiles, read_json, weight_files
@@ -80,13 +81,14 @@ class Checkpoint:
         """Open the base at `located`, reading headers only.
 
         Raises:
-            InputRefused: No config, only pickled weights, a truncated or missing shard, quantized weights, or a model
-                that needs remote code.
+            InputRefused: No config, only pickled weights, a truncated or missing shard, quantized weights, numbers in
+                the config that do not fit the headers, or a model that needs remote code.
         """
         config = read_json(located.path / "config.json")
-        _refuse_unsafe_or_unknown(config, located.path)
+        refuse_unsafe_or_unknown(config, located.path)
         files = SafetensorsFiles.open(weight_files(located.path))
         refuse_quantized(config, files, located.path)
+        require_headers(config, files, located.path)
         return cls(located, config, files)
 
     @property
@@ -122,39 +124,17 @@ class Checkpoint:
         return self.files.read(stored) if isinstance(stored, str) else stored.read(self.files)
 
     def load_config(self, **overrides):
-        """The `PretrainedConfig`, from the folder alone, never running code that it carries."""
-        from transformers import AutoConfig
+        """The `PretrainedConfig`, from the folder alone, never running code that it carries.
 
-        return AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True, **overrides)
+        Raises:
+            InputRefused: Transformers cannot read it.
+        """
+        return read_config(self.config, self.path, **overrides)
 
-
-def _refuse_unsafe_or_unknown(config: dict, folder: Path) -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    explicit = config.get("transformers_weights")
-    if explicit not in (None, "model.safetensors"):
-        raise InputRefused(
-            "The base's config names the file of its weights, which is not read yet",
-            where=f"{folder}/config.json: transformers_weights",
-            found=repr(explicit),
-            next_step="load the base in Transformers, save it again, and export that",
-        )
-    model_type = config.get("model_type")
-    if model_type in CONFIG_MAPPING_NAMES:
-        return
-    if "auto_map" in config:
-        raise InputRefused(
-            "The base needs code from its own folder (trust_remote_code), which is never run",
-            where=f"{folder}/config.json: auto_map",
-            found=f"model_type {model_type!r}, {config['auto_map']}",
-            next_step="use a checkpoint of an architecture that Transformers carries itself",
-        )
-    raise InputRefused(
-        "Transformers does not know this base's architecture",
-        where=f"{folder}/config.json: model_type",
-        found=repr(model_type),
-        next_step="check that the folder is a Transformers checkpoint; a newer transformers may know it",
-    )
+    @property
+    def most_parameters(self) -> int:
+        """More parameters than any model of this checkpoint has: a stored tensor is split into a few at most."""
+        return 4 * len(self.files.tensors) + 256
 
 
 def checkpoint_names(

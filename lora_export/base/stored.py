@@ -25,8 +25,13 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputRefused(f"{path.name} is missing", where=str(path.parent)) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputRefused(f"{path.name} is not valid JSON", where=str(path), found=str(error)) from error
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        raise InputRefused(
+            f"{path.name} is not valid JSON",
+            where=str(path),
+            found=str(error),
+            next_step="fetch or save the file again",
+        ) from error
     if not isinstance(value, dict):
         raise InputRefused(f"{path.name} holds no JSON object", where=str(path), found=type(value).__name__)
     return value

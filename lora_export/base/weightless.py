@@ -6,46 +6,117 @@ itself, PEFT loses an adapter's tensors and code with constants cannot be traced
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from lora_export.base.config import field_at_fault
 from lora_export.base.tasks import Task, model_class, require_model_type
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, refused_if_it_fails
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Computed tables of real models take some hundred MB at most: causal masks of GPT-2's kin, rotary tables.
+_MOST_COMPUTED_BYTES = 4 * 2**30
 
 
-def build_weightless(task: Task, config, dtype: str) -> torch.nn.Module:
+def build_weightless(task: Task, config, dtype: str, *, most_parameters: int | None = None) -> torch.nn.Module:
     """The model of `task` for a `PretrainedConfig`, in eval mode, tied, weightless.
 
     Non-persistent buffers (`inv_freq`, `position_ids`) are not in a checkpoint, so they are computed for real, by
     the code that `from_pretrained` itself uses for them.
 
+    Args:
+        most_parameters: Stop once the model has more (`Checkpoint.most_parameters`); None for no limit.
+
     Raises:
-        InputRefused: Transformers has no such model for the task.
+        InputRefused: Transformers has no such model for the task, cannot build it from this config, or would build more
+            than the checkpoint holds.
     """
     require_model_type(task, config.model_type)
+
+    def where() -> str:
+        def build(fields: dict) -> torch.nn.Module:
+            return _on_meta(task, type(config).from_dict(fields), dtype, most_parameters)
+
+        field = field_at_fault(config.to_diff_dict(), build)
+        return "config.json" + (f": {field}" if field else "")
+
+    with refused_if_it_fails(
+        f"Transformers cannot build a {config.model_type} model for {task} from this base's config",
+        where=where,
+        next_step="mend the field, or fetch the base's config.json again",
+    ):
+        model = _on_meta(task, config, dtype, most_parameters)
+        _refuse_large_buffers(model)
+        if dtype == "float16":
+            _keep_in_float32(model)
+        for module in model.modules():
+            _replace_tensors(module)
+        model.initialize_weights()
+        model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def _on_meta(task: Task, config, dtype: str, most: int | None) -> torch.nn.Module:
+    """The model on the meta device: modules and shapes, no memory."""
     kind = model_class(task, config)
     try:
-        with torch.device("meta"):
+        with _at_most(most, config), torch.device("meta"):
             build = getattr(kind, "from_config", None) or kind._from_config
-            model = build(config, dtype=TORCH_DTYPES[dtype])
+            return build(config, dtype=TORCH_DTYPES[dtype])
     except ValueError as error:
+        if not str(error).startswith("Unrecognized configuration class"):
+            raise
         raise InputRefused(
             f"Transformers has no {task} model for this base",
             where="config.json: model_type",
             found=str(getattr(config, "model_type", None)),
             next_step="name another task with --task",
         ) from error
-    if dtype == "float16":
-        _keep_in_float32(model)
-    for module in model.modules():
-        _replace_tensors(module)
-    model.initialize_weights()
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _at_most(n_parameters: int | None, config) -> Iterator[None]:
+    """Refuse a model as soon as it has registered more parameters than this."""
+    if n_parameters is None:
+        yield
+        return
+    n_found = 0
+
+    def count(module: torch.nn.Module, name: str, parameter: object) -> None:
+        nonlocal n_found
+        n_found += 1
+        if n_found > n_parameters:
+            raise InputRefused(
+                "The base's config describes a larger model than its checkpoint holds",
+                where=f"config.json of a {config.model_type} base",
+                expected=f"no more than {n_parameters} parameters, going by the number of stored tensors",
+                next_step="fetch the base again; its config.json and its weights are of different models",
+            )
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _refuse_large_buffers(model: torch.nn.Module) -> None:
+    """Refuse what would be computed because no checkpoint holds it, where no model of this kind is so large."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer is not None}
+    n_bytes = sum(buffer.nbytes for buffer in buffers.values())
+    if n_bytes > _MOST_COMPUTED_BYTES:
+        name, largest = max(buffers.items(), key=lambda item: item[1].nbytes)
+        raise InputRefused(
+            "The base's config asks for computed tables that are too large",
+            where=f"config.json of a {model.config.model_type} base",
+            expected=f"{_MOST_COMPUTED_BYTES} bytes at most",
+            found=f"{n_bytes} bytes; the largest is {name} {list(largest.shape)}",
+            next_step="fetch the base's config.json again",
+        )
 
 
 def _keep_in_float32(model: torch.nn.Module) -> None:

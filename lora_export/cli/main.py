@@ -38,7 +38,7 @@ def main() -> None:
     run       try an export
 
     BASE and ADAPTER are folders or hub ids. Exit codes: 0 done, 1 a gate failed, 2 usage, 3 input refused,
-    4 environment, 5 latency undecided.
+    4 environment, 5 latency undecided, 6 a defect.
     """
     # Nothing here needs a network once its inputs are on disk.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

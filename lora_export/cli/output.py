@@ -8,15 +8,16 @@ import os
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, metadata, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, assert_never
 
 import click
 
 from lora_export.compat import untested
-from lora_export.errors import EnvironmentUnusable, LoraExportError
+from lora_export.errors import Defect, EnvironmentUnusable, LoraExportError, issue_tracker
 
 if TYPE_CHECKING:
     from lora_export.report.as_json import Report
@@ -44,22 +45,33 @@ def print_to_reader(text: str, *, end: str = "\n", err: bool = False) -> None:
     """Print to standard output or standard error. A reader that has gone (`| head`) changes nothing else: what is left
     to print goes nowhere, and the command ends with the exit code that it would have had."""
     stream = sys.stderr if err else sys.stdout
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # half of a surrogate pair, from somebody's JSON
     try:
         click.echo(text + end, nl=False, err=err)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def defect_message() -> str:
-    """What to say before a traceback: whose fault it is, where to report it, and with which versions."""
+def defect(error: Exception) -> Defect:
+    """What to say of an error that is nobody's input: where it came from, where to report it, with which versions."""
     from lora_export.artifact import versions
 
     found = {"python": platform.python_version(), **versions(), "onnxruntime": _onnxruntime_version()}
-    shown = ", ".join(f"{name} {version}" for name, version in found.items())
-    return (
-        "The error below is a defect of lora-export, not of your input. Please report it, with the command and all of "
-        f"this output:\n  where:     {issue_tracker()}\n  versions:  {shown}"
+    return Defect(
+        "This is a defect of lora-export or of one of its libraries, not of your input",
+        where=_place_of(error),
+        found=f"{type(error).__name__}: {' '.join(str(error).split())[:600]}",
+        next_step=f"report it, with the command and what LORA_EXPORT_DEBUG=1 shows: {issue_tracker()}\n  versions: "
+        + ", ".join(f"{name} {version}" for name, version in found.items()),
     )
+
+
+def _place_of(error: Exception) -> str:
+    """The innermost line of this package, and that of the library which it called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "lora_export" in Path(frame.filename).parts]
+    places = [f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}" for frame in (*ours[-1:], *frames[-1:])]
+    return ", in ".join(dict.fromkeys(places))
 
 
 def _onnxruntime_version() -> str:
@@ -67,15 +79,6 @@ def _onnxruntime_version() -> str:
         with contextlib.suppress(PackageNotFoundError):
             return f"{version(distribution)} ({distribution})"
     return "not installed"
-
-
-def issue_tracker() -> str:
-    """Where defects are reported: the address in the package's metadata."""
-    try:
-        urls = metadata("lora-export").get_all("Project-URL") or ()
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        urls = ()
-    return dict(entry.split(", ", 1) for entry in urls).get("Issues", "`urls` in pyproject.toml")
 
 
 class Display:
@@ -133,9 +136,15 @@ class Display:
         elif not self.quiet:
             print_to_reader(render(value))
 
-    def error(self, error: LoraExportError) -> None:
-        """An error, on standard error; as JSON on standard output where that was asked for."""
+    def error(self, error: LoraExportError, raised: BaseException | None = None) -> None:
+        """An error, on standard error; as JSON on standard output where that was asked for.
+
+        Args:
+            raised: What LORA_EXPORT_DEBUG=1 shows the traceback of.
+        """
         self.clear()
+        if raised is not None and os.environ.get("LORA_EXPORT_DEBUG"):
+            print_to_reader("".join(traceback.format_exception(raised)), err=True)
         if self.as_json:
             print_to_reader(json.dumps(error.to_dict(), indent=2, sort_keys=True))
         else:
@@ -171,13 +180,23 @@ def _tell_github(report: Report, markdown: Path, display: Display) -> None:
             print_to_reader(f"the job summary was not written: {error}", err=True)  # the verdict stands without it
 
 
+def _system_error(error: OSError) -> EnvironmentUnusable:
+    """A disk that is full, a file that may not be read or written, a connection that broke."""
+    return EnvironmentUnusable(
+        "The system refused what the command needs",
+        where=str(error.filename) if error.filename is not None else None,
+        found=error.strerror or str(error),
+        next_step="free the disk, or change the permissions or the path",
+    )
+
+
 @contextlib.contextmanager
 def guarded(display: Display) -> Iterator[None]:
-    """Turn this package's errors, and a full memory, into one message and an exit code."""
+    """Turn every error into one message and an exit code: exit 1 is left to gates."""
     try:
         yield
     except LoraExportError as error:
-        display.error(error)
+        display.error(error, error)
         sys.exit(error.exit_code)
     except MemoryError:
         display.error(EnvironmentUnusable("The machine has too little memory", next_step="see --dry-run for the need"))
@@ -186,9 +205,11 @@ def guarded(display: Display) -> Iterator[None]:
         display.clear()
         print_to_reader("interrupted; nothing was published", err=True)
         sys.exit(130)
-    except Exception:
-        display.clear()
-        print_to_reader(defect_message(), err=True)
-        raise
+    except OSError as error:
+        display.error(_system_error(error))
+        sys.exit(EnvironmentUnusable.exit_code)
+    except Exception as error:
+        display.error(defect(error), error)
+        sys.exit(Defect.exit_code)
     finally:
         display.clear()

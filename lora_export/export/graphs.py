@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from lora_export.base.tasks import graphs_of
 from lora_export.base.trace import trace
 from lora_export.base.weightless import is_conv1d
 from lora_export.contract import AdapterInput, GraphContract, SiteChoice, TensorSpec
-from lora_export.errors import InputRefused, UsageProblem
+from lora_export.errors import InputRefused, UsageProblem, refused_if_it_fails
 from lora_export.export.plan import Plan
 from lora_export.export.resolve import Resolved
 from lora_export.export.weights import digest
@@ -133,7 +134,8 @@ def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str) -> _F
 def _build(plan: Plan, resolved: Resolved, facts: _Facts, *, use_cache: bool) -> ir.Model:
     """Trace, untie, bind what is small, give adapter inputs, fuse; the inputs' descriptions go along as metadata."""
     key = cache_key(facts.traced_from | {"step": "trace"})
-    model = cached_graph(key, lambda: trace(plan.task, resolved.model, facts.graph), use_cache=use_cache)
+    with _refused(plan, "trace", "its trace"):
+        model = cached_graph(key, lambda: trace(plan.task, resolved.model, facts.graph), use_cache=use_cache)
     is_only_graph = len(graphs_of(plan.task)) == 1
     for module, other_name in facts.untied.items():
         sites = find_sites(model.graph, [module]) if is_only_graph else sites_in(model.graph, [module])
@@ -144,10 +146,20 @@ def _build(plan: Plan, resolved: Resolved, facts: _Facts, *, use_cache: bool) ->
     bind_small(model, facts.small)
     choice = facts.choice if is_only_graph else present_in(model.graph, facts.choice)
     model, inputs = add_adapter_inputs(model, choice)
-    model = fuse(model, plan.request.provider)
+    with _refused(plan, "fuse", f"its fusions for {plan.request.provider}"):
+        model = fuse(model, plan.request.provider)
     attach_defaults(model.graph, inputs)
     model.metadata_props[_ADAPTER_INPUTS] = json.dumps(GraphContract((), (), inputs).to_dict()["adapter_inputs"])
     return model
+
+
+def _refused(plan: Plan, verb: str, step: str) -> AbstractContextManager:
+    """Refuses this base by its type if a step of the export fails on it."""
+    return refused_if_it_fails(
+        f"A {plan.config.model_type} base cannot be exported for {plan.task}: {step} failed",
+        where=f"{plan.checkpoint.path}/config.json: model_type {plan.config.model_type}",
+        next_step=f"try another --task; docs/supported.md lists the architectures that are known to {verb}",
+    )
 
 
 def _reattached(model: ir.Model, resolved: Resolved) -> FinishedGraph:

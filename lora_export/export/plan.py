@@ -112,7 +112,7 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     is_new = added_to is None
     carried = plan_carried(checkpoint.path, paths, request.mode) if is_new else plan_added(added_to, paths)
     config = checkpoint.load_config()
-    adapter_configs = _configs_for(config, task, folders)
+    adapter_configs = _configs_for(config, task, folders, checkpoint.most_parameters)
     if request.mode == "merge" and adapter_configs:
         config = _merged_config(folders, adapter_configs)
     return Plan(request, checkpoint, folders, task, dtype, config, adapter_configs, carried, remarks)
@@ -170,11 +170,11 @@ def _base_of(base: str | None, folders: Sequence[AdapterFolder]) -> str:
     return recorded.pop()
 
 
-def _configs_for(config, task: Task, folders: Sequence[AdapterFolder]) -> tuple:
+def _configs_for(config, task: Task, folders: Sequence[AdapterFolder], most_parameters: int) -> tuple:
     """For each adapter, `config` with the number of labels and the vocabulary that its file has."""
     if not folders:
         return ()
-    model = build_weightless(task, config, "float32")
+    model = build_weightless(task, config, "float32", most_parameters=most_parameters)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return tuple(_config_for(config, task, folder, shapes, vocabulary_tables(model)) for folder in folders)
 

@@ -33,7 +33,7 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
     Raises:
         InputRefused: An adapter does not fit the base, or holds numbers that are not finite.
     """
-    model = build_weightless(plan.task, plan.config, plan.dtype)
+    model = build_weightless(plan.task, plan.config, plan.dtype, most_parameters=plan.checkpoint.most_parameters)
     read = _read_adapters(plan, model)
     shapes = {path: tuple(tensor.shape) for path, tensor in model.state_dict().items()}
     head = head_parameters(read, model, plan.task, everything=zeros_for_missing_head)

@@ -406,14 +406,30 @@ def test_a_reader_that_has_gone_does_not_change_the_verdict(both, exports, own, 
 
 
 def test_a_defect_says_where_to_report_it_and_with_which_versions(monkeypatch):
+    """It is no gate that failed: its exit code is its own."""
+    monkeypatch.delenv("LORA_EXPORT_DEBUG", raising=False)
+
     def broken(path: str) -> dict:
         raise ZeroDivisionError("a defect")
 
     monkeypatch.setattr("lora_export.export.describe.inspect_path", broken)
     for options in ((), ("--json",)):
         result = CliRunner().invoke(main, ["inspect", "anything", *options])
-        assert isinstance(result.exception, ZeroDivisionError)
-        assert "a defect of lora-export, not of your input" in result.stderr
-        assert re.search(r"where: +https://\S+/issues\n", result.stderr)
+        assert result.exit_code == 6 and "Traceback" not in result.output
+        said = result.stdout if options else result.stderr
+        assert "a defect of lora-export or of one of its libraries, not of your input" in said
+        assert "ZeroDivisionError: a defect" in said and "test_cli.py:" in said
+        assert re.search(r"https://\S+/issues", said)
         for name in ("python", "lora-export", "torch", "transformers", "peft", "onnxruntime"):
-            assert re.search(rf"{name} \d+\.\d+", result.stderr), name
+            assert re.search(rf"{name} \d+\.\d+", said), name
+    monkeypatch.setenv("LORA_EXPORT_DEBUG", "1")
+    assert "Traceback (most recent call last)" in CliRunner().invoke(main, ["inspect", "anything"]).stderr
+
+
+def test_what_the_system_refuses_is_no_gate_either(monkeypatch):
+    def denied(path: str) -> dict:
+        raise PermissionError(13, "Permission denied", "/root/base")
+
+    monkeypatch.setattr("lora_export.export.describe.inspect_path", denied)
+    said = fails(4, "inspect", "anything")
+    assert "The system refused what the command needs" in said and "/root/base" in said and "Permission denied" in said
