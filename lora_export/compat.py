@@ -126,6 +126,10 @@ BORROWED = (
         "one layer of another tuner as the nearest pair, computed as PEFT does", Without.REFUSED,
     ),
     Borrowed(
+        "peft.utils.transformers_weight_conversion:convert_peft_adapter_state_dict_for_transformers", "peft", "0.21",
+        "how the keys of an adapter's file become those of PEFT's layers", Without.REFUSED,
+    ),
+    Borrowed(
         "peft.utils.other:get_pattern_key", "peft", "0.21",
         "which pattern of ranks and alphas a module takes", Without.REFUSED,
     ),

@@ -7,6 +7,7 @@
     merging.py         which of it a parameter takes, and the weighted sum of several
     initialization.py  starts that changed the base, undone
     peft_reader.py     PEFT loads the adapter; what it resolved is read
+    peft_keys.py       which of its file's tensors PEFT loads
     peft_pairs.py      the pairs in PEFT's layers
     peft_layer.py      a layer merged by PEFT's own code
     pack.py            an adapter as the named tensors of a dynamic graph

@@ -17,6 +17,7 @@ import torch
 from lora_export.adapters.factors import Adapter, LoraFactors, MergedLayer, TokenRows
 from lora_export.adapters.folder import WEIGHTS, AdapterFolder
 from lora_export.adapters.initialization import changes_base
+from lora_export.adapters.peft_keys import require_all_placed
 from lora_export.adapters.peft_layer import PeftLayer
 from lora_export.adapters.peft_pairs import convolution_pair_of, embedding_pair_of, pair_of
 from lora_export.errors import InputRefused, refused_if_it_fails, some_of
@@ -38,7 +39,7 @@ def read_trained_adapter(folder: AdapterFolder, base: torch.nn.Module) -> Adapte
         found.add(path, module)
     carried = {key: path for key, path in _base_parameters(folder, base).items() if path not in found.replaced}
     known = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    _require_all_placed(folder, known | carried.keys())
+    require_all_placed(folder, model, known | carried.keys(), _check_base(folder))
     _require_finite(folder)
     brought = {path: model.get_parameter(key).detach() for key, path in carried.items()}
     copies = {path: tensor for path, tensor in brought.items() if path.endswith(".weight")}
@@ -98,18 +99,6 @@ def _base_parameters(folder: AdapterFolder, base: torch.nn.Module) -> dict[str, 
     known = dict(base.named_parameters(remove_duplicate=False))
     paths = {key: key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in folder.shapes}
     return {key: path for key, path in paths.items() if path in known}
-
-
-def _require_all_placed(folder: AdapterFolder, known: set[str]) -> None:
-    left = sorted(key for key in folder.shapes if key not in known)
-    if left:
-        raise InputRefused(
-            "The adapter's file holds tensors that have no place on this base",
-            where=str(folder.path),
-            expected=f"{len(folder.shapes) - len(left)} of its {len(folder.shapes)} tensors have one",
-            found=some_of(left, 6),
-            next_step=_check_base(folder),
-        )
 
 
 def _require_finite(folder: AdapterFolder) -> None:
