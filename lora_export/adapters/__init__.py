@@ -13,6 +13,7 @@
     pack.py            an adapter as the named tensors of a dynamic graph
     foreign.py         adapters that PEFT did not save, as PEFT folders
     dialects.py        their formats
+    renamed.py         names that modules had in Transformers 4
     module_names.py    their names, found in the base
     peft_writer.py     adapter_config.json of known pairs
 

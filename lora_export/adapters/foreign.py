@@ -26,7 +26,7 @@ from lora_export.base.weightless import build_weightless, is_conv1d
 from lora_export.carried import carried_files
 from lora_export.errors import InputRefused, some_of
 
-_SOURCE = "lora_export_source.json"
+SOURCE = "lora_export_source.json"
 _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -67,7 +67,7 @@ def peft_folder(given: str, base: str | None, task: str | None) -> Path:
         )
     checkpoint = Checkpoint.open(locate(base, kind="base"))
     places, prefix = _places(checkpoint, task)
-    folder = Path(tempfile.mkdtemp(dir=_workplace().name)) / name_of(path)
+    folder = Path(tempfile.mkdtemp(dir=workplace())) / name_of(path)
     convert(adapter, places, prefix, base, folder)
     _carry(path, adapter, folder)
     return folder
@@ -80,8 +80,8 @@ def name_of(path: Path) -> str:
 
 def source_hashes(folder: Path) -> dict[str, str]:
     """sha256 of the user's own files, of which `folder` was made, or of the PEFT files in it."""
-    if (folder / _SOURCE).is_file():
-        return read_json(folder / _SOURCE)
+    if (folder / SOURCE).is_file():
+        return read_json(folder / SOURCE)
     return {name: sha256_of(folder / name) for name in _PEFT_FILES}
 
 
@@ -167,10 +167,14 @@ def _carry(path: Path, adapter: ForeignAdapter, folder: Path) -> None:
         for file in extra:
             shutil.copyfile(file, folder / file.name)
     hashes = {file.name: sha256_of(file) for file in files}
-    (folder / _SOURCE).write_text(json.dumps(hashes, sort_keys=True), encoding="utf-8")
+    (folder / SOURCE).write_text(json.dumps(hashes, sort_keys=True), encoding="utf-8")
 
 
 @functools.cache
-def _workplace() -> tempfile.TemporaryDirectory:
-    """Removed when the process ends."""
+def _temporary() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="lora-export-")
+
+
+def workplace() -> str:
+    """A folder that is removed when the process ends."""
+    return _temporary().name

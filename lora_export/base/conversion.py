@@ -8,7 +8,7 @@ tensor, projections packed or split. Names and conversions are Transformers' own
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -92,6 +92,27 @@ def stored_parameters(model: torch.nn.Module, files: SafetensorsFiles) -> Iterat
                 _refuse_twice(converted, whole[converted.path], files)
             if converted.path in state:
                 yield converted.path, converted
+
+
+def renamed_paths(model: torch.nn.Module, modules: Iterable[str]) -> dict[str, str]:
+    """What Transformers calls the module of each of `modules` now, as it would find their weights in a checkpoint.
+
+    Only those that have another name and are stored whole: experts that became one tensor are PEFT's to convert.
+
+    Args:
+        modules: Paths of modules as a checkpoint of `model` may have them.
+    """
+    rename_source_key = borrow("rename_source_key")
+    mapping = borrow("get_model_conversion_mapping")(model)
+    renamings = [entry for entry in mapping if isinstance(entry, borrow("WeightRenaming"))]
+    converters = [entry for entry in mapping if isinstance(entry, borrow("WeightConverter"))]
+    state = model.state_dict(keep_vars=True)
+    found = {}
+    for module in modules:
+        path, pattern = rename_source_key(f"{module}.weight", renamings, converters, model.base_model_prefix, state)
+        if pattern is None and path in state and path != f"{module}.weight":
+            found[module] = path.removesuffix(".weight")
+    return found
 
 
 def _converted(conversion: _Conversion, files: SafetensorsFiles) -> Iterator[Converted]:

@@ -24,7 +24,12 @@ _COUNTERPARTS = {
     _aten.__or__.Tensor: _aten.bitwise_or.Tensor,
     _aten.reshape.default: _aten.view.default,
     _aten.contiguous.default: _aten.clone.default,
+    _aten.min.other: _aten.minimum.default,
+    _aten.max.other: _aten.maximum.default,
 }
+# Writes into a tensor that nothing else reads, as T5's buckets of positions are added up.
+_WRITES = {_aten.add_.Tensor: _aten.add.Tensor}
+_COMPUTED = frozenset({_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor})
 # torch.onnx removes these itself, afterwards.
 _ASSERTIONS = frozenset(
     {
@@ -61,15 +66,15 @@ def decompose(program: ExportedProgram, implemented: frozenset) -> bool:
 
     Returns:
         False, and the program is as it was, if it has an operator with no one-to-one counterpart, one that
-        writes in place or has no known shape, a submodule, or a cast as an output.
+        writes into what others read or has no known shape, a submodule, or a cast as an output.
     """
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
-    known = implemented | _CASTS | _SAME | _ASSERTIONS | _COUNTERPARTS.keys()
+    known = implemented | _CASTS | _SAME | _ASSERTIONS | _COUNTERPARTS.keys() | _WRITES.keys()
     overloads = [node.target for node in calls if isinstance(node.target, torch._ops.OperatorBase)]
     has_submodules = any(isinstance(module, torch.fx.GraphModule) for module in program.graph_module.children())
     # An output must stay the node that the program's signature names.
     gives_output = any(user.op == "output" for node in calls if node.target in _CASTS | _SAME for user in node.users)
-    writes = any(isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable for op in overloads)
+    writes = any(_is_mutable(node) and not _writes_unseen(node) for node in calls)
     rewritten = [node for node in calls if node.target in _CASTS | _COUNTERPARTS.keys()]
     is_described = all("val" in value.meta for node in rewritten for value in (node, *node.args[:1]))
     if has_submodules or gives_output or writes or not is_described or not known.issuperset(overloads):
@@ -83,9 +88,25 @@ def decompose(program: ExportedProgram, implemented: frozenset) -> bool:
             program.graph.erase_node(node)
         elif node.target in _COUNTERPARTS:
             _replace_by_counterpart(program.graph, node)
+        elif node.target in _WRITES:
+            node.target = _WRITES[node.target]
     program.graph.lint()
     program.graph_module.recompile()
     return True
+
+
+def _is_mutable(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _writes_unseen(node: Node) -> bool:
+    """Whether `node` may as well give a new tensor: what it writes into was computed, and is read by it alone."""
+    if node.target not in _WRITES:
+        return False
+    written = node.args[0]
+    values = [read.meta.get("val") for read in (written, node)]
+    is_same = all(isinstance(value, torch.Tensor) for value in values) and values[0].dtype == values[1].dtype
+    return written.target in _COMPUTED and is_same and set(written.users) == {node} and written not in node.args[1:]
 
 
 def _replace_by_counterpart(graph: Graph, node: Node) -> None:

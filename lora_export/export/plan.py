@@ -11,6 +11,7 @@ from pathlib import Path
 from lora_export.adapters.folder import AdapterFolder, open_adapter
 from lora_export.adapters.foreign import peft_folder
 from lora_export.adapters.initialization import PLAIN_START
+from lora_export.adapters.renamed import with_todays_names
 from lora_export.adapters.support import require_supported
 from lora_export.base.checkpoint import Checkpoint, locate
 from lora_export.base.tasks import CLASSIFICATION, SEQ2SEQ, Task, resolve_task
@@ -112,7 +113,11 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     is_new = added_to is None
     carried = plan_carried(checkpoint.path, paths, request.mode) if is_new else plan_added(added_to, paths)
     config = checkpoint.load_config()
-    adapter_configs = _configs_for(config, task, folders, checkpoint.most_parameters)
+    adapter_configs = ()
+    if folders:
+        model = build_weightless(task, config, "float32", most_parameters=checkpoint.most_parameters)
+        folders = tuple(with_todays_names(folder, model) for folder in folders)
+        adapter_configs = _configs_for(config, task, folders, model)
     if request.mode == "merge" and adapter_configs:
         config = _merged_config(folders, adapter_configs)
     return Plan(request, checkpoint, folders, task, dtype, config, adapter_configs, carried, remarks)
@@ -170,11 +175,8 @@ def _base_of(base: str | None, folders: Sequence[AdapterFolder]) -> str:
     return recorded.pop()
 
 
-def _configs_for(config, task: Task, folders: Sequence[AdapterFolder], most_parameters: int) -> tuple:
-    """For each adapter, `config` with the number of labels and the vocabulary that its file has."""
-    if not folders:
-        return ()
-    model = build_weightless(task, config, "float32", most_parameters=most_parameters)
+def _configs_for(config, task: Task, folders: Sequence[AdapterFolder], model) -> tuple:
+    """For each adapter, the `config` of `model` with the number of labels and the vocabulary that its file has."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return tuple(_config_for(config, task, folder, shapes, vocabulary_tables(model)) for folder in folders)
 

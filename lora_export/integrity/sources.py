@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_export.adapters.foreign import locate_adapter, peft_folder
+from lora_export.adapters.renamed import folder_with_todays_names
 from lora_export.artifact import Manifest, SourceRecord, sha256_of
 from lora_export.base.checkpoint import locate
 from lora_export.errors import InputRefused
@@ -36,7 +37,8 @@ def locate_sources(
     for record in () if only_base else manifest.adapters:
         hint = f"--adapter {record.name}=PATH"
         path = locate_source(record.source, overrides.adapters.get(record.name), "adapter", hint)
-        adapters[record.name] = peft_folder(str(path), str(base), manifest.task)
+        folder = peft_folder(str(path), str(base), manifest.task)
+        adapters[record.name] = folder_with_todays_names(folder, base, manifest.task)
     return base, adapters
 
 
