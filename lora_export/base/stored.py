@@ -107,12 +107,13 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-        missing = [name for name in names if not (folder / name).is_file() or "/" in name or "\\" in name]
+        missing = [name for name in names if not (folder / name).is_file() or not _is_inside(name)]
         if missing or not names:
             raise InputRefused(
                 "The checkpoint's index names files that are not there",
                 where=str(index),
-                found=", ".join(missing) or "no weight_map",
+                expected="files in the base's folder",
+                found=some_of(missing, 6) or "no weight_map",
                 next_step="fetch the missing shards",
             )
         return [folder / name for name in names]
@@ -123,6 +124,11 @@ def weight_files(folder: Path) -> list[Path]:
         expected="model.safetensors, or model.safetensors.index.json with its shards",
         found=some_of(sorted(p.name for p in folder.iterdir()), 8) or "an empty folder",
     )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file's name in an index leads to the base's folder or a folder in it."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts and "\\" not in name
 
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

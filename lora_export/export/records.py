@@ -39,7 +39,8 @@ def hashed_sources(plan: Plan) -> Iterator[Callable[[], Sources]]:
 def _hash_sources(plan: Plan) -> Sources:
     base_files = [plan.checkpoint.path / "config.json", *weight_files(plan.checkpoint.path)]
     located = plan.checkpoint.located
-    base = SourceRecord(local_path(located.given), located.revision, {f.name: sha256_of(f) for f in base_files})
+    hashes = {file.relative_to(plan.checkpoint.path).as_posix(): sha256_of(file) for file in base_files}
+    base = SourceRecord(local_path(located.given), located.revision, hashes)
     adapters = [SourceRecord(local_path(f.given), None, source_hashes(f.path)) for f in plan.folders]
     return Sources(base, tuple(adapters))
 

@@ -7,6 +7,7 @@ dropped, so the peak is the largest tensor and what its making needs.
 from __future__ import annotations
 
 import hashlib
+import math
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import onnx_ir as ir
 
 from lora_export.base.recipe import Recipe
 from lora_export.contract import AdapterInput, StoredDefault, data_file, graph_file
+from lora_export.errors import InputRefused
 from lora_export.graph.sites import NAME_SCOPES
 from lora_export.graph.unbound import unbound
 
@@ -115,11 +117,31 @@ class _Binding:
 
     def _write(self, value: ir.Value, recipe: Recipe | None, *, is_default: bool) -> StoredDefault:
         array = value.const_value.numpy() if recipe is None else self.make_weight(recipe, str(value.dtype.numpy()))
+        _require_size(value, array)
         if is_default:
             array = array.reshape(1, *array.shape) if array.ndim == 2 else array.reshape(1, 1, -1)
         stored = StoredDefault(array.shape, self.writer.write(array), array.nbytes)
         self.on_weight(value.name, array.nbytes)
         return stored
+
+
+def _require_size(value: ir.Value, array: np.ndarray) -> None:
+    """Refuse numbers that are not what the graph says of them: it would be read at another dtype or shape.
+
+    Raises:
+        InputRefused: The bytes are not dtype × shape.
+    """
+    if value.shape is None or not all(isinstance(dim, int) for dim in value.shape):
+        return
+    shape, dtype = [int(dim) for dim in value.shape], value.dtype.numpy()
+    if array.nbytes != math.prod(shape) * dtype.itemsize:
+        raise InputRefused(
+            "A weight of the base is not of the size that the graph has for it",
+            where=value.name,
+            expected=f"{shape} in {dtype}, {math.prod(shape) * dtype.itemsize} bytes",
+            found=f"{list(array.shape)} in {array.dtype}, {array.nbytes} bytes",
+            next_step="fetch the base again; its config.json and its weights are of different models",
+        )
 
 
 def _digest(tensor: ir.TensorProtocol) -> tuple[tuple[int, ...], bytes]:

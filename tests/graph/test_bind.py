@@ -13,6 +13,7 @@ import pytest
 from lora_export.artifact import read_manifest
 from lora_export.base.recipe import Recipe
 from lora_export.contract import AdapterInputKind
+from lora_export.errors import InputRefused
 from lora_export.graph.bind import write_graphs
 from lora_export.graph.unbound import set_recipe
 
@@ -75,6 +76,14 @@ def test_a_failing_weight_stops_the_write(tmp_path):
 
     with pytest.raises(OSError, match="no room"):
         write_graphs({"model": chain(2)}, tmp_path, fail, {"model": ()})
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((N, N), np.float16), ((N, N + 1), np.float32), ((N,), np.float32)])
+def test_a_weight_that_is_not_dtype_times_shape_is_refused(shape, dtype, tmp_path):
+    with pytest.raises(InputRefused, match="not of the size that the graph has for it") as refused:
+        write_graphs({"model": chain(1)}, tmp_path, lambda recipe, _: np.zeros(shape, dtype), {"model": ()})
+    assert (refused.value.where, refused.value.expected) == ("w0", f"[{N}, {N}] in float32, {4 * N * N} bytes")
+    assert f"{list(shape)} in {np.dtype(dtype)}" in refused.value.found
 
 
 def test_graphs_of_one_data_file_share_what_is_made_the_same_way(tmp_path):
