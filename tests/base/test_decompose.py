@@ -29,6 +29,28 @@ class Writes(torch.nn.Module):
         return y * 2
 
 
+class WritesUnseen(torch.nn.Module):
+    """As T5's buckets: into what was just computed. With the smaller and the larger of two."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        y += torch.min(x, torch.full_like(x, 0.5))
+        return y - torch.max(x, -x)
+
+
+class WritesWhatIsReadLater(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        z = y.view(-1)
+        y += 1
+        return z + 1
+
+
+class WritesItsInput(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.add_(1.0) * 2
+
+
 class CastsItsOutput(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x * 2).to(torch.float32)
@@ -67,7 +89,19 @@ def test_what_has_a_counterpart_is_replaced_one_by_one():
     torch.testing.assert_close(program.module()(*inputs), Casts()(*inputs))
 
 
-@pytest.mark.parametrize("network", [Writes(), CastsItsOutput(), Unregistered()])
+def test_a_write_that_nothing_else_reads_is_a_computation():
+    x = torch.randn(3, 2)
+    program = exported(WritesUnseen(), x)
+    assert any(node.target is torch.ops.aten.add_.Tensor for node in program.graph.nodes)
+    known = implemented()
+    assert decompose(program, known)
+    assert {node.target for node in program.graph.nodes if node.op == "call_function"} <= known
+    torch.testing.assert_close(program.module()(x), WritesUnseen()(x))
+
+
+@pytest.mark.parametrize(
+    "network", [Writes(), WritesWhatIsReadLater(), WritesItsInput(), CastsItsOutput(), Unregistered()]
+)
 def test_all_else_is_left_to_torch(network):
     program = exported(network, torch.randn(3, 2))
     before = str(program.graph)
@@ -75,7 +109,7 @@ def test_all_else_is_left_to_torch(network):
     assert str(program.graph) == before
 
 
-@pytest.mark.parametrize("network", [Casts(), Writes(), CastsItsOutput()])
+@pytest.mark.parametrize("network", [Casts(), Writes(), WritesUnseen(), WritesWhatIsReadLater(), CastsItsOutput()])
 def test_the_graph_computes_what_the_module_does(network):
     inputs = (torch.randn(4, 6), torch.arange(12))[: 2 if isinstance(network, Casts) else 1]
     with decomposed_by_operator():
