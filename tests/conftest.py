@@ -1,7 +1,10 @@
-"""Fixtures shared by all tests: tiny bases, adapters and exports, made once a session when first asked for."""
+"""Fixtures shared by all tests: tiny bases, adapters and exports, made once a run when first asked for."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import logging
 import os
 import shutil
@@ -31,8 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["LORA_EXPORT_TEST_SEED"] = config.getoption("--seed")
 
 
-# What takes long in one test, and so would run alone at the end.
-_FIRST = ("test_install.py", "test_seq2seq_export.py", "test_reproducible.py", "test_cli.py")
+# What takes longest, measured; the last of these should be over when the many short files begin.
+_FIRST = (
+    "test_install.py", "test_seq2seq_export.py", "test_options.py", "test_cli.py", "test_where.py",
+    "test_mutations.py", "test_readme.py", "test_reproducible.py", "test_report_schema.py", "test_matrix.py",
+    "test_gate_kit.py", "test_pipeline.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -74,37 +81,66 @@ def _silent_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     # The exporter's trace log would bury a failure's own messages.
     logging.getLogger("torch.__trace").propagate = False
+    _one_registry_a_session()
+
+
+def _one_registry_a_session() -> None:
+    """torch.onnx reads its table of operators anew for every trace, which takes a second; here, once."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        read = functools.cache(ONNXRegistry.from_torchlib)
+
+        def from_torchlib(*arguments: int, **options: int) -> ONNXRegistry:
+            found = copy.copy(read(*arguments, **options))
+            found.functions = {operator: list(functions) for operator, functions in found.functions.items()}
+            return found
+
+        ONNXRegistry.from_torchlib = staticmethod(from_torchlib)
 
 
 @pytest.fixture(scope="session")
-def bases(tmp_path_factory: pytest.TempPathFactory, _silent_libraries: None):
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run; its workers have it in common."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+
+
+@pytest.fixture(scope="session")
+def bases(_shared: Path, _silent_libraries: None):
     """Folders of tiny bases by name (`catalogue.BASES`)."""
     import catalogue
 
     found = catalogue.Lazy(
-        tmp_path_factory.mktemp("bases"), catalogue.BASES, lambda name, folder: catalogue.make_base(name, folder, found)
+        _shared / "bases", catalogue.BASES, lambda name, folder: catalogue.make_base(name, folder, found)
     )
-    return found
+    yield found
+    found.refuse_changes()
 
 
 @pytest.fixture(scope="session")
-def adapters(tmp_path_factory: pytest.TempPathFactory, bases):
+def adapters(_shared: Path, bases):
     """Folders of tiny PEFT adapters by name (`catalogue.ADAPTERS`)."""
     import catalogue
 
-    root = tmp_path_factory.mktemp("adapters")
-    return catalogue.Lazy(root, catalogue.ADAPTERS, lambda name, folder: catalogue.make_adapter(name, folder, bases))
+    found = catalogue.Lazy(
+        _shared / "adapters", catalogue.ADAPTERS, lambda name, folder: catalogue.make_adapter(name, folder, bases)
+    )
+    yield found
+    found.refuse_changes()
 
 
 @pytest.fixture(scope="session")
-def exports(tmp_path_factory: pytest.TempPathFactory, bases, adapters):
+def exports(_shared: Path, bases, adapters):
     """Exported folders by name (`catalogue.EXPORTS`); read-only, copy one before changing it (`own`)."""
     import catalogue
 
     def make(name: str, folder: Path) -> None:
         catalogue.export_to(folder, catalogue.EXPORTS[name], bases, adapters)
 
-    return catalogue.Lazy(tmp_path_factory.mktemp("exports"), catalogue.EXPORTS, make)
+    found = catalogue.Lazy(_shared / "exports", catalogue.EXPORTS, make)
+    yield found
+    found.refuse_changes()
 
 
 @pytest.fixture(scope="session")

@@ -179,19 +179,20 @@ def clip(folder: Path) -> Path:
     return folder
 
 
-def t5(folder: Path, *, untied: bool = False) -> Path:
+def t5(folder: Path, *, untied: bool = False, layers: tuple[int, int] = (2, 3)) -> Path:
     """Two encoder and three decoder layers, relative positions, a head tied to the embedding and scaled.
 
     Args:
         untied: As T5 1.1 and FLAN-T5: a head of its own, not scaled, and gated activations.
+        layers: Of the encoder and of the decoder.
     """
     config = transformers.T5Config(
         vocab_size=VOCABULARY,
         d_model=32,
         d_kv=12,
         d_ff=48,
-        num_layers=2,
-        num_decoder_layers=3,
+        num_layers=layers[0],
+        num_decoder_layers=layers[1],
         num_heads=4,
         relative_attention_num_buckets=8,
         relative_attention_max_distance=20,
@@ -206,13 +207,13 @@ def t5(folder: Path, *, untied: bool = False) -> Path:
     return _save(model, folder, classifier=True)
 
 
-def bart(folder: Path) -> Path:
+def bart(folder: Path, *, layers: tuple[int, int] = (2, 3)) -> Path:
     """Two encoder and three decoder layers of other widths, learned positions, a bias on the final logits."""
     config = transformers.BartConfig(
         vocab_size=VOCABULARY,
         d_model=32,
-        encoder_layers=2,
-        decoder_layers=3,
+        encoder_layers=layers[0],
+        decoder_layers=layers[1],
         encoder_attention_heads=4,
         decoder_attention_heads=2,
         encoder_ffn_dim=48,
@@ -230,13 +231,13 @@ def bart(folder: Path) -> Path:
     return _save(model, folder, classifier=True)
 
 
-def whisper(folder: Path) -> Path:
+def whisper(folder: Path, *, layers: tuple[int, int] = (2, 3)) -> Path:
     """Two encoder layers behind the convolutions, three decoder layers, 50 positions (100 frames) of 8 bands."""
     config = transformers.WhisperConfig(
         vocab_size=VOCABULARY,
         d_model=32,
-        encoder_layers=2,
-        decoder_layers=3,
+        encoder_layers=layers[0],
+        decoder_layers=layers[1],
         encoder_attention_heads=4,
         decoder_attention_heads=2,
         encoder_ffn_dim=48,
