@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from catalogue import EXPORTS
 
+NAMES = ("llama-cuda", "gpt2-merged")
+# Calls the command line with each of a list of arguments.
+CALLS = """
+import json, sys
+from lora_export.cli.main import main
+for arguments in json.loads(sys.argv[1]):
+    main(arguments, standalone_mode=False)
+"""
 
-def export_in_a_process(name: str, out: Path, cache: Path, seed: int, bases, adapters) -> dict[str, bytes]:
-    """Export the catalogue's `name` by the command line; the files by name."""
-    spec = EXPORTS[name]
-    paths = [bases[spec.base], *(adapters[adapter] for adapter in spec.adapters)]
-    command = [sys.executable, "-m", "lora_export.cli.main", spec.mode, *map(str, paths), "-o", str(out)]
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def export_in_a_process(out: Path, cache: Path, seed: int, bases, adapters) -> dict[str, bytes]:
+    """Export the catalogue's `NAMES` by the command line, in one process; the files by path."""
+    calls = []
+    for name in NAMES:
+        spec = EXPORTS[name]
+        paths = [bases[spec.base], *(adapters[adapter] for adapter in spec.adapters)]
+        options = ["-o", str(out / name), "--provider", spec.provider, "--quiet"]
+        calls.append([spec.mode, *map(str, paths), *options])
     environment = os.environ | {"PYTHONHASHSEED": str(seed), "LORA_EXPORT_CACHE": str(cache)}
-    subprocess.run([*command, "--provider", spec.provider, "--quiet"], check=True, timeout=300, env=environment)
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    subprocess.run([sys.executable, "-c", CALLS, json.dumps(calls)], check=True, timeout=300, env=environment)
+    return files_in(out)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama-cuda", "gpt2-merged"])
-def test_processes_seeds_and_caches_leave_no_trace(name, bases, adapters, tmp_path):
+def test_processes_seeds_and_caches_leave_no_trace(bases, adapters, exports, graph_cache, tmp_path):
+    """Two processes with seeds of their own, the second with the first's cache; and this one, with the run's cache."""
     cache = tmp_path / "cache"
-    cold = export_in_a_process(name, tmp_path / "cold", cache, 1, bases, adapters)
-    kept = {path.name: path.read_bytes() for path in cache.iterdir()}
+    cold = export_in_a_process(tmp_path / "cold", cache, 1, bases, adapters)
+    kept = files_in(cache)
     assert kept, "nothing was cached"
-    warm = export_in_a_process(name, tmp_path / "warm", cache, 2, bases, adapters)
-    assert {path.name for path in cache.iterdir()} == set(kept), "the cache was not used"
-    other = export_in_a_process(name, tmp_path / "other", tmp_path / "another cache", 3, bases, adapters)
+    warm = export_in_a_process(tmp_path / "warm", cache, 2, bases, adapters)
+    assert set(files_in(cache)) == set(kept), "the cache was not used"
+    other = {f"{name}/{file}": data for name in NAMES for file, data in files_in(exports[name]).items()}
     assert set(cold) == set(warm) == set(other)
     for file in cold:
         assert cold[file] == warm[file], f"{file} differs with a warm cache"
         assert cold[file] == other[file], f"{file} differs in another process"
-    assert {path.name: path.read_bytes() for path in (tmp_path / "another cache").iterdir()} == kept
+    assert {file: (graph_cache / file).read_bytes() for file in kept} == kept
