@@ -143,21 +143,56 @@ def workplace(tmp_path_factory, bases, adapters, exports) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "block",
-    [
-        pytest.param(block, id=f"{page}-{number}")
-        for page, text in PAGES.items()
-        for number, (runs, block) in enumerate(python_blocks(text), 1)
-        if runs
-    ],
-)
-def test_python_runs(block, workplace, tmp_path):
+# Runs each block of a list in a folder and with names of its own; a line on both streams ends it.
+RUN_BLOCKS = """
+import json, os, sys, traceback
+for folder, block, end in json.loads(sys.stdin.read()):
+    os.chdir(folder)
+    try:
+        exec(compile(block, "block", "exec"), {"__name__": "__main__"})
+    except BaseException:
+        traceback.print_exc()
+        print("FAILED", file=sys.stderr)
+    print(end, file=sys.stderr, flush=True)
+"""
+END = "-- end of a block --"
+
+
+def blocks_of(page: str) -> dict[str, str]:
+    """The blocks to run by name."""
+    blocks = enumerate(python_blocks(PAGES[page]), 1)
+    return {f"{page}-{number}": block for number, (runs, block) in blocks if runs}
+
+
+@pytest.fixture(scope="module")
+def said(workplace, tmp_path_factory):
+    """What each block prints on standard error; a page's run in one process, which loads the libraries once."""
+    by_page: dict[str, dict[str, str]] = {}
+
+    def run(page: str) -> dict[str, str]:
+        folder, calls = tmp_path_factory.mktemp("page"), []
+        for block in blocks_of(page).values():
+            own = folder / str(len(calls))
+            shutil.copytree(workplace, own)
+            calls.append([str(own), block, END])
+        done = subprocess.run(
+            [sys.executable, "-c", RUN_BLOCKS], input=json.dumps(calls), capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return dict(zip(blocks_of(page), done.stderr.split(f"{END}\n")[:-1], strict=True))
+
+    def get(name: str) -> str:
+        page = name.rpartition("-")[0]
+        if page not in by_page:
+            by_page[page] = run(page)
+        return by_page[page][name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", [name for page in PAGES for name in blocks_of(page)])
+def test_python_runs(name, said):
     """A page's Python, as it stands there, prints no warning either."""
-    shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    assert "[W:onnxruntime" not in done.stderr
+    assert "FAILED\n" not in said(name), said(name)
+    assert "[W:onnxruntime" not in said(name)
