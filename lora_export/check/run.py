@@ -28,6 +28,7 @@ from lora_export.check.results import CheckReport
 from lora_export.contract import AdapterInputKind
 from lora_export.environment import environment, lack_of_memory, subject
 from lora_export.errors import UsageProblem
+from lora_export.runtime.arrays import run_arrays
 from lora_export.runtime.seq2seq_session import open_export
 from lora_export.verdict import Environment
 
@@ -207,7 +208,8 @@ def _body_case(examination: Examination, examined: Examined, record: AdapterReco
     with reference.without_pairs():
         expected = run_reference(reference, batches, precisely=True)
         name = expected.name
-        values = [session.session.run([name], feeds(batch))[0].astype(np.float32) for batch in batches]
+        runs = [run_arrays(session.session, session.provider, feeds(batch), [name]) for batch in batches]
+        values = [run[name].astype(np.float32) for run in runs]
         found = Outputs(name, tuple(values), expected.real, expected.labels)
         described = f"PEFT with {record.name}'s head and its pairs off"
         examination.judge(Comparison("base", "base", described, expected, found), probes, layers_of="base")

@@ -16,7 +16,7 @@ from lora_export.artifact import Manifest, read_manifest
 from lora_export.contract import SINGLE, GraphContract, data_file, graph_file
 from lora_export.errors import UsageProblem
 from lora_export.runtime.adapter_file import read_adapter, require_fit, require_unchanged
-from lora_export.runtime.arrays import lowest, numpy_dtype, to_array, to_ort_value
+from lora_export.runtime.arrays import lowest, numpy_dtype, run_values, to_ort_value
 from lora_export.runtime.bank import Bank, RowAdapter, Shelf
 from lora_export.runtime.session import choose_provider, open_session
 from lora_export.runtime.stacking import RowSpec
@@ -164,15 +164,8 @@ class AdapterSession:
         _require_equal_rows(inputs, rows)
         # Held until the run is over: on the CPU a binding reads the arrays' own memory.
         held = {name: to_ort_value(array, self.provider) for name, array in bank.with_gate(inputs, rows).items()}
-        held |= bank.values(rows)
-        binding = self.session.io_binding()
-        for name, value in held.items():
-            binding.bind_ortvalue_input(name, value)
         names = list(outputs or [output.name for output in self.session.get_outputs()])
-        for name in names:
-            binding.bind_output(name)
-        self.session.run_with_iobinding(binding)
-        results = {name: to_array(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
+        results = run_values(self.session, {**held, **bank.values(rows)}, names)
         return self._mask_padded_classes(results, bank.classes(rows))
 
     def bind_adapters(self, binding: ort.IOBinding, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
-from lora_export.runtime.arrays import to_array, to_ort_value
+from lora_export.runtime.arrays import run_arrays
 from lora_export.runtime.session import open_session
 
 
@@ -24,11 +23,4 @@ def run_for_values(
         EnvironmentUnusable: The provider cannot run the model.
     """
     session = open_session(model, provider, weights=folder)
-    held = {name: to_ort_value(array, provider) for name, array in feeds.items()}
-    binding: ort.IOBinding = session.io_binding()
-    for name, value in held.items():
-        binding.bind_ortvalue_input(name, value)
-    for name in names:
-        binding.bind_output(name)
-    session.run_with_iobinding(binding)
-    return {name: to_array(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
+    return run_arrays(session, provider, feeds, names)

@@ -102,12 +102,17 @@ def open_session(
     n_threads: int | None = None,
     stop_spinning: bool = False,
     weights: Path | None = None,
+    cuda_graph: bool = False,
+    optimized: Path | None = None,
 ) -> ort.InferenceSession:
     """A session of `graph` on `provider`.
 
     Args:
         graph: A file, or a serialized model.
         weights: The folder with the external weights of a serialized model, which is run once or twice.
+        cuda_graph: Capture the first run in a CUDA graph and replay it from then on: the inputs and outputs of every
+            run must be bound, in the same shapes and at the same places. For "cuda" only.
+        optimized: Where to write the graph as ONNX Runtime runs it, to look at.
 
     TF32 is off, as in PyTorch's matmul, so that float32 means float32. ONNX Runtime's warnings about optional inputs
     are silenced; errors are not.
@@ -122,13 +127,15 @@ def open_session(
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if n_threads is not None:
         options.intra_op_num_threads = n_threads
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
     if weights is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
         # Run once: a copy of the weights in another layout would cost more than it gains.
         options.add_session_config_entry("session.disable_prepacking", "1")
     wanted: list = [PROVIDERS["cpu"]]
     if provider == "cuda":
-        wanted.insert(0, (PROVIDERS["cuda"], {"use_tf32": "0"}))
+        wanted.insert(0, (PROVIDERS["cuda"], {"use_tf32": "0", "enable_cuda_graph": "1" if cuda_graph else "0"}))
     try:
         session = ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=wanted)
     except ort.capi.onnxruntime_pybind11_state.NotImplemented as error:
