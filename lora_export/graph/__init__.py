@@ -9,6 +9,7 @@
     bias_inputs.py         biases
     linear_inputs.py       those of linear modules
     unbound.py             initializers without a value
+    shape_sums.py          no length is copied to the GPU
     fuse.py                optimize and fuse for a provider
     cache.py               finished graphs, kept on disk
     bind.py                write graphs with their weights

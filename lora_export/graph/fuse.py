@@ -15,6 +15,7 @@ from onnx_ir.passes import common as common_passes
 
 from lora_export.base.recipe import Recipe
 from lora_export.compat import borrow, borrow_if_there
+from lora_export.graph.shape_sums import start_ranges_at_sums
 from lora_export.graph.unbound import is_matrix_transpose, prepare_weights, recipe_of, set_recipe
 from lora_export.quiet import quiet
 
@@ -34,6 +35,7 @@ def fuse(model: ir.Model, provider: str) -> ir.Model:
         unfuse_mixed_dtype_skip_norms(model)
     if provider == "cuda":
         pack_siblings(model)
+        start_ranges_at_sums(model)
     read_tied_weights_transposed(model)
     common_passes.RemoveUnusedNodesPass()(model)
     common_passes.TopologicalSortPass()(model)
