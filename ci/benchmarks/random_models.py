@@ -130,6 +130,7 @@ def write_adapter(
     task_type: str,
     seed: int,
     head: Head | None = None,
+    fan_in_fan_out: bool = False,
 ) -> Path:
     """A float32 PEFT adapter with random, non-zero A and B on `linears` (left as it is if it is there)."""
     from peft import LoraConfig
@@ -155,6 +156,7 @@ def write_adapter(
         target_modules=sorted({module.rsplit(".", 1)[-1] for module in linears}) if head is None else sorted(linears),
         modules_to_save=[head.module] if head else None,
         task_type=task_type,
+        fan_in_fan_out=fan_in_fan_out,
         base_model_name_or_path=str(base),
         inference_mode=True,
     )

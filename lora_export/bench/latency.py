@@ -173,7 +173,8 @@ def measure(
         turn = number % len(names)
         sessions = {name: openers[name]() for name in [*names[turn:], *names[:turn]]}
         for race, taken in timings.by_race:
-            for _ in _take_blocks(race, sessions, n_blocks, taken):
+            runs = [bound_runs(sessions[c.session], c.adapters, race.inputs[c.session]) for c in race.candidates]
+            for _ in take_blocks(runs, n_blocks, taken):
                 progress(next(done), blocks * len(races))
         sessions.clear()  # before the next round opens its own
     return timings.workloads()
@@ -185,11 +186,9 @@ def _spread(blocks: int, rounds: int) -> list[int]:
     return [count for count in counts if count]
 
 
-def _take_blocks(
-    race: Race, sessions: Mapping[str, Session], n_blocks: int, timings: Sequence[Timing]
-) -> Iterator[int]:
-    """Warm up and time `n_blocks` ABBA blocks, yielding after each; what is found is added to the `timings`."""
-    runs = [bound_runs(sessions[c.session], c.adapters, race.inputs[c.session]) for c in race.candidates]
+def take_blocks(runs: Sequence[Callable[[], None]], n_blocks: int, timings: Sequence[Timing]) -> Iterator[int]:
+    """Warm up and time `n_blocks` ABBA blocks of `runs`, yielding after each; what is found is added to the `timings`,
+    one for each run."""
     fastest = []
     for run, timing in zip(runs, timings, strict=True):
         warm, seconds = warm_up(run)

@@ -1,20 +1,27 @@
-"""The GPU script as far as a CPU allows: its questions are answered on the CPU provider, and CUDA is never faked."""
+"""The stages of a GPU run as far as a CPU allows: the bundle gives the same bytes again, runs are timed, nothing is faked."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
+import gpu_tables
+import numpy as np
 import pytest
+from gpu import plan
+from gpu.attention_stage import FORMS, _heads_first, _run
+from gpu.bundle import Writer, restore
+from gpu.provider_stage import answer_adapter_copies, answer_operand_rank, answer_rank_zero
+from gpu.stage import Stage
+from gpu.timing import Candidate, candidate_runs, race, ratio_lines
+from readme_tables import table_in_readme
 
 from lora_export.runtime.session import cuda_problem
 
 ROOT = Path(__file__).parents[2]
-QUESTIONS = ROOT / "ci/gpu_questions.py"
 
 
 @pytest.mark.parametrize("script", ["ci/gpu", "ci/demo", "ci/test", "ci/setup", "ci/report_accessibility", ".ci/run"])
@@ -22,72 +29,101 @@ def test_scripts_parse(script):
     assert subprocess.run(["bash", "-n", ROOT / script], capture_output=True).returncode == 0
 
 
-def test_questions_are_answered_on_the_cpu(tmp_path):
-    out = tmp_path / "answers.json"
-    subprocess.run([sys.executable, QUESTIONS, "--provider", "cpu", "--out", out], check=True, capture_output=True)
-    answers = json.loads(out.read_text())
-    assert set(answers["rank 0"].values()) == {"zeros"}
-    assert answers["operand rank, µs"]["[1, in, rank] / 2-D"] > 0
-    assert answers["adapter copies, µs"]["bound"] > 0
-    assert answers["placement"] == {"CPUExecutionProvider": {"MatMul": 2}}
+def gpu_run(*options: str | Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHON": sys.executable}
+    return subprocess.run(["bash", ROOT / "ci/gpu", *options], env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture
-def stub(tmp_path: Path) -> Path:
-    """A Python that trains and exports nothing: it notes what the script asks for; `check` exits with $CHECK."""
-    stub = tmp_path / "python"
-    stub.write_text("""#!/usr/bin/env bash
-echo "$*" >> "$LOG"
-case "$*" in
-  samples/tiny_decoder.py*) mkdir -p "$WORK/decoder-adapters/"{legal,shout} ;;
-  "-m lora_export.cli.main check "*) mkdir -p "$4/reports"; echo "{}" > "$4/reports/check.json"; exit "$CHECK" ;;
-  "-m lora_export.cli.main bench "*) echo "{}" > "$4/reports/bench.json" ;;
-  ci/gpu_questions.py*) exit "$QUESTIONS" ;;
-esac
-""")
-    stub.chmod(0o755)
-    return stub
+def test_every_stage_is_listed_with_its_module():
+    listed = gpu_run("--list").stdout.splitlines()
+    assert [line.split()[0] for line in listed] == [stage.name for stage in plan.STAGES]
+    for stage in plan.STAGES:
+        assert (ROOT / f"ci/benchmarks/gpu/{stage.name}_stage.py").exists()
 
 
-def run_script(stub: Path, *, check: int = 0, questions: int = 0) -> tuple[int, list[str]]:
-    """Exit code of ci/gpu and what it ran."""
-    folder = stub.parent
-    variables = {"PYTHON": stub, "WORK": folder / "work", "RESULTS": folder / "results", "LOG": folder / "log"}
-    variables |= {"CHECK": check, "QUESTIONS": questions}
-    environment = os.environ | {name: str(value) for name, value in variables.items()}
-    done = subprocess.run(["bash", ROOT / "ci/gpu"], env=environment, capture_output=True)
-    return done.returncode, (folder / "log").read_text().splitlines()
+def test_a_stage_is_owed_until_a_gpu_has_run_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "RESULTS", tmp_path)
+    assert plan.owed() == [stage.name for stage in plan.STAGES]
+    for name, provider in (("decode", "cuda"), ("swaps", "cpu")):
+        (tmp_path / f"gpu-{name}.json").write_text(json.dumps({"environment": {"provider": provider}}))
+    assert "decode" not in plan.owed() and "swaps" in plan.owed()
 
 
-def test_the_script_checks_and_times_every_export_on_cuda(stub):
-    code, log = run_script(stub)
-    assert code == 0
-    for command in ("check", "bench"):
-        calls = [line for line in log if line.startswith(f"-m lora_export.cli.main {command} ")]
-        assert len(calls) == 6 and all("--provider cuda" in call for call in calls)
-    exported = [
-        line for line in log if re.search(r"cli\.main (dynamic|merge) .*--provider cuda --dtype float(32|16)", line)
+@pytest.fixture(scope="module")
+def bundle(exported, tmp_path_factory) -> Path:
+    """A dynamic export as a real one, whose base is a source, and as a random one."""
+    folder, base = exported
+    out = tmp_path_factory.mktemp("bundle")
+    writer = Writer(out)
+    writer.add_source(base, "base")
+    writer.add_export(folder, "real", real=True)
+    writer.add_export(folder, "random", real=False)
+    writer.close()
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(exports, bases) -> tuple[Path, Path]:
+    return exports["llama-dynamic"], bases["llama"]
+
+
+def test_a_real_export_comes_back_byte_for_byte(bundle, exported, tmp_path):
+    back = restore(bundle, "real", tmp_path)
+    for name in ("model.onnx", "model.onnx.data", "lora_export.json"):
+        assert (back / name).read_bytes() == (exported[0] / name).read_bytes()
+    weights = json.loads((back / "weights.json").read_text())["model.onnx.data"]["tensors"]
+    assert any(tensor["source"] == "base/model.safetensors" for tensor in weights), "nothing is stored twice"
+
+
+def test_a_random_export_has_the_same_files_and_other_numbers(bundle, exported, tmp_path):
+    back = restore(bundle, "random", tmp_path)
+    data, original = (folder / "model.onnx.data" for folder in (back, exported[0]))
+    assert data.stat().st_size == original.stat().st_size and data.read_bytes() != original.read_bytes()
+    assert json.loads((back / "lora_export.json").read_text())["adapters"] == []
+    assert restore(bundle, "random", tmp_path / "again").joinpath("model.onnx.data").read_bytes() == data.read_bytes()
+
+
+def test_candidates_are_timed_side_by_side(bundle, tmp_path):
+    folder = restore(bundle, "random", tmp_path)
+    candidates = [
+        Candidate("no adapter", folder, 1, 0),
+        Candidate("one adapter", folder, 1, 4),
+        Candidate("another in each row", folder, 2, 4),
+        Candidate("too many rows", folder, 3, 4),
     ]
-    assert len(exported) == 6
-    assert len(list((stub.parent / "results").glob("*-cuda.json"))) == 12
+    runs, failed = candidate_runs(candidates, "cpu", (2, 1, 3), 40, {})
+    assert list(runs) == ["no adapter", "one adapter", "another in each row"]
+    assert list(failed) == ["too many rows"]
+    found = race(runs, [("one adapter", "no adapter")], 6)
+    assert found["blocks"] == 6 and found["ratios"][0]["median"] > 0
+    assert "× no adapter" in ratio_lines(found)[0]
 
 
-def test_the_script_s_exit_codes(stub):
-    code, log = run_script(stub, check=1)
-    assert code == 1 and sum("cli.main bench" in line for line in log) == 6, (
-        "a failed check ends nothing but the verdict"
-    )
-    (stub.parent / "log").unlink()
-    code, log = run_script(stub, check=4)
-    assert code == 4 and not any("cli.main bench" in line for line in log)
-    (stub.parent / "log").unlink()
-    code, log = run_script(stub, questions=4)
-    assert code == 4 and not any("lora_export.cli.main" in line for line in log)
+def test_the_forms_of_attention_agree(tmp_path):
+    stage = Stage("attention", tmp_path, tmp_path, tmp_path, "cpu", 6, small=True)
+    shape = (2, 1, 5)
+    outputs = {}
+    for name, build in FORMS.items():
+        run = _run(stage, *build("float32", *shape), shape, "float32")
+        run()
+        outputs[name] = _heads_first(run.held["y"].numpy(), shape)
+    for y in outputs.values():
+        assert np.abs(y - outputs["expanded"]).max() < 1e-5
+
+
+def test_questions_are_answered_on_the_cpu():
+    assert set(answer_rank_zero("cpu").values()) == {"zeros"}
+    assert answer_operand_rank("cpu")["[1, in, rank] / 2-D"] > 0
+    assert answer_adapter_copies("cpu")["bound"] > 0
 
 
 @pytest.mark.skipif(cuda_problem() is None, reason="CUDA is usable here")
-def test_cuda_is_refused_where_it_is_not_usable():
-    done = subprocess.run([sys.executable, QUESTIONS, "--provider", "cuda"], capture_output=True, text=True)
+def test_cuda_is_refused_where_it_is_not_usable(bundle, tmp_path):
+    done = gpu_run("provider", "parity", "--bundle", bundle, "--results", tmp_path)
     assert done.returncode == 4
     assert "CUDA provider was asked for and is not usable here" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and "parity" not in done.stderr
+
+
+def test_the_page_has_the_tables_of_the_results():
+    assert gpu_tables.tables() == table_in_readme("gpu_tables")

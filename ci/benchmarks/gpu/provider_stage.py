@@ -3,26 +3,31 @@
 1. Do rank-0 operands work (`[1, in, 0]` by `[1, 0, out]`) in MatMul, and in Gemm?
 2. What does a `[1, in, rank]` operand cost against a 2-D one?
 3. Does Python's `LoraAdapter` copy its weights from host to device at every run, and what does that cost?
-4. Which operators of an exported graph run off the GPU?
+4. Does a replayed CUDA graph use an adapter that was written in place?
+5. Which operators of an exported graph run off the GPU, and what is copied between host and device?
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import click
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from lora_export.errors import EnvironmentUnusable
-from lora_export.runtime.session import choose_provider, device_name, open_session, placement
+from gpu.bundle import restore
+from gpu.stage import Stage
+from gpu.timing import Device, adapter_arrays, is_runtimes, output_shapes
+from lora_export.artifact import read_manifest
+from lora_export.bench.workloads import random_inputs
+from lora_export.runtime.session import open_session, placement
 
 _IN, _OUT, _RANK, _TOKENS, _BATCH = 1024, 1024, 8, 128, 4
 
@@ -147,35 +152,80 @@ def answer_adapter_copies(provider: str) -> dict[str, float]:
     return {"LoraAdapter": active, "bound": on_device, "LoraAdapter / bound": active / on_device}
 
 
-def answer_placement(provider: str) -> dict[str, dict[str, int]]:
-    """Operators by provider of the pair graph; the exports' own placement is checked when they are opened."""
-    session = session_of(graph("MatMul", [1, _IN, "r"], [1, "r", _OUT], ["b", "s", _IN], ir.DataType.FLOAT), provider)
-    return {name: dict(count) for name, count in placement(session).items()}
+def answer_placement(stage: Stage) -> dict[str, dict]:
+    """Of each export: operators by provider, and the copies between host and device that ONNX Runtime adds."""
+    found = {}
+    for folder in sorted((stage.bundle / "exports").iterdir()):
+        graph = restore(stage.bundle, folder.name, stage.work) / "model.onnx"
+        written = stage.work / "optimized.onnx"
+        try:
+            session = open_session(graph, stage.provider, optimized=written)
+            found[folder.name] = {name: dict(count) for name, count in placement(session).items()}
+            del session
+            nodes = Counter(node.op_type for node in onnx.load(str(written), load_external_data=False).graph.node)
+            found[folder.name]["copies"] = {op: n for op, n in nodes.items() if op.startswith("Memcpy")}
+        except Exception as error:
+            if not is_runtimes(error):
+                raise
+            found[folder.name] = {"error": str(error)[:500]}
+        finally:
+            for file in stage.work.glob("optimized.onnx*"):
+                file.unlink()
+    return found
 
 
-@click.command()
-@click.option("--provider", type=click.Choice(("cpu", "cuda")), default="cuda", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="JSON file to write the answers to.")
-def main(provider: str, out: Path | None) -> None:
-    """Answer the open questions on this machine and print them."""
-    try:
-        choose_provider(provider)
-    except EnvironmentUnusable as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    answers = {
-        "device": device_name(provider),
-        "onnxruntime": ort.__version__,
-        "rank 0": answer_rank_zero(provider),
-        "operand rank, µs": answer_operand_rank(provider),
-        "adapter copies, µs": answer_adapter_copies(provider),
-        "placement": answer_placement(provider),
+def answer_cuda_graph(stage: Stage) -> dict[str, float | str]:
+    """Does a replayed CUDA graph use an adapter that was written in place? Largest differences to a plain session:
+    before and after the swap, and between the two adapters."""
+    folder = restore(stage.bundle, "encoder-dynamic-float16", stage.work)
+    contract = read_manifest(folder).contract
+    device = Device(stage.provider)
+    inputs = device.values(random_inputs(contract, 1000, 2, 16, 0))
+    first, second = (adapter_arrays(contract, 1, 8, seed) for seed in (1, 2))
+    shapes = output_shapes(contract, {"batch_size": 2, "sequence_length": 16})
+    plain = open_session(folder / "model.onnx", stage.provider)
+    captured = open_session(folder / "model.onnx", stage.provider, cuda_graph=stage.provider == "cuda")
+    name = plain.get_outputs()[0].name
+
+    def output(session: ort.InferenceSession, adapters: Mapping[str, ort.OrtValue]) -> np.ndarray:
+        run = device.bound_run(session, {**inputs, **adapters}, shapes)
+        run()
+        return run.outputs[name].numpy().astype(np.float32)
+
+    expected = [output(plain, device.values(arrays)) for arrays in (first, second)]
+    held = device.values(first)
+    run = device.bound_run(captured, {**inputs, **held}, shapes)
+    for _ in range(3):
+        run()
+    before = run.outputs[name].numpy().astype(np.float32)
+    for each, value in held.items():
+        value.update_inplace(second[each])
+    run()
+    after = run.outputs[name].numpy().astype(np.float32)
+    return {
+        "before the swap": float(np.abs(before - expected[0]).max()),
+        "after the swap": float(np.abs(after - expected[1]).max()),
+        "between the adapters": float(np.abs(expected[1] - expected[0]).max()),
     }
-    text = json.dumps(answers, indent=2, ensure_ascii=False)
-    click.echo(text)
-    if out is not None:
-        out.write_text(text + "\n", encoding="utf-8")
 
 
-if __name__ == "__main__":
-    main()
+def run(stage: Stage) -> dict:
+    """Answer all questions; each answer is saved as it comes."""
+    answers: dict = {}
+
+    def answered(name: str, answer: Callable[[], object]) -> None:
+        try:
+            answers[name] = answer()
+        except Exception as error:
+            if not is_runtimes(error):
+                raise
+            answers[name] = f"{type(error).__name__}: {str(error)[:500]}"
+        stage.say(name, [json.dumps(answers[name], ensure_ascii=False)[:1500]])
+        stage.save({"answers": answers})
+
+    answered("rank 0", lambda: answer_rank_zero(stage.provider))
+    answered("operand rank, µs", lambda: answer_operand_rank(stage.provider))
+    answered("adapter copies, µs", lambda: answer_adapter_copies(stage.provider))
+    answered("CUDA graph", lambda: answer_cuda_graph(stage))
+    answered("placement", lambda: answer_placement(stage))
+    return {"answers": answers}

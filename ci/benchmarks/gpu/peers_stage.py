@@ -1,0 +1,59 @@
+"""An encoder beside the graph that ONNX Runtime's own optimizer makes for GPUs: MiniLM's shape."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gpu.bundle import restore
+from gpu.stage import Stage
+from gpu.timing import Candidate, Device, candidate_runs, race, ratio_lines
+from lora_export.runtime.session import open_session
+
+# (rows, tokens).
+SHAPES = ((1, 32), (4, 128), (32, 128), (16, 512))
+_ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+def run(stage: Stage) -> dict:
+    """Time our encoder graphs and the optimizer's at each shape and dtype."""
+    found: dict = {"races": []}
+    for dtype in ("float16", "float32"):
+        names = ("base", "dynamic")
+        folders = {name: restore(stage.bundle, f"encoder-{name}-{dtype}", stage.work) for name in names}
+        peer = restore(stage.bundle, f"minilm-optimizer-{dtype}", stage.work)
+        session = open_session(peer / "model.onnx", stage.provider, stop_spinning=True)
+        sessions: dict = {}
+        for batch, sequence in SHAPES[:1] if stage.small else SHAPES:
+            candidates = [
+                Candidate("base", folders["base"]),
+                Candidate("no adapter", folders["dynamic"], 1, 0),
+                Candidate("one adapter", folders["dynamic"], 1, 8),
+                Candidate("base, CUDA graph", folders["base"], cuda_graph=True),
+                Candidate("one adapter, CUDA graph", folders["dynamic"], 1, 8, cuda_graph=True),
+            ]
+            if batch > 1:
+                candidates.append(Candidate("another in each row", folders["dynamic"], batch, 8))
+            runs, failed = candidate_runs(candidates, stage.provider, (batch, sequence, 0), 30522, sessions)
+            runs["optimizer"] = _optimizer_run(session, stage.provider, batch, sequence)
+            pairs = [(name, "optimizer") for name in runs if name != "optimizer"] + [("one adapter", "base")]
+            result = race(runs, pairs, stage.blocks)
+            result |= {"dtype": dtype, "batch": batch, "sequence": sequence, "failed": failed}
+            found["races"].append(result)
+            stage.say(f"{dtype} {batch} x {sequence}", ratio_lines(result), failed)
+            stage.save(found)
+            for key in [key for key in sessions if key[1] is not None]:
+                del sessions[key]
+    return found
+
+
+def _optimizer_run(session, provider: str, batch: int, sequence: int):
+    rng, device = np.random.default_rng(0), Device(provider)
+    arrays = {
+        value.name: rng.integers(0, 30522, (batch, sequence)) if value.name == "input_ids" else np.full(
+            (batch, sequence), int("mask" in value.name), np.int64
+        )
+        for value in session.get_inputs()
+    }  # fmt: skip
+    output = session.get_outputs()[0]
+    feeds = device.values({name: array.astype(np.int64) for name, array in arrays.items()})
+    return device.bound_run(session, feeds, {output.name: ((batch, sequence, 384), _ELEMENTS[output.type])})

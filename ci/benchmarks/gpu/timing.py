@@ -1,0 +1,189 @@
+"""Runs of restored exports side by side: everything bound on the device, with and without a CUDA graph.
+
+Only ratios of one race are compared; the samples are those of `lora_export.bench.latency`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from lora_export.artifact import read_manifest
+from lora_export.bench.intervals import median_interval
+from lora_export.bench.latency import SAMPLE_SECONDS, Timing, take_blocks
+from lora_export.bench.workloads import random_inputs
+from lora_export.contract import GraphContract
+from lora_export.runtime.arrays import numpy_dtype, to_ort_value
+from lora_export.runtime.session import open_session
+
+Values = Mapping[str, ort.OrtValue]
+Run = Callable[[], None]
+
+
+def adapter_arrays(contract: GraphContract, rows: int, rank: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random A and B for every module: `[rows, in, rank]` and `[rows, rank, out]`; rank 0 for no adapter."""
+    rng, found = np.random.default_rng(seed), {}
+    for entry in contract.adapter_inputs:
+        dims = [size if isinstance(size, int) else rows if axis == 0 else rank for axis, size in enumerate(entry.dims)]
+        found[entry.name] = (rng.standard_normal(dims, np.float32) * 0.02).astype(numpy_dtype(entry.dtype))
+    return found
+
+
+@dataclass
+class Device:
+    """Values on a device, made once: inputs by what they are, and one output buffer for all graphs with that output."""
+
+    provider: str
+    outputs: dict[tuple, ort.OrtValue] = field(default_factory=dict)
+
+    def values(self, arrays: Mapping[str, np.ndarray]) -> dict[str, ort.OrtValue]:
+        return {name: to_ort_value(array, self.provider) for name, array in arrays.items()}
+
+    def bound_run(self, session: ort.InferenceSession, feeds: Values, shapes: Mapping[str, tuple]) -> Run:
+        """A run with `feeds` and this device's output buffers bound; returns when the device is done.
+
+        Args:
+            shapes: `(dimensions, element type)` of each output.
+        """
+        names = {value.name for value in session.get_inputs()}
+        names |= {value.name for value in session.get_overridable_initializers()}
+        binding = session.io_binding()
+        for name, value in feeds.items():
+            if name in names:
+                binding.bind_ortvalue_input(name, value)
+        for output in session.get_outputs():
+            key = (output.name, *shapes[output.name])
+            if key not in self.outputs:
+                dims, element = shapes[output.name]
+                self.outputs[key] = ort.OrtValue.ortvalue_from_shape_and_type(dims, element, self.provider, 0)
+            binding.bind_ortvalue_output(output.name, self.outputs[key])
+
+        def run() -> None:
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        run.held = feeds
+        run.outputs = {output.name: self.outputs[output.name, *shapes[output.name]] for output in session.get_outputs()}
+        return run
+
+
+def output_shapes(contract: GraphContract, sizes: Mapping[str, int]) -> dict[str, tuple]:
+    """`(dimensions, element type)` of each output for the sizes of the contract's axes.
+
+    `past_sequence_length + sequence_length` is an axis whose size is that of its terms together.
+    """
+    found = {}
+    for spec in contract.outputs:
+        terms = [str(size).split(" + ") for size in spec.dims]
+        dims = tuple(sum(int(term) if term.isdigit() else sizes[term] for term in each) for each in terms)
+        element = 16 if spec.dtype == "bfloat16" else np.dtype(spec.dtype).type
+        found[spec.name] = (dims, element)
+    return found
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is timed: an export, the rows of its adapters (0: the graph has none) and their rank."""
+
+    name: str
+    folder: Path
+    rows: int = 0
+    rank: int = 0
+    cuda_graph: bool = False
+
+
+def is_runtimes(error: Exception) -> bool:
+    """Whether ONNX Runtime raised it (a bound run raises RuntimeError), or our own refusal to run off the GPU."""
+    return isinstance(error, RuntimeError) or type(error).__module__.startswith(("onnxruntime", "lora_export"))
+
+
+def candidate_runs(
+    candidates: Sequence[Candidate], provider: str, shape: tuple[int, int, int], vocabulary: int, sessions: dict
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """Runs by name for a batch, new tokens and past; and what kept the others from running.
+
+    Args:
+        sessions: Of earlier calls, by folder and capture; extended.
+    """
+    device, runs, failed = Device(provider), {}, {}
+    batch, sequence, past = shape
+    for each in candidates:
+        contract = read_manifest(each.folder).contract
+        sizes = {"batch_size": batch, "sequence_length": sequence, "past_sequence_length": past}
+        sizes["total_sequence_length"] = sequence + past
+        try:
+            # A captured graph replays one shape and one set of buffers, so its session serves one candidate.
+            key = (each.folder, (each.name, shape) if each.cuda_graph else None)
+            if key not in sessions:
+                graph = each.folder / "model.onnx"
+                sessions[key] = open_session(graph, provider, stop_spinning=True, cuda_graph=each.cuda_graph)
+            inputs = random_inputs(contract, vocabulary, batch, sequence, past)
+            if each.rows:
+                inputs |= adapter_arrays(contract, each.rows, each.rank)
+            run = device.bound_run(sessions[key], device.values(inputs), output_shapes(contract, sizes))
+            run()
+            runs[each.name] = run
+        except Exception as error:
+            if not is_runtimes(error):
+                raise
+            failed[each.name] = f"{type(error).__name__}: {str(error)[:500]}"
+    return runs, failed
+
+
+# What one race may last, warm-up left out.
+_MOST_SECONDS = 45.0
+
+
+def race(runs: Mapping[str, Run], pairs: Sequence[tuple[str, str]], blocks: int) -> dict:
+    """Time `runs` in ABBA blocks; samples, medians, and the ratios of `pairs` (variant, reference) with intervals.
+
+    Slow runs get fewer blocks, at least 6: with fewer, a median has no interval of 95 %.
+    """
+    one_of_each = sum(max(_seconds(run), SAMPLE_SECONDS) for run in runs.values())
+    blocks = min(blocks, max(6, int(_MOST_SECONDS / (2 * one_of_each))))
+    timings = [Timing([], []) for _ in runs]
+    for _ in take_blocks(list(runs.values()), blocks, timings):
+        pass
+    fastest = {name: [low for _, low in timing.samples_ms] for name, timing in zip(runs, timings, strict=True)}
+    sums = {name: [a + b for a, b in zip(low[::2], low[1::2], strict=True)] for name, low in fastest.items()}
+    found: dict = {
+        "blocks": blocks,
+        "median_ms": {name: statistics.median(low) for name, low in fastest.items()},
+        "fastest_ms": fastest,
+        "warm_up": {name: [asdict(w) for w in t.warm_ups] for name, t in zip(runs, timings, strict=True)},
+        "ratios": [],
+    }
+    for variant, reference in pairs:
+        if variant in sums and reference in sums:
+            each = [a / b for a, b in zip(sums[variant], sums[reference], strict=True)]
+            low, high, _ = median_interval(each)
+            median = statistics.median(each)
+            found["ratios"].append(
+                {"variant": variant, "reference": reference, "median": median, "low": low, "high": high}
+            )
+    return found
+
+
+def _seconds(run: Run) -> float:
+    run()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def ratio_lines(found: Mapping) -> list[str]:
+    """The ratios of a race as lines of text."""
+    lines = []
+    for entry in found["ratios"]:
+        ms = found["median_ms"]
+        lines.append(
+            f"  {entry['variant']:34} {ms[entry['variant']]:9.3f} ms  {entry['median']:.3f} × {entry['reference']}"
+            f" ({ms[entry['reference']]:.3f} ms), {entry['low']:.3f} to {entry['high']:.3f}"
+        )
+    return lines

@@ -1,0 +1,189 @@
+"""Write the tables of docs/gpu.md from the results of `ci/gpu`.
+
+python ci/benchmarks/gpu_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+from readme_tables import write_into_readme
+from results import RESULTS, table
+
+_NOTHING = "–"
+
+
+def tables() -> str:
+    """All tables as Markdown; what has no result yet is said to be owed."""
+    parts = [_where(), _parity(), *_table1(), *_decode(), _encoders(), _swaps(), *_attention(), _pairs()]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _read(name: str) -> dict:
+    return json.loads((RESULTS / f"gpu-{name}.json").read_text(encoding="utf-8"))
+
+
+def _all(*names: str) -> list[dict]:
+    return [_read(name) for name in names if (RESULTS / f"gpu-{name}.json").exists()]
+
+
+def _where() -> str:
+    found = _read("provider")["environment"]
+    driver = found["nvidia_smi"][-1].split(", ")[1]
+    versions = found["versions"]
+    return (
+        f"Device {found['device']}, driver {driver}, ONNX Runtime {versions['onnxruntime']}, "
+        f"PyTorch {versions['torch']}, Transformers {versions['transformers']}, PEFT {versions['peft']}; "
+        f"{found['started_at'][:10]}."
+    )
+
+
+def _parity() -> str:
+    rows = []
+    for result in _all("parity", "parity-more"):
+        for name, check in result["checks"].items():
+            report = check["report"]
+            if report is None:
+                rows.append((name, f"exit {check['exit_code']}", _NOTHING, _NOTHING))
+                continue
+            cases, error = len(report["cases"]), max(_values(report, "error"), default=None)
+            rounding = max(_values(report, "rounding"), default=None)
+            shown = [_NOTHING if value is None else f"{value:.2g}" for value in (error, rounding)]
+            rows.append((name, f"{report['verdict']}, {cases} cases", *shown))
+    rows = list({row[0]: row for row in rows}.values())
+    columns = ("`check` on CUDA", "verdict", "largest relative error", "largest ÷ PyTorch's rounding")
+    return "### Parity with unmerged PEFT\n\n" + table(columns, sorted(rows))
+
+
+def _values(report: dict, measure: str) -> Iterator[float]:
+    for case in report["cases"]:
+        for each in case["measures"]:
+            if each["name"] == measure and each["value"] is not None:
+                yield each["value"]
+
+
+def _ratio(race: dict, variant: str, reference: str) -> str:
+    for entry in race["ratios"]:
+        if (entry["variant"], entry["reference"]) == (variant, reference):
+            return f"{entry['median']:.2f} ({entry['low']:.2f} to {entry['high']:.2f})"
+    return _NOTHING
+
+
+def _races(title: str, columns: Sequence[tuple[str, str]], races: Sequence[dict], label, reference: str) -> str:
+    """One row a race: the reference's milliseconds, then the ratios of the named variants to it."""
+    rows = []
+    for race in races:
+        ms = race["median_ms"].get(reference)
+        if ms is not None:
+            rows.append((label(race), f"{ms:.2f}", *(_ratio(race, name, reference) for _, name in columns)))
+    if not rows:
+        return ""
+    return f"{title}\n\n" + table(("", f"{reference}, ms", *(shown for shown, _ in columns)), rows)
+
+
+def _table1() -> list[str]:
+    def label(race: dict) -> str:
+        return f"{race['dtype']}, {race['batch']} × {race['sequence']}"
+
+    title = "### The LoRA paper's table 1: GPT-2 medium, r = 8, ratios to the base"
+    columns = [
+        ("base again", "base again"),
+        ("merged", "merged"),
+        ("attention, one adapter", "attention, one adapter"),
+        ("attention, another a row", "attention, another in each row"),
+        ("all linears, one adapter", "all, one adapter"),
+        ("all linears, another a row", "all, another in each row"),
+        ("PEFT in PyTorch, attention", "PyTorch, attention, PEFT"),
+        ("PyTorch, merged", "PyTorch, attention, merged"),
+    ]
+    parts = [_races(title, columns, race["races"], label, "base") for race in _all("table1")]
+    captured = [
+        ("attention, one adapter", "attention, one adapter, CUDA graph"),
+        ("attention, another a row", "attention, another in each row, CUDA graph"),
+        ("all linears, one adapter", "all, one adapter, CUDA graph"),
+        ("all linears, another a row", "all, another in each row, CUDA graph"),
+    ]
+    for result in _all("table1-cuda-graph"):
+        parts.append(_races("With a CUDA graph:", captured, result["races"], label, "base, CUDA graph"))
+    return parts
+
+
+def _decode() -> list[str]:
+    def label(race: dict) -> str:
+        rows = f"{race['rows']} row{'s' if race['rows'] > 1 else ''}"
+        return f"{rows}, {race['new']} new on {race['past']}"
+
+    columns = [
+        ("merged", "merged"),
+        ("no adapter", "no adapter"),
+        ("one adapter", "one adapter"),
+        ("another in each row", "another in each row"),
+        ("GenAI's builder, own cache", "builder, separate cache"),
+        ("GenAI's builder, shared cache", "builder, shared cache"),
+        ("PEFT in PyTorch", "PyTorch, PEFT"),
+    ]
+    title = "### A decoder's step: 1.24 B Llama shape, float16, all linears, r = 16, ratios to the base"
+    parts = [_races(title, columns, result["races"], label, "base") for result in _all("decode")]
+    captured = [
+        ("base, CUDA graph", "base, CUDA graph"),
+        ("one adapter", "one adapter"),
+        ("one adapter, CUDA graph", "one adapter, CUDA graph"),
+        ("GenAI's builder, shared cache", "builder, shared cache"),
+    ]
+    for result in _all("decode-cuda-graph"):
+        parts.append(_races("With a CUDA graph, another run:", captured, result["races"], label, "base"))
+    return parts
+
+
+def _encoders() -> str:
+    columns = [
+        ("base", "base"),
+        ("one adapter", "one adapter"),
+        ("another in each row", "another in each row"),
+        ("base, CUDA graph", "base, CUDA graph"),
+        ("one adapter, CUDA graph", "one adapter, CUDA graph"),
+    ]
+    title = "### An encoder beside ONNX Runtime's own optimizer: MiniLM, all linears, r = 8, ratios to that graph"
+    races = _read("peers")["races"]
+    return _races(title, columns, races, lambda r: f"{r['dtype']}, {r['batch']} × {r['sequence']}", "optimizer")
+
+
+def _swaps() -> str:
+    found = _read("swaps")
+    rows = [(name, f"{us / 1e3:.2f}") for name, us in found["median_us"].items()]
+    each = f"{found['tensors']} tensors, {found['bytes_of_an_adapter'] / 1e6:.0f} MB"
+    title = f"### Changing adapters of the Llama shape: {each} each, 32 rows"
+    return f"{title}\n\n" + table(("", "ms"), rows)
+
+
+def _attention() -> list[str]:
+    columns = [(name, name) for name in ("Attention 23, mask", "Attention 23, causal")]
+    columns += [(name, name) for name in ("GQA, separate cache", "GQA, shared cache")]
+    title = "### One attention, 32 query and 8 key heads of size 64, ratios to today's MatMul, Softmax, MatMul"
+
+    def label(race: dict) -> str:
+        return f"{race['dtype']}, {race['rows']} rows, {race['new']} new on {race['past']}"
+
+    return [_races(title, columns, result["races"], label, "expanded") for result in _all("attention")]
+
+
+def _pairs() -> str:
+    races = _read("pairs")["races"]
+
+    def label(race: dict) -> str:
+        return f"{race['batch']} × {race['sequence']}{', CUDA graph' if race['cuda_graph'] else ''}"
+
+    one = [("MatMul, MatMul, Add", "MatMul, MatMul, Add"), ("Gemm", "Gemm"), ("folded at every run", "folded")]
+    three = [("three pairs", "three pairs"), ("one packed pair", "packed pair")]
+    title = "### A linear of 1024 → 1024 with a pair, r = 8, float16, 24 in a row, ratios to the linear alone"
+    return "\n\n".join(
+        [
+            _races(title, one, races, label, "base"),
+            _races("Three linears that share an input:", three, races, label, "packed base"),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    write_into_readme("gpu_tables", tables())
