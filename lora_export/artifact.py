@@ -22,7 +22,7 @@ from lora_export.contract import (
     data_file,
     graph_file,
 )
-from lora_export.errors import InputRefused, UsageProblem
+from lora_export.errors import InputRefused, UsageProblem, nearest
 from lora_export.json_schema import violations
 
 MANIFEST = "lora_export.json"
@@ -154,10 +154,9 @@ class Manifest:
         for record in self.adapters:
             if record.name == name:
                 return record
-        raise UsageProblem(
-            f"The export has no adapter {name!r}",
-            found=", ".join(record.name for record in self.adapters) or "no adapters at all",
-        )
+        names = [record.name for record in self.adapters]
+        found = ", ".join(names) or "no adapters at all"
+        raise UsageProblem(f"The export has no adapter {name!r}", found=found, next_step=nearest(name, names))
 
     def to_json(self) -> str:
         fields = asdict(self)

@@ -7,10 +7,17 @@ else is raised is a defect, of this package or of a library.
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import ClassVar
+
+
+def nearest(name: str, names: Sequence[str]) -> str | None:
+    """A question that names what `name` may have been meant to be, or None."""
+    found = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {found[0]!r}?" if found else None
 
 
 class LoraExportError(Exception):

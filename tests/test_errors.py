@@ -7,7 +7,7 @@ import re
 import pytest
 
 from lora_export import EnvironmentUnusable, InputRefused, LoraExportError, UsageProblem
-from lora_export.errors import refused_if_it_fails, some_of
+from lora_export.errors import nearest, refused_if_it_fails, some_of
 
 
 def test_the_message_has_a_line_for_each_part_that_is_given():
@@ -70,3 +70,8 @@ def test_what_is_no_fault_of_the_input_passes(error):
     assert raised.value is error
     with pytest.raises(MemoryError), refused_if_it_fails("It failed", where="here", next_step="none"):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+def test_a_misspelled_name_is_answered_with_the_nearest():
+    assert nearest("topik", ["topic", "kind"]) == "did you mean 'topic'?"
+    assert nearest("legal", ["topic", "kind"]) is None and nearest("topic", []) is None

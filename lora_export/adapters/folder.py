@@ -35,6 +35,8 @@ _TYPES = {
 # What some tuners keep beside their floats: which elements or rows they are for.
 _INDICES = ("I64", "I32", "BOOL")
 
+_BASE_FIRST = "this is a base: name the base first, then the adapters: lora-export merge BASE ADAPTER…"
+
 
 @dataclass(frozen=True)
 class AdapterFolder:
@@ -87,6 +89,7 @@ def open_adapter(path: Path, given: str, name: str | None = None) -> AdapterFold
             where=str(path),
             expected="adapter_config.json and adapter_model.safetensors",
             found=some_of(sorted(p.name for p in path.iterdir()), 8) or "an empty folder",
+            next_step=_BASE_FIRST if (path / "config.json").is_file() else None,
         )
     config = read_json(path / CONFIG)
     _require_types(config, path / CONFIG)

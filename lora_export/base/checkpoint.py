@@ -28,6 +28,15 @@ class Located:
     revision: str | None = None
 
 
+_CHECK_THE_PATH = "check the path; when the base has moved since training, name it on the command line"
+# What people bring in a checkpoint's place, by the file's suffix.
+_OTHER_FILES = {
+    ".gguf": "load it in Transformers (from_pretrained(FOLDER, gguf_file=FILE)), save it, and name that folder",
+    ".onnx": "name the checkpoint that the graph was made from: weights are read from safetensors",
+    ".safetensors": "name the folder that holds it and its config.json",
+}
+
+
 def locate(given: str, *, kind: str) -> Located:
     """The folder that `given` names: a folder, or a hub id (`owner/name`, optionally `@revision`).
 
@@ -44,7 +53,7 @@ def locate(given: str, *, kind: str) -> Located:
             where=given,
             expected=f"a folder holding the {kind}, or a hub id such as owner/name",
             found="a file" if path.exists() else "nothing at this path",
-            next_step="check the path; when the base has moved since training, name it on the command line",
+            next_step=_OTHER_FILES.get(path.suffix.lower() if path.is_file() else "", _CHECK_THE_PATH),
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -84,6 +93,14 @@ class Checkpoint:
             InputRefused: No config, only pickled weights, a truncated or missing shard, quantized weights, numbers in
                 the config that do not fit the headers, or a model that needs remote code.
         """
+        if (located.path / "adapter_config.json").is_file() and not (located.path / "config.json").is_file():
+            raise InputRefused(
+                "The base is an adapter",
+                where=str(located.path),
+                expected="config.json and safetensors",
+                found="adapter_config.json",
+                next_step="name the base first, then the adapters: lora-export merge BASE ADAPTER…",
+            )
         config = read_json(located.path / "config.json")
         refuse_unsafe_or_unknown(config, located.path)
         files = SafetensorsFiles.open(weight_files(located.path))

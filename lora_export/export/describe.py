@@ -179,7 +179,7 @@ def inspect_path(given: str) -> dict:
         InputRefused: It is none of them.
     """
     is_file = Path(given).expanduser().is_file()
-    path = locate_adapter(given) if is_file else locate(given, kind="folder").path
+    path = locate_adapter(given) if is_file else locate(given, kind="export, adapter or base").path
     if (path / MANIFEST).is_file():
         return describe_export(path, read_manifest(path))
     if (foreign := read_foreign(path)) is not None:

@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from lora_export.contract import GATE_INPUT, AdapterInputKind, GraphContract
-from lora_export.errors import UsageProblem
+from lora_export.errors import UsageProblem, nearest
 from lora_export.runtime.arrays import numpy_dtype, to_ort_value
 from lora_export.runtime.invocation import gate_of, invocation_of, refuse_unknown_past
 from lora_export.runtime.stacking import RowSpec, Tensors, classes_by_row, default_inputs, stack_rows
@@ -163,7 +163,7 @@ class Bank:
             raise UsageProblem(
                 f"No adapter {name!r} is loaded",
                 found=", ".join(self.adapters) or (f"a merged graph (of {merged})" if merged else "none"),
-                next_step="use one of these names, or load its file first",
+                next_step=nearest(name, list(self.adapters)) or "use one of these names, or load its file first",
             )
 
 

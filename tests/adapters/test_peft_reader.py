@@ -228,7 +228,13 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(InputRefused, match="The folder holds no PEFT adapter") as refused:
         open_adapter(tmp_path, "x", "a")
-    assert refused.value.found == "notes.txt"
+    assert refused.value.found == "notes.txt" and refused.value.next_step is None
+
+
+def test_a_base_in_an_adapter_s_place_is_named(bases):
+    with pytest.raises(InputRefused, match="The folder holds no PEFT adapter") as refused:
+        open_adapter(bases["llama"], "x", "a")
+    assert "BASE ADAPTER" in refused.value.next_step
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,22 @@ def test_a_file_is_no_folder(bases):
     assert refused.value.found == "a file"
 
 
+@pytest.mark.parametrize(
+    ("name", "step"), [("m.gguf", "gguf_file"), ("m.onnx", "the graph was made from"), ("m.safetensors", "the folder")]
+)
+def test_what_is_brought_in_a_checkpoint_s_place_has_its_own_way_out(name, step, tmp_path):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputRefused, match="The base is not a folder") as refused:
+        locate(str(tmp_path / name), kind="base")
+    assert step in refused.value.next_step
+
+
+def test_an_adapter_in_the_base_s_place_is_named(adapters):
+    with pytest.raises(InputRefused, match="The base is an adapter") as refused:
+        Checkpoint.open(locate(str(adapters["chat"]), kind="base"))
+    assert "BASE ADAPTER" in refused.value.next_step
+
+
 def test_a_hub_id_without_a_hub_is_an_environment_error():
     """The tests run with HF_HUB_OFFLINE=1."""
     with pytest.raises(EnvironmentUnusable, match="is not a folder here and the hub cannot be reached") as refused:
