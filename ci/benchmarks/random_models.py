@@ -65,7 +65,7 @@ def write_llama(folder: Path, shape: LlamaShape, seed: int = 0) -> Path:
     if (folder / "model.safetensors").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    _llama_config(shape).save_pretrained(folder)
+    llama_config(shape).save_pretrained(folder)
     sizes, dtype = shape.tensors(), np.dtype(shape.dtype)
     header, offset = {}, 0
     for name, size in sizes.items():
@@ -94,7 +94,8 @@ def _random_chunks(rng: np.random.Generator, n: int, centre: float) -> Iterator[
         yield drawn
 
 
-def _llama_config(shape: LlamaShape):
+def llama_config(shape: LlamaShape):
+    """The `LlamaConfig` of a shape."""
     from transformers import LlamaConfig
 
     return LlamaConfig(

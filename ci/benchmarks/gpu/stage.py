@@ -83,10 +83,10 @@ def torch_lora_gpt2(stage: Stage, dtype: str, batch: int, sequence: int) -> dict
 
 def torch_lora_llama(stage: Stage, batch: int, sequence: int, past: int) -> dict[str, Run]:
     """PyTorch eager with its own cache: PEFT unmerged and merged on all linears, r = 16."""
-    from random_models import _llama_config
+    from random_models import llama_config
     from transformers import LlamaForCausalLM
 
-    config = _llama_config(LLAMA_SMALL if stage.small else LLAMA)
+    config = llama_config(LLAMA_SMALL if stage.small else LLAMA)
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     build = lambda: LlamaForCausalLM(config)  # noqa: E731
     return _torch_lora(stage, build, "PyTorch", names, "float16", batch, sequence, 16, past)
