@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.convenience import replace_nodes_and_values
 from onnx_ir.passes import common as common_passes
 
 from lora_export.base.recipe import Recipe
@@ -118,12 +119,10 @@ def _pack(graph: ir.Graph, value: ir.Value, siblings: list[ir.Node]) -> None:
     if value.shape is not None:
         matmul.outputs[0].shape = ir.Shape([*value.shape[:-1], sum(sizes)])
     order = {id(node): position for position, node in enumerate(graph)}
-    graph.insert_before(min(siblings, key=lambda node: order[id(node)]), [matmul, split])
-    for node, output, weight in zip(siblings, split.outputs, weights, strict=True):
-        output.dtype, output.shape, output.name = node.outputs[0].dtype, node.outputs[0].shape, node.outputs[0].name
-        node.outputs[0].name = f"{output.name}_unpacked"
-        node.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
+    first = min(siblings, key=lambda node: order[id(node)])
+    outputs = [node.outputs[0] for node in siblings]
+    replace_nodes_and_values(graph, first, siblings, [matmul, split], outputs, split.outputs)
+    for weight in weights:
         del graph.initializers[weight.name]
 
 
@@ -143,12 +142,6 @@ def read_tied_weights_transposed(model: ir.Model) -> ir.Model:
         fused = ir.node(
             "FusedMatMul", [node.inputs[0], transpose.inputs[0]], attributes={"transB": 1}, domain="com.microsoft"
         )
-        old, new = node.outputs[0], fused.outputs[0]
-        name = old.name
-        new.dtype, new.shape = old.dtype, old.shape
-        graph.insert_before(node, fused)
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        old.name, new.name = f"{name}_transposed", name
-        graph.remove(node, safe=True)
+        replace_nodes_and_values(graph, node, [node], [fused], node.outputs, fused.outputs)
     model.graph.opset_imports.setdefault("com.microsoft", 1)
     return model

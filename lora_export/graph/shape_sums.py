@@ -10,6 +10,7 @@ the positions of its new tokens, after those of the cache.
 from __future__ import annotations
 
 import onnx_ir as ir
+from onnx_ir.convenience import replace_nodes_and_values
 
 # What computes a shape from shapes.
 _ARITHMETIC = frozenset({"Squeeze", "Unsqueeze", "Add", "Sub", "Mul", "Gather", "Reshape", "Concat", "Cast"})
@@ -57,10 +58,4 @@ def _rewrite(graph: ir.Graph, node: ir.Node, ranged: ir.Node, length: ir.Value) 
         return total.outputs[0]
 
     shifted = ir.node("Range", [plus(start), plus(limit), step])
-    old, new = node.outputs[0], shifted.outputs[0]
-    new.dtype, new.shape = old.dtype, old.shape
-    graph.insert_before(node, [*added, shifted])
-    name = old.name
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    old.name, new.name = f"{name}_added", name
-    graph.remove(node, safe=True)
+    replace_nodes_and_values(graph, node, [node], [*added, shifted], node.outputs, shifted.outputs)
