@@ -106,7 +106,7 @@ def test_the_forms_of_attention_agree(tmp_path):
     for name, build in FORMS.items():
         run = _run(stage, *build("float32", *shape), shape, "float32")
         run()
-        outputs[name] = _heads_first(run.held["y"].numpy(), shape)
+        outputs[name] = _heads_first(run.outputs["y"].numpy(), shape)
     for y in outputs.values():
         assert np.abs(y - outputs["expanded"]).max() < 1e-5
 

@@ -15,7 +15,8 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from gpu.stage import Stage
-from gpu.timing import Device, is_runtimes, race, ratio_lines
+from gpu.timing import bound, noted, race, ratio_lines
+from lora_export.runtime.arrays import to_ort_value
 from lora_export.runtime.session import open_session
 
 _HEADS, _KV_HEADS, _SIZE, _LENGTH = 32, 8, 64, 4096
@@ -31,15 +32,10 @@ def run(stage: Stage) -> dict:
         for shape in SHAPES[:2] if stage.small else SHAPES:
             runs, failed, outputs = {}, {}, {}
             for name, build in FORMS.items():
-                try:
-                    runs[name] = _run(stage, *build(dtype, *shape), shape, dtype)
-                    runs[name]()
-                    outputs[name] = _heads_first(runs[name].held["y"].numpy(), shape)
-                except Exception as error:
-                    if not is_runtimes(error):
-                        raise
-                    runs.pop(name, None)
-                    failed[name] = f"{type(error).__name__}: {str(error)[:400]}"
+                with noted(failed, name):
+                    run = _run(stage, *build(dtype, *shape), shape, dtype)
+                    run()
+                    runs[name], outputs[name] = run, _heads_first(run.outputs["y"].numpy(), shape)
             reference = next(iter(runs))
             result = race(runs, [(name, reference) for name in runs if name != reference], stage.blocks)
             result |= {"dtype": dtype, "rows": shape[0], "new": shape[1], "past": shape[2], "failed": failed}
@@ -188,12 +184,11 @@ def _drawn(name: str, shape: tuple[int, int, int], dims: list[int], dtype: str) 
 
 def _run(stage: Stage, model: onnx.ModelProto, shared: bool, shape: tuple[int, int, int], dtype: str):
     rows, new, past = shape
-    device = Device(stage.provider)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(model, path)
         session = open_session(path, stage.provider, stop_spinning=True)
-    held, binding = {}, session.io_binding()
+    inputs, outputs = {}, {}
     for value in session.get_inputs():
         where = "cpu" if value.name == "total" else stage.provider
         if value.name == "mask":
@@ -206,20 +201,12 @@ def _run(stage: Stage, model: onnx.ModelProto, shared: bool, shape: tuple[int, i
             array = np.array([past + new], np.int32)
         else:
             array = _drawn(value.name, shape, list(value.shape), dtype)
-        held[value.name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), where, 0)
-        binding.bind_ortvalue_input(value.name, held[value.name])
+        inputs[value.name] = to_ort_value(array, where)
     for output in model.graph.output:
         dims = [axis.dim_value for axis in output.type.tensor_type.shape.dim]
         if shared and output.name.startswith("present"):
-            held[output.name] = held[output.name.replace("present", "past")]
+            outputs[output.name] = inputs[output.name.replace("present", "past")]
         else:
-            value = ort.OrtValue.ortvalue_from_shape_and_type(dims, np.dtype(dtype).type, device.provider, 0)
-            held[output.name] = value
-        binding.bind_ortvalue_output(output.name, held[output.name])
-
-    def run() -> None:
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-
-    run.held = held
-    return run
+            element = np.dtype(dtype).type
+            outputs[output.name] = ort.OrtValue.ortvalue_from_shape_and_type(dims, element, stage.provider, 0)
+    return bound(session, inputs, outputs)

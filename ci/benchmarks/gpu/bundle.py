@@ -24,6 +24,8 @@ import onnx
 from onnx import TensorProto
 from safetensors import safe_open
 
+from lora_export.runtime.arrays import numpy_dtype
+
 _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 _DRAWN = 1 << 22
 
@@ -66,14 +68,6 @@ def external_tensors(graph: Path) -> dict[str, list[StoredTensor]]:
                 StoredTensor(tensor.name, at, length, tuple(tensor.dims), dtype)
             )
     return found
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
 
 
 class Writer:

@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from gpu.stage import Stage
-from gpu.timing import Device, is_runtimes, race, ratio_lines
+from gpu.timing import Device, noted, race, ratio_lines
 from lora_export.runtime.session import open_session
 
 _SIZE, _RANK, _LAYERS = 1024, 8, 24
@@ -127,14 +127,10 @@ def run(stage: Stage) -> dict:
             for capture in (False, True):
                 runs, failed = {}, {}
                 for name, layer in forms.items():
-                    try:
-                        runs[name] = _run(stage, layer, shape, capture=capture)
-                        runs[name]()
-                    except Exception as error:
-                        if not is_runtimes(error):
-                            raise
-                        runs.pop(name, None)
-                        failed[name] = f"{type(error).__name__}: {str(error)[:400]}"
+                    with noted(failed, name):
+                        run = _run(stage, layer, shape, capture=capture)
+                        run()
+                        runs[name] = run
                 reference = next(iter(forms))
                 result = race(runs, [(name, reference) for name in runs if name != reference], stage.blocks)
                 result |= {"batch": shape[0], "sequence": shape[1], "cuda_graph": capture, "failed": failed}

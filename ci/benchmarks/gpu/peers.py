@@ -10,7 +10,7 @@ import onnxruntime as ort
 from gpu.bundle import restore
 from gpu.models import LLAMA, LLAMA_SMALL
 from gpu.stage import Run, Stage
-from gpu.timing import Device, is_runtimes
+from gpu.timing import Device, bound, noted
 from lora_export.runtime.session import open_session
 
 # Positions that a shared cache holds.
@@ -35,7 +35,7 @@ def builder_run(
     label = f"builder, {'shared cache' if shared else 'separate cache'}"
     batch, sequence, past = shape
     head_size = (LLAMA_SMALL if stage.small else LLAMA).head_dim
-    try:
+    with noted(failed, label):
         folder = restore(stage.bundle, name, stage.work)
         if (folder, None) not in sessions:
             sessions[folder, None] = open_session(folder / "model.onnx", stage.provider, stop_spinning=True)
@@ -43,11 +43,7 @@ def builder_run(
         run = _bound(session, Device(stage.provider), batch, sequence, past, vocabulary, head_size, shared=shared)
         run()
         return {label: run}
-    except Exception as error:
-        if not is_runtimes(error):
-            raise
-        failed[label] = f"{type(error).__name__}: {str(error)[:500]}"
-        return {}
+    return {}
 
 
 def _bound(
@@ -61,40 +57,28 @@ def _bound(
     *,
     shared: bool,
 ) -> Run:
-    rng, where = np.random.default_rng(0), device.provider
+    rng = np.random.default_rng(0)
     length = _SHARED_LENGTH if shared else past
     arrays = {
         "input_ids": rng.integers(0, vocabulary, (batch, sequence)),
         "attention_mask": np.ones((batch, past + sequence), np.int64),
         "position_ids": np.tile(np.arange(past, past + sequence), (batch, 1)),
     }
-    binding, held = session.io_binding(), {}
     for value in session.get_inputs():
-        if value.name in arrays:
-            array = arrays[value.name].astype(np.int64)
-        else:
+        if value.name.startswith("past_key_values."):
             size = (batch, value.shape[1], length, head_size)
-            array = rng.standard_normal(size, np.float32).astype(_ELEMENTS[value.type])
-        held[value.name] = ort.OrtValue.ortvalue_from_numpy(array, where, 0)
-        binding.bind_ortvalue_input(value.name, held[value.name])
+            arrays[value.name] = rng.standard_normal(size, np.float32).astype(_ELEMENTS[value.type])
+    inputs = device.values({value.name: arrays[value.name] for value in session.get_inputs()})
+    outputs = {}
     for output in session.get_outputs():
-        cached = held.get(output.name.replace("present", "past_key_values"))
-        if output.name.startswith("present") and shared:
-            held[output.name] = cached
-        elif output.name.startswith("present"):
-            size = (batch, output.shape[1], past + sequence, head_size)
-            held[output.name] = ort.OrtValue.ortvalue_from_shape_and_type(size, _ELEMENTS[output.type], where, 0)
+        cached = output.name.startswith("present.")
+        if cached and shared:
+            outputs[output.name] = inputs[output.name.replace("present", "past_key_values")]
         else:
-            size = (batch, sequence, vocabulary)
-            held[output.name] = ort.OrtValue.ortvalue_from_shape_and_type(size, _ELEMENTS[output.type], where, 0)
-        binding.bind_ortvalue_output(output.name, held[output.name])
-
-    def run() -> None:
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-
-    run.held = held
-    return run
+            size = (batch, output.shape[1], past + sequence, head_size) if cached else (batch, sequence, vocabulary)
+            element = _ELEMENTS[output.type]
+            outputs[output.name] = ort.OrtValue.ortvalue_from_shape_and_type(size, element, device.provider, 0)
+    return bound(session, inputs, outputs)
 
 
 def write_builder_graph(base: Path, tokenizer: Path, out: Path, builder: Path, dtype: str = "float16") -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -45,8 +46,6 @@ STAGES = (
 
 def owed() -> list[str]:
     """The stages without a result of a CUDA device."""
-    import json
-
     found = []
     for stage in STAGES:
         path = RESULTS / f"gpu-{stage.name}.json"

@@ -24,7 +24,7 @@ import onnxruntime as ort
 
 from gpu.bundle import restore
 from gpu.stage import Stage
-from gpu.timing import Device, adapter_arrays, is_runtimes, output_shapes
+from gpu.timing import Device, adapter_arrays, noted, output_shapes
 from lora_export.artifact import read_manifest
 from lora_export.bench.workloads import random_inputs
 from lora_export.runtime.session import open_session, placement
@@ -154,24 +154,19 @@ def answer_adapter_copies(provider: str) -> dict[str, float]:
 
 def answer_placement(stage: Stage) -> dict[str, dict]:
     """Of each export: operators by provider, and the copies between host and device that ONNX Runtime adds."""
-    found = {}
+    found, failed = {}, {}
     for folder in sorted((stage.bundle / "exports").iterdir()):
         graph = restore(stage.bundle, folder.name, stage.work) / "model.onnx"
         written = stage.work / "optimized.onnx"
-        try:
+        with noted(failed, folder.name):
             session = open_session(graph, stage.provider, optimized=written)
-            found[folder.name] = {name: dict(count) for name, count in placement(session).items()}
-            del session
+            placed = {name: dict(count) for name, count in placement(session).items()}
             nodes = Counter(node.op_type for node in onnx.load(str(written), load_external_data=False).graph.node)
-            found[folder.name]["copies"] = {op: n for op, n in nodes.items() if op.startswith("Memcpy")}
-        except Exception as error:
-            if not is_runtimes(error):
-                raise
-            found[folder.name] = {"error": str(error)[:500]}
-        finally:
-            for file in stage.work.glob("optimized.onnx*"):
-                file.unlink()
-    return found
+            copies = {op: n for op, n in nodes.items() if op.startswith("Memcpy")}
+            found[folder.name] = placed | {"copies": copies}
+        for file in stage.work.glob("optimized.onnx*"):
+            file.unlink()
+    return found | {name: {"error": why} for name, why in failed.items()}
 
 
 def answer_cuda_graph(stage: Stage) -> dict[str, float | str]:
@@ -214,12 +209,8 @@ def run(stage: Stage) -> dict:
     answers: dict = {}
 
     def answered(name: str, answer: Callable[[], object]) -> None:
-        try:
+        with noted(answers, name):
             answers[name] = answer()
-        except Exception as error:
-            if not is_runtimes(error):
-                raise
-            answers[name] = f"{type(error).__name__}: {str(error)[:500]}"
         stage.say(name, [json.dumps(answers[name], ensure_ascii=False)[:1500]])
         stage.save({"answers": answers})
 

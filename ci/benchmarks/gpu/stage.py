@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,9 +57,7 @@ class Stage:
 
 
 def device_facts() -> dict:
-    """The driver's version and PyTorch's; empty where there is none."""
-    import subprocess
-
+    """What the driver says of the GPU; empty where there is none."""
     found = {}
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem", "--format=csv"]
@@ -73,7 +73,7 @@ def torch_lora_gpt2(stage: Stage, dtype: str, batch: int, sequence: int) -> dict
 
     shape = GPT2_SMALL if stage.small else GPT2_MEDIUM
     config = GPT2Config(n_layer=shape.layers, n_embd=shape.hidden, n_head=shape.heads, vocab_size=shape.vocab)
-    build = lambda: GPT2LMHeadModel(config)  # noqa: E731
+    build = functools.partial(GPT2LMHeadModel, config)
     runs = {}
     for name, modules in (("attention", ATTENTION), ("all", ALL_LINEARS)):
         runs |= _torch_lora(stage, build, f"PyTorch, {name}", modules, dtype, batch, sequence, 8)
@@ -88,7 +88,7 @@ def torch_lora_llama(stage: Stage, batch: int, sequence: int, past: int) -> dict
 
     config = llama_config(LLAMA_SMALL if stage.small else LLAMA)
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    build = lambda: LlamaForCausalLM(config)  # noqa: E731
+    build = functools.partial(LlamaForCausalLM, config)
     return _torch_lora(stage, build, "PyTorch", names, "float16", batch, sequence, 16, past)
 
 

@@ -5,9 +5,10 @@ Only ratios of one race are compared; the samples are those of `lora_export.benc
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import numpy as np
 import onnxruntime as ort
 
 from lora_export.artifact import read_manifest
-from lora_export.bench.intervals import median_interval
+from lora_export.bench.intervals import paired_ratio
 from lora_export.bench.latency import SAMPLE_SECONDS, Timing, take_blocks
+from lora_export.bench.results import Variant
 from lora_export.bench.workloads import random_inputs
 from lora_export.contract import GraphContract
 from lora_export.runtime.arrays import numpy_dtype, to_ort_value
@@ -35,9 +37,37 @@ def adapter_arrays(contract: GraphContract, rows: int, rank: int, seed: int = 0)
     return found
 
 
+def bound(session: ort.InferenceSession, inputs: Values, outputs: Values) -> Run:
+    """A run with everything bound, which it holds as `inputs` and `outputs`; returns when the device is done."""
+    binding = session.io_binding()
+    for name, value in inputs.items():
+        binding.bind_ortvalue_input(name, value)
+    for name, value in outputs.items():
+        binding.bind_ortvalue_output(name, value)
+
+    def run() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    run.inputs, run.outputs = inputs, outputs
+    return run
+
+
+@contextlib.contextmanager
+def noted(failed: dict, name: str) -> Iterator[None]:
+    """Note under `name` what ONNX Runtime, or our own refusal to run off the GPU, raises; anything else passes."""
+    try:
+        yield
+    except Exception as error:
+        known = type(error).__module__.startswith(("onnxruntime", "lora_export"))
+        if not known and not isinstance(error, RuntimeError):  # what a bound run raises
+            raise
+        failed[name] = f"{type(error).__name__}: {str(error)[:500]}"
+
+
 @dataclass
 class Device:
-    """Values on a device, made once: inputs by what they are, and one output buffer for all graphs with that output."""
+    """A device, and one output buffer there for all graphs with that output."""
 
     provider: str
     outputs: dict[tuple, ort.OrtValue] = field(default_factory=dict)
@@ -51,26 +81,14 @@ class Device:
         Args:
             shapes: `(dimensions, element type)` of each output.
         """
-        names = {value.name for value in session.get_inputs()}
-        names |= {value.name for value in session.get_overridable_initializers()}
-        binding = session.io_binding()
-        for name, value in feeds.items():
-            if name in names:
-                binding.bind_ortvalue_input(name, value)
-        for output in session.get_outputs():
-            key = (output.name, *shapes[output.name])
+        names = {value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())}
+        outputs = {}
+        for name in (output.name for output in session.get_outputs()):
+            key = (name, *shapes[name])
             if key not in self.outputs:
-                dims, element = shapes[output.name]
-                self.outputs[key] = ort.OrtValue.ortvalue_from_shape_and_type(dims, element, self.provider, 0)
-            binding.bind_ortvalue_output(output.name, self.outputs[key])
-
-        def run() -> None:
-            session.run_with_iobinding(binding)
-            binding.synchronize_outputs()
-
-        run.held = feeds
-        run.outputs = {output.name: self.outputs[output.name, *shapes[output.name]] for output in session.get_outputs()}
-        return run
+                self.outputs[key] = ort.OrtValue.ortvalue_from_shape_and_type(*shapes[name], self.provider, 0)
+            outputs[name] = self.outputs[key]
+        return bound(session, {name: value for name, value in feeds.items() if name in names}, outputs)
 
 
 def output_shapes(contract: GraphContract, sizes: Mapping[str, int]) -> dict[str, tuple]:
@@ -98,11 +116,6 @@ class Candidate:
     cuda_graph: bool = False
 
 
-def is_runtimes(error: Exception) -> bool:
-    """Whether ONNX Runtime raised it (a bound run raises RuntimeError), or our own refusal to run off the GPU."""
-    return isinstance(error, RuntimeError) or type(error).__module__.startswith(("onnxruntime", "lora_export"))
-
-
 def candidate_runs(
     candidates: Sequence[Candidate], provider: str, shape: tuple[int, int, int], vocabulary: int, sessions: dict
 ) -> tuple[dict[str, Run], dict[str, str]]:
@@ -117,7 +130,7 @@ def candidate_runs(
         contract = read_manifest(each.folder).contract
         sizes = {"batch_size": batch, "sequence_length": sequence, "past_sequence_length": past}
         sizes["total_sequence_length"] = sequence + past
-        try:
+        with noted(failed, each.name):
             # A captured graph replays one shape and one set of buffers, so its session serves one candidate.
             key = (each.folder, (each.name, shape) if each.cuda_graph else None)
             if key not in sessions:
@@ -129,10 +142,6 @@ def candidate_runs(
             run = device.bound_run(sessions[key], device.values(inputs), output_shapes(contract, sizes))
             run()
             runs[each.name] = run
-        except Exception as error:
-            if not is_runtimes(error):
-                raise
-            failed[each.name] = f"{type(error).__name__}: {str(error)[:500]}"
     return runs, failed
 
 
@@ -150,24 +159,29 @@ def race(runs: Mapping[str, Run], pairs: Sequence[tuple[str, str]], blocks: int)
     timings = [Timing([], []) for _ in runs]
     for _ in take_blocks(list(runs.values()), blocks, timings):
         pass
-    fastest = {name: [low for _, low in timing.samples_ms] for name, timing in zip(runs, timings, strict=True)}
-    sums = {name: [a + b for a, b in zip(low[::2], low[1::2], strict=True)] for name, low in fastest.items()}
-    found: dict = {
+    variants = {name: _variant(name, timing) for name, timing in zip(runs, timings, strict=True)}
+    ratios = [paired_ratio(variants[v], variants[r], None) for v, r in pairs if v in variants and r in variants]
+    return {
         "blocks": blocks,
-        "median_ms": {name: statistics.median(low) for name, low in fastest.items()},
-        "fastest_ms": fastest,
-        "warm_up": {name: [asdict(w) for w in t.warm_ups] for name, t in zip(runs, timings, strict=True)},
-        "ratios": [],
+        "median_ms": {name: statistics.median(each.fastest_ms) for name, each in variants.items()},
+        "fastest_ms": {name: each.fastest_ms for name, each in variants.items()},
+        "warm_up": {name: [asdict(warm) for warm in each.warm_ups] for name, each in variants.items()},
+        "ratios": [
+            {
+                "variant": each.variant,
+                "reference": each.against,
+                "median": each.median,
+                "low": each.low,
+                "high": each.high,
+            }
+            for each in ratios
+        ],
     }
-    for variant, reference in pairs:
-        if variant in sums and reference in sums:
-            each = [a / b for a, b in zip(sums[variant], sums[reference], strict=True)]
-            low, high, _ = median_interval(each)
-            median = statistics.median(each)
-            found["ratios"].append(
-                {"variant": variant, "reference": reference, "median": median, "low": low, "high": high}
-            )
-    return found
+
+
+def _variant(name: str, timing: Timing) -> Variant:
+    samples, fastest = zip(*timing.samples_ms, strict=True)
+    return Variant(name, "", samples, fastest, statistics.median(samples), 0.0, tuple(timing.warm_ups))
 
 
 def _seconds(run: Run) -> float:
