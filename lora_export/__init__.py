@@ -16,6 +16,7 @@
     base/           a base checkpoint: reading, tasks, the weightless model, its trace with the KV cache
 
     contract.py     the exported graph's contract: inputs, outputs, and the table of adapter-input kinds
+    agreement.py    whether a contract is that of its graph
     json_schema.py  whether a JSON value follows a schema of ours
     artifact.py     the exported folder's files and its manifest
     carried.py      what a host needs beside the graph: tokenizers, processors, licences

@@ -27,7 +27,7 @@ from lora_export.check.run import begin_check, run_cases
 from lora_export.contract import SINGLE, adapter_file
 from lora_export.errors import InputRefused
 from lora_export.export.genai import write_genai_config
-from lora_export.export.graphs import contract_of, finished_graphs, target_modules
+from lora_export.export.graphs import contract_of, finished_graphs, require_described, target_modules
 from lora_export.export.plan import Request, make_plan
 from lora_export.export.records import adapter_records, hashed_sources, hashes_of, require_gated, write_config
 from lora_export.export.resolve import resolve
@@ -160,6 +160,7 @@ def add_adapter(
             where=str(folder),
             next_step="export with `lora-export dynamic` to serve several",
         )
+    require_described(manifest, folder)
     base, _ = locate_sources(manifest, SourceOverrides(overrides.base), only_base=True)
     how = (manifest.task, manifest.dtype, manifest.provider)
     how_read = {"convert_rank": options.convert_rank, "residual_base": options.residual_base}

@@ -149,6 +149,14 @@ class Checkpoint:
         return read_config(self.config, self.path, **overrides)
 
     @property
+    def tokenizer_inputs(self) -> tuple[str, ...] | None:
+        """The inputs that `tokenizer_config.json` names (`model_input_names`); None if it names none."""
+        path = self.path / "tokenizer_config.json"
+        named = read_json(path).get("model_input_names") if path.is_file() else None
+        is_list = isinstance(named, list) and all(isinstance(name, str) for name in named)
+        return tuple(named) if is_list else None
+
+    @property
     def most_parameters(self) -> int:
         """More parameters than any model of this checkpoint has: a stored tensor is split into a few at most."""
         return 4 * len(self.files.tensors) + 256

@@ -6,7 +6,7 @@ Names follow the Transformers pipelines and Optimum.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -147,11 +147,25 @@ def peft_task_type(task: Task) -> str | None:
     return _TABLE[task].peft_task_type
 
 
-def text_input_names(model) -> tuple[str, ...]:
-    """The encoder inputs of `model` (a `PreTrainedModel`): `token_type_ids` only where it has more than one type."""
+# RoBERTa's kin: their tokenizers give no token types, and Optimum's graphs ask for none, whatever the config's default.
+_WITHOUT_TOKEN_TYPES = frozenset(
+    {"big_bird", "camembert", "data2vec-text", "ibert", "longformer", "roberta", "roberta-prelayernorm", "xlm-roberta",
+     "xlm-roberta-xl", "xmod"}
+)  # fmt: skip
+
+
+def text_input_names(model, named: Collection[str] | None = None) -> tuple[str, ...]:
+    """The encoder inputs of `model` (a `PreTrainedModel`); `token_type_ids` only where it has more than one type, and
+    where its tokenizer gives them.
+
+    Args:
+        named: The inputs that the base's tokenizer names; None to go by the model type, as Optimum does.
+    """
     names = ["input_ids", "attention_mask"]
     accepts = inspect.signature(model.forward).parameters
-    if "token_type_ids" in accepts and (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
+    has_types = "token_type_ids" in accepts and (getattr(model.config, "type_vocab_size", 0) or 0) > 1
+    given = model.config.model_type not in _WITHOUT_TOKEN_TYPES if named is None else "token_type_ids" in named
+    if has_types and given:
         names.append("token_type_ids")
     return tuple(names)
 

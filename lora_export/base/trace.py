@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 
 import onnx_ir as ir
@@ -38,12 +38,13 @@ _SUMS = {
 }
 
 
-def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE) -> ir.Model:
+def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE, *, named: Collection[str] | None = None) -> ir.Model:
     """The unoptimized graph of a weightless `model`; parameters become initializers without a value, with a recipe.
 
     Args:
         model: From `build_weightless`. Left as it was.
         graph: Which of the task's graphs (`graphs_of`).
+        named: The inputs that the base's tokenizer names (`Checkpoint.tokenizer_inputs`); None for the usual ones.
 
     Returns:
         A graph whose symbolic axes are named `batch_size`, `sequence_length`, `past_sequence_length`,
@@ -52,7 +53,7 @@ def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE) -> ir.Model:
     """
     exporter_class = borrow("OnnxExporter")
     config_class = borrow("OnnxConfig")
-    sample = _sample(task, model, graph)
+    sample = _sample(task, model, graph, named)
     config = config_class(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False)
     with quiet(), decomposed_by_operator(), _forward(model, sample.forward):
         program = exporter_class().export(model, sample.inputs, config).program
@@ -66,10 +67,10 @@ def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE) -> ir.Model:
     return program
 
 
-def _sample(task: Task, model: torch.nn.Module, graph: str) -> Sample:
+def _sample(task: Task, model: torch.nn.Module, graph: str, named: Collection[str] | None) -> Sample:
     if task in SEQ2SEQ:
         return seq2seq_sample(model, graph)
-    return _decoder_sample(model) if task is Task.TEXT_GENERATION else _encoder_sample(task, model)
+    return _decoder_sample(model) if task is Task.TEXT_GENERATION else _encoder_sample(task, model, named)
 
 
 @contextlib.contextmanager
@@ -85,14 +86,14 @@ def _forward(model: torch.nn.Module, forward: Callable | None) -> Iterator[None]
         del model.forward
 
 
-def _encoder_sample(task: Task, model: torch.nn.Module) -> Sample:
+def _encoder_sample(task: Task, model: torch.nn.Module, named: Collection[str] | None) -> Sample:
     if is_dual_encoder(model):
         # One image may be compared with many texts, so their numbers are independent.
-        texts, images = _text_sample(model, "text_batch_size"), _image_sample(model, "image_batch_size", _IMAGES)
+        texts, images = _text_sample(model, "text_batch_size", named), _image_sample(model, "image_batch_size", _IMAGES)
         return Sample(texts.inputs | images.inputs, texts.dynamic_shapes | images.dynamic_shapes, {})
     if task is Task.IMAGE_CLASSIFICATION or model.main_input_name == "pixel_values":
         return _image_sample(model, "batch_size", _BATCH)
-    return _text_sample(model, "batch_size")
+    return _text_sample(model, "batch_size", named)
 
 
 def _image_sample(model: torch.nn.Module, batch: str, n_images: int) -> Sample:
@@ -103,13 +104,13 @@ def _image_sample(model: torch.nn.Module, batch: str, n_images: int) -> Sample:
     return Sample({"pixel_values": pixels}, {"pixel_values": {0: torch.export.Dim(batch, max=2**20)}}, {})
 
 
-def _text_sample(model: torch.nn.Module, batch: str) -> Sample:
+def _text_sample(model: torch.nn.Module, batch: str, named: Collection[str] | None) -> Sample:
     config = getattr(model.config, "text_config", model.config)
     longest = getattr(config, "max_position_embeddings", None) or 2**20
     rows = torch.export.Dim(batch, max=2**20)
     sequence = torch.export.Dim("sequence_length", max=_longest_sequence(model, longest))
     tokens = torch.ones(_BATCH, _SEQUENCE, dtype=torch.long)
-    inputs = {name: tokens.clone() for name in text_input_names(model)}
+    inputs = {name: tokens.clone() for name in text_input_names(model, named)}
     shapes = {name: {0: rows, 1: sequence} for name in inputs}
     if getattr(model.config, "use_cache", None) is not None:
         inputs["use_cache"] = False

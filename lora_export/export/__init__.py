@@ -9,5 +9,5 @@
     genai.py       genai_config.json
     describe.py    inspect and --dry-run, as values
 
-Imports adapters, artifact, base, carried, contract, errors, graph, integrity, runtime, staging.
+Imports adapters, agreement, artifact, base, carried, contract, errors, graph, integrity, runtime, staging.
 """

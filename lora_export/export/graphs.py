@@ -6,17 +6,27 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
 from lora_export.adapters.factors import Adapter
-from lora_export.artifact import versions
+from lora_export.agreement import require_agreement
+from lora_export.artifact import MANIFEST, Manifest, versions
 from lora_export.base.tasks import graphs_of
 from lora_export.base.trace import trace
 from lora_export.base.weightless import is_conv1d
-from lora_export.contract import AdapterInput, GraphContract, SiteChoice, TensorSpec
+from lora_export.contract import (
+    SINGLE,
+    AdapterInput,
+    GraphContract,
+    SiteChoice,
+    TensorSpec,
+    data_file,
+    graph_file,
+)
 from lora_export.errors import InputRefused, UsageProblem, refused_if_it_fails
 from lora_export.export.plan import Plan
 from lora_export.export.resolve import Resolved
@@ -117,6 +127,7 @@ def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str) -> _F
         "versions": versions(),
         "graph": graph,
         "tied": tied,
+        "named_inputs": plan.checkpoint.tokenizer_inputs,
     }
     replaced = choice.parameters.union(*(adapter.replaced for adapter in resolved.adapters))
     small = resolved.parameters.small_parameters(plan.dtype, without=replaced | resolved.parameters.zeros_for)
@@ -135,7 +146,10 @@ def _build(plan: Plan, resolved: Resolved, facts: _Facts, *, use_cache: bool) ->
     """Trace, untie, bind what is small, give adapter inputs, fuse; the inputs' descriptions go along as metadata."""
     key = cache_key(facts.traced_from | {"step": "trace"})
     with _refused(plan, "trace", "its trace"):
-        model = cached_graph(key, lambda: trace(plan.task, resolved.model, facts.graph), use_cache=use_cache)
+        named = plan.checkpoint.tokenizer_inputs
+        model = cached_graph(
+            key, lambda: trace(plan.task, resolved.model, facts.graph, named=named), use_cache=use_cache
+        )
     is_only_graph = len(graphs_of(plan.task)) == 1
     for module, other_name in facts.untied.items():
         sites = find_sites(model.graph, [module]) if is_only_graph else sites_in(model.graph, [module])
@@ -228,13 +242,29 @@ def _is_embedding(model: torch.nn.Module, path: str) -> bool:
 def contract_of(model: ir.Model, adapter_inputs: Sequence[AdapterInput]) -> GraphContract:
     """The contract of a graph: its own inputs and outputs, and the adapter inputs."""
     optional = {entry.name for entry in adapter_inputs}
+    inputs, outputs = _specs(model)
+    return GraphContract(tuple(spec for spec in inputs if spec.name not in optional), outputs, tuple(adapter_inputs))
+
+
+def _specs(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs of a graph, adapter inputs included, and its outputs."""
 
     def spec(value: ir.Value) -> TensorSpec:
         dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
         return TensorSpec(value.name, str(value.dtype.numpy()), dims)
 
-    return GraphContract(
-        tuple(spec(value) for value in model.graph.inputs if value.name not in optional),
-        tuple(map(spec, model.graph.outputs)),
-        tuple(adapter_inputs),
-    )
+    return tuple(map(spec, model.graph.inputs)), tuple(map(spec, model.graph.outputs))
+
+
+def require_described(manifest: Manifest, folder: Path) -> None:
+    """Refuse an export in `folder` whose manifest does not describe its graphs: adapters are packed by it.
+
+    Raises:
+        InputRefused: A field of the manifest says otherwise than its graph.
+    """
+    for graph, contract in manifest.graphs.items():
+        data = folder / data_file(graph)
+        place = f"{folder / MANIFEST}: {'contract' if graph == SINGLE else f'graphs.{graph}'}"
+        inputs, outputs = _specs(ir.load(folder / graph_file(graph)))
+        n_bytes = data.stat().st_size if data.is_file() else None
+        require_agreement(contract, inputs, outputs, where=place, data_bytes=n_bytes)

@@ -3,6 +3,8 @@
     session.py          an ONNX Runtime session on a provider that is really used
     adapter_session.py  `AdapterSession`
     seq2seq_session.py  `Seq2SeqSession`
+    described.py        whether the manifest describes the graph that was opened
+    host_inputs.py      a text model's inputs, completed from what a tokenizer gives
     bank.py             the adapters of a graph at one moment
     stacking.py         the adapters of a batch's rows as inputs
     adapter_file.py     an .onnx_adapter file
@@ -11,5 +13,5 @@
     arrays.py           NumPy arrays to ONNX Runtime values
     intermediates.py    values inside a graph
 
-Imports artifact, contract, errors.
+Imports agreement, artifact, contract, errors.
 """

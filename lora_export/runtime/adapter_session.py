@@ -18,6 +18,8 @@ from lora_export.errors import UsageProblem
 from lora_export.runtime.adapter_file import read_adapter, require_fit, require_unchanged
 from lora_export.runtime.arrays import lowest, numpy_dtype, run_values, to_ort_value
 from lora_export.runtime.bank import Bank, RowAdapter, Shelf
+from lora_export.runtime.described import require_described
+from lora_export.runtime.host_inputs import completed_inputs
 from lora_export.runtime.session import choose_provider, open_session
 from lora_export.runtime.stacking import RowSpec
 
@@ -40,7 +42,8 @@ class AdapterSession:
 
     Raises:
         UsageProblem: The export has no such graph, or it has several and none is named.
-        InputRefused: The folder is no export, or an adapter file is not the one that was exported.
+        InputRefused: The folder is no export, its manifest does not describe its graph, or an adapter file is not the
+            one that was exported.
         EnvironmentUnusable: The provider is not usable.
     """
 
@@ -61,6 +64,7 @@ class AdapterSession:
         self.provider, self.provider_reason = choice.name, choice.reason
         path = self.folder / graph_file(self.graph)
         self.session = open_session(path, self.provider, n_threads=n_threads, stop_spinning=stop_spinning)
+        require_described(self.session, self._contract, self.folder, self.graph)
         merged = tuple(record.name for record in self.manifest.adapters if not record.files)
         defaults = _read_defaults(self.folder / data_file(self.graph), self._contract)
         self._shelf = Shelf({self.graph: Bank(self._contract, self.provider, defaults, merged)})
@@ -145,7 +149,8 @@ class AdapterSession:
         """Run one batch.
 
         Args:
-            inputs: The graph's own inputs by name, `[batch, …]`.
+            inputs: The graph's own inputs by name, `[batch, …]`, such as a tokenizer gives: token types, positions and
+                an empty cache are filled in where they are left out (`host_inputs`).
             adapters: One entry a row (a name, None for the base, or {name: weight}), or one entry for all rows.
             outputs: Names of the outputs to return; all by default.
 
@@ -158,7 +163,7 @@ class AdapterSession:
                 differ in rows (texts and images) where adapters do, or an activated LoRA continues a cache and its
                 gate is not among `inputs` (see `gate`).
         """
-        self._require_inputs(inputs)
+        inputs = completed_inputs(inputs, self._contract)
         bank = self.bank
         rows = bank.rows(adapters, _n_rows(inputs))
         _require_equal_rows(inputs, rows)
@@ -195,7 +200,7 @@ class AdapterSession:
         self, inputs: Mapping[str, np.ndarray], adapters: Sequence[RowAdapter] | RowAdapter = None
     ) -> dict[str, np.ndarray]:
         """All that `run` feeds the graph for a batch: its own inputs, the gate and the adapters, as arrays."""
-        self._require_inputs(inputs)
+        inputs = completed_inputs(inputs, self._contract)
         bank = self.bank
         rows = bank.rows(adapters, _n_rows(inputs))
         stacked = {name: array for name, array in bank.stacked(rows).items() if name not in inputs}
@@ -205,17 +210,6 @@ class AdapterSession:
         """The adapter inputs of a batch as arrays, for hosts with another runtime; absent inputs keep their default."""
         bank = self.bank
         return bank.stacked(bank.rows(adapters, batch))
-
-    def _require_inputs(self, inputs: Mapping[str, np.ndarray]) -> None:
-        own = [spec.name for spec in self._contract.inputs]
-        missing = [name for name in own if name not in inputs]
-        unknown = set(inputs) - set(own) - {entry.name for entry in self._contract.adapter_inputs}
-        if missing or unknown:
-            raise UsageProblem(
-                "The inputs are not those of the graph",
-                where=", ".join([*(f"{name} is missing" for name in missing), *(f"{n} is unknown" for n in unknown)]),
-                expected=", ".join(own),
-            )
 
     def _mask_padded_classes(
         self, results: dict[str, np.ndarray], sizes: Mapping[str, Sequence[int]]

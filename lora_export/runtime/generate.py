@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_export.contract import GATE_INPUT
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
-from lora_export.runtime.arrays import numpy_dtype
+from lora_export.runtime.host_inputs import PAST, empty, positions_of
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -22,18 +22,9 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray,
     return ids, mask
 
 
-def positions_of(mask: np.ndarray) -> np.ndarray:
-    """`position_ids` for an attention mask: each real token's index among the real ones, 0 on padding."""
-    return np.maximum(mask.cumsum(axis=1) - 1, 0)
-
-
 def empty_cache(session: AdapterSession, batch: int) -> dict[str, np.ndarray]:
     """The graph's past of length 0, `[batch, kv_heads, 0, head_size]` by input name."""
-    return {
-        spec.name: np.zeros((batch, spec.dims[1], 0, spec.dims[3]), numpy_dtype(spec.dtype))
-        for spec in session.manifest.contract.inputs
-        if spec.name.startswith("past_key_values.")
-    }
+    return {spec.name: empty(spec, batch) for spec in session.manifest.contract.inputs if spec.name.startswith(PAST)}
 
 
 def generate(

@@ -123,3 +123,21 @@ def test_token_types_are_an_input_only_where_there_are_several(bases):
     assert text_input_names(model) == ("input_ids", "attention_mask", "token_type_ids")
     config.type_vocab_size = 1
     assert text_input_names(model) == ("input_ids", "attention_mask")
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "gives"),
+    [
+        ("Roberta", None, False),
+        ("XLMRoberta", None, False),
+        ("Camembert", None, False),
+        ("Electra", None, True),
+        ("Roberta", ("input_ids", "token_type_ids"), True),
+        ("Electra", ("input_ids", "attention_mask"), False),
+    ],
+)
+def test_token_types_are_an_input_only_where_the_tokenizer_gives_them(kind, named, gives):
+    config = getattr(transformers, f"{kind}Config")(num_hidden_layers=1, hidden_size=8, num_attention_heads=1)
+    config.type_vocab_size = 2
+    model = build_weightless(Task.FEATURE_EXTRACTION, config, "float32")
+    assert ("token_type_ids" in text_input_names(model, named)) is gives

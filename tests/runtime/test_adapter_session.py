@@ -172,7 +172,7 @@ def test_a_merged_export_says_what_it_is_when_asked_for_an_adapter(exports):
     assert refused.value.found == "a merged graph (of kind)"
 
 
-@pytest.mark.parametrize("lost", ["attention_mask", "token_type_ids"])
+@pytest.mark.parametrize("lost", ["attention_mask", "input_ids"])
 def test_a_missing_input_is_named(lost, bert):
     with pytest.raises(UsageProblem, match="input") as refused:
         bert.run({name: value for name, value in INPUTS.items() if name != lost}, "topic")

@@ -1,0 +1,35 @@
+"""Whether the manifest describes the graph that ONNX Runtime has opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort
+
+from lora_export.agreement import require_agreement
+from lora_export.artifact import MANIFEST
+from lora_export.contract import SINGLE, GraphContract, TensorSpec, data_file
+
+_DTYPES = {"float": "float32"}
+
+
+def require_described(session: ort.InferenceSession, contract: GraphContract, folder: Path, graph: str) -> None:
+    """Refuse a `contract` that is not that of `session`, the graph `graph` of the export in `folder`.
+
+    Raises:
+        InputRefused: A field of the manifest says otherwise than the graph; it is named.
+    """
+    data = folder / data_file(graph)
+    require_agreement(
+        contract,
+        [_spec(value) for value in (*session.get_inputs(), *session.get_overridable_initializers())],
+        [_spec(value) for value in session.get_outputs()],
+        where=f"{folder / MANIFEST}: {'contract' if graph == SINGLE else f'graphs.{graph}'}",
+        data_bytes=data.stat().st_size if data.is_file() else None,
+    )
+
+
+def _spec(value: ort.NodeArg) -> TensorSpec:
+    """An input or output as ONNX Runtime describes it; a size without a name is None."""
+    dtype = value.type.removeprefix("tensor(").removesuffix(")")
+    return TensorSpec(value.name, _DTYPES.get(dtype, dtype), tuple(value.shape))

@@ -1,0 +1,84 @@
+"""What a host gives a graph, and what is filled in for it because it has an obvious value. NumPy only.
+
+A tokenizer gives token ids and a mask. The rest of a text model's inputs follows from them:
+
+1. `token_type_ids`: zeros, the first of the types, as Transformers takes them where none are given.
+2. `position_ids`: from the mask, each real token's index among the real ones, cache included.
+3. `past_key_values.…`: a cache of length 0, if none of it is given.
+
+Token types that a tokenizer gives and the model has no table for are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from lora_export.contract import GraphContract, TensorSpec
+from lora_export.errors import UsageProblem
+from lora_export.runtime.arrays import numpy_dtype
+
+TOKEN_IDS, MASK, TYPES, POSITIONS, PAST = (
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "past_key_values.",
+)  # fmt: skip
+
+
+def completed_inputs(inputs: Mapping[str, np.ndarray], contract: GraphContract) -> dict[str, np.ndarray]:
+    """All inputs of the graph of `contract` but its adapters', for what a host gives.
+
+    Raises:
+        UsageProblem: An input is missing that has no obvious value, or the graph has no such input.
+    """
+    own = {spec.name: spec for spec in contract.inputs}
+    given = {name: np.asarray(array) for name, array in inputs.items() if name != TYPES or name in own}
+    if TOKEN_IDS in given:
+        ids = given[TOKEN_IDS]
+        past = [spec for spec in contract.inputs if spec.name.startswith(PAST)]
+        if not any(spec.name in given for spec in past):
+            given |= {spec.name: empty(spec, len(ids)) for spec in past}
+        if TYPES in own and TYPES not in given:
+            given[TYPES] = np.zeros_like(ids)
+        if POSITIONS in own and POSITIONS not in given and MASK in given:
+            given[POSITIONS] = _positions(ids, given[MASK], _past_length(given))
+    _require(given, contract)
+    return given
+
+
+def empty(spec: TensorSpec, batch: int) -> np.ndarray:
+    """A cache input of length 0: every size that varies is 0, but the batch."""
+    return np.zeros((batch, *(dim if isinstance(dim, int) else 0 for dim in spec.dims[1:])), numpy_dtype(spec.dtype))
+
+
+def positions_of(mask: np.ndarray) -> np.ndarray:
+    """`position_ids` for an attention mask: each real token's index among the real ones, 0 on padding."""
+    return np.maximum(mask.cumsum(axis=1) - 1, 0)
+
+
+def _past_length(given: Mapping[str, np.ndarray]) -> int:
+    return max((array.shape[2] for name, array in given.items() if name.startswith(PAST)), default=0)
+
+
+def _positions(ids: np.ndarray, mask: np.ndarray, n_past: int) -> np.ndarray:
+    n_tokens = ids.shape[1]
+    if mask.shape[1] != n_past + n_tokens:
+        raise UsageProblem(
+            "The mask is not as long as the cache and the new tokens together, so positions do not follow from it",
+            where=MASK,
+            expected=f"{n_past} + {n_tokens} columns",
+            found=f"{mask.shape[1]}",
+            next_step=f"give the mask of all tokens, or {POSITIONS}",
+        )
+    return positions_of(mask)[:, n_past:].astype(np.int64)
+
+
+def _require(given: Mapping[str, np.ndarray], contract: GraphContract) -> None:
+    own = [spec.name for spec in contract.inputs]
+    missing = [name for name in own if name not in given]
+    unknown = sorted(set(given) - set(own) - {entry.name for entry in contract.adapter_inputs})
+    if missing or unknown:
+        raise UsageProblem(
+            "The inputs are not those of the graph",
+            where=", ".join([*(f"{name} is missing" for name in missing), *(f"{n} is unknown" for n in unknown)]),
+            expected=", ".join(own),
+        )
