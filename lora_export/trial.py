@@ -10,7 +10,8 @@ import numpy as np
 from lora_export.artifact import Manifest
 from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.check.inputs.audio import read_features
-from lora_export.check.inputs.examples import Batcher, Example, load_tokenizer
+from lora_export.check.inputs.examples import Batcher, Example
+from lora_export.check.inputs.tokenizers import load_tokenizer
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.generate import generate

@@ -16,9 +16,9 @@ from lora_export.check.cases.mixed_rows import merged_against_dynamic, row_cases
 from lora_export.check.cases.seq2seq import seq2seq_decoding_cases
 from lora_export.check.cases.side_outputs import side_output_cases
 from lora_export.check.context import CheckContext, CheckRequest, run_reference
-from lora_export.check.inputs.examples import Batch, Batcher, Examples, built_in_examples
+from lora_export.check.inputs.examples import Batch, Examples
 from lora_export.check.inputs.invoked import with_invocation
-from lora_export.check.inputs.seq2seq_examples import Seq2SeqBatcher
+from lora_export.check.inputs.prepared import AnyBatcher, prepare
 from lora_export.check.judge.compare import Comparison, Outputs
 from lora_export.check.judge.tolerances import tolerances
 from lora_export.check.locate.probe import Probe
@@ -32,10 +32,8 @@ from lora_export.runtime.arrays import run_arrays
 from lora_export.runtime.seq2seq_session import open_export
 from lora_export.verdict import Environment
 
-AnyBatcher = Batcher | Seq2SeqBatcher
 Progress = Callable[[str, int, int], None]
 
-_BATCH_SIZE = 8
 _MIXED_ROWS = 8
 
 
@@ -92,23 +90,15 @@ def begin_check(request: CheckRequest) -> Check:
             where=str(request.folder),
             next_step="name the dynamic export first: lora-export check DYNAMIC --merged MERGED",
         )
-    task = Task(manifest.task)
-    if task in SEQ2SEQ:
-        batcher = Seq2SeqBatcher(request.folder, manifest)
-    else:
-        batcher = Batcher(request.folder, task, manifest.contract)
-    data = dict(request.data)
-    if batcher.takes_text:
-        data.setdefault(None, built_in_examples())
-    own = {name: batcher.batches(examples, _BATCH_SIZE) for name, examples in data.items()}
-    own.setdefault(None, [] if batcher.takes_text else [batcher.noise(_BATCH_SIZE)])
+    prepared = prepare(request.folder, manifest, request.data)
     limits = tolerances(manifest.dtype, session.provider, request.tolerances)
     lack = lack_of_memory(manifest, request.folder)
-    mixed = _mixed_batch(batcher, data, manifest)
-    context = CheckContext(request, session, task, limits, lack is None, own, mixed)
+    mixed = _mixed_batch(prepared.batcher, prepared.data, manifest)
+    context = CheckContext(request, session, Task(manifest.task), limits, lack is None, prepared.batches, mixed)
     where = Where(limits, request.folder)
     examination = Examination(context, where, skipped=[] if lack is None else [lack])
-    return Check(examination, batcher, data, environment(session.provider, session.provider_reason, {}), started)
+    seen = environment(session.provider, session.provider_reason, {})
+    return Check(examination, prepared.batcher, prepared.data, seen, started)
 
 
 def _mixed_batch(batcher: AnyBatcher, data: Mapping[str | None, Examples], manifest: Manifest) -> Batch:

@@ -1,7 +1,9 @@
 """On which data exports are compared.
 
+    tokenizers.py        the tokenizer, or seeded token ids
     examples.py          text and images, in padded batches
     seq2seq_examples.py  sources and targets
+    prepared.py          all inputs of a check
     audio.py             WAV files
     ragged.py            rows of different lengths
     invoked.py           text that invokes an activated LoRA

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_export.base.tasks import Task
+from lora_export.check.inputs.tokenizers import load_tokenizer
 from lora_export.contract import GraphContract
 from lora_export.errors import InputRefused
 from lora_export.runtime.arrays import numpy_dtype
@@ -20,9 +21,6 @@ from lora_export.runtime.arrays import numpy_dtype
 SEED = 2106_09685
 _BUILT_IN_ROWS = 16
 MOST_TOKENS = 96
-_TOKENIZER_FILES = (
-    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,15 +141,22 @@ def _docstrings() -> Iterator[str]:
 
 
 class Batcher:
-    """Turns rows into a graph's inputs, with the tokenizer or processor in the exported folder."""
+    """Turns rows into a graph's inputs, with the tokenizer or processor in the exported folder.
+
+    Args:
+        tokenizer: See `tokenizers.tokenizer_of`; None for the one in `folder`.
+    """
 
     noise_description = "seeded noise in the shape of images"
 
-    def __init__(self, folder: Path, task: Task, contract: GraphContract) -> None:
+    def __init__(self, folder: Path, task: Task, contract: GraphContract, tokenizer: object = None) -> None:
         self._task, self._folder = task, folder
         self._names = [spec.name for spec in contract.inputs]
         self._pixels = next((spec for spec in contract.inputs if spec.name == "pixel_values"), None)
-        self._processor = _load_processor(folder, images=self.takes_images)
+        if self.takes_images:
+            self._processor, self.tokenizer = _load_image_processor(folder), None
+        else:
+            self._processor = self.tokenizer = tokenizer or load_tokenizer(folder)
 
     def batches(self, examples: Examples, batch_size: int) -> list[Batch]:
         """The examples in batches; texts padded to the longest in the batch (on the right)."""
@@ -208,33 +213,11 @@ class Batcher:
         return not self.takes_images
 
 
-def _load_processor(folder: Path, *, images: bool):
-    from transformers import AutoImageProcessor, AutoTokenizer
+def _load_image_processor(folder: Path):
+    """The image processor in an exported folder; None if there is none that can be loaded."""
+    from transformers import AutoImageProcessor
 
-    loader = AutoImageProcessor if images else AutoTokenizer
     try:
-        # Without them Transformers makes up a tokenizer that knows no word.
-        if not images and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            raise OSError("it holds none of " + ", ".join(_TOKENIZER_FILES))
-        processor = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if images:
-            return None
-        raise InputRefused(
-            "The exported folder has no usable tokenizer, so text cannot be turned into inputs",
-            where=str(folder),
-            found=" ".join(str(error).split())[:300],
-            next_step="export from a base folder that holds its tokenizer files",
-        ) from error
-    if not images and processor.pad_token is None:
-        processor.pad_token = processor.eos_token or processor.unk_token
-    return processor
-
-
-def load_tokenizer(folder: Path):
-    """The tokenizer in an exported folder.
-
-    Raises:
-        InputRefused: There is none.
-    """
-    return _load_processor(folder, images=False)
+        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from lora_export.artifact import Manifest
-from lora_export.check.inputs.examples import MOST_TOKENS, SEED, Batch, Example, Examples, load_tokenizer
+from lora_export.check.inputs.examples import MOST_TOKENS, SEED, Batch, Example, Examples
+from lora_export.check.inputs.tokenizers import load_tokenizer
 from lora_export.contract import ENCODER
 from lora_export.errors import InputRefused
 from lora_export.runtime.arrays import numpy_dtype
@@ -22,11 +23,14 @@ class Seq2SeqBatcher:
     """Turns rows into the inputs of a text-to-text export, or makes noise in the shape of a speech export's.
 
     A text is its own target: the decoder is given the start token and then the text, as in training on copying it.
+
+    Args:
+        tokenizer: See `tokenizers.tokenizer_of`; None for the one in `folder`.
     """
 
     noise_description = "seeded noise in the shape of spectrograms, decoded at seeded tokens"
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, tokenizer: object = None) -> None:
         self._folder = folder
         specs = {spec.name: spec for spec in manifest.graphs[ENCODER].inputs}
         self._features = specs.get("input_features")
@@ -36,7 +40,7 @@ class Seq2SeqBatcher:
         self._vocabulary = config["vocab_size"]
         starts = (config.get(f"{name}_token_id") for name in ("decoder_start", "bos", "pad"))
         self.start_id: int = next((token for token in starts if token is not None), 0)
-        self._tokenizer = load_tokenizer(folder) if self.takes_text else None
+        self.tokenizer = (tokenizer or load_tokenizer(folder)) if self.takes_text else None
 
     @property
     def takes_text(self) -> bool:
@@ -59,7 +63,7 @@ class Seq2SeqBatcher:
                 where=rows[0].text_or_file,
                 next_step="leave out --data",
             )
-        encoded = self._tokenizer(
+        encoded = self.tokenizer(
             [row.text_or_file for row in rows],
             return_tensors="np",
             padding=True,
@@ -76,7 +80,7 @@ class Seq2SeqBatcher:
     def _padded(self, targets: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         lengths = np.array([len(target) for target in targets])
         real = np.arange(lengths.max()) < lengths[:, None]
-        ids = np.full(real.shape, self._tokenizer.pad_token_id, np.int64)
+        ids = np.full(real.shape, self.tokenizer.pad_token_id, np.int64)
         ids[real] = np.concatenate(targets)
         return ids, real
 

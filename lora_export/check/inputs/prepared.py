@@ -1,0 +1,72 @@
+"""All inputs of a check: what makes them, the rows by adapter, and their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_export.artifact import Manifest
+from lora_export.base.tasks import SEQ2SEQ, Task
+from lora_export.check.inputs.examples import Batch, Batcher, Examples, built_in_examples
+from lora_export.check.inputs.seq2seq_examples import Seq2SeqBatcher
+from lora_export.check.inputs.tokenizers import SEEDED, SeededTokenizer, has_tokenizer, tokenizer_of
+from lora_export.contract import ENCODER
+from lora_export.errors import InputRefused
+
+AnyBatcher = Batcher | Seq2SeqBatcher
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The inputs of a check.
+
+    Attributes:
+        data: Examples by adapter name; the key None serves all others.
+        batches: Theirs, and those of adapters with a tokenizer of their own.
+    """
+
+    batcher: AnyBatcher
+    data: Mapping[str | None, Examples]
+    batches: Mapping[str | None, Sequence[Batch]]
+
+
+def prepare(folder: Path, manifest: Manifest, data: Mapping[str | None, Examples]) -> Prepared:
+    """The inputs to compare the export in `folder` on.
+
+    Args:
+        data: Examples that were asked for, by adapter name or None.
+
+    Raises:
+        InputRefused: Texts were asked for and nothing makes tokens of them.
+    """
+    batcher, rows = _batcher(folder, manifest), dict(data)
+    if not batcher.takes_text:
+        batches = {name: batcher.batches(examples, BATCH_SIZE) for name, examples in rows.items()}
+        return Prepared(batcher, rows, {None: [batcher.noise(BATCH_SIZE)]} | batches)
+    is_seeded = isinstance(batcher.tokenizer, SeededTokenizer)
+    if is_seeded and data:
+        raise InputRefused(
+            "The export has no tokenizer, so the data's texts cannot be turned into inputs",
+            where=str(folder),
+            next_step="copy the tokenizer's files into this folder, or leave out --data for seeded token ids",
+        )
+    usual = built_in_examples()
+    rows.setdefault(None, replace(usual, description=f"{len(usual.rows)} rows of {SEEDED}") if is_seeded else usual)
+    batches = {name: batcher.batches(examples, BATCH_SIZE) for name, examples in rows.items()}
+    for record in manifest.adapters:
+        if record.preprocessing not in (None, ".") and has_tokenizer(folder / record.preprocessing):
+            examples = rows.get(record.name, rows[None])
+            batches[record.name] = _batcher(folder, manifest, record.name).batches(examples, BATCH_SIZE)
+    return Prepared(batcher, rows, batches)
+
+
+def _batcher(folder: Path, manifest: Manifest, adapter: str | None = None) -> AnyBatcher:
+    task = Task(manifest.task)
+    graph = manifest.graphs[ENCODER] if task in SEQ2SEQ else manifest.contract
+    takes_text = any(spec.name == "input_ids" for spec in graph.inputs)
+    tokenizer = tokenizer_of(folder, manifest, adapter) if takes_text else None
+    if task in SEQ2SEQ:
+        return Seq2SeqBatcher(folder, manifest, tokenizer)
+    return Batcher(folder, task, manifest.contract, tokenizer)

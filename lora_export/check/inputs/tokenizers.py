@@ -1,0 +1,125 @@
+"""Which tokenizer makes tokens of a text: the adapter's own, the export's, or seeded token ids where there is none."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lora_export.artifact import Manifest
+from lora_export.errors import InputRefused
+
+_FILES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+_SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "decoder_start_token_id")
+# About as many letters as a token of English text has.
+_LETTERS_A_TOKEN = 4
+SEEDED = "seeded token ids in place of texts, as neither the export nor an adapter of it has a tokenizer"
+
+
+@dataclass(frozen=True)
+class SeededTokenizer:
+    """Token ids that are the same for the same text, where there is no tokenizer: numbers show what words would.
+
+    Attributes:
+        vocabulary: The number of tokens of the model.
+        specials: Tokens that mean something to the model's code (padding, ends); none of them is inside a text.
+        end: The end token, if the model has one: encoders such as CLIP's read a text there.
+    """
+
+    vocabulary: int
+    model_max_length: int
+    pad_token_id: int
+    specials: frozenset[int]
+    end: int | None
+
+    @classmethod
+    def of(cls, folder: Path) -> SeededTokenizer:
+        """For the export in `folder`, by its `config.json`."""
+        whole = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = whole | (whole["text_config"] if isinstance(whole.get("text_config"), dict) else {})
+        found = {name: config.get(name) for name in _SPECIAL}
+        ids = [token for value in found.values() for token in (value if isinstance(value, list) else [value])]
+        end = found["eos_token_id"]
+        end = end[0] if isinstance(end, list) else end
+        pad = found["pad_token_id"] or 0
+        positions = config.get("max_position_embeddings") or config.get("n_positions") or 2**20
+        # RoBERTa's kin count positions from beyond the padding token's id.
+        return cls(config["vocab_size"], max(1, positions - pad - 1), pad, frozenset(ids) - {None}, end)
+
+    def __call__(
+        self, texts: Sequence[str], *, padding_side: str = "right", max_length: int, **_: object
+    ) -> dict[str, np.ndarray]:
+        """`input_ids`, `attention_mask` and `token_type_ids`, `[rows, longest]`, as a tokenizer gives them."""
+        rows = [self._tokens(text, max_length) for text in texts]
+        longest = max(map(len, rows))
+        ids = np.full((len(rows), longest), self.pad_token_id, np.int64)
+        mask = np.zeros_like(ids)
+        for row, tokens in enumerate(rows):
+            place = slice(longest - len(tokens), None) if padding_side == "left" else slice(len(tokens))
+            ids[row, place], mask[row, place] = tokens, 1
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+
+    def _tokens(self, text: str, most: int) -> list[int]:
+        rng = np.random.default_rng(zlib.crc32(text.encode()))
+        length = min(most, max(2, len(text) // _LETTERS_A_TOKEN))
+        usual = np.setdiff1d(np.arange(self.vocabulary), sorted(self.specials))
+        tokens = rng.choice(usual if len(usual) else np.arange(self.vocabulary), length).tolist()
+        return tokens if self.end is None else [*tokens[:-1], self.end]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `folder` holds a tokenizer's vocabulary; without one, Transformers makes up one that knows no word."""
+    return any((folder / name).is_file() for name in _FILES)
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer in an exported folder, or in an adapter's folder of one.
+
+    Raises:
+        InputRefused: There is none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        if not has_tokenizer(folder):
+            raise OSError("it holds none of " + ", ".join(_FILES))
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputRefused(
+            "The exported folder has no usable tokenizer, so text cannot be turned into inputs",
+            where=str(folder),
+            found=" ".join(str(error).split())[:300],
+            next_step="export from a base folder that holds its tokenizer files, or copy them into this one",
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def tokenizer_of(folder: Path, manifest: Manifest, adapter: str | None = None):
+    """What makes tokens of a text for `adapter` of the export in `folder` (None: for all of it).
+
+    1. The tokenizer that the adapter was trained with, if the export holds it beside the adapter.
+    2. The export's own.
+    3. Where it has none, another adapter's.
+    4. Seeded token ids.
+
+    Raises:
+        InputRefused: The first that is there cannot be loaded.
+    """
+    place = next((place for place in _places(folder, manifest, adapter) if has_tokenizer(place)), None)
+    return SeededTokenizer.of(folder) if place is None else load_tokenizer(place)
+
+
+def _places(folder: Path, manifest: Manifest, adapter: str | None) -> Iterator[Path]:
+    own = {record.name: folder / record.preprocessing for record in manifest.adapters if record.preprocessing}
+    if adapter in own:
+        yield own[adapter]
+    yield folder
+    yield from own.values()
