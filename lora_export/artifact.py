@@ -97,6 +97,7 @@ class Manifest:
     Attributes:
         graphs: The contract of each graph, in the order they run. The file of an export of one graph has that
             graph's `contract` instead, and each adapter's only `file` instead of its `files`.
+        pad_token_id: Of a classifier on a decoder, which reads a text at its last token that is not this one.
     """
 
     kind: ExportKind
@@ -109,6 +110,7 @@ class Manifest:
     files: dict[str, str]
     versions: dict[str, str] = field(default_factory=lambda: versions())
     schema: int = SCHEMA_VERSION
+    pad_token_id: int | None = None
 
     @property
     def contract(self) -> GraphContract:

@@ -3,6 +3,7 @@
 A trainer that adds tokens or a chat template saves the tokenizer beside its adapter. A merged export takes it in place
 of the base's. A dynamic export does so if all of its adapters bring the same; else the base's stays, and each adapter
 that brings another has it in `adapters/<name>/`. Files are taken a group at a time: parts of two tokenizers make none.
+A tokenizer that has tokens without a row in the model is not taken.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from lora_export.artifact import ADAPTERS, sha256_of
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, some_of
 
 _VOCABULARIES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -43,10 +45,12 @@ class Carried:
         files: The source of each, by its path in the export.
         places: Where the groups lie that an adapter brought, relative to the export ("." or `adapters/<name>`), by the
             adapter's name; one that brought none, or the same as the base, is not in it.
+        remarks: What is worth a word of all this.
     """
 
     files: Mapping[str, Path]
     places: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
 
 def carried_files(source: Path) -> list[Path]:
@@ -55,16 +59,23 @@ def carried_files(source: Path) -> list[Path]:
     return [p for p in sorted(source.iterdir()) if p.is_file() and (p.name in names or _is_licence(p))]
 
 
-def plan_carried(base: Path, adapters: Mapping[str, Path], mode: str) -> Carried:
+def plan_carried(
+    base: Path, adapters: Mapping[str, Path], mode: str, vocabularies: Mapping[str, int | None] = MappingProxyType({})
+) -> Carried:
     """What an export of `mode` ("merge" or "dynamic") takes from the folders of its base and its adapters.
 
+    Args:
+        vocabularies: The number of tokens of each adapter's model, by its name; any number where it is not known.
+
     Raises:
-        InputRefused: Adapters to be merged bring different tokenizers, of which the export can hold one.
+        InputRefused: Adapters to be merged bring different tokenizers, of which the export can hold one, or an adapter
+            was trained with tokens that its model has no rows for.
     """
     files = {path.name: path for path in carried_files(base)}
     places: dict[str, str] = {}
+    remarks: list[str] = []
     for kind in _GROUPS:
-        brought = {name: found for name, folder in adapters.items() if (found := _brought(kind, base, folder))}
+        brought = _brought_by(kind, base, adapters, vocabularies, remarks)
         first = next(iter(brought), None)
         one_for_all = all(_equal(kind, adapters[name], adapters[first]) for name in brought)
         if brought and mode == "merge" and not one_for_all:
@@ -78,21 +89,38 @@ def plan_carried(base: Path, adapters: Mapping[str, Path], mode: str) -> Carried
             files = {name: path for name, path in files.items() if name not in _replaced(kind, brought[first])}
             files |= brought[first]
             places |= {name: places.get(name, ".") for name in brought}
+            remarks.append(f"the export has the {kind} of {_named(brought)} in place of the base's")
         else:
             for name, found in brought.items():
                 files |= {f"{ADAPTERS}/{name}/{file}": path for file, path in found.items()}
                 places[name] = f"{ADAPTERS}/{name}"
-    return Carried(files | _licences(adapters), places)
+                remarks.append(f"adapter {name!r} keeps its own {kind}, other than the base's, in {places[name]}/")
+    return Carried(files | _licences(adapters), places, tuple(remarks))
 
 
-def plan_added(export: Path, adapters: Mapping[str, Path]) -> Carried:
-    """What adapters that are added to the dynamic `export` bring: licences, and what is other than the export's."""
+def plan_added(
+    export: Path, adapters: Mapping[str, Path], vocabularies: Mapping[str, int | None] = MappingProxyType({})
+) -> Carried:
+    """What adapters that are added to the dynamic `export` bring: licences, and what is other than the export's.
+
+    Raises:
+        InputRefused: An adapter was trained with tokens that the model has no rows for.
+    """
     files: dict[str, Path] = {}
-    for name, adapter in adapters.items():
-        brought = {file: path for kind in _GROUPS for file, path in _brought(kind, export, adapter).items()}
-        files |= {f"{ADAPTERS}/{name}/{file}": path for file, path in brought.items()}
+    remarks: list[str] = []
+    for kind in _GROUPS:
+        for name, found in _brought_by(kind, export, adapters, vocabularies, remarks).items():
+            files |= {f"{ADAPTERS}/{name}/{file}": path for file, path in found.items()}
+            remarks.append(f"adapter {name!r} keeps its own {kind}, other than the export's, in {ADAPTERS}/{name}/")
     own = dict.fromkeys(name for name in adapters if any(file.startswith(f"{ADAPTERS}/{name}/") for file in files))
-    return Carried(files | _licences(adapters), {name: f"{ADAPTERS}/{name}" for name in own})
+    return Carried(files | _licences(adapters), {name: f"{ADAPTERS}/{name}" for name in own}, tuple(remarks))
+
+
+def padding_token(folder: Path) -> int | None:
+    """The padding token of the tokenizer in `folder`; None if there is none."""
+    files = _files("tokenizer", folder)
+    found = _behaviour(folder, _stamp(files)) if _is_whole("tokenizer", files) else None
+    return found and found["vocabulary"].get(found["special"].get("pad_token"))
 
 
 def copy_carried(carried: Carried, folder: Path) -> dict[str, str]:
@@ -126,12 +154,60 @@ def _replaced(kind: str, brought: Mapping[str, Path]) -> tuple[str, ...]:
     return _GROUPS[kind] if _is_whole(kind, brought) else tuple(brought)
 
 
+def _named(names: Iterable[str]) -> str:
+    return ", ".join(f"adapter {name!r}" for name in names)
+
+
+def _brought_by(
+    kind: str,
+    base: Path,
+    adapters: Mapping[str, Path],
+    vocabularies: Mapping[str, int | None],
+    remarks: list[str],
+) -> dict[str, dict[str, Path]]:
+    """What each adapter brings of a group, by its name; why a tokenizer is left out is added to `remarks`."""
+    found = {}
+    for name, folder in adapters.items():
+        brought = _brought(kind, base, folder)
+        if brought and kind == "tokenizer" and not _fits(name, folder, brought, vocabularies.get(name)):
+            remarks.append(
+                f"the tokenizer of adapter {name!r} pads with a token that the model has no row for: the base's is used"
+            )
+        elif brought:
+            found[name] = brought
+    return found
+
+
 def _brought(kind: str, base: Path, adapter: Path) -> dict[str, Path]:
     """The files of a group that `adapter` has and that do something else than those of `base`; whole, or none."""
     own = _files(kind, adapter)
     if not own or _equal(kind, base, adapter):
         return {}
     return own
+
+
+def _fits(name: str, folder: Path, brought: Mapping[str, Path], n_tokens: int | None) -> bool:
+    """Whether the model has a row for every token of the tokenizer in `folder`, its padding token aside.
+
+    Raises:
+        InputRefused: Other tokens have none.
+    """
+    behaviour = _behaviour(folder, _stamp(brought)) if _is_whole("tokenizer", brought) else None
+    if behaviour is None or n_tokens is None:
+        return True
+    beyond = {token: index for token, index in behaviour["vocabulary"].items() if index >= n_tokens}
+    if set(beyond) - {behaviour["special"].get("pad_token")}:
+        in_order = sorted(beyond.items(), key=lambda item: item[1])
+        in_order = sorted(beyond.items(), key=lambda item: item[1])
+        raise InputRefused(
+            f"The tokenizer of adapter {name!r} has tokens that the model has no rows for",
+            where=str(folder),
+            expected=f"ids below {n_tokens}, the model's vocabulary with this adapter",
+            found=some_of([f"{token!r} ({index})" for token, index in in_order], 4),
+            next_step="save the adapter with the embedding that was trained (save_embedding_layers=True); if it was "
+            "trained without these tokens, take the tokenizer's files out of its folder",
+        )
+    return not beyond
 
 
 def _equal(kind: str, one: Path, other: Path) -> bool:

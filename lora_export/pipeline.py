@@ -106,7 +106,8 @@ def export(request: Request, options: ExportOptions, *, progress: Progress = sil
                 files |= write_genai_config(folder, plan.config, contracts[SINGLE])
             kind = ExportKind.DYNAMIC if request.mode == "dynamic" else ExportKind.MERGED
             how = (kind, plan.task, plan.dtype, request.provider)
-            manifest = Manifest(*how, sources.base, records, contracts, dict(sorted(files.items())))
+            files = dict(sorted(files.items()))
+            manifest = Manifest(*how, sources.base, records, contracts, files, pad_token_id=plan.pad_token_id)
             write_manifest(folder, manifest)
             if signer is not None:
                 sign(folder, signer)
@@ -145,6 +146,7 @@ def add_adapter(
     options: AddOptions = AddOptions(),
     *,
     progress: Progress = silent,
+    remark: Remark = mute,
 ) -> Manifest:
     """Pack more adapters for the dynamic export in `folder`, without exporting its graph again.
 
@@ -164,7 +166,10 @@ def add_adapter(
     base, _ = locate_sources(manifest, SourceOverrides(overrides.base), only_base=True)
     how = (manifest.task, manifest.dtype, manifest.provider)
     how_read = {"convert_rank": options.convert_rank, "residual_base": options.residual_base}
+    how_read |= {"pad_token_id": manifest.pad_token_id}
     plan = make_plan(Request(str(base), tuple(adapters), "dynamic", *how, **how_read), added_to=folder)
+    for sentence in plan.remarks:
+        remark(sentence)
     taken = [source.name for source in plan.folders if source.name in {r.name for r in manifest.adapters}]
     if taken:
         raise InputRefused(
@@ -270,7 +275,8 @@ def export_compared(
     how = (manifest.task, manifest.dtype, manifest.provider)
     for done, (label, folded) in enumerate(chosen.items()):
         progress("exporting what to compare with", done, len(chosen))
-        request = Request(str(base), folded, "merge", *how, residual_base=residual)
+        same = {"residual_base": residual, "pad_token_id": manifest.pad_token_id}
+        request = Request(str(base), folded, "merge", *how, **same)
         export(request, ExportOptions(out / label, zeros_for_missing_head=True))
     return {label: out / label for label in chosen}
 

@@ -36,7 +36,7 @@ def run_trial(
         return head | {"results": _write_targets(session, place, inputs, adapters, max_new_tokens)}
     if task is Task.TEXT_GENERATION:
         return head | {"results": _generate(session, place, inputs, adapters, max_new_tokens)}
-    batcher = Batcher(place, task, manifest.contract)
+    batcher = Batcher(place, task, manifest.contract, pad_token_id=manifest.pad_token_id)
     missing = [name for name in inputs if batcher.takes_images and not Path(name).is_file()]
     if missing:
         raise InputRefused("There is no such image file", where=missing[0])

@@ -13,7 +13,7 @@ import transformers
 from lora_export.artifact import read_manifest
 from lora_export.carried import copy_carried, plan_added, plan_carried
 from lora_export.errors import InputRefused
-from lora_export.export.plan import Request
+from lora_export.export.plan import Request, make_plan
 from lora_export.integrity.sources import SourceOverrides
 from lora_export.pipeline import ExportOptions, add_adapter, export
 from lora_export.trial import run_trial
@@ -34,6 +34,17 @@ def with_tokenizer(adapter: Path, folder: Path, base: Path, *tokens: str, templa
 
 def tokens_of(folder: Path, text: str = CHAT) -> list[int]:
     return transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def roomy(bases, tmp_path_factory) -> Path:
+    """The decoder with rows for more tokens than its tokenizer has, as published ones have."""
+    folder = tmp_path_factory.mktemp("carried") / "roomy"
+    model = transformers.AutoModelForCausalLM.from_pretrained(bases["llama"])
+    model.resize_token_embeddings(tiny.VOCABULARY + 4, mean_resizing=False)
+    model.save_pretrained(folder)
+    tiny.save_tokenizer(folder, classifier=False)
+    return folder
 
 
 def write(folder: Path, *names: str) -> Path:
@@ -88,13 +99,13 @@ def test_the_base_s_tokenizer_saved_again_is_the_base_s(bases, adapters, tmp_pat
 
 
 @pytest.mark.parametrize("mode", ["merge", "dynamic"])
-def test_an_export_has_the_tokenizer_that_its_adapter_was_trained_with(mode, bases, adapters, tmp_path):
-    mine = with_tokenizer(
-        adapters["chat"], tmp_path / "mine", bases["llama"], "<|im_start|>", "<|im_end|>", template=TEMPLATE
-    )
-    out = tmp_path / "out"
-    manifest = export(Request(str(bases["llama"]), ((str(mine), None),), mode), ExportOptions(out))
-    assert tokens_of(out) == tokens_of(mine) != tokens_of(bases["llama"])
+def test_an_export_has_the_tokenizer_that_its_adapter_was_trained_with(mode, roomy, adapters, tmp_path):
+    mine = with_tokenizer(adapters["chat"], tmp_path / "mine", roomy, "<|im_start|>", "<|im_end|>", template=TEMPLATE)
+    out, said = tmp_path / "out", []
+    request = Request(str(roomy), ((str(mine), None),), mode)
+    manifest = export(request, ExportOptions(out), remark=said.append)
+    assert said == ["the export has the tokenizer of adapter 'mine' in place of the base's"]
+    assert tokens_of(out) == tokens_of(mine) != tokens_of(roomy)
     assert transformers.AutoTokenizer.from_pretrained(out).chat_template == TEMPLATE
     assert manifest.adapter("mine").preprocessing == "." == read_manifest(out).adapter("mine").preprocessing
     assert {"tokenizer.json", "chat_template.jinja"} <= set(manifest.files)
@@ -105,7 +116,9 @@ def test_several_adapters_of_a_dynamic_export_keep_their_own(bases, adapters, tm
     tiny.save_tokenizer(mine, classifier=True)  # it puts [CLS] and [SEP] around a text
     out = tmp_path / "out"
     pair = ((str(mine), None), (str(adapters["code"]), None))
-    manifest = export(Request(str(bases["llama"]), pair, "dynamic"), ExportOptions(out))
+    said = []
+    manifest = export(Request(str(bases["llama"]), pair, "dynamic"), ExportOptions(out), remark=said.append)
+    assert said == ["adapter 'mine' keeps its own tokenizer, other than the base's, in adapters/mine/"]
     assert manifest.adapter("mine").preprocessing == "adapters/mine"
     assert manifest.adapter("code").preprocessing is None
     assert tokens_of(out / "adapters/mine") == tokens_of(mine)
@@ -122,17 +135,40 @@ def test_several_adapters_of_a_dynamic_export_keep_their_own(bases, adapters, tm
     assert found != generate(session, base, "mine", max_new_tokens=4)[0]
 
 
-def test_an_added_adapter_brings_its_own(bases, adapters, tmp_path):
-    out = tmp_path / "out"
-    export(Request(str(bases["llama"]), ((str(adapters["code"]), None),), "dynamic"), ExportOptions(out))
-    mine = with_tokenizer(adapters["chat"], tmp_path / "mine", bases["llama"], "<|im_start|>")
+def test_an_added_adapter_brings_its_own(roomy, adapters, tmp_path):
+    out, said = tmp_path / "out", []
+    export(Request(str(roomy), ((str(adapters["code"]), None),), "dynamic"), ExportOptions(out))
+    mine = with_tokenizer(adapters["chat"], tmp_path / "mine", roomy, "<|im_start|>")
     assert plan_added(out, {"chat": adapters["chat"]}).files == {}
-    manifest = add_adapter(out, ((str(mine), None),), SourceOverrides())
+    manifest = add_adapter(out, ((str(mine), None),), SourceOverrides(), remark=said.append)
+    assert said == ["adapter 'mine' keeps its own tokenizer, other than the export's, in adapters/mine/"]
     assert manifest.adapter("mine").preprocessing == "adapters/mine"
     assert tokens_of(out / "adapters/mine") == tokens_of(mine)
     from lora_export.integrity.verify import verify
 
     assert verify(out).passed
+
+
+@pytest.mark.parametrize("mode", ["merge", "dynamic"])
+def test_tokens_without_a_row_in_the_model_are_refused(mode, bases, adapters, tmp_path):
+    mine = with_tokenizer(adapters["chat"], tmp_path / "mine", bases["llama"], "<|im_start|>", "<|im_end|>")
+    with pytest.raises(InputRefused, match="'mine' has tokens that the model has no rows for") as refused:
+        make_plan(Request(str(bases["llama"]), ((str(mine), None),), mode))
+    assert refused.value.found == "'<|im_start|>' (260), '<|im_end|>' (261)"
+    assert refused.value.expected.startswith("ids below 260") and "save_embedding_layers" in refused.value.next_step
+
+
+def test_a_padding_token_without_a_row_leaves_the_base_s_tokenizer(bases, adapters, tmp_path):
+    """A trainer that needs padding adds a token for it; no model is ever given it where it is masked."""
+    mine = with_tokenizer(adapters["chat"], tmp_path / "mine", bases["llama"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(mine)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(mine)
+    plan = make_plan(Request(str(bases["llama"]), ((str(mine), None),), "merge"))
+    assert plan.carried.places == {} and plan.carried.files["tokenizer.json"].parent == bases["llama"]
+    assert plan.remarks == (
+        "the tokenizer of adapter 'mine' pads with a token that the model has no row for: the base's is used",
+    )
 
 
 def test_merged_adapters_with_different_tokenizers_are_refused(bases, adapters, tmp_path):

@@ -94,8 +94,9 @@ class CheckContext:
         adapters = [
             TrainedAdapter(self.request.adapters[r.name], r.weight, r.convert_rank, r.residual_base) for r in records
         ]
-        how = (self.session.manifest.dtype, n_labels)
-        return Reference(self.task, self.request.base, adapters, *how, with_precise=self.with_precise)
+        manifest = self.session.manifest
+        how = {"with_precise": self.with_precise, "pad_token_id": manifest.pad_token_id}
+        return Reference(self.task, self.request.base, adapters, manifest.dtype, n_labels, **how)
 
 
 # What the rows of a batch are compared by: the first of these that a model gives; of a dual encoder, two embeddings.

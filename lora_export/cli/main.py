@@ -77,6 +77,7 @@ def _export(mode: str, paths: Sequence[str], flags: options.ExportFlags, how: Ex
             weights=how.weights,
             convert_rank=how.convert_rank,
             residual_base=flags.residual_base,
+            pad_token_id=flags.pad_token_id,
         )
         if flags.dry_run:
             found = describe.describe_plan(request, flags.out, how.targets, flags.sign_key)
@@ -165,7 +166,9 @@ def add(out: Path, paths: tuple[str, ...], flags: options.AddFlags) -> None:
 
         was_signed = (out / SIGNATURE).exists()
         how = pipeline.AddOptions(flags.convert_rank, flags.residual_base, flags.sign_key)
-        manifest = pipeline.add_adapter(out, adapters, SourceOverrides(flags.base), how, progress=display.progress)
+        manifest = pipeline.add_adapter(
+            out, adapters, SourceOverrides(flags.base), how, progress=display.progress, remark=display.say
+        )
         if was_signed and flags.sign_key is None:
             display.say(f"removed {out / SIGNATURE}: it signed the folder without this adapter (--sign-key signs anew)")
         display.result(describe.describe_export(out, manifest), text.export_text)

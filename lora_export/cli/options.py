@@ -132,6 +132,13 @@ residual_base = click.option(
 )
 
 
+pad_token_id = click.option(
+    "--pad-token-id",
+    type=click.IntRange(min=0),
+    help="Padding token that a classifier on a decoder was trained with.  [default: the adapter's, else the base's]",
+)
+
+
 def together(*options: Decorator) -> Decorator:
     """One decorator of several, listed in `--help` in the order given."""
 
@@ -154,6 +161,7 @@ class ExportFlags:
     provider: str | None
     names: tuple[str, ...]
     residual_base: bool
+    pad_token_id: int | None
     no_cache: bool
     sign_key: Path | None
     dry_run: bool
@@ -214,7 +222,21 @@ def as_flags(kind: type, *options: Decorator) -> Decorator:
 
 export_options = as_flags(
     ExportFlags,
-    *(out, overwrite, task, dtype, fuse_for, names, residual_base, no_cache, sign_key, dry_run, as_json, quiet),
+    *(
+        out,
+        overwrite,
+        task,
+        dtype,
+        fuse_for,
+        names,
+        residual_base,
+        pad_token_id,
+        no_cache,
+        sign_key,
+        dry_run,
+        as_json,
+        quiet,
+    ),
 )
 examine_options = as_flags(ExamineFlags, base, moved_adapters, run_on, as_json, quiet)
 add_options = as_flags(AddFlags, names, convert_rank, residual_base, base, sign_key, as_json, quiet)

@@ -1,6 +1,7 @@
 """From a request to all that an export holds: what was asked for, its numbers, its graphs, its records.
 
     plan.py        what was asked for, checked before any work
+    padding.py     the padding token of a classifier on a decoder
     resolve.py     the adapters, read, and the source of every parameter
     weights.py     the numbers: checkpoint tensors with adapters folded in, one at a time
     completion.py  what an adapter needs of the base, and what of it a mode cannot export

@@ -18,6 +18,7 @@ from lora_export.base.tasks import CLASSIFICATION, SEQ2SEQ, Task, resolve_task
 from lora_export.base.weightless import build_weightless, vocabulary_tables
 from lora_export.carried import Carried, plan_added, plan_carried
 from lora_export.errors import InputRefused, UsageProblem
+from lora_export.export.padding import choose_padding, reads_last_token, with_padding
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Request:
             energy between 0 and 1; None to refuse them.
         residual_base: The base is the one that the adapters' start (PiSSA, CorDA, LoftQ, LoRA-GA) left, so their pairs
             are plain ones on it.
+        pad_token_id: The padding token of a classifier on a decoder; None for the adapters', else the base's.
     """
 
     base: str | None
@@ -45,6 +47,7 @@ class Request:
     weights: tuple[float, ...] = ()
     convert_rank: float | None = None
     residual_base: bool = False
+    pad_token_id: int | None = None
 
     @property
     def weight_of_each(self) -> tuple[float, ...]:
@@ -59,6 +62,7 @@ class Plan:
         config: The `PretrainedConfig` the graph is traced from; for a merge, with the adapter's number of labels.
         adapter_configs: The config each adapter's head was trained for, in the order of `folders`.
         carried: The files that a host needs beside the graph.
+        pad_token_id: The padding token by which a classifier on a decoder finds the token to read; None for others.
         remarks: What was decided for the user and is worth a word.
     """
 
@@ -70,6 +74,7 @@ class Plan:
     config: object
     adapter_configs: tuple[object, ...]
     carried: Carried
+    pad_token_id: int | None = None
     remarks: tuple[str, ...] = ()
 
     @property
@@ -109,18 +114,36 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     task = resolve_task(request.task, checkpoint.config, peft_tasks, str(checkpoint.path))
     _refuse_activated(folders, task)
     dtype, remarks = _dtype_of(request, checkpoint)
-    paths = {folder.name: folder.path for folder in folders}
-    is_new = added_to is None
-    carried = plan_carried(checkpoint.path, paths, request.mode) if is_new else plan_added(added_to, paths)
-    config = checkpoint.load_config()
+    config, pad_token_id = checkpoint.load_config(), None
     adapter_configs = ()
-    if folders:
+    if folders or task is Task.TEXT_CLASSIFICATION:
         model = build_weightless(task, config, "float32", most_parameters=checkpoint.most_parameters)
         folders = tuple(with_todays_names(folder, model) for folder in folders)
+        if reads_last_token(task, model):
+            pad_token_id, said = choose_padding(
+                request.pad_token_id, folders, checkpoint, config, is_fixed=added_to is not None
+            )
+            config, remarks = with_padding(config, pad_token_id), remarks + said
         adapter_configs = _configs_for(config, task, folders, model)
+    if request.pad_token_id is not None and pad_token_id is None:
+        raise UsageProblem(
+            "--pad-token-id is for classifiers on decoders, which read a text at its last token",
+            found=f"{task} on {config.model_type}",
+            next_step="leave it out",
+        )
+    paths = {folder.name: folder.path for folder in folders}
+    sizes = {f.name: _vocabulary(config) for f, config in zip(folders, adapter_configs, strict=True)}
+    is_new = added_to is None
+    carry = (checkpoint.path, paths, request.mode, sizes)
+    carried = plan_carried(*carry) if is_new else plan_added(added_to, paths, sizes)
     if request.mode == "merge" and adapter_configs:
         config = _merged_config(folders, adapter_configs)
-    return Plan(request, checkpoint, folders, task, dtype, config, adapter_configs, carried, remarks)
+    remarks += carried.remarks
+    return Plan(request, checkpoint, folders, task, dtype, config, adapter_configs, carried, pad_token_id, remarks)
+
+
+def _vocabulary(config) -> int | None:
+    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def _dtype_of(request: Request, checkpoint: Checkpoint) -> tuple[str, tuple[str, ...]]:

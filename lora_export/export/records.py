@@ -16,6 +16,7 @@ from lora_export.artifact import ADAPTERS, AdapterRecord, Manifest, SourceRecord
 from lora_export.base.stored import weight_files
 from lora_export.contract import GraphContract, adapter_file
 from lora_export.errors import InputRefused, some_of
+from lora_export.export.padding import padded_fields
 from lora_export.export.plan import Plan, local_path
 from lora_export.export.resolve import Resolved
 from lora_export.export.weights import Parameters
@@ -47,7 +48,8 @@ def _hash_sources(plan: Plan) -> Sources:
 
 def write_config(plan: Plan, folder: Path) -> dict[str, str]:
     """Write the base's `config.json` with the labels of the exported head and its vocabulary; sha256 by file name."""
-    fields = plan.checkpoint.config | {"id2label": plan.config.id2label, "label2id": plan.config.label2id}
+    fields = padded_fields(plan.checkpoint.config, plan.pad_token_id)
+    fields |= {"id2label": plan.config.id2label, "label2id": plan.config.label2id}
     if "vocab_size" in fields:
         fields["vocab_size"] = plan.config.vocab_size
     path = folder / "config.json"

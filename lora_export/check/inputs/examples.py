@@ -145,12 +145,20 @@ class Batcher:
 
     Args:
         tokenizer: See `tokenizers.tokenizer_of`; None for the one in `folder`.
+        pad_token_id: What the graph takes for padding (`Manifest.pad_token_id`); None for the tokenizer's.
     """
 
     noise_description = "seeded noise in the shape of images"
 
-    def __init__(self, folder: Path, task: Task, contract: GraphContract, tokenizer: object = None) -> None:
-        self._task, self._folder = task, folder
+    def __init__(
+        self,
+        folder: Path,
+        task: Task,
+        contract: GraphContract,
+        tokenizer: object = None,
+        pad_token_id: int | None = None,
+    ) -> None:
+        self._task, self._folder, self._pad_token_id = task, folder, pad_token_id
         self._names = [spec.name for spec in contract.inputs]
         self._pixels = next((spec for spec in contract.inputs if spec.name == "pixel_values"), None)
         if self.takes_images:
@@ -180,6 +188,8 @@ class Batcher:
         )
         inputs = {name: np.asarray(encoded[name], np.int64) for name in self._names if name in encoded}
         mask = np.asarray(encoded["attention_mask"], np.int64)
+        if self._pad_token_id is not None:
+            inputs["input_ids"] = np.where(mask == 1, inputs["input_ids"], self._pad_token_id)
         if "position_ids" in self._names:
             inputs["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)
         if self._pixels is not None:  # a dual encoder: images beside the texts, seeded noise

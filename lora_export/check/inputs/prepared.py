@@ -69,4 +69,4 @@ def _batcher(folder: Path, manifest: Manifest, adapter: str | None = None) -> An
     tokenizer = tokenizer_of(folder, manifest, adapter) if takes_text else None
     if task in SEQ2SEQ:
         return Seq2SeqBatcher(folder, manifest, tokenizer)
-    return Batcher(folder, task, manifest.contract, tokenizer)
+    return Batcher(folder, task, manifest.contract, tokenizer, manifest.pad_token_id)

@@ -35,6 +35,7 @@ class Reference:
         dtype: "float32", "float16", "bfloat16" or "float64".
         n_labels: Size of the head to build; None for the base's own.
         with_precise: Whether to keep the same model at a wider dtype as well.
+        pad_token_id: Of a classifier on a decoder; None for what the base's config says.
 
     Attributes:
         precise: The same at the wider dtype, whose distance from this one is PyTorch's rounding; None without.
@@ -49,10 +50,13 @@ class Reference:
         n_labels: int | None,
         *,
         with_precise: bool = False,
+        pad_token_id: int | None = None,
     ) -> None:
         self._task, self._base, self._n_labels = task, base, n_labels
-        self._dtype = _DTYPES[dtype]
-        self.precise = Reference(task, base, adapters, WIDER[dtype], n_labels) if with_precise else None
+        self._dtype, self._pad_token_id = _DTYPES[dtype], pad_token_id
+        self.precise = None
+        if with_precise:
+            self.precise = Reference(task, base, adapters, WIDER[dtype], n_labels, pad_token_id=pad_token_id)
         with quiet():
             if not adapters:
                 model = self._load(self._dtype)
@@ -74,9 +78,12 @@ class Reference:
             options["experts_implementation"] = "eager"  # the grouped product of a mixture has no float64
             dtype = torch.float32  # starts that change the base (PiSSA) want it so; made float64 once that is done
         config = AutoConfig.from_pretrained(self._base, trust_remote_code=False, local_files_only=True)
-        return model_class(self._task, config).from_pretrained(
+        model = model_class(self._task, config).from_pretrained(
             self._base, dtype=dtype, trust_remote_code=False, local_files_only=True, **options
         )
+        if self._pad_token_id is not None:
+            model.config.get_text_config().pad_token_id = self._pad_token_id
+        return model
 
     def _load_for(self, adapter: TrainedAdapter, dtype: torch.dtype) -> torch.nn.Module:
         """The base as the adapter was trained on it: with the vocabulary that its file has."""
