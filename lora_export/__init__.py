@@ -1,6 +1,6 @@
 """lora-export: from a Transformers base and PEFT adapters to ONNX Runtime, with proof.
 
-    pipeline.py     the main path: export, add_adapter, check, bench, extract_adapter
+    pipeline.py     the main path: export, add_adapter, remove_adapters, check, bench, extract_adapter
     trial.py        `run`: try an export
 
     cli/            all of Click; the only room that exits (a verdict's exit code: cli/output.py)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -138,6 +138,13 @@ def _is_licence(path: Path) -> bool:
 def _licences(adapters: Mapping[str, Path]) -> dict[str, Path]:
     found = [(name, path) for name, folder in adapters.items() for path in carried_files(folder) if _is_licence(path)]
     return {f"{path.stem}.{name}{path.suffix}": path for name, path in found}
+
+
+def licensed_adapter(file: str, names: Sequence[str]) -> str | None:
+    """Which of the adapters `names` a licence file of an export is of, by its name (`LICENSE.<adapter>.md`)."""
+    _, _, rest = file.partition(".")
+    of = [name for name in names if rest == name or rest.startswith(f"{name}.")]
+    return max(of, key=len, default=None) if "/" not in file and _is_licence(Path(file)) else None
 
 
 def _files(kind: str, folder: Path) -> dict[str, Path]:

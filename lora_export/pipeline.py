@@ -3,18 +3,19 @@
     request ─► plan (refusals) ─► resolve (PEFT reads the adapters) ─► finished weightless graphs (cached)
             ─► write, one weight at a time ─► side files ─► manifest ─► the folder appears
 
-and from the folder: check (unmerged PEFT against ONNX Runtime), bench (paired latencies), add_adapter (one more).
+and from the folder: check (unmerged PEFT against ONNX Runtime), bench (paired latencies), add_adapter and
+remove_adapters.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from lora_export.adapters.pack import choose_sites
-from lora_export.artifact import ADAPTERS, REPORTS, SIGNATURE, ExportKind, Manifest, read_manifest, write_manifest
+from lora_export.artifact import REPORTS, ExportKind, Manifest, read_manifest, write_manifest
 from lora_export.base.tasks import Task
 from lora_export.bench.plan import BASE, MERGED, BenchOptions, BenchPlan, foldable, plan_bench
 from lora_export.bench.results import BenchReport
@@ -24,12 +25,12 @@ from lora_export.check.context import CheckOptions, CheckRequest
 from lora_export.check.inputs.examples import read_examples
 from lora_export.check.results import CheckReport
 from lora_export.check.run import begin_check, run_cases
-from lora_export.contract import SINGLE, adapter_file
-from lora_export.errors import InputRefused
+from lora_export.contract import SINGLE
 from lora_export.export.genai import write_genai_config
-from lora_export.export.graphs import contract_of, finished_graphs, require_described, target_modules
+from lora_export.export.graphs import contract_of, finished_graphs, target_modules
+from lora_export.export.lifecycle import AddOptions, add_to, remove_from
 from lora_export.export.plan import Request, make_plan
-from lora_export.export.records import adapter_records, hashed_sources, hashes_of, require_gated, write_config
+from lora_export.export.records import adapter_records, hashed_sources, hashes_of, write_config
 from lora_export.export.resolve import resolve
 from lora_export.extract.results import ExtractReport
 from lora_export.extract.run import ExtractRequest, run_extract
@@ -125,25 +126,11 @@ class _Meter:
         self._progress("writing weights", self._done, self._total)
 
 
-@dataclass(frozen=True)
-class AddOptions:
-    """How to read the adapters that are added to an export, and whether to sign it anew.
-
-    Attributes:
-        convert_rank, residual_base: As in `Request`.
-        sign_key: Private key (PEM); without one, a signature of the folder as it was is removed.
-    """
-
-    convert_rank: float | None = None
-    residual_base: bool = False
-    sign_key: Path | None = None
-
-
 def add_adapter(
     folder: Path,
     adapters: Sequence[tuple[str, str | None]],
     overrides: SourceOverrides = _NOT_MOVED,
-    options: AddOptions = AddOptions(),
+    options: AddOptions = AddOptions(),  # noqa: B008 a value that does not change
     *,
     progress: Progress = silent,
     remark: Remark = mute,
@@ -152,49 +139,24 @@ def add_adapter(
 
     Raises:
         InputRefused: The export is merged, the base is not the one it was made from, an adapter's name is taken, or
-            an adapter needs a module that the graph has no inputs for.
+            an adapter needs a module that the graph has no inputs for. The export is as it was.
     """
-    signer = signer_with(options.sign_key) if options.sign_key is not None else None
-    manifest = read_manifest(folder)
-    if manifest.kind is not ExportKind.DYNAMIC:
-        raise InputRefused(
-            "A merged export holds one task and takes no more adapters",
-            where=str(folder),
-            next_step="export with `lora-export dynamic` to serve several",
-        )
-    require_described(manifest, folder)
-    base, _ = locate_sources(manifest, SourceOverrides(overrides.base), only_base=True)
-    how = (manifest.task, manifest.dtype, manifest.provider)
-    how_read = {"convert_rank": options.convert_rank, "residual_base": options.residual_base}
-    how_read |= {"pad_token_id": manifest.pad_token_id}
-    plan = make_plan(Request(str(base), tuple(adapters), "dynamic", *how, **how_read), added_to=folder)
-    for sentence in plan.remarks:
-        remark(sentence)
-    taken = [source.name for source in plan.folders if source.name in {r.name for r in manifest.adapters}]
-    if taken:
-        raise InputRefused(
-            f"The export already has an adapter {taken[0]!r}", where=str(folder), next_step="name it with --name"
-        )
-    progress("reading adapters", 0, 1)
-    with hashed_sources(plan) as sources_when_hashed:
-        resolved = resolve(plan)
-        for adapter in resolved.adapters:
-            require_gated(adapter, manifest)
-        sources = sources_when_hashed()
-    packed = [f"{ADAPTERS}/{adapter_file(a.name, graph)}" for a in resolved.adapters for graph in manifest.graphs]
-    try:
-        records = adapter_records(plan, resolved, sources, manifest.graphs, folder)
-        files = manifest.files | hashes_of(records, folder) | copy_carried(plan.carried, folder)
-    except BaseException:
-        for file in (*packed, *plan.carried.files):
-            (folder / file).unlink(missing_ok=True)
-        raise
-    manifest = replace(manifest, adapters=(*manifest.adapters, *records), files=dict(sorted(files.items())))
-    (folder / SIGNATURE).unlink(missing_ok=True)  # it speaks of the folder as it was
-    write_manifest(folder, manifest)
-    if signer is not None:
-        sign(folder, signer)
-    return manifest
+    return add_to(folder, adapters, overrides, options, progress, remark)
+
+
+def remove_adapters(
+    folder: Path, names: Sequence[str], *, sign_key: Path | None = None, remark: Remark = mute
+) -> Manifest:
+    """Take adapters out of the dynamic export in `folder`: their entries of the manifest, and their files.
+
+    Args:
+        sign_key: Private key (PEM); without one, a signature of the folder as it was is removed.
+
+    Raises:
+        InputRefused: The export is merged.
+        UsageProblem: It has no such adapter; nothing was removed.
+    """
+    return remove_from(folder, names, sign_key, remark)
 
 
 def check(

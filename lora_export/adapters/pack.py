@@ -12,10 +12,11 @@ import torch
 
 from lora_export.adapters.factors import Adapter, LoraFactors, TokenRows, dora_gain, fold, fold_dora, served_pair
 from lora_export.contract import AdapterInputKind, GraphContract, KindSpec, SiteChoice, spec_of
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, some_of
 
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
+_PAIR = frozenset({AdapterInputKind.LORA_A, AdapterInputKind.LORA_B})
 _WEIGHT, _BIAS = spec_of(AdapterInputKind.WEIGHT), spec_of(AdapterInputKind.BIAS)
 
 
@@ -86,19 +87,21 @@ def pack(
         packer.add_bias(pair)
     for module in _modules_of(_WEIGHT, adapter.token_rows):
         packer.add_tokens(module, adapter.token_rows[_WEIGHT.name(module)])
-    missing = [module for module in dict.fromkeys(packer.missing) if module not in elsewhere]
+    missing = {module: kinds for module, kinds in packer.missing.items() if module not in elsewhere}
     if missing:
+        takes_pairs = all(kinds <= _PAIR and module in adapter.lora for module, kinds in missing.items())
+        or_targets = ", or name its modules with --targets (all-linear for all)" if takes_pairs else ""
         raise InputRefused(
             f"Adapter {adapter.name!r} needs modules that the graph has no inputs for",
-            where=", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else ""),
+            where=some_of(list(missing), 6),
             expected=f"one of the {len(contract.modules)} modules that the graph serves, in the same way",
-            next_step="export again with this adapter in the list, or name its modules with --targets",
+            next_step=f"export again with `lora-export dynamic`: list this adapter among the others{or_targets}",
         )
     return dict(sorted(packer.tensors.items()))
 
 
 class _Packer:
-    """Collects tensors by input name, and the modules that the graph has no input for."""
+    """Collects tensors by input name, and the modules and kinds that the graph has no input for."""
 
     def __init__(
         self,
@@ -108,13 +111,13 @@ class _Packer:
     ) -> None:
         self._contract, self._base_weight, self._replaced = contract, base_weight, replaced
         self.tensors: dict[str, torch.Tensor] = {}
-        self.missing: list[str] = []
+        self.missing: dict[str, set[AdapterInputKind]] = {}
 
     def put(self, module: str, kind: AdapterInputKind, tensor: torch.Tensor) -> None:
         """Give the module's input of `kind` the value `tensor`, without its axis of rows."""
         entry = self._contract.of_module(module).get(kind)
         if entry is None:
-            self.missing.append(module)
+            self.missing.setdefault(module, set()).add(kind)
         else:
             self.tensors[entry.name] = tensor.unsqueeze(0).to(_TORCH_DTYPES[entry.dtype]).contiguous()
 

@@ -30,6 +30,7 @@ def main() -> None:
     merge     fold adapters into one static graph        (one task)
     dynamic   one graph whose adapters are inputs        (many tasks, mixed in a batch)
     add       one more adapter for a dynamic export
+    remove    an adapter of a dynamic export that goes
     check     compare an export with unmerged PEFT       (exit 1 if it differs)
     bench     latency of base, merged, dynamic, mixed    (exit 1 if too slow, 5 if undecided)
     verify    compare an export with its manifest        (exit 1 if a file differs)
@@ -126,7 +127,9 @@ def merge(paths: tuple[str, ...], weights: tuple[float, ...], flags: options.Exp
 @main.command()
 @click.argument("paths", nargs=-1, required=True, metavar="[BASE] [ADAPTER]...")
 @click.option(
-    "--targets", multiple=True, help="Also give this module adapter inputs (a path, or its last parts); repeat."
+    "--targets",
+    multiple=True,
+    help="Also give this module adapter inputs: a path, its last parts, or all-linear; repeat.",
 )
 @options.convert_rank
 @options.export_options
@@ -152,8 +155,9 @@ def add(out: Path, paths: tuple[str, ...], flags: options.AddFlags) -> None:
     A signature of OUT ends with it, unless --sign-key makes it anew.
 
     \b
-    Example:
+    Examples:
       lora-export add served adapters/language
+      lora-export add served retrained/topic --replace
     """
     display = Display(as_json=flags.as_json, quiet=flags.quiet)
     with guarded(display):
@@ -165,12 +169,40 @@ def add(out: Path, paths: tuple[str, ...], flags: options.AddFlags) -> None:
         from lora_export.integrity.sources import SourceOverrides
 
         was_signed = (out / SIGNATURE).exists()
-        how = pipeline.AddOptions(flags.convert_rank, flags.residual_base, flags.sign_key)
+        how = pipeline.AddOptions(flags.convert_rank, flags.residual_base, flags.sign_key, flags.replace)
         manifest = pipeline.add_adapter(
             out, adapters, SourceOverrides(flags.base), how, progress=display.progress, remark=display.say
         )
         if was_signed and flags.sign_key is None:
             display.say(f"removed {out / SIGNATURE}: it signed the folder without this adapter (--sign-key signs anew)")
+        display.result(describe.describe_export(out, manifest), text.export_text)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@options.sign_key
+@options.as_json
+@options.quiet
+def remove(out: Path, names: tuple[str, ...], sign_key: Path | None, as_json: bool, quiet: bool) -> None:
+    """Take adapters out of the dynamic export OUT; its graph stays.
+
+    A signature of OUT ends with it, unless --sign-key makes it anew.
+
+    \b
+    Example:
+      lora-export remove served topic
+    """
+    display = Display(as_json=as_json, quiet=quiet)
+    with guarded(display):
+        from lora_export import pipeline
+        from lora_export.artifact import SIGNATURE
+        from lora_export.export import describe
+
+        was_signed = (out / SIGNATURE).exists()
+        manifest = pipeline.remove_adapters(out, names, sign_key=sign_key, remark=display.say)
+        if was_signed and sign_key is None:
+            display.say(f"removed {out / SIGNATURE}: it signed the folder with this adapter (--sign-key signs anew)")
         display.result(describe.describe_export(out, manifest), text.export_text)
 
 

@@ -139,6 +139,9 @@ pad_token_id = click.option(
 )
 
 
+replace = click.option("--replace", is_flag=True, help="Put an adapter in the place of the one that has its name.")
+
+
 def together(*options: Decorator) -> Decorator:
     """One decorator of several, listed in `--help` in the order given."""
 
@@ -188,6 +191,7 @@ class AddFlags:
     convert_rank: float | None
     residual_base: bool
     base: str | None
+    replace: bool
     sign_key: Path | None
     as_json: bool
     quiet: bool
@@ -239,7 +243,7 @@ export_options = as_flags(
     ),
 )
 examine_options = as_flags(ExamineFlags, base, moved_adapters, run_on, as_json, quiet)
-add_options = as_flags(AddFlags, names, convert_rank, residual_base, base, sign_key, as_json, quiet)
+add_options = as_flags(AddFlags, names, convert_rank, residual_base, base, replace, sign_key, as_json, quiet)
 extract_options = as_flags(ExtractFlags, out, overwrite, task, dry_run, as_json, quiet)
 
 

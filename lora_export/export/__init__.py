@@ -7,6 +7,7 @@
     completion.py  what an adapter needs of the base, and what of it a mode cannot export
     graphs.py      the finished weightless graphs of a plan, cached
     records.py     adapter files, config, and the entries of the manifest
+    lifecycle.py   adapters of a dynamic export that come, are replaced and go
     genai.py       genai_config.json
     describe.py    inspect and --dry-run, as values
 

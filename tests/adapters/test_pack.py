@@ -84,7 +84,10 @@ def test_modules_that_the_graph_lacks_are_all_named():
     lora = {name: factors(name, 4, 4, 2) for name in names}
     with pytest.raises(InputRefused, match="Adapter 'x' needs modules that the graph has no inputs for") as refused:
         pack(Adapter("x", lora, {"head.weight": torch.zeros(2, 2)}, ("head",), {}), contract, no_base)
-    assert refused.value.where == ", ".join(names[1:7]) + " and 4 more"
+    assert "--targets" not in refused.value.next_step, "which gives no head an input"
+    with pytest.raises(InputRefused) as refused:
+        pack(Adapter("x", lora, {}, (), {}), contract, no_base)
+    assert refused.value.where == ", ".join(names[1:7]) + " and 3 more"
     assert refused.value.expected == "one of the 1 modules that the graph serves, in the same way"
     assert "--targets" in refused.value.next_step
 

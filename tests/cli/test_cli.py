@@ -18,7 +18,7 @@ from lora_export.artifact import read_manifest
 from lora_export.cli.main import main
 from lora_export.cli.output import exit_code_of
 
-COMMANDS = ("merge", "dynamic", "add", "check", "bench", "verify", "extract", "inspect", "run")
+COMMANDS = ("merge", "dynamic", "add", "remove", "check", "bench", "verify", "extract", "inspect", "run")
 
 
 def test_help_has_every_command_and_the_exit_codes():
@@ -73,6 +73,7 @@ except SystemExit as done:
         ["bench", "out", "--max-ratio", "tenth"],
         ["run", "out"],
         ["add", "out"],
+        ["remove", "out"],
         ["extract", "base", "-o", "out", "--rank", "4"],
         ["extract", "base", "tuned", "-o", "out", "--rank", "0"],
         ["extract", "base", "tuned", "-o", "out", "--energy", "1.5"],

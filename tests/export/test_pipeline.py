@@ -347,7 +347,7 @@ def test_add_refuses_by_name_what_the_graph_does_not_serve_and_changes_nothing(e
         add_adapter(out, [(str(fits), "fits"), (str(adapters["shades"]), None)], SourceOverrides())
     assert "'shades'" in refused.value.what
     assert "bert.encoder.layer.0.attention.self.value" in refused.value.where
-    assert "--targets" in refused.value.next_step
+    assert "`lora-export dynamic`: list this adapter among the others" in refused.value.next_step
     assert {str(p): p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 

@@ -1,0 +1,145 @@
+"""Adapters of a dynamic export that come, are replaced and go, without exporting its graph again.
+
+New files are made in a folder of their own and put in place once all of them are there; the manifest is last. So an
+adapter that is refused leaves the export as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_export.artifact import ADAPTERS, SIGNATURE, AdapterRecord, ExportKind, Manifest, read_manifest, write_manifest
+from lora_export.carried import copy_carried, licensed_adapter
+from lora_export.errors import InputRefused
+from lora_export.export.graphs import require_described
+from lora_export.export.plan import Plan, Request, make_plan
+from lora_export.export.records import adapter_records, hashed_sources, hashes_of, require_gated
+from lora_export.export.resolve import resolve
+from lora_export.integrity.signature import sign, signer_with
+from lora_export.integrity.sources import SourceOverrides, locate_sources
+
+
+@dataclass(frozen=True)
+class AddOptions:
+    """How to read the adapters that are added to an export, and whether to sign it anew.
+
+    Attributes:
+        convert_rank, residual_base: As in `Request`.
+        sign_key: Private key (PEM); without one, a signature of the folder as it was is removed.
+        replace: Whether an adapter takes the place of one that has its name; without, it is refused.
+    """
+
+    convert_rank: float | None = None
+    residual_base: bool = False
+    sign_key: Path | None = None
+    replace: bool = False
+
+
+def add_to(
+    folder: Path,
+    adapters: Sequence[tuple[str, str | None]],
+    overrides: SourceOverrides,
+    options: AddOptions,
+    progress: Callable[[str, int, int], None],
+    remark: Callable[[str], None],
+) -> Manifest:
+    """See `pipeline.add_adapter`."""
+    signer = signer_with(options.sign_key) if options.sign_key is not None else None
+    manifest = _dynamic_manifest(folder, "takes no more adapters")
+    require_described(manifest, folder)
+    base, _ = locate_sources(manifest, SourceOverrides(overrides.base), only_base=True)
+    how = (manifest.task, manifest.dtype, manifest.provider)
+    how_read = {"convert_rank": options.convert_rank, "residual_base": options.residual_base}
+    how_read |= {"pad_token_id": manifest.pad_token_id}
+    plan = make_plan(Request(str(base), tuple(adapters), "dynamic", *how, **how_read), added_to=folder)
+    replaced = _replaced(plan, manifest, folder, may_replace=options.replace)
+    for sentence in (*plan.remarks, *_staying(replaced)):
+        remark(sentence)
+    progress("reading adapters", 0, 1)
+    with hashed_sources(plan) as sources_when_hashed, tempfile.TemporaryDirectory(prefix=".add-", dir=folder) as made:
+        resolved = resolve(plan)
+        for adapter in resolved.adapters:
+            require_gated(adapter, manifest)
+        records = adapter_records(plan, resolved, sources_when_hashed(), manifest.graphs, Path(made))
+        files = hashes_of(records, Path(made)) | copy_carried(plan.carried, Path(made))
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (Path(made) / file).replace(folder / file)
+    kept = _without(manifest, replaced)
+    by_name = {record.name: record for record in records}
+    in_place = tuple(by_name.pop(record.name, record) for record in manifest.adapters)
+    changed = replace(manifest, adapters=(*in_place, *by_name.values()), files=dict(sorted((kept | files).items())))
+    _publish(folder, manifest, changed)
+    if signer is not None:
+        sign(folder, signer)
+    return changed
+
+
+def remove_from(folder: Path, names: Sequence[str], sign_key: Path | None, remark: Callable[[str], None]) -> Manifest:
+    """See `pipeline.remove_adapters`."""
+    signer = signer_with(sign_key) if sign_key is not None else None
+    manifest = _dynamic_manifest(folder, "none can be taken out of its weights")
+    gone = [manifest.adapter(name) for name in dict.fromkeys(names)]
+    for sentence in _staying(gone):
+        remark(sentence)
+    left = tuple(record for record in manifest.adapters if record not in gone)
+    changed = replace(manifest, adapters=left, files=_without(manifest, gone))
+    _publish(folder, manifest, changed)
+    if signer is not None:
+        sign(folder, signer)
+    return changed
+
+
+def _dynamic_manifest(folder: Path, why: str) -> Manifest:
+    manifest = read_manifest(folder)
+    if manifest.kind is not ExportKind.DYNAMIC:
+        raise InputRefused(
+            f"A merged export holds one task and {why}",
+            where=str(folder),
+            next_step="export with `lora-export dynamic` to serve several",
+        )
+    return manifest
+
+
+def _replaced(plan: Plan, manifest: Manifest, folder: Path, *, may_replace: bool) -> list[AdapterRecord]:
+    added = {source.name for source in plan.folders}
+    taken = [record for record in manifest.adapters if record.name in added]
+    if taken and not may_replace:
+        raise InputRefused(
+            f"The export already has an adapter {taken[0].name!r}",
+            where=str(folder),
+            next_step="give the new one another name with --name, or put it in the old one's place with --replace",
+        )
+    return taken
+
+
+def _staying(gone: Sequence[AdapterRecord]) -> list[str]:
+    whole = [record.name for record in gone if record.preprocessing == "."]
+    return [f"the export's tokenizer stays the one that adapter {name!r} brought" for name in whole]
+
+
+def _without(manifest: Manifest, gone: Sequence[AdapterRecord]) -> dict[str, str]:
+    """The manifest's files but those that belong to the adapters `gone` alone."""
+    packed = {file for record in gone for file in record.files.values()}
+    places = tuple(f"{ADAPTERS}/{record.name}/" for record in gone)
+    every, names = [record.name for record in manifest.adapters], {record.name for record in gone}
+    return {
+        file: sha256
+        for file, sha256 in manifest.files.items()
+        if file not in packed and not file.startswith(places) and licensed_adapter(file, every) not in names
+    }
+
+
+def _publish(folder: Path, before: Manifest, after: Manifest) -> None:
+    """Write the manifest, then remove the files that it no longer names; a signature speaks of the folder as it was."""
+    (folder / SIGNATURE).unlink(missing_ok=True)
+    write_manifest(folder, after)
+    for file in before.files.keys() - after.files.keys():
+        (folder / file).unlink(missing_ok=True)
+    for record in before.adapters:
+        with contextlib.suppress(OSError):  # not there, or not empty
+            (folder / ADAPTERS / record.name).rmdir()
