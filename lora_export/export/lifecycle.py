@@ -49,7 +49,7 @@ def add_to(
 ) -> Manifest:
     """See `pipeline.add_adapter`."""
     signer = signer_with(options.sign_key) if options.sign_key is not None else None
-    manifest = _dynamic_manifest(folder, "takes no more adapters")
+    manifest = _dynamic_manifest(folder, "A merged export holds one task and takes no more adapters")
     require_described(manifest, folder)
     base, _ = locate_sources(manifest, SourceOverrides(overrides.base), only_base=True)
     how = (manifest.task, manifest.dtype, manifest.provider)
@@ -82,7 +82,7 @@ def add_to(
 def remove_from(folder: Path, names: Sequence[str], sign_key: Path | None, remark: Callable[[str], None]) -> Manifest:
     """See `pipeline.remove_adapters`."""
     signer = signer_with(sign_key) if sign_key is not None else None
-    manifest = _dynamic_manifest(folder, "none can be taken out of its weights")
+    manifest = _dynamic_manifest(folder, "A merged export has its adapters in its weights, and none can be taken out")
     gone = [manifest.adapter(name) for name in dict.fromkeys(names)]
     for sentence in _staying(gone):
         remark(sentence)
@@ -94,11 +94,11 @@ def remove_from(folder: Path, names: Sequence[str], sign_key: Path | None, remar
     return changed
 
 
-def _dynamic_manifest(folder: Path, why: str) -> Manifest:
+def _dynamic_manifest(folder: Path, what: str) -> Manifest:
     manifest = read_manifest(folder)
     if manifest.kind is not ExportKind.DYNAMIC:
         raise InputRefused(
-            f"A merged export holds one task and {why}",
+            what,
             where=str(folder),
             next_step="export with `lora-export dynamic` to serve several",
         )

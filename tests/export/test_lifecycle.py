@@ -75,7 +75,7 @@ def test_what_is_not_there_is_not_removed(exports, own):
     assert refused.value.next_step == "did you mean 'plain'?"
     assert contents(out) == before
     text = fails(3, "remove", exports["bert-merged"], "kind")
-    assert "none can be taken out of its weights" in text and "lora-export dynamic" in text
+    assert "has its adapters in its weights, and none can be taken out" in text and "lora-export dynamic" in text
 
 
 def test_licences_of_names_that_begin_alike_are_told_apart(exports, own, retrained):
