@@ -2,6 +2,7 @@
 
     pipeline.py     the main path: export, add_adapter, remove_adapters, check, bench, extract_adapter
     trial.py        `run`: try an export
+    answers.py      what its outputs say
 
     cli/            all of Click; the only room that exits (a verdict's exit code: cli/output.py)
     export/         from a request to all that an export holds

@@ -118,6 +118,30 @@ BORROWED = (
         "what stays in float32 when a model is loaded in float16", Without.REFUSED,
     ),
     Borrowed(
+        "transformers.modeling_utils:PreTrainedModel._init_weights", "transformers", "5.23",
+        "computes what a checkpoint may lack (sinusoidal positions)", Without.REFUSED,
+    ),
+    Borrowed(
+        "transformers.modeling_utils:PreTrainedModel._keys_to_ignore_on_load_missing", "transformers", "5.23",
+        "which tensors a checkpoint may lack", Without.REFUSED,
+    ),
+    Borrowed(
+        "transformers.modeling_utils:PreTrainedModel._is_stateful", "transformers", "5.23",
+        "tells a decoder with a state beside keys and values", Without.REFUSED,
+    ),
+    Borrowed(
+        "transformers.modeling_utils:PreTrainedModel._can_set_experts_implementation", "transformers", "5.23",
+        "tells a mixture, whose grouped product has no shape in float32", Without.REFUSED,
+    ),
+    Borrowed(
+        "torch._subclasses.fake_tensor:FakeTensorMode", "torch", "2.13",
+        "the shapes of a decoder's cache, by a run of shapes alone", Without.REFUSED,
+    ),
+    Borrowed(
+        "torch.fx.experimental.symbolic_shapes:ShapeEnv", "torch", "2.13",
+        "lets that run meet sizes that depend on numbers (mixtures)", Without.REFUSED,
+    ),
+    Borrowed(
         "transformers.configuration_utils:PretrainedConfig._attn_implementation", "transformers", "5.23",
         "put back after check has looked into an attention", Without.REFUSED,
     ),

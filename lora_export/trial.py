@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from lora_export.answers import (
+    answer_span,
+    class_answer,
+    class_shares,
+    ctc_tokens,
+    depth_answer,
+    likeliest_tokens,
+)
 from lora_export.artifact import Manifest
 from lora_export.base.tasks import SEQ2SEQ, Task
-from lora_export.check.inputs.audio import read_features
-from lora_export.check.inputs.examples import Batcher, Example
+from lora_export.check.inputs.audio import read_features, read_samples
+from lora_export.check.inputs.batcher import Batcher
+from lora_export.check.inputs.examples import Batch, Example
 from lora_export.check.inputs.tokenizers import load_tokenizer
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.runtime.adapter_session import AdapterSession
@@ -37,29 +48,127 @@ def run_trial(
     if task is Task.TEXT_GENERATION:
         return head | {"results": _generate(session, place, inputs, adapters, max_new_tokens)}
     batcher = Batcher(place, task, manifest.contract, pad_token_id=manifest.pad_token_id)
-    missing = [name for name in inputs if batcher.takes_images and not Path(name).is_file()]
-    if missing:
-        raise InputRefused("There is no such image file", where=missing[0])
     if {"input_ids", "pixel_values"} <= {spec.name for spec in manifest.contract.inputs}:
         raise UsageProblem(
             "`run` takes texts or images, and this graph takes both",
             where=str(folder),
             next_step="run it from Python with AdapterSession",
         )
-    batch = batcher.batch([Example(text) for text in inputs])
-    outputs = session.run(batch.inputs, adapters)
-    labels = _labels(manifest, blend)
-    results = []
-    for row in range(len(inputs)):
-        if "logits" in outputs and outputs["logits"].ndim == 2:
-            results.append(_scores(outputs["logits"][row], labels))
-        elif "logits" in outputs:
-            best = outputs["logits"][row][batch.real[row]].argmax(axis=-1)
-            results.append({"labels": [labels.get(int(i), f"LABEL_{i}") for i in best]})
-        else:
+    answers = _Answers(session, batcher, place, adapters, _labels(manifest, blend))
+    if task is Task.QUESTION_ANSWERING:
+        return head | answers.to_questions(inputs)
+    if task is Task.MULTIPLE_CHOICE:
+        return head | answers.of_choices(inputs)
+    return head | {"results": answers.one_by_one(task, inputs)}
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What an export without a cache says.
+
+    Attributes:
+        place: The folder with the tokenizer or processor.
+        labels: The names of the classes, where the adapter has some.
+    """
+
+    session: AdapterSession
+    batcher: Batcher
+    place: Path
+    adapters: Mapping[str, float] | None
+    labels: Mapping[int, str]
+
+    def one_by_one(self, task: Task, inputs: Sequence[str]) -> list[dict]:
+        """An answer for each text, image or sound."""
+        if self.batcher.takes_images and (missing := [name for name in inputs if not Path(name).is_file()]):
+            raise InputRefused("There is no such image file", where=missing[0])
+        if self.batcher.takes_sounds:  # sounds of different lengths are no batch
+            return [self._answer(task, self._run(_sound(self.place, name, self.session)), None, 0) for name in inputs]
+        batch = self.batcher.batch([Example(text) for text in inputs])
+        outputs = self._run(batch.inputs)
+        return [self._answer(task, outputs, batch, row) for row in range(len(inputs))]
+
+    def _run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.session.run(inputs, self.adapters)
+
+    def _answer(self, task: Task, outputs: Mapping[str, np.ndarray], batch: Batch | None, row: int) -> dict:
+        if "predicted_depth" in outputs:
+            return depth_answer(outputs["predicted_depth"][row])
+        if "logits" not in outputs:
             states = outputs["last_hidden_state"][row]
-            results.append({"last_hidden_state": list(states.shape), "mean": states.mean(axis=0)[:8].tolist()})
-    return head | {"results": results}
+            return {"last_hidden_state": list(states.shape), "mean": states.mean(axis=0)[:8].tolist()}
+        logits = outputs["logits"][row]
+        if task is Task.SEMANTIC_SEGMENTATION:
+            return class_shares(logits, self.labels)
+        if task is Task.CTC:
+            return self._transcript(logits)
+        if task is Task.FILL_MASK:
+            return self._words(logits, batch.inputs["input_ids"][row])
+        if logits.ndim == 1:
+            return class_answer(logits, self.labels, _config(self.place, self.session).get("problem_type"))
+        best = logits[batch.real[row]].argmax(axis=-1)
+        return {"labels": [self.labels.get(int(i), f"LABEL_{i}") for i in best]}
+
+    def _transcript(self, logits: np.ndarray) -> dict:
+        tokens = ctc_tokens(logits, _config(self.place, self.session).get("pad_token_id") or 0)
+        try:
+            return {"text": "".join(load_tokenizer(self.place).convert_ids_to_tokens(tokens)).replace("|", " ")}
+        except InputRefused:  # without a tokenizer, its tokens
+            return {"text": " ".join(map(str, tokens)), "tokens": tokens}
+
+    def _words(self, logits: np.ndarray, ids: np.ndarray) -> dict:
+        tokenizer = self.batcher.tokenizer
+        gaps = np.flatnonzero(ids == tokenizer.mask_token_id) if tokenizer.mask_token_id is not None else []
+        if not len(gaps):
+            raise UsageProblem(
+                "The text has no gap to fill",
+                expected=f"{tokenizer.mask_token} in it" if tokenizer.mask_token else "a tokenizer with a mask token",
+                found=tokenizer.decode(ids, skip_special_tokens=True)[:80],
+            )
+        words = {tokenizer.decode([token]).strip(): score for token, score in likeliest_tokens(logits[gaps[0]])}
+        return {"label": next(iter(words)), "scores": words}
+
+    def to_questions(self, inputs: Sequence[str]) -> dict:
+        """An answer for each question, which is followed by the text that holds it."""
+        if len(inputs) % 2:
+            raise UsageProblem(
+                "Question answering takes questions and texts in turn",
+                expected="run OUT QUESTION TEXT [QUESTION TEXT …]",
+                found=f"{len(inputs)} texts",
+            )
+        questions, texts = inputs[::2], inputs[1::2]
+        batch, tokenizer = self.batcher.pairs(questions, texts), self.batcher.tokenizer
+        outputs, results = self._run(batch.inputs), []
+        for row, question in enumerate(questions):
+            first = min(len(tokenizer(question)["input_ids"]), batch.real[row].sum() - 1)
+            place = answer_span(
+                outputs["start_logits"][row], outputs["end_logits"][row], int(first), int(batch.real[row].sum()) - 1
+            )
+            tokens = batch.inputs["input_ids"][row][place[0] : place[1] + 1]
+            results.append({"text": tokenizer.decode(tokens, skip_special_tokens=True).strip(), "score": place[2]})
+        return {"inputs": list(questions), "results": results}
+
+    def of_choices(self, inputs: Sequence[str]) -> dict:
+        """The likeliest ending of a text, which its endings follow."""
+        if len(inputs) < 3:
+            raise UsageProblem(
+                "Multiple choice takes a text and its endings",
+                expected="run OUT TEXT ENDING ENDING …",
+                found=f"{len(inputs)} texts",
+            )
+        endings = dict(enumerate(inputs[1:]))
+        logits = self._run(self.batcher.choices([(inputs[0], inputs[1:])]).inputs)["logits"][0]
+        return {"inputs": [inputs[0]], "results": [class_answer(logits, endings)]}
+
+
+def _sound(folder: Path, name: str, session: AdapterSession) -> dict[str, np.ndarray]:
+    spec = session.manifest.contract.inputs[0]
+    return {spec.name: read_samples(folder, name).astype(spec.dtype)}
+
+
+def _config(place: Path, session: AdapterSession) -> dict:
+    """The `config.json` of the adapter, or else of the export."""
+    files = [folder / "config.json" for folder in (place, session.folder)]
+    return next((json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()), {})
 
 
 def _generate(
@@ -97,11 +206,3 @@ def _preprocessing_of(manifest: Manifest, folder: Path, blend: Mapping[str, floa
 def _labels(manifest: Manifest, blend: Mapping[str, float]) -> dict[int, str]:
     named = [record.labels for record in manifest.adapters if record.labels and (not blend or record.name in blend)]
     return named[0] if len(named) == 1 else {}
-
-
-def _scores(logits: np.ndarray, labels: Mapping[int, str]) -> dict:
-    shifted = np.exp(logits.astype(np.float64) - logits.max())
-    scores = shifted / shifted.sum()
-    order = np.argsort(-scores)
-    named = {labels.get(int(i), f"LABEL_{i}"): float(scores[i]) for i in order}
-    return {"label": next(iter(named)), "scores": named}

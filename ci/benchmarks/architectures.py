@@ -188,7 +188,7 @@ def save_tokenizer(folder: Path, *, longest: int) -> None:
 def make_base(architecture: Architecture, folder: Path) -> Path:
     """Save the base of `architecture` to `folder`, as Transformers does, with a tokenizer where it reads text."""
     torch.manual_seed(0)
-    config = getattr(transformers, architecture.config)(num_labels=3, **architecture.fields)
+    config = getattr(transformers, architecture.config)(**{"num_labels": 3} | architecture.fields)
     auto = getattr(transformers, architecture.auto)
     base = (auto.from_config(config) if architecture.auto.startswith("Auto") else auto(config)).eval()
     if architecture.fields.get("tie_word_embeddings") is False and architecture.auto == SEQ2SEQ:

@@ -6,11 +6,15 @@
     checkpoint.py  a base's folder, and what it holds of a model
     conversion.py  which stored tensors make a parameter, and reading them
     recipe.py      how a stored weight is made, as data
-    tasks.py       the tasks: class, inputs, outputs
+    tasks.py       the tasks, and the Transformers class of each
+    forward.py     what a model's forward takes
     weightless.py  a model without weights
+    computed.py    what is computed and not stored: sinusoidal positions
     sample.py      the value that says what a model is traced with
+    encoders.py    texts, images and sounds, run in one pass
+    decoder.py     a decoder on its cache, whose shape the model tells
     seq2seq.py     the three graphs of an encoder-decoder
-    trace.py       the trace of a weightless model: its sample inputs, its axes, the names of a decoder's KV cache
+    trace.py       the trace of a weightless model: its axes, the names of a decoder's KV cache
     decompose.py   torch.onnx made to decompose operator by operator
 
 Imports compat, contract, errors, quiet.

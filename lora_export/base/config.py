@@ -17,9 +17,10 @@ from lora_export.errors import InputRefused, refused_if_it_fails
 # How configs call their numbers of layers: num_hidden_layers, n_layer, encoder_layers, num_decoder_layers, depth.
 _LAYERS = re.compile(r"(?:(?:num|n|encoder|decoder|hidden)_)+layers?|layers|depth")
 _WIDTHS = ("vocab_size", "hidden_size", "d_model", "n_embd", "intermediate_size", "d_ff", "ffn_dim", "num_labels")
-# What every config may say, however small the checkpoint: a head, and its labels, may come from the adapter.
+# What every config may say, however small the checkpoint: a head and its labels may come from the adapter, and a
+# vocabulary may be one that the model does not have (BEiT's visual tokens).
 _FEW = 4096
-_FEW_LABELS = 2**17
+_FEW_NAMED = 2**17
 _MEND = "mend the field, or fetch the base's config.json again"
 
 
@@ -83,7 +84,7 @@ def require_headers(fields: Mapping[str, object], files: SafetensorsFiles, folde
             _require_at_most(value, n_tensors, f"layers, as the checkpoint has {n_tensors} tensors", folder, path)
         elif name in _WIDTHS:
             # The config of another part of the model may stand here, whose tensors this checkpoint lacks.
-            few = _FEW_LABELS if name == "num_labels" else _FEW
+            few = _FEW_NAMED if name in ("num_labels", "vocab_size") else _FEW
             most = max(n_elements if inner else largest, few)
             _require_at_most(value, most, "as no dimension of the checkpoint is larger", folder, path)
 
@@ -102,7 +103,7 @@ def _require_at_most(value: float, most: int, why: str, folder: Path, path: str)
         raise InputRefused(
             "The base's config does not fit its checkpoint",
             where=f"{folder}/config.json: {path}",
-            expected=f"0 to {most}, {why}" if most not in (_FEW, _FEW_LABELS) else f"0 to {most}",
+            expected=f"0 to {most}, {why}" if most not in (_FEW, _FEW_NAMED) else f"0 to {most}",
             found=repr(value),
             next_step="fetch the base again; its config.json and its weights are of different models",
         )

@@ -16,6 +16,7 @@ class Sample:
         renamed: Graph inputs and outputs, by the names that the exporter gives them → the names they get.
         axes: Names of the axes of each input, by its final name; empty for those of an encoder or a decoder alone.
         forward: What to trace instead of the model's own `forward`; None for that.
+        n_cached_layers: How many layers of a decoder alone have a cache, whose inputs and outputs the exporter names.
     """
 
     inputs: dict
@@ -23,3 +24,4 @@ class Sample:
     renamed: Mapping[str, str]
     axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     forward: Callable | None = None
+    n_cached_layers: int = 0

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from lora_export.base.forward import cache_argument
 from lora_export.base.sample import Sample
-from lora_export.base.tasks import cache_argument
 from lora_export.contract import DECODER, ENCODER
 
 # Different from each other and from usual model sizes, so that none is taken for another.

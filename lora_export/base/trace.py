@@ -14,19 +14,20 @@ from importlib.metadata import version
 import onnx_ir as ir
 import torch
 
+from lora_export.base.computed import tables_of_fixed_size
+from lora_export.base.decoder import decoder_sample
 from lora_export.base.decompose import decomposed_by_operator
+from lora_export.base.encoders import encoder_sample
+from lora_export.base.forward import is_dual_encoder
 from lora_export.base.recipe import RECIPE, Recipe
 from lora_export.base.sample import Sample
 from lora_export.base.seq2seq import seq2seq_sample
-from lora_export.base.tasks import SEQ2SEQ, Task, cache_argument, is_dual_encoder, text_input_names
+from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.compat import borrow
 from lora_export.contract import SINGLE
 from lora_export.errors import EnvironmentUnusable, some_of
 from lora_export.quiet import quiet
 
-# Sample sizes of the trace. Different from each other and from usual model sizes, so that none is taken for another.
-_BATCH, _SEQUENCE, _PAST = 2, 7, 5
-_IMAGES = 3
 # What a dual encoder gives besides the hidden states of its two halves.
 _DUAL_OUTPUTS = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
 # Names of sums of axes, whichever way round the trace adds them up; Optimum spells out the second.
@@ -55,14 +56,14 @@ def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE, *, named: Col
     config_class = borrow("OnnxConfig")
     sample = _sample(task, model, graph, named)
     config = config_class(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False)
-    with quiet(), decomposed_by_operator(), _forward(model, sample.forward):
+    with quiet(), decomposed_by_operator(), tables_of_fixed_size(model), _forward(model, sample.forward):
         program = exporter_class().export(model, sample.inputs, config).program
     if is_dual_encoder(model):
         _keep_outputs(program, _DUAL_OUTPUTS)
     _unbind_parameters(program.graph, model)
     _rename_inputs_and_outputs(program.graph, sample.renamed)
-    if task is Task.TEXT_GENERATION:
-        _name_cache(program.graph, model.config.num_hidden_layers)
+    if sample.n_cached_layers:
+        _name_cache(program.graph, sample.n_cached_layers)
     _name_axes(program.graph, sample)
     return program
 
@@ -70,7 +71,7 @@ def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE, *, named: Col
 def _sample(task: Task, model: torch.nn.Module, graph: str, named: Collection[str] | None) -> Sample:
     if task in SEQ2SEQ:
         return seq2seq_sample(model, graph)
-    return _decoder_sample(model) if task is Task.TEXT_GENERATION else _encoder_sample(task, model, named)
+    return decoder_sample(model) if task is Task.TEXT_GENERATION else encoder_sample(task, model, named)
 
 
 @contextlib.contextmanager
@@ -84,73 +85,6 @@ def _forward(model: torch.nn.Module, forward: Callable | None) -> Iterator[None]
         yield
     finally:
         del model.forward
-
-
-def _encoder_sample(task: Task, model: torch.nn.Module, named: Collection[str] | None) -> Sample:
-    if is_dual_encoder(model):
-        # One image may be compared with many texts, so their numbers are independent.
-        texts, images = _text_sample(model, "text_batch_size", named), _image_sample(model, "image_batch_size", _IMAGES)
-        return Sample(texts.inputs | images.inputs, texts.dynamic_shapes | images.dynamic_shapes, {})
-    if task is Task.IMAGE_CLASSIFICATION or model.main_input_name == "pixel_values":
-        return _image_sample(model, "batch_size", _BATCH)
-    return _text_sample(model, "batch_size", named)
-
-
-def _image_sample(model: torch.nn.Module, batch: str, n_images: int) -> Sample:
-    config = getattr(model.config, "vision_config", model.config)
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    pixels = torch.zeros(n_images, getattr(config, "num_channels", 3), height, width, dtype=model.dtype)
-    return Sample({"pixel_values": pixels}, {"pixel_values": {0: torch.export.Dim(batch, max=2**20)}}, {})
-
-
-def _text_sample(model: torch.nn.Module, batch: str, named: Collection[str] | None) -> Sample:
-    config = getattr(model.config, "text_config", model.config)
-    longest = getattr(config, "max_position_embeddings", None) or 2**20
-    rows = torch.export.Dim(batch, max=2**20)
-    sequence = torch.export.Dim("sequence_length", max=_longest_sequence(model, longest))
-    tokens = torch.ones(_BATCH, _SEQUENCE, dtype=torch.long)
-    inputs = {name: tokens.clone() for name in text_input_names(model, named)}
-    shapes = {name: {0: rows, 1: sequence} for name in inputs}
-    if getattr(model.config, "use_cache", None) is not None:
-        inputs["use_cache"] = False
-    return Sample(inputs, shapes, {})
-
-
-def _longest_sequence(model: torch.nn.Module, positions: int) -> int:
-    # RoBERTa counts positions from padding_idx + 1, so its table is longer than its longest sequence.
-    offset = getattr(model.config, "pad_token_id", None)
-    counts_from_padding = any(
-        getattr(module, "padding_idx", None) is not None and name.endswith("position_embeddings")
-        for name, module in model.named_modules()
-    )
-    return positions - offset - 1 if counts_from_padding and isinstance(offset, int) else positions
-
-
-def _decoder_sample(model: torch.nn.Module) -> Sample:
-    from transformers import DynamicCache
-
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # Without the config: every layer keeps its whole past, also one with a sliding window, whose mask forgets for it.
-    cache = DynamicCache()
-    for layer in range(config.num_hidden_layers):
-        states = torch.zeros(_BATCH, heads, _PAST, head_size, dtype=model.dtype)
-        cache.update(states, states.clone(), layer)
-    tokens = torch.ones(_BATCH, _SEQUENCE, dtype=torch.long)
-    inputs = {
-        "input_ids": tokens,
-        "attention_mask": torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.long),
-        "position_ids": torch.arange(_PAST, _PAST + _SEQUENCE).expand(_BATCH, -1).clone(),
-        cache_argument(model.forward): cache,
-        "use_cache": True,
-    }
-    batch, sequence, past = (torch.export.Dim(name, max=2**20) for name in ("batch_size", "sequence_length", "past"))
-    shapes = {name: {0: batch, 1: sequence} for name in ("input_ids", "position_ids")}
-    shapes["attention_mask"] = {0: batch, 1: torch.export.Dim.AUTO}
-    shapes[cache_argument(model.forward)] = [{0: batch, 2: past}] * (2 * config.num_hidden_layers)
-    return Sample(inputs, shapes, {})
 
 
 def _unbind_parameters(graph: ir.Graph, model: torch.nn.Module) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lora_export.base.config import field_at_fault
+from lora_export.base.decoder import language_model_of, refuse_other_states
 from lora_export.base.tasks import Task, model_class, require_model_type
 from lora_export.errors import InputRefused, refused_if_it_fails
 
@@ -50,6 +51,9 @@ def build_weightless(task: Task, config, dtype: str, *, most_parameters: int | N
         next_step="mend the field, or fetch the base's config.json again",
     ):
         model = _on_meta(task, config, dtype, most_parameters)
+        if task is Task.TEXT_GENERATION:
+            language_model_of(model)
+            refuse_other_states(model)
         _refuse_large_buffers(model)
         if dtype == "float16":
             _keep_in_float32(model)

@@ -19,7 +19,10 @@ from lora_export.errors import InputRefused
 BASE, EXPORT, MERGED = "base", "export", "merged"
 _USUAL_SHAPES = {
     Task.TEXT_GENERATION: ((1, 128, 0), (4, 1, 128)),
-    Task.IMAGE_CLASSIFICATION: ((1, 0, 0), (8, 0, 0)),
+    **dict.fromkeys(
+        (Task.IMAGE_CLASSIFICATION, Task.SEMANTIC_SEGMENTATION, Task.DEPTH_ESTIMATION), ((1, 0, 0), (8, 0, 0))
+    ),
+    **dict.fromkeys((Task.CTC, Task.AUDIO_CLASSIFICATION), ((1, 16_000, 0), (4, 16_000, 0))),
     Task.ZERO_SHOT_IMAGE_CLASSIFICATION: ((1, 32, 0), (8, 64, 0)),
     Task.TEXT2TEXT_GENERATION: ((1, 64, 16), (8, 64, 16)),
     Task.SPEECH_RECOGNITION: ((1, 0, 16), (4, 0, 16)),

@@ -10,28 +10,34 @@ from lora_export.contract import DECODER_WITH_PAST, ENCODER, SINGLE, GraphContra
 from lora_export.runtime.arrays import numpy_dtype
 
 _SEED = 0
+_CHOICES = 4
 
 
 def random_inputs(
     contract: GraphContract, vocabulary: int, batch: int, sequence: int, past: int
 ) -> dict[str, np.ndarray]:
-    """The graph's own inputs by name, `batch` rows of `sequence` new tokens on `past` cached ones (or of images)."""
+    """The graph's own inputs by name, `batch` rows of `sequence` new tokens on `past` cached ones (or of images, or
+    of as many samples); of multiple choice, four endings each."""
     rng = np.random.default_rng(_SEED)
     found = {}
     for spec in contract.inputs:
         dtype = numpy_dtype(spec.dtype)
+        shape = (batch, _CHOICES, sequence) if len(spec.dims) == 3 else (batch, sequence)
         if spec.name == "input_ids":
-            found[spec.name] = rng.integers(0, vocabulary, (batch, sequence))
+            found[spec.name] = rng.integers(0, vocabulary, shape)
+        elif spec.name == "attention_mask" and past == 0:
+            found[spec.name] = np.ones(shape, np.int64)
         elif spec.name == "attention_mask":
             found[spec.name] = np.ones((batch, past + sequence), np.int64)
         elif spec.name == "position_ids":
             found[spec.name] = np.tile(np.arange(past, past + sequence), (batch, 1))
         elif spec.name.startswith("past_key_values."):
             found[spec.name] = rng.standard_normal((batch, spec.dims[1], past, spec.dims[3])).astype(dtype)
-        elif spec.name == "pixel_values":
-            found[spec.name] = rng.standard_normal((batch, *spec.dims[1:])).astype(dtype)
+        elif spec.name in ("pixel_values", "input_values"):
+            sizes = (dim if isinstance(dim, int) else sequence for dim in spec.dims[1:])
+            found[spec.name] = rng.standard_normal((batch, *sizes)).astype(dtype)
         else:
-            found[spec.name] = np.zeros((batch, sequence), np.int64)
+            found[spec.name] = np.zeros(shape, np.int64)
     return found
 
 

@@ -99,9 +99,13 @@ class CheckContext:
         return Reference(self.task, self.request.base, adapters, manifest.dtype, n_labels, **how)
 
 
-# What the rows of a batch are compared by: the first of these that a model gives; of a dual encoder, two embeddings.
+# What the rows of a batch are compared by: the first of these that a model gives; of a dual encoder, two embeddings; of
+# a reader, the scores of an answer's start and end.
+_SPAN = ("start_logits", "end_logits")
 _MAIN_OUTPUTS = (
     ("logits",),
+    _SPAN,
+    ("predicted_depth",),
     ("text_embeds", "image_embeds"),
     ("text_embeds",),
     ("image_embeds",),
@@ -136,7 +140,7 @@ def run_reference(reference: Reference, batches: Sequence[Batch], *, precisely: 
     if not precisely or reference.precise is None:
         return outputs
     wider = [_run_rows_alone(reference.precise, batch) for batch in batches[:_PRECISE_BATCHES]]
-    return replace(outputs, precise=tuple(_main(run, names) for run in wider))
+    return replace(outputs, precise=tuple(main_of(run, names) for run in wider))
 
 
 _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -149,28 +153,33 @@ def _run_rows_alone(reference: Reference, batch: Batch) -> dict[str, np.ndarray]
     through attention no real position has one then.
     """
     inputs = batch.inputs
-    if "attention_mask" not in inputs or "decoder_input_ids" in inputs:
+    if "attention_mask" not in inputs or "decoder_input_ids" in inputs or batch.real is None:
         return reference.run(inputs)
     found = []
     for row, mask in enumerate(inputs["attention_mask"] == 1):
         one = {name: array[row : row + 1] for name, array in inputs.items()}
         outputs = reference.run({name: a[:, mask] if name in _BY_TOKEN else a for name, a in one.items()})
-        found.append({name: _padded(array, mask) if array.ndim == 3 else array for name, array in outputs.items()})
+        by_token = {name for name, array in outputs.items() if array.ndim == 3 or name in _SPAN}
+        found.append({name: _padded(a, mask) if name in by_token else a for name, a in outputs.items()})
     return {name: np.concatenate([outputs[name] for outputs in found]) for name in found[0]}
 
 
 def _padded(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """`array` `[1, real, n]` at the real positions of `[1, sequence, n]`, zeros elsewhere."""
-    padded = np.zeros((1, len(mask), array.shape[-1]), array.dtype)
+    """`array` `[1, real, …]` at the real positions of `[1, sequence, …]`, zeros elsewhere."""
+    padded = np.zeros((1, len(mask), *array.shape[2:]), array.dtype)
     padded[:, mask] = array
     return padded
 
 
 def _joined(names: Sequence[str], found: Sequence[Mapping[str, np.ndarray]], batches: Sequence[Batch]) -> Outputs:
-    values = tuple(_main(run, names).astype(np.float32) for run in found)
+    values = tuple(main_of(run, names).astype(np.float32) for run in found)
     masks, labels = tuple(b.real for b in batches), tuple(b.labels for b in batches)
     return Outputs(" and ".join(names), values, masks, labels, tuple(b.targets for b in batches))
 
 
-def _main(run: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
-    return np.concatenate([run[name] for name in names], axis=-1)
+def main_of(run: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+    """The main output with what is told apart on the last axis: classes, embeddings, a token's two scores."""
+    if tuple(names) == _SPAN:
+        return np.stack([run[name] for name in names], axis=-1)
+    found = np.concatenate([run[name] for name in names], axis=-1)
+    return np.moveaxis(found, 1, -1) if found.ndim == 4 else found  # the classes of a pixel

@@ -15,7 +15,7 @@ from lora_export.check.cases.examination import Examination, Examined
 from lora_export.check.cases.mixed_rows import merged_against_dynamic, row_cases, sequence_case
 from lora_export.check.cases.seq2seq import seq2seq_decoding_cases
 from lora_export.check.cases.side_outputs import side_output_cases
-from lora_export.check.context import CheckContext, CheckRequest, run_reference
+from lora_export.check.context import CheckContext, CheckRequest, main_of, main_outputs, run_reference
 from lora_export.check.inputs.examples import Batch, Examples
 from lora_export.check.inputs.invoked import with_invocation
 from lora_export.check.inputs.prepared import AnyBatcher, prepare
@@ -197,9 +197,9 @@ def _body_case(examination: Examination, examined: Examined, record: AdapterReco
 
     with reference.without_pairs():
         expected = run_reference(reference, batches, precisely=True)
-        name = expected.name
-        runs = [run_arrays(session.session, session.provider, feeds(batch), [name]) for batch in batches]
-        values = [run[name].astype(np.float32) for run in runs]
-        found = Outputs(name, tuple(values), expected.real, expected.labels)
+        names = main_outputs(spec.name for spec in session.manifest.contract.outputs)
+        runs = [run_arrays(session.session, session.provider, feeds(batch), names) for batch in batches]
+        values = [main_of(run, names).astype(np.float32) for run in runs]
+        found = Outputs(expected.name, tuple(values), expected.real, expected.labels)
         described = f"PEFT with {record.name}'s head and its pairs off"
         examination.judge(Comparison("base", "base", described, expected, found), probes, layers_of="base")

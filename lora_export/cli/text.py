@@ -141,6 +141,12 @@ def trial_text(value: dict) -> str:
             lines.append(f"{given}{result['continuation']}")
         elif "text" in result:
             lines.append(f"{given}  →  {result['text']}")
+        elif "values" in result:
+            numbers = ", ".join(f"{name} {number:.3f}" for name, number in result["values"].items())
+            lines.append(f"{numbers}   {given}")
+        elif "labels" in result and "scores" in result:
+            best = ", ".join(f"{name} {score:.1%}" for name, score in list(result["scores"].items())[:3])
+            lines.append(f"{', '.join(result['labels']) or 'no label'}   ({best})   {given}")
         elif "label" in result:
             best = ", ".join(f"{name} {score:.1%}" for name, score in list(result["scores"].items())[:3])
             lines.append(f"{result['label']}   ({best})   {given}")

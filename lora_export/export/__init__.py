@@ -1,5 +1,6 @@
 """From a request to all that an export holds: what was asked for, its numbers, its graphs, its records.
 
+    task_choice.py the task, told by base and adapters
     plan.py        what was asked for, checked before any work
     padding.py     the padding token of a classifier on a decoder
     resolve.py     the adapters, read, and the source of every parameter

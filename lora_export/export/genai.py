@@ -16,17 +16,21 @@ _GENAI_TYPES = ("gemma", "gemma2", "granite", "llama", "mistral", "olmo", "phi",
 def write_genai_config(folder: Path, config, contract: GraphContract) -> dict[str, str]:
     """Write the file for a decoder of `config` (a `PretrainedConfig`) and return its sha256 by name.
 
-    Greedy search without sampling, so that a first run is reproducible; hosts override it per request.
+    Greedy search without sampling, so that a first run is reproducible; hosts override it per request. There is no file
+    where the cache differs by layer or keys from values (Gemma 4, DeepSeek): GenAI has one number of heads, one size.
     """
-    cache = next(spec for spec in contract.inputs if spec.name == "past_key_values.0.key")
+    caches = [spec for spec in contract.inputs if spec.name.startswith("past_key_values.")]
+    if len({(spec.dims[1], spec.dims[3]) for spec in caches}) != 1:
+        return {}
+    config, cache = config.get_text_config(), caches[0]
     own = {"input_ids", "attention_mask", "position_ids"} & {spec.name for spec in contract.inputs}
     names = {name: name for name in sorted(own)}
     context = getattr(config, "max_position_embeddings", None) or 2048
-    eos = config.eos_token_id
-    pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if isinstance(eos, list) else eos)
+    bos, eos, pad = (getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
+    pad = pad if pad is not None else (eos[0] if isinstance(eos, list) else eos)
     fields = {
         "model": {
-            "bos_token_id": config.bos_token_id if config.bos_token_id is not None else 0,
+            "bos_token_id": bos if bos is not None else 0,
             "context_length": context,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "log_severity_level": 3, "provider_options": []},
@@ -41,7 +45,7 @@ def write_genai_config(folder: Path, config, contract: GraphContract) -> dict[st
                     "present_value_names": "present.%d.value",
                 },
                 "num_attention_heads": config.num_attention_heads,
-                "num_hidden_layers": config.num_hidden_layers,
+                "num_hidden_layers": len(caches) // 2,
                 "num_key_value_heads": cache.dims[1],
             },
             "eos_token_id": eos if eos is not None else -1,

@@ -14,11 +14,12 @@ from lora_export.adapters.initialization import PLAIN_START
 from lora_export.adapters.renamed import with_todays_names
 from lora_export.adapters.support import require_supported
 from lora_export.base.checkpoint import Checkpoint, locate
-from lora_export.base.tasks import CLASSIFICATION, SEQ2SEQ, Task, resolve_task
+from lora_export.base.tasks import CLASSIFICATION, SEQ2SEQ, Task
 from lora_export.base.weightless import build_weightless, vocabulary_tables
 from lora_export.carried import Carried, plan_added, plan_carried
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.export.padding import choose_padding, reads_last_token, with_padding
+from lora_export.export.task_choice import choose_task
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,16 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     for folder in folders:
         require_supported(folder.config, request.mode, folder.name, convert_rank=request.convert_rank)
     checkpoint = Checkpoint.open(locate(_base_of(request.base, folders), kind="base"))
-    peft_tasks = {folder.name: folder.config.get("task_type") for folder in folders}
-    task = resolve_task(request.task, checkpoint.config, peft_tasks, str(checkpoint.path))
+    chosen = choose_task(request.task, checkpoint, folders)
+    task, model = chosen.task, chosen.model
     _refuse_activated(folders, task)
-    dtype, remarks = _dtype_of(request, checkpoint)
+    dtype, of_dtype = _dtype_of(request, checkpoint)
+    remarks = chosen.remarks + of_dtype
     config, pad_token_id = checkpoint.load_config(), None
     adapter_configs = ()
-    if folders or task is Task.TEXT_CLASSIFICATION:
+    if model is None and task is Task.TEXT_CLASSIFICATION:
         model = build_weightless(task, config, "float32", most_parameters=checkpoint.most_parameters)
+    if model is not None:
         folders = tuple(with_todays_names(folder, model) for folder in folders)
         if reads_last_token(task, model):
             pad_token_id, said = choose_padding(

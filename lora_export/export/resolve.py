@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from lora_export.adapters.factors import Adapter
 from lora_export.adapters.peft_reader import read_trained_adapter
 from lora_export.base.checkpoint import checkpoint_names, stored_apart
-from lora_export.base.tasks import CLASSIFICATION, Task
+from lora_export.base.computed import computed_parameters
+from lora_export.base.tasks import HEADED, Task
 from lora_export.base.weightless import build_weightless, parameter_aliases, untie
 from lora_export.export.completion import completed
 from lora_export.export.plan import Plan
@@ -41,7 +42,9 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
     replaced = frozenset(brought) if plan.request.mode == "merge" else frozenset()
     names = checkpoint_names(model, plan.checkpoint.files, replaced)
     untie(model, stored_apart(model, names, plan.checkpoint.files))
-    base = Parameters(plan.checkpoint, names, parameter_aliases(model), shapes, zeros_for=head)
+    aliases = parameter_aliases(model)
+    computed = computed_parameters(model, (path for path in shapes if names.keys().isdisjoint(aliases[path])))
+    base = Parameters(plan.checkpoint, names, aliases, shapes, zeros_for=head, computed=computed)
     adapters = tuple(completed(adapter, base, model, plan.request.mode, plan.request.convert_rank) for adapter in read)
     merged = tuple(zip(adapters, plan.request.weight_of_each, strict=True)) if plan.request.mode == "merge" else ()
     return Resolved(adapters, replace(base, adapters=merged), model)
@@ -68,9 +71,7 @@ def _sizes_of(config) -> tuple[int, int | None]:
 def head_parameters(adapters: Sequence[Adapter], model, task: Task, *, everything: bool) -> frozenset[str]:
     """The parameters that may default to zeros: those that adapters replace; for a benchmark, any but the body's."""
     replaced = {path for adapter in adapters for path in adapter.replaced}
-    if everything and task in CLASSIFICATION:
+    if everything and task in HEADED:
         prefix = f"{model.base_model_prefix}."
         replaced |= {path for path in model.state_dict() if not path.startswith(prefix) or ".pooler." in path}
-    # Zeros that old checkpoints of Bart and its kin leave out.
-    replaced |= {path for path in model.state_dict() if path.endswith("final_logits_bias")}
     return frozenset(replaced)

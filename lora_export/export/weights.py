@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NoReturn
 
@@ -30,6 +30,7 @@ class Parameters:
         shapes: Model path → shape.
         adapters: Adapters to fold in, each with its weight in the sum.
         zeros_for: Paths that may be missing from the checkpoint: the default of a head that the base never had.
+        computed: What no checkpoint need hold, such as sinusoidal positions, by path.
     """
 
     checkpoint: Checkpoint
@@ -38,6 +39,7 @@ class Parameters:
     shapes: Mapping[str, tuple[int, ...]]
     adapters: Sequence[tuple[Adapter, float]] = ()
     zeros_for: frozenset[str] = frozenset()
+    computed: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def stored_name(self, path: str) -> str | Converted | None:
         """How the checkpoint holds `path` or a tensor it is tied to; None if it has neither."""
@@ -76,6 +78,8 @@ class Parameters:
         """
         if (name := self.stored_name(path)) is not None:
             return self.checkpoint.read(name)
+        if path in self.computed:
+            return self.computed[path]
         if path in self.zeros_for:
             return torch.zeros(self.shapes[path])
         raise InputRefused(

@@ -9,7 +9,7 @@ from enum import StrEnum
 import torch
 
 from lora_export.base.checkpoint import Checkpoint, checkpoint_names
-from lora_export.base.tasks import CLASSIFICATION, Task
+from lora_export.base.tasks import HEADED, Task
 from lora_export.base.weightless import build_weightless, is_conv1d, parameter_aliases
 from lora_export.errors import InputRefused, some_of
 
@@ -132,7 +132,7 @@ def open_checkpoints(base: Checkpoint, tuned: Checkpoint, task: Task) -> Checkpo
 
 
 def _is_head(path: str, task: Task, model: torch.nn.Module) -> bool:
-    return task in CLASSIFICATION and not path.startswith(f"{model.base_model_prefix}.")
+    return task in HEADED and not path.startswith(f"{model.base_model_prefix}.")
 
 
 def _require_same_config(base_config, config, task: Task, base: Checkpoint, tuned: Checkpoint) -> None:

@@ -27,6 +27,7 @@ _HEAD, _LACKED = "classification head", "the base lacks it"
 _PEFT_HEADS = {
     Task.TEXT_CLASSIFICATION: ("classifier", "score"),
     Task.TOKEN_CLASSIFICATION: ("classifier", "score"),
+    Task.QUESTION_ANSWERING: ("qa_outputs",),
 }
 
 

@@ -10,6 +10,7 @@
     linear_inputs.py       those of linear modules
     unbound.py             initializers without a value
     shape_sums.py          no length is copied to the GPU
+    batch_transposes.py    a fused transpose that ONNX Runtime refuses
     fuse.py                optimize and fuse for a provider
     cache.py               finished graphs, kept on disk
     bind.py                write graphs with their weights

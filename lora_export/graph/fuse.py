@@ -16,6 +16,7 @@ from onnx_ir.passes import common as common_passes
 
 from lora_export.base.recipe import Recipe
 from lora_export.compat import borrow, borrow_if_there
+from lora_export.graph.batch_transposes import take_batch_transposes_apart
 from lora_export.graph.shape_sums import start_ranges_at_sums
 from lora_export.graph.unbound import is_matrix_transpose, prepare_weights, recipe_of, set_recipe
 from lora_export.quiet import quiet
@@ -34,6 +35,7 @@ def fuse(model: ir.Model, provider: str) -> ir.Model:
         fuse_for_onnxruntime(model, provider)
         # Its last step but a few fuses again what it had taken apart: T5 in float16, whose residual is float32.
         unfuse_mixed_dtype_skip_norms(model)
+    take_batch_transposes_apart(model)
     if provider == "cuda":
         pack_siblings(model)
         start_ranges_at_sums(model)

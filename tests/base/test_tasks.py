@@ -6,15 +6,8 @@ import pytest
 import transformers
 from transformers import AutoConfig
 
-from lora_export.base.tasks import (
-    CLASSIFICATION,
-    Task,
-    auto_class,
-    graphs_of,
-    model_class,
-    resolve_task,
-    text_input_names,
-)
+from lora_export.base.forward import text_input_names
+from lora_export.base.tasks import CLASSIFICATION, Task, auto_class, graphs_of, model_class, resolve_task
 from lora_export.base.weightless import build_weightless
 from lora_export.errors import InputRefused
 
@@ -34,6 +27,15 @@ from lora_export.errors import InputRefused
         ("T5ForConditionalGeneration", Task.TEXT2TEXT_GENERATION),
         ("BartForConditionalGeneration", Task.TEXT2TEXT_GENERATION),
         ("WhisperForConditionalGeneration", Task.SPEECH_RECOGNITION),
+        ("MarianMTModel", Task.TEXT2TEXT_GENERATION),
+        ("T5EncoderModel", Task.FEATURE_EXTRACTION),
+        ("Qwen3Model", Task.FEATURE_EXTRACTION),
+        ("BertForMaskedLM", Task.FILL_MASK),
+        ("BertForQuestionAnswering", Task.QUESTION_ANSWERING),
+        ("RobertaForMultipleChoice", Task.MULTIPLE_CHOICE),
+        ("Wav2Vec2ForCTC", Task.CTC),
+        ("SegformerForSemanticSegmentation", Task.SEMANTIC_SEGMENTATION),
+        ("DPTForDepthEstimation", Task.DEPTH_ESTIMATION),
     ],
 )
 def test_it_follows_from_the_architecture(architecture, task):
@@ -48,6 +50,7 @@ def test_it_follows_from_the_architecture(architecture, task):
         ("CAUSAL_LM", Task.TEXT_GENERATION),
         ("FEATURE_EXTRACTION", Task.FEATURE_EXTRACTION),
         ("SEQ_2_SEQ_LM", Task.TEXT2TEXT_GENERATION),
+        ("QUESTION_ANS", Task.QUESTION_ANSWERING),
     ],
 )
 def test_the_adapters_task_goes_before_the_architecture(kind, task):
@@ -65,18 +68,40 @@ def test_adapters_of_different_tasks_are_refused():
     assert refused.value.found == "a: SEQ_CLS, b: TOKEN_CLS"
 
 
-@pytest.mark.parametrize("kind", ["QUESTION_ANS", "XYZ"])
-def test_a_task_type_that_is_not_exported_is_refused(kind):
-    with pytest.raises(InputRefused, match=f"Adapters of PEFT task type {kind} are not exported") as refused:
-        resolve_task(None, {}, {"a": kind}, "here")
+def test_a_task_type_that_is_not_exported_is_refused():
+    with pytest.raises(InputRefused, match="Adapters of PEFT task type XYZ are not exported") as refused:
+        resolve_task(None, {}, {"a": "XYZ"}, "here")
     assert "SEQ_CLS" in refused.value.expected
 
 
-@pytest.mark.parametrize("architectures", [None, [], ["BertForMaskedLM"]])
+@pytest.mark.parametrize("architectures", [None, [], ["BertForPreTraining"]])
 def test_an_architecture_without_a_task_is_refused(architectures):
     with pytest.raises(InputRefused, match="No supported task follows from the base's architecture") as refused:
         resolve_task(None, {"architectures": architectures}, {}, "here")
     assert refused.value.where == "here/config.json: architectures"
+
+
+def test_the_class_that_an_adapter_was_trained_on_goes_before_the_bases():
+    config = {"architectures": ["BertForMaskedLM"]}
+    trained = {"a": "BertForSequenceClassification", "b": None}
+    assert resolve_task(None, config, {}, "here", trained) is Task.TEXT_CLASSIFICATION
+    with pytest.raises(InputRefused, match="The adapters were trained for different tasks") as refused:
+        resolve_task(None, config, {}, "here", trained | {"b": "BertForTokenClassification"})
+    assert refused.value.where == "adapter_config.json: auto_mapping"
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["Gemma3ForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "VoxtralForConditionalGeneration"],
+)
+def test_a_multimodal_base_is_refused_by_name_unless_text_is_asked_for(architecture):
+    config = {"architectures": [architecture]}
+    with pytest.raises(InputRefused, match="The base is multimodal") as refused:
+        resolve_task(None, config, {}, "here")
+    assert refused.value.found == architecture
+    assert "--task text-generation" in refused.value.next_step
+    assert resolve_task("text-generation", config, {}, "here") is Task.TEXT_GENERATION
+    assert resolve_task(None, config, {"a": "CAUSAL_LM"}, "here") is Task.TEXT_GENERATION
 
 
 @pytest.mark.parametrize(
@@ -108,6 +133,13 @@ def test_an_encoder_named_with_its_projection_keeps_it(half):
     config = getattr(transformers, f"CLIP{half}Config")(architectures=[named])
     assert model_class(Task.FEATURE_EXTRACTION, config) is getattr(transformers, named)
     config.architectures = [f"CLIP{half}Model"]
+    assert model_class(Task.FEATURE_EXTRACTION, config) is transformers.AutoModel
+
+
+def test_an_encoder_of_an_encoder_decoder_is_what_it_says():
+    config = transformers.T5Config(architectures=["T5EncoderModel"])
+    assert model_class(Task.FEATURE_EXTRACTION, config) is transformers.T5EncoderModel
+    config.architectures = ["T5Model"]
     assert model_class(Task.FEATURE_EXTRACTION, config) is transformers.AutoModel
 
 

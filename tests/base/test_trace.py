@@ -8,7 +8,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from lora_export.base.tasks import Task, cache_argument
+from lora_export.base.forward import cache_argument
+from lora_export.base.tasks import Task
 from lora_export.base.trace import _name_cache
 from lora_export.errors import EnvironmentUnusable
 from lora_export.graph.sites import module_of

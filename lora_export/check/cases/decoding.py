@@ -10,7 +10,8 @@ import numpy as np
 
 from lora_export.check.cases.examination import Examination, Examined
 from lora_export.check.context import run_reference
-from lora_export.check.inputs.examples import Batch, Batcher, Examples
+from lora_export.check.inputs.batcher import Batcher
+from lora_export.check.inputs.examples import Batch, Examples
 from lora_export.check.inputs.invoked import with_invocation
 from lora_export.check.inputs.ragged import ragged
 from lora_export.check.judge.compare import Comparison, Outputs

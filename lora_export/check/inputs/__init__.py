@@ -1,7 +1,8 @@
 """On which data exports are compared.
 
     tokenizers.py        the tokenizer, or seeded token ids
-    examples.py          text and images, in padded batches
+    examples.py          texts and images, from a file or from the machine
+    batcher.py           rows as a graph's inputs, in padded batches
     seq2seq_examples.py  sources and targets
     prepared.py          all inputs of a check
     audio.py             WAV files

@@ -21,17 +21,7 @@ def read_features(folder: Path, files: Sequence[str], manifest: Manifest) -> np.
         InputRefused: The folder has no feature extractor, or one of another model, or a file is no 16-bit WAV of its
             sampling rate.
     """
-    from transformers import AutoFeatureExtractor
-
-    try:
-        extractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputRefused(
-            "The exported folder has no feature extractor, so sound cannot be turned into inputs",
-            where=str(folder),
-            expected="preprocessor_config.json",
-            next_step="export from a base folder that holds it",
-        ) from error
+    extractor = _extractor(folder)
     sounds = [_read_wav(Path(file), extractor.sampling_rate) for file in files]
     found = extractor(sounds, sampling_rate=extractor.sampling_rate, return_tensors="np")["input_features"]
     spec = next(spec for spec in manifest.graphs[ENCODER].inputs if spec.name == "input_features")
@@ -44,6 +34,31 @@ def read_features(folder: Path, files: Sequence[str], manifest: Manifest) -> np.
             next_step="export from a base folder whose preprocessor_config.json belongs to its weights",
         )
     return np.asarray(found, numpy_dtype(spec.dtype))
+
+
+def read_samples(folder: Path, file: str) -> np.ndarray:
+    """A file as the model of `folder` takes one sound: samples `[1, n]`, or a spectrogram `[1, frames, bands]`.
+
+    Raises:
+        InputRefused: As of `read_features`.
+    """
+    extractor = _extractor(folder)
+    sound = _read_wav(Path(file), extractor.sampling_rate)
+    return extractor([sound], sampling_rate=extractor.sampling_rate, return_tensors="np")["input_values"]
+
+
+def _extractor(folder: Path):
+    from transformers import AutoFeatureExtractor
+
+    try:
+        return AutoFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputRefused(
+            "The exported folder has no feature extractor, so sound cannot be turned into inputs",
+            where=str(folder),
+            expected="preprocessor_config.json",
+            next_step="export from a base folder that holds it",
+        ) from error
 
 
 def _read_wav(path: Path, sampling_rate: int) -> np.ndarray:

@@ -6,17 +6,13 @@ import inspect
 import json
 import pkgutil
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lora_export.base.tasks import Task
-from lora_export.check.inputs.tokenizers import load_tokenizer
-from lora_export.contract import GraphContract
 from lora_export.errors import InputRefused
-from lora_export.runtime.arrays import numpy_dtype
 
 SEED = 2106_09685
 _BUILT_IN_ROWS = 16
@@ -138,96 +134,3 @@ def _docstrings() -> Iterator[str]:
             text = " ".join((inspect.getdoc(thing) or "").split())
             if 10 <= len(text) <= 1200:
                 yield text
-
-
-class Batcher:
-    """Turns rows into a graph's inputs, with the tokenizer or processor in the exported folder.
-
-    Args:
-        tokenizer: See `tokenizers.tokenizer_of`; None for the one in `folder`.
-        pad_token_id: What the graph takes for padding (`Manifest.pad_token_id`); None for the tokenizer's.
-    """
-
-    noise_description = "seeded noise in the shape of images"
-
-    def __init__(
-        self,
-        folder: Path,
-        task: Task,
-        contract: GraphContract,
-        tokenizer: object = None,
-        pad_token_id: int | None = None,
-    ) -> None:
-        self._task, self._folder, self._pad_token_id = task, folder, pad_token_id
-        self._names = [spec.name for spec in contract.inputs]
-        self._pixels = next((spec for spec in contract.inputs if spec.name == "pixel_values"), None)
-        if self.takes_images:
-            self._processor, self.tokenizer = _load_image_processor(folder), None
-        else:
-            self._processor = self.tokenizer = tokenizer or load_tokenizer(folder)
-
-    def batches(self, examples: Examples, batch_size: int) -> list[Batch]:
-        """The examples in batches; texts padded to the longest in the batch (on the right)."""
-        rows = examples.rows
-        return [self.batch(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
-
-    def batch(self, rows: Sequence[Example], *, padding_side: str = "right") -> Batch:
-        """One batch. Decoders get `position_ids` from the mask, and no past."""
-        labels = tuple(row.label for row in rows)
-        if self.takes_images:
-            return Batch({"pixel_values": self._pixel_values(rows)}, None, labels)
-        encoded = self._processor(
-            [row.text_or_file for row in rows],
-            return_tensors="np",
-            padding=True,
-            padding_side=padding_side,
-            truncation=True,
-            max_length=min(MOST_TOKENS, self._processor.model_max_length),
-            # A tokenizer may leave them out where its config does not name them; the model then takes zeros.
-            return_token_type_ids="token_type_ids" in self._names,
-        )
-        inputs = {name: np.asarray(encoded[name], np.int64) for name in self._names if name in encoded}
-        mask = np.asarray(encoded["attention_mask"], np.int64)
-        if self._pad_token_id is not None:
-            inputs["input_ids"] = np.where(mask == 1, inputs["input_ids"], self._pad_token_id)
-        if "position_ids" in self._names:
-            inputs["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)
-        if self._pixels is not None:  # a dual encoder: images beside the texts, seeded noise
-            inputs |= self.noise(len(rows)).inputs
-        is_predicted = self._task is Task.TEXT_GENERATION
-        return Batch(inputs, mask.astype(bool), labels, "input_ids" if is_predicted else None)
-
-    def _pixel_values(self, rows: Sequence[Example]) -> np.ndarray:
-        from PIL import Image
-
-        try:
-            images = [Image.open(row.text_or_file).convert("RGB") for row in rows]
-        except OSError as error:
-            raise InputRefused("A file is no image that Pillow reads", found=str(error)) from error
-        pixels = self._processor(images, return_tensors="np")["pixel_values"]
-        return np.asarray(pixels, numpy_dtype(self._pixels.dtype))
-
-    def noise(self, n_rows: int) -> Batch:
-        """Seeded noise of an image's shape, where no image is given."""
-        shape = (n_rows, *self._pixels.dims[1:])
-        values = np.random.default_rng(SEED).standard_normal(shape).astype(numpy_dtype(self._pixels.dtype))
-        return Batch({"pixel_values": values}, None, (None,) * n_rows)
-
-    @property
-    def takes_images(self) -> bool:
-        """Whether a row is an image; a dual encoder's is a text, with an image beside it."""
-        return self._pixels is not None and "input_ids" not in self._names
-
-    @property
-    def takes_text(self) -> bool:
-        return not self.takes_images
-
-
-def _load_image_processor(folder: Path):
-    """The image processor in an exported folder; None if there is none that can be loaded."""
-    from transformers import AutoImageProcessor
-
-    try:
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lora_export.artifact import Manifest
 from lora_export.base.tasks import SEQ2SEQ, Task
-from lora_export.check.inputs.examples import Batch, Batcher, Examples, built_in_examples
+from lora_export.check.inputs.batcher import Batcher
+from lora_export.check.inputs.examples import Batch, Examples, built_in_examples
 from lora_export.check.inputs.seq2seq_examples import Seq2SeqBatcher
 from lora_export.check.inputs.tokenizers import SEEDED, SeededTokenizer, has_tokenizer, tokenizer_of
 from lora_export.contract import ENCODER

@@ -53,9 +53,21 @@ class SeededTokenizer:
         return cls(config["vocab_size"], max(1, positions - pad - 1), pad, frozenset(ids) - {None}, end)
 
     def __call__(
-        self, texts: Sequence[str], *, padding_side: str = "right", max_length: int, **_: object
+        self,
+        texts: Sequence[str],
+        others: Sequence[str] | None = None,
+        *,
+        padding_side: str = "right",
+        max_length: int,
+        **_: object,
     ) -> dict[str, np.ndarray]:
-        """`input_ids`, `attention_mask` and `token_type_ids`, `[rows, longest]`, as a tokenizer gives them."""
+        """`input_ids`, `attention_mask` and `token_type_ids`, `[rows, longest]`, as a tokenizer gives them.
+
+        Args:
+            others: Texts that follow those of the same rows.
+        """
+        if others is not None:
+            texts = [" ".join(pair) for pair in zip(texts, others, strict=True)]
         rows = [self._tokens(text, max_length) for text in texts]
         longest = max(map(len, rows))
         ids = np.full((len(rows), longest), self.pad_token_id, np.int64)

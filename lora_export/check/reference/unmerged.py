@@ -19,8 +19,8 @@ from lora_export.quiet import quiet
 WIDER = {"float16": "float32", "bfloat16": "float32", "float32": "float64"}
 _DTYPES = TORCH_DTYPES | {"float64": torch.float64}
 _OUTPUTS = (
-    "logits", "logits_per_image", "logits_per_text", "text_embeds", "image_embeds",
-    "last_hidden_state", "pooler_output", "encoder_last_hidden_state",
+    "logits", "start_logits", "end_logits", "predicted_depth", "logits_per_image", "logits_per_text", "text_embeds",
+    "image_embeds", "last_hidden_state", "pooler_output", "encoder_last_hidden_state",
 )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ class Reference:
         """
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
         tensors = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        with torch.no_grad():
+        with torch.no_grad(), _default_dtype(torch.promote_types(self._dtype, torch.float32)):
             found = self._callable()(**tensors, **self._offsets(tensors, n_generated))
         names = [name for name in _OUTPUTS if found.get(name) is not None]
         shown = torch.promote_types(self._dtype, torch.float32)
@@ -182,3 +182,14 @@ class Reference:
             yield
         finally:
             self._model = changed
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The dtype of numbers that a model makes on its way: the least float64 (XGLM's mask) is none of float32."""
+    original = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(original)

@@ -9,7 +9,8 @@ from lora_export.base.tasks import Task
 from lora_export.check.cases import decoding
 from lora_export.check.cases.examination import Examination, Examined
 from lora_export.check.context import CheckContext
-from lora_export.check.inputs.examples import Batcher, built_in_examples
+from lora_export.check.inputs.batcher import Batcher
+from lora_export.check.inputs.examples import built_in_examples
 from lora_export.check.judge.tolerances import tolerances
 from lora_export.check.locate.where import Where
 from lora_export.check.reference.trained import TrainedAdapter

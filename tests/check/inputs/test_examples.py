@@ -9,7 +9,8 @@ import pytest
 
 from lora_export.artifact import read_manifest
 from lora_export.base.tasks import Task
-from lora_export.check.inputs.examples import Batcher, Example, built_in_examples, read_examples
+from lora_export.check.inputs.batcher import Batcher
+from lora_export.check.inputs.examples import Example, built_in_examples, read_examples
 from lora_export.errors import InputRefused
 
 

@@ -1,0 +1,70 @@
+"""What the outputs of a run say, for `run`: classes, numbers, answers, words in a gap, transcripts. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+_MOST_ANSWER_TOKENS = 30
+_MOST_WORDS = 5
+
+
+def class_answer(logits: np.ndarray, labels: Mapping[int, str], problem_type: str | None = None) -> dict:
+    """The classes of `logits` `[n]`, the likeliest first.
+
+    1. One of several classes: probabilities, which add up to 1.
+    2. Several at once (`multi_label_classification`): a probability each, and those of 50 % or more.
+    3. A regression, or one score (a reranker): the numbers as they are.
+    """
+    names = [labels.get(index, f"LABEL_{index}") for index in range(len(logits))]
+    values = logits.astype(np.float64)
+    order = np.argsort(-values)
+    if problem_type == "regression" or len(logits) == 1:
+        return {"values": {names[i]: float(values[i]) for i in order}}
+    if problem_type == "multi_label_classification":
+        scores = {names[i]: float(1 / (1 + np.exp(-values[i]))) for i in order}
+        return {"labels": [name for name, score in scores.items() if score >= 0.5], "scores": scores}
+    scores = {names[i]: float(_softmax(values)[i]) for i in order}
+    return {"label": next(iter(scores)), "scores": scores}
+
+
+def answer_span(start: np.ndarray, end: np.ndarray, first: int, last: int) -> tuple[int, int, float]:
+    """The likeliest answer among the tokens `first` to `last`: its first and last token, and its probability."""
+    starts, ends = (_softmax(scores[first : last + 1].astype(np.float64)) for scores in (start, end))
+    joint = np.triu(starts[:, None] * ends[None, :])
+    joint -= np.triu(joint, _MOST_ANSWER_TOKENS)
+    place = divmod(int(joint.argmax()), len(ends))
+    return first + place[0], first + place[1], float(joint[place])
+
+
+def likeliest_tokens(logits: np.ndarray) -> list[tuple[int, float]]:
+    """The likeliest tokens of `logits` `[vocabulary]`, with their probabilities."""
+    scores = _softmax(logits.astype(np.float64))
+    return [(int(token), float(scores[token])) for token in np.argsort(-scores)[:_MOST_WORDS]]
+
+
+def ctc_tokens(logits: np.ndarray, blank: int) -> list[int]:
+    """The tokens of `logits` `[frames, vocabulary]`: the likeliest of each frame, repeats as one, without blanks."""
+    best = logits.argmax(axis=-1)
+    is_new = np.append(True, best[1:] != best[:-1])
+    return [int(token) for token in best[is_new] if token != blank]
+
+
+def class_shares(logits: np.ndarray, labels: Mapping[int, str]) -> dict:
+    """The share of the image that each class of `logits` `[classes, height, width]` takes, the largest first."""
+    counts = np.bincount(logits.argmax(axis=0).ravel(), minlength=len(logits))
+    shares = counts / counts.sum()
+    found = {labels.get(int(i), f"LABEL_{i}"): float(shares[i]) for i in np.argsort(-shares) if shares[i]}
+    return {"label": next(iter(found)), "scores": found}
+
+
+def depth_answer(depth: np.ndarray) -> dict:
+    """What `depth` `[height, width]` spans, in the model's units."""
+    figures: Sequence[tuple[str, float]] = (("min", depth.min()), ("mean", depth.mean()), ("max", depth.max()))
+    return {"predicted_depth": list(depth.shape)} | {name: float(value) for name, value in figures}
+
+
+def _softmax(values: np.ndarray) -> np.ndarray:
+    shifted = np.exp(values - values.max())
+    return shifted / shifted.sum()

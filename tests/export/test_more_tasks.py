@@ -1,0 +1,169 @@
+"""Tasks beyond classification and generation: exported with an adapter, checked against PEFT, and tried with `run`."""
+
+from __future__ import annotations
+
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+
+from lora_export.check.context import CheckOptions
+from lora_export.errors import UsageProblem
+from lora_export.export.plan import Request
+from lora_export.integrity.sources import SourceOverrides
+from lora_export.pipeline import ExportOptions, check, export
+from lora_export.trial import run_trial
+from lora_export.verdict import Verdict
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+IMAGE = {"image_size": 32, "patch_size": 8}
+WAVE = {"conv_dim": [16, 16], "conv_kernel": [10, 4], "conv_stride": [20, 8], "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "vocab_size": 12, "pad_token_id": 0}  # fmt: skip
+STAGES = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32],
+          "patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2],
+          "decoder_hidden_size": 16, "image_size": 32, "num_labels": 3}  # fmt: skip
+DEPTH = {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8,
+         "is_hybrid": False}  # fmt: skip
+BASES = {
+    "question-answering": ("BertForQuestionAnswering", lambda: tiny.bert_config(num_hidden_layers=1)),
+    "fill-mask": ("BertForMaskedLM", lambda: tiny.bert_config(num_hidden_layers=1)),
+    "multiple-choice": ("BertForMultipleChoice", lambda: tiny.bert_config(num_hidden_layers=1)),
+    "ctc-speech-recognition": ("Wav2Vec2ForCTC", lambda: transformers.Wav2Vec2Config(**SMALL, **WAVE)),
+    "audio-classification": (
+        "Wav2Vec2ForSequenceClassification",
+        lambda: transformers.Wav2Vec2Config(**SMALL, **WAVE, classifier_proj_size=16, num_labels=3),
+    ),
+    "semantic-segmentation": ("SegformerForSemanticSegmentation", lambda: transformers.SegformerConfig(**STAGES)),
+    "depth-estimation": ("DPTForDepthEstimation", lambda: transformers.DPTConfig(**SMALL | IMAGE | DEPTH)),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, _silent_libraries):
+    """The folder of a task's dynamic export with adapter "a", its base and adapter; made once."""
+    found: dict[str, tuple[Path, Path, Path]] = {}
+
+    def get(task: str) -> tuple[Path, Path, Path]:
+        if task not in found:
+            folder = tmp_path_factory.mktemp(task)
+            name, config = BASES[task]
+            kind = getattr(transformers, name)
+            model = tiny.randomize(kind(config()), task)
+            model.save_pretrained(folder / "base")
+            if model.main_input_name == "input_ids":
+                save_tokenizer(folder / "base")
+            elif model.main_input_name == "input_values":
+                transformers.Wav2Vec2FeatureExtractor().save_pretrained(folder / "base")
+            else:
+                size = {"height": 32, "width": 32}
+                transformers.ViTImageProcessor(size=size).save_pretrained(folder / "base")
+            tiny.adapter(folder / "base", folder / "a", name, r=3, target_modules=r".*\.(query|value|q_proj|v_proj)")
+            export(Request(str(folder / "base"), ((str(folder / "a"), "a"),), "dynamic"), ExportOptions(folder / "out"))
+            found[task] = folder / "out", folder / "base", folder / "a"
+        return found[task]
+
+    return get
+
+
+def save_tokenizer(folder: Path) -> None:
+    tiny.save_tokenizer(folder, classifier=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.mask_token = "[UNK]"
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("task", BASES)
+def test_check_passes_and_sees_the_adapters_effect(task, made):
+    out, *_ = made(task)
+    report, _ = check(out, SourceOverrides(), CheckOptions(provider="cpu", n_rows=4))
+    assert report.subject.task == task and report.verdict is Verdict.PASS
+    groups = {case.group for case in report.cases}
+    assert {"adapter", "base", "rows"} <= groups
+    effects = [case.largest_effect for case in report.cases if case.largest_effect is not None]
+    assert effects and min(effects) > 1e-5
+
+
+def reference(made, task: str):
+    _, base, adapter = made(task)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(getattr(transformers, BASES[task][0]).from_pretrained(base), adapter).eval()
+
+
+def test_run_answers_a_question_out_of_the_text(made):
+    out, base, _ = made("question-answering")
+    question, text = "who?", "the quick brown fox"
+    (result,) = run_trial(out, [question, text], {"a": 1.0}, "cpu", 1)["results"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    given = tokenizer(question, text, return_tensors="pt", return_token_type_ids=True)
+    with torch.no_grad():
+        outputs = reference(made, "question-answering")(
+            **{k: given[k] for k in ("input_ids", "attention_mask", "token_type_ids")}
+        )
+    n_question, n_tokens = len(tokenizer(question)["input_ids"]), given["input_ids"].shape[1]
+    spans = [(i, j) for i in range(n_question, n_tokens) for j in range(i, n_tokens)]
+    i, j = max(spans, key=lambda span: outputs.start_logits[0, span[0]] + outputs.end_logits[0, span[1]])
+    assert result["text"] == tokenizer.decode(given["input_ids"][0, i : j + 1], skip_special_tokens=True).strip()
+    with pytest.raises(UsageProblem, match="Question answering takes questions and texts in turn"):
+        run_trial(out, [question], {}, "cpu", 1)
+
+
+def test_run_fills_a_gap(made):
+    out, base, _ = made("fill-mask")
+    (result,) = run_trial(out, ["a [UNK] b"], {"a": 1.0}, "cpu", 1)["results"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    given = tokenizer("a [UNK] b", return_tensors="pt", return_token_type_ids=True)
+    place = int((given["input_ids"][0] == tokenizer.mask_token_id).nonzero())
+    with torch.no_grad():
+        logits = reference(made, "fill-mask")(
+            **{k: given[k] for k in ("input_ids", "attention_mask", "token_type_ids")}
+        ).logits
+    assert result["label"] == tokenizer.decode([int(logits[0, place].argmax())]).strip()
+    with pytest.raises(UsageProblem, match="The text has no gap to fill"):
+        run_trial(out, ["no gap"], {}, "cpu", 1)
+
+
+def test_run_chooses_an_ending(made):
+    out, base, _ = made("multiple-choice")
+    endings = ["one", "two", "three"]
+    found = run_trial(out, ["count:", *endings], {"a": 1.0}, "cpu", 1)
+    given = transformers.AutoTokenizer.from_pretrained(base)(
+        ["count:"] * 3, endings, return_tensors="pt", return_token_type_ids=True, padding=True
+    )
+    with torch.no_grad():
+        named = {k: given[k][None] for k in ("input_ids", "attention_mask", "token_type_ids")}
+        logits = reference(made, "multiple-choice")(**named).logits[0]
+    assert found["inputs"] == ["count:"] and found["results"][0]["label"] == endings[int(logits.argmax())]
+    with pytest.raises(UsageProblem, match="Multiple choice takes a text and its endings"):
+        run_trial(out, ["count:", "one"], {}, "cpu", 1)
+
+
+@pytest.mark.parametrize(("task", "shown"), [("ctc-speech-recognition", "tokens"), ("audio-classification", "scores")])
+def test_run_hears_sounds_of_different_lengths(task, shown, made, tmp_path):
+    files = []
+    for n_samples in (4000, 7000):
+        files.append(str(tmp_path / f"{n_samples}.wav"))
+        samples = (8000 * np.sin(np.arange(n_samples) / 9)).astype("<i2")
+        with wave.open(files[-1], "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(16000)
+            file.writeframes(samples.tobytes())
+    results = run_trial(made(task)[0], files, {"a": 1.0}, "cpu", 1)["results"]
+    assert len(results) == 2 and all(shown in result for result in results)
+
+
+@pytest.mark.parametrize(
+    ("task", "shown"), [("semantic-segmentation", "scores"), ("depth-estimation", "predicted_depth")]
+)
+def test_run_sees_images(task, shown, made, tmp_path):
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    (result,) = run_trial(made(task)[0], [str(tmp_path / "image.png")], {"a": 1.0}, "cpu", 1)["results"]
+    assert shown in result
