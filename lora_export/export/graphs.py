@@ -34,6 +34,7 @@ from lora_export.export.weights import digest
 from lora_export.graph.adapter_inputs import add_adapter_inputs, attach_defaults, present_in
 from lora_export.graph.cache import cache_key, cached_graph
 from lora_export.graph.fuse import fuse
+from lora_export.graph.runnable import refuse_bfloat16
 from lora_export.graph.sites import find_sites, refuse_unlinked, sites_in
 from lora_export.graph.unbound import bind_small, rename_weight, untie
 
@@ -173,6 +174,7 @@ def _build(plan: Plan, resolved: Resolved, facts: _Facts, *, use_cache: bool) ->
     model, inputs = add_adapter_inputs(model, choice)
     with _refused(plan, "fuse", f"its fusions for {plan.request.provider}"):
         model = fuse(model, plan.request.provider)
+    refuse_bfloat16(model, plan.request.provider)
     attach_defaults(model.graph, inputs)
     model.metadata_props[_ADAPTER_INPUTS] = json.dumps(GraphContract((), (), inputs).to_dict()["adapter_inputs"])
     return model

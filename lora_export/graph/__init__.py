@@ -12,6 +12,7 @@
     shape_sums.py          no length is copied to the GPU
     batch_transposes.py    a fused transpose that ONNX Runtime refuses
     fuse.py                optimize and fuse for a provider
+    runnable.py            whether a provider can run it
     cache.py               finished graphs, kept on disk
     bind.py                write graphs with their weights
     module_values.py       find modules in a written graph, and look into it
