@@ -18,6 +18,7 @@
 
     contract.py     the exported graph's contract: inputs, outputs, and the table of adapter-input kinds
     agreement.py    whether a contract is that of its graph
+    named.py        what a user names: a path, or a hub id
     json_schema.py  whether a JSON value follows a schema of ours
     artifact.py     the exported folder's files and its manifest
     carried.py      what a host needs beside the graph: tokenizers, processors, licences

@@ -65,6 +65,7 @@ class AdapterRecord:
         residual_base: The base is the one that the adapter's start left (PiSSA and its kin).
         preprocessing: Where, relative to the folder, the tokenizer, processor and generation settings lie that the
             adapter was trained with: "." or `adapters/<name>`; None where they are the base's, in the folder itself.
+        other_base: The base that its config records, where that is not the export's by its name; None where it is.
         conversion_errors: What that lost, `‖ΔW − BA‖ / ‖ΔW‖` by module.
     """
 
@@ -83,6 +84,7 @@ class AdapterRecord:
     invocation_tokens: tuple[int, ...] | None = None
     residual_base: bool = False
     preprocessing: str | None = None
+    other_base: str | None = None
 
     @property
     def file(self) -> str | None:
@@ -159,6 +161,18 @@ class Manifest:
         names = [record.name for record in self.adapters]
         found = ", ".join(names) or "no adapters at all"
         raise UsageProblem(f"The export has no adapter {name!r}", found=found, next_step=nearest(name, names))
+
+    def require_served(self, name: str) -> None:
+        """Refuse adapter `name` where a run cannot choose it.
+
+        Raises:
+            UsageProblem: There is no such adapter, or it is folded into the graph's weights.
+        """
+        if not self.adapter(name).files:
+            raise UsageProblem(
+                f"Adapter {name!r} is folded into the weights of a merged export and cannot be chosen",
+                next_step="leave it out: every run has it; `lora-export dynamic` serves adapters by name",
+            )
 
     def to_json(self) -> str:
         fields = asdict(self)

@@ -8,6 +8,7 @@
     initialization.py  starts that changed the base, undone
     peft_reader.py     PEFT loads the adapter; what it resolved is read
     peft_keys.py       which of its file's tensors PEFT loads
+    peft_sizes.py      what PEFT says of tensors that do not fit, told plainly
     peft_pairs.py      the pairs in PEFT's layers
     peft_layer.py      a layer merged by PEFT's own code
     pack.py            an adapter as the named tensors of a dynamic graph

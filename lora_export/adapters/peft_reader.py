@@ -20,6 +20,7 @@ from lora_export.adapters.initialization import changes_base
 from lora_export.adapters.peft_keys import require_all_placed
 from lora_export.adapters.peft_layer import PeftLayer
 from lora_export.adapters.peft_pairs import convolution_pair_of, embedding_pair_of, pair_of
+from lora_export.adapters.peft_sizes import refuse_other_sizes
 from lora_export.errors import InputRefused, refused_if_it_fails, some_of
 
 _PREFIX = "base_model.model."
@@ -74,7 +75,11 @@ def _load_with_peft(folder: AdapterFolder, base: torch.nn.Module) -> torch.nn.Mo
         if changes_base(folder.config) or folder.config.get("init_lora_weights") is True:
             # A start that changes the base needs its weights: repeated when the pair is folded or packed.
             config.init_lora_weights = True
-        model = PeftModel.from_pretrained(base, folder.path, config=config, low_cpu_mem_usage=True).eval()
+        try:
+            model = PeftModel.from_pretrained(base, folder.path, config=config, low_cpu_mem_usage=True).eval()
+        except RuntimeError as error:
+            refuse_other_sizes(str(error), folder, _check_base(folder))
+            raise
     missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message).lower()]
     unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing or unfilled:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from lora_export.base.conversion import Converted, stored_parameters
 from lora_export.base.quantized import refuse_other_dtypes, refuse_quantized
 from lora_export.base.stored import SAFETENSORS_DTYPES, SafetensorsFiles, read_json, weight_files
 from lora_export.errors import EnvironmentUnusable, InputRefused
+from lora_export.named import is_hub_id, near, refuse_no_folder
 
 # What a base folder contributes to an export: weights, configuration, tokenizer, processor, licences.
 _WANTED_FROM_HUB = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
@@ -28,15 +28,6 @@ class Located:
     revision: str | None = None
 
 
-_CHECK_THE_PATH = "check the path; when the base has moved since training, name it on the command line"
-# What people bring in a checkpoint's place, by the file's suffix.
-_OTHER_FILES = {
-    ".gguf": "load it in Transformers (from_pretrained(FOLDER, gguf_file=FILE)), save it, and name that folder",
-    ".onnx": "name the checkpoint that the graph was made from: weights are read from safetensors",
-    ".safetensors": "name the folder that holds it and its config.json",
-}
-
-
 def locate(given: str, *, kind: str) -> Located:
     """The folder that `given` names: a folder, or a hub id (`owner/name`, optionally `@revision`).
 
@@ -47,14 +38,8 @@ def locate(given: str, *, kind: str) -> Located:
     path = Path(given).expanduser()
     if path.is_dir():
         return Located(path.resolve(), given)
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", given):
-        raise InputRefused(
-            f"The {kind} is not a folder",
-            where=given,
-            expected=f"a folder holding the {kind}, or a hub id such as owner/name",
-            found="a file" if path.exists() else "nothing at this path",
-            next_step=_OTHER_FILES.get(path.suffix.lower() if path.is_file() else "", _CHECK_THE_PATH),
-        )
+    if path.exists() or not is_hub_id(given):
+        refuse_no_folder(given, kind=kind)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -70,7 +55,7 @@ def locate(given: str, *, kind: str) -> Located:
             f"The {kind} is not a folder here and the hub cannot be reached",
             where=given,
             found=str(error).splitlines()[0],
-            next_step="give a folder, or set HF_HOME to a cache that holds it",
+            next_step=near(given) or "give a folder, or set HF_HOME to a cache that holds it",
         ) from error
     except HFValidationError as error:
         raise InputRefused(f"The {kind} is neither a folder nor a hub id", where=given, found=str(error)) from error

@@ -96,7 +96,13 @@ def begin_check(request: CheckRequest) -> Check:
     mixed = _mixed_batch(prepared.batcher, prepared.data, manifest)
     context = CheckContext(request, session, Task(manifest.task), limits, lack is None, prepared.batches, mixed)
     where = Where(limits, request.folder)
-    examination = Examination(context, where, skipped=[] if lack is None else [lack])
+    unknown = [
+        f"Whether {record.name!r} was trained on this base: it records {record.other_base}, and the export was made "
+        f"from {manifest.base.given}. Their shapes fit."
+        for record in manifest.adapters
+        if record.other_base is not None
+    ]
+    examination = Examination(context, where, skipped=unknown if lack is None else [*unknown, lack])
     seen = environment(session.provider, session.provider_reason, {})
     return Check(examination, prepared.batcher, prepared.data, seen, started)
 

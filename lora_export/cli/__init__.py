@@ -8,5 +8,6 @@
     output.py   results, errors, progress, exit codes
     text.py     values of inspect, --dry-run, exports and run as text
 
-Imports artifact, base, bench, check, compat, errors, export, extract, integrity, pipeline, report, trial, verdict.
+Imports artifact, base, bench, check, compat, errors, export, extract, integrity, named, pipeline, report, trial,
+verdict.
 """

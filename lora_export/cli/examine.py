@@ -44,6 +44,7 @@ def check(
     """
     display = Display(as_json=flags.as_json, quiet=flags.quiet)
     with guarded(display):
+        adapters = options.moved(out, flags.adapters, data)
         display.start("lora-export check")
         from lora_export import pipeline
         from lora_export.check.context import CheckOptions
@@ -54,7 +55,7 @@ def check(
         how = CheckOptions(
             provider=flags.provider, data=files_of_data, merged=merged, n_rows=n_rows, tolerances=tolerances
         )
-        overrides = SourceOverrides(flags.base, flags.adapters)
+        overrides = SourceOverrides(flags.base, adapters)
         report, files = pipeline.check(out, overrides, how, progress=display.progress)
         conclude(report, render_check_text(report), files, display)
 
@@ -107,6 +108,7 @@ def bench(
     """
     display = Display(as_json=flags.as_json, quiet=flags.quiet)
     with guarded(display):
+        adapters = options.moved(out, flags.adapters)
         display.start("lora-export bench")
         from lora_export import pipeline
         from lora_export.bench.plan import BenchOptions
@@ -116,6 +118,6 @@ def bench(
         how = BenchOptions(
             provider=flags.provider, shapes=shapes, blocks=blocks, max_ratio=max_ratio, budget=budget, against=against
         )
-        overrides = SourceOverrides(flags.base, flags.adapters)
+        overrides = SourceOverrides(flags.base, adapters)
         report, files = pipeline.bench(out, overrides, how, progress=display.progress)
         conclude(report, render_bench_text(report), files, display)

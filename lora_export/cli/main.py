@@ -11,12 +11,14 @@ from pathlib import Path
 import click
 
 from lora_export import __version__
+from lora_export.artifact import read_manifest
 from lora_export.cli import options, text
 from lora_export.cli.examine import bench, check
 from lora_export.cli.extract import extract
 from lora_export.cli.output import Display, guarded
 from lora_export.cli.verify import verify_command
 from lora_export.errors import UsageProblem
+from lora_export.named import refuse_missing
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -161,6 +163,8 @@ def add(out: Path, paths: tuple[str, ...], flags: options.AddFlags) -> None:
     """
     display = Display(as_json=flags.as_json, quiet=flags.quiet)
     with guarded(display):
+        for path in paths:
+            refuse_missing(path, kind="adapter")
         adapters = options.named(paths, flags.names)
         display.start("lora-export add")
         from lora_export import pipeline
@@ -258,6 +262,9 @@ def run(
     """
     display = Display(as_json=as_json, quiet=False)
     with guarded(display):
+        manifest = read_manifest(out)
+        for name in blend:
+            manifest.require_served(name)
         from lora_export import trial
 
         display.result(trial.run_trial(out, inputs, blend, provider, max_new_tokens), text.trial_text)

@@ -2,6 +2,7 @@
 
     task_choice.py the task, told by base and adapters
     plan.py        what was asked for, checked before any work
+    origin.py      the base that an adapter records
     padding.py     the padding token of a classifier on a decoder
     resolve.py     the adapters, read, and the source of every parameter
     weights.py     the numbers: checkpoint tensors with adapters folded in, one at a time

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_export.adapters.folder import AdapterFolder, open_adapter
@@ -13,11 +13,12 @@ from lora_export.adapters.foreign import peft_folder
 from lora_export.adapters.initialization import PLAIN_START
 from lora_export.adapters.renamed import with_todays_names
 from lora_export.adapters.support import require_supported
-from lora_export.base.checkpoint import Checkpoint, locate
+from lora_export.base.checkpoint import Checkpoint
 from lora_export.base.tasks import CLASSIFICATION, SEQ2SEQ, Task
 from lora_export.base.weightless import build_weightless, vocabulary_tables
 from lora_export.carried import Carried, plan_added, plan_carried
 from lora_export.errors import InputRefused, UsageProblem
+from lora_export.export.origin import another_base, locate_base, remark_on
 from lora_export.export.padding import choose_padding, reads_last_token, with_padding
 from lora_export.export.task_choice import choose_task
 
@@ -64,6 +65,7 @@ class Plan:
         adapter_configs: The config each adapter's head was trained for, in the order of `folders`.
         carried: The files that a host needs beside the graph.
         pad_token_id: The padding token by which a classifier on a decoder finds the token to read; None for others.
+        other_bases: The base that an adapter records, where it is another than `checkpoint`, by the adapter's name.
         remarks: What was decided for the user and is worth a word.
     """
 
@@ -76,6 +78,7 @@ class Plan:
     adapter_configs: tuple[object, ...]
     carried: Carried
     pad_token_id: int | None = None
+    other_bases: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
     @property
@@ -110,7 +113,7 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
         )
     for folder in folders:
         require_supported(folder.config, request.mode, folder.name, convert_rank=request.convert_rank)
-    checkpoint = Checkpoint.open(locate(_base_of(request.base, folders), kind="base"))
+    checkpoint = Checkpoint.open(locate_base(request.base, folders))
     chosen = choose_task(request.task, checkpoint, folders)
     task, model = chosen.task, chosen.model
     _refuse_activated(folders, task)
@@ -142,7 +145,11 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     if request.mode == "merge" and adapter_configs:
         config = _merged_config(folders, adapter_configs)
     remarks += carried.remarks
-    return Plan(request, checkpoint, folders, task, dtype, config, adapter_configs, carried, pad_token_id, remarks)
+    others = {f.name: other for f in folders if (other := another_base(f, checkpoint.located)) is not None}
+    remarks += tuple(remark_on(name, other, checkpoint.located.given) for name, other in others.items())
+    return Plan(
+        request, checkpoint, folders, task, dtype, config, adapter_configs, carried, pad_token_id, others, remarks
+    )
 
 
 def _vocabulary(config) -> int | None:
@@ -185,20 +192,6 @@ def _refuse_activated(folders: Sequence[AdapterFolder], task: Task) -> None:
             found=f"task {task}",
             next_step="export it as text-generation (--task)",
         )
-
-
-def _base_of(base: str | None, folders: Sequence[AdapterFolder]) -> str:
-    if base is not None:
-        return base
-    recorded = {folder.base for folder in folders}
-    if len(recorded) != 1 or None in recorded:
-        raise InputRefused(
-            "The adapters do not agree on a base" if len(recorded) > 1 else "The adapter does not record its base",
-            where="adapter_config.json: base_model_name_or_path",
-            found=", ".join(f"{folder.name}: {folder.base}" for folder in folders),
-            next_step="name the base as the first argument",
-        )
-    return recorded.pop()
 
 
 def _configs_for(config, task: Task, folders: Sequence[AdapterFolder], model) -> tuple:

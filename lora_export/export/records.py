@@ -90,6 +90,7 @@ def adapter_records(
                 invocation_tokens=adapter.invocation_tokens,
                 residual_base=plan.request.residual_base,
                 preprocessing=plan.carried.places.get(adapter.name),
+                other_base=plan.other_bases.get(adapter.name),
             )
         )
     return tuple(records)

@@ -160,10 +160,13 @@ class Bank:
     def _require(self, name: str) -> None:
         if name not in self.adapters:
             merged = ", ".join(self.merged)
+            other = "use one of these names, or load its file first"
             raise UsageProblem(
                 f"No adapter {name!r} is loaded",
                 found=", ".join(self.adapters) or (f"a merged graph (of {merged})" if merged else "none"),
-                next_step=nearest(name, list(self.adapters)) or "use one of these names, or load its file first",
+                next_step="leave it out: every run has what is folded in"
+                if merged
+                else nearest(name, list(self.adapters)) or other,
             )
 
 

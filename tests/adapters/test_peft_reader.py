@@ -147,9 +147,21 @@ def test_a_missing_head_is_refused(adapters, own, bases):
 
 def test_a_rank_that_the_config_does_not_say_is_refused(adapters, own, llama):
     folder = with_config(own, adapters["chat"], r=5)
-    with pytest.raises(InputRefused, match="PEFT cannot load the adapter onto this base") as refused:
+    with pytest.raises(InputRefused, match="tensors do not have the ranks that its config says") as refused:
         read(folder, llama)
-    assert "size mismatch" in refused.value.found
+    assert refused.value.where.endswith("chat: model.layers.0.self_attn.q_proj.lora_A.weight and 7 more")
+    assert (refused.value.expected, refused.value.found) == (
+        "[5, 64], as the config says", "[4, 64] in the adapter's file",
+    )  # fmt: skip
+
+
+def test_a_base_of_another_width_is_said_plainly(adapters, bases):
+    config = AutoConfig.from_pretrained(bases["llama"], hidden_size=32)
+    with pytest.raises(InputRefused, match="The adapter was trained on a base of other sizes") as refused:
+        read(adapters["chat"], build_weightless(Task.TEXT_GENERATION, config, "float32"))
+    assert refused.value.where.endswith("chat: model.layers.0.self_attn.q_proj.lora_A.weight and 3 more")
+    assert refused.value.expected == "[4, 32], as the base says"
+    assert refused.value.found == "[4, 64] in the adapter's file" and "check that the base" in refused.value.next_step
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -93,7 +93,11 @@ def test_arguments_that_contradict_each_other(adapters, bases, exports, tmp_path
     text = fails(2, "dynamic", base, adapters["topic"], adapters["topic"], "-o", out)
     assert "Two adapters have the same name" in text and "--name" in text
     assert "is no number" in fails(2, "run", exports["bert-dynamic"], "hi", "--adapter", "topic=much")
-    assert "No adapter 'nobody' is loaded" in fails(2, "run", exports["bert-dynamic"], "hi", "--adapter", "nobody")
+    assert "The export has no adapter 'nobody'" in fails(2, "run", exports["bert-dynamic"], "hi", "--adapter", "nobody")
+    text = fails(2, "run", exports["bert-merged"], "hi", "--adapter", "kind")
+    assert "Adapter 'kind' is folded into the weights" in text and "leave it out" in text
+    text = fails(2, "check", exports["bert-dynamic"], "--adapter", "somewhere")
+    assert "does not say which adapter the path is of" in text and "name one of topic, kind" in text
     assert not out.exists()
 
 
@@ -113,6 +117,37 @@ def test_inputs_that_are_refused(adapters, bases, exports, own, tmp_path):
         text = fails(3, *arguments)
         assert message in text and "\nerror: " in f"\n{text}", arguments
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "{export}", "hi", "--adapter", "tpoic"], "did you mean 'topic'?"),
+        (["check", "{export}", "--data", "tpoic=x"], "did you mean 'topic'?"),
+        (["bench", "{export}", "--adapter", "tpoic=x"], "did you mean 'topic'?"),
+        (["dynamic", "{base}", "{adapter}x", "-o", "{out}"], "did you mean 'topic'?"),
+        (["merge", "{base}x", "-o", "{out}"], "did you mean 'bert'?"),
+        (["add", "{export}", "{adapter}x"], "did you mean 'topic'?"),
+    ],
+)
+def test_a_misspelled_name_is_answered_before_anything_is_loaded(arguments, said, exports, adapters, bases, tmp_path):
+    names = {
+        "export": exports["bert-dynamic"],
+        "base": bases["bert"],
+        "adapter": adapters["topic"],
+        "out": tmp_path / "o",
+    }
+    code = f"""
+import sys
+from lora_export.cli.main import main
+try:
+    main({[argument.format(**names) for argument in arguments]!r})
+except SystemExit as done:
+    heavy = {{"torch", "numpy", "transformers", "peft", "onnx", "onnxruntime"}} & set(sys.modules)
+    sys.exit(f"loaded {{heavy}}" if heavy or done.code not in (2, 3) else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and said in done.stderr, done.stderr
 
 
 def test_an_unsupported_adapter_is_refused_with_its_reasons(adapters, own, bases, tmp_path):

@@ -122,7 +122,7 @@ def test_a_weight_for_each_adapter_or_none(bases, adapters):
 
 
 def test_a_bfloat16_base_is_exported_for_the_cpu_in_a_dtype_that_it_runs(bases, adapters, tmp_path):
-    base = tmp_path / "base"
+    base = tmp_path / "llama"
     tiny.in_dtype(bases["llama"], base, torch.bfloat16)
     chosen = ((str(adapters["chat"]), None),)
     plan = make_plan(Request(str(base), chosen, "merge"))

@@ -1,0 +1,56 @@
+"""What a user names: a path, or a hub id. Standard library only: a wrong path is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lora_export.errors import InputRefused, nearest
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_CHECK_THE_PATH = "check the path; when the base has moved since training, name it on the command line"
+# What people bring in a checkpoint's place, by the file's suffix.
+_OTHER_FILES = {
+    ".gguf": "load it in Transformers (from_pretrained(FOLDER, gguf_file=FILE)), save it, and name that folder",
+    ".onnx": "name the checkpoint that the graph was made from: weights are read from safetensors",
+    ".safetensors": "name the folder that holds it and its config.json",
+}
+
+
+def near(given: str) -> str | None:
+    """A question that names a folder or file beside the one that `given` names and that is not there; None without."""
+    path = Path(given).expanduser()
+    if path.exists() or not path.parent.is_dir():
+        return None
+    return nearest(path.name, sorted(other.name for other in path.parent.iterdir() if not other.name.startswith(".")))
+
+
+def refuse_missing(given: str, *, kind: str) -> None:
+    """Refuse what is neither there nor spelled like a hub id.
+
+    Raises:
+        InputRefused: It is named, with the nearest name beside it.
+    """
+    if not Path(given).expanduser().exists() and not _HUB_ID.fullmatch(given):
+        refuse_no_folder(given, kind=kind)
+
+
+def refuse_no_folder(given: str, *, kind: str) -> None:
+    """Refuse what is no folder where a folder is asked for.
+
+    Raises:
+        InputRefused: Always.
+    """
+    path = Path(given).expanduser()
+    raise InputRefused(
+        f"The {kind} is not a folder",
+        where=given,
+        expected=f"a folder holding the {kind}, or a hub id such as owner/name",
+        found="a file" if path.exists() else "nothing at this path",
+        next_step=_OTHER_FILES.get(path.suffix.lower() if path.is_file() else "", near(given) or _CHECK_THE_PATH),
+    )
+
+
+def is_hub_id(given: str) -> bool:
+    """Whether `given` is spelled like one: `owner/name`, optionally `@revision`."""
+    return _HUB_ID.fullmatch(given) is not None
