@@ -1,10 +1,11 @@
 """The command line, and all of Click: parse, one call of the pipeline, render, exit code. The only room that exits.
 
-    main.py     the group of commands; merge, dynamic, add, inspect, run
+    main.py     the group of commands; merge, dynamic, add, remove, inspect, run
     examine.py  check and bench
     verify.py   verify
     extract.py  extract
     options.py  options that several commands share, each written once
+    names.py    paths and names, looked at before anything is loaded
     output.py   results, errors, progress, exit codes
     text.py     values of inspect, --dry-run, exports and run as text
 

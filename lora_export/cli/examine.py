@@ -8,6 +8,7 @@ import click
 
 from lora_export.bench.shapes import Shape
 from lora_export.cli import options
+from lora_export.cli.names import moved
 from lora_export.cli.output import Display, conclude, guarded
 
 
@@ -44,7 +45,7 @@ def check(
     """
     display = Display(as_json=flags.as_json, quiet=flags.quiet)
     with guarded(display):
-        adapters = options.moved(out, flags.adapters, data)
+        adapters = moved(out, flags.adapters, data)
         display.start("lora-export check")
         from lora_export import pipeline
         from lora_export.check.context import CheckOptions
@@ -108,7 +109,7 @@ def bench(
     """
     display = Display(as_json=flags.as_json, quiet=flags.quiet)
     with guarded(display):
-        adapters = options.moved(out, flags.adapters)
+        adapters = moved(out, flags.adapters)
         display.start("lora-export bench")
         from lora_export import pipeline
         from lora_export.bench.plan import BenchOptions

@@ -15,6 +15,7 @@ from lora_export.artifact import read_manifest
 from lora_export.cli import options, text
 from lora_export.cli.examine import bench, check
 from lora_export.cli.extract import extract
+from lora_export.cli.names import base_and_adapters, named
 from lora_export.cli.output import Display, guarded
 from lora_export.cli.verify import verify_command
 from lora_export.errors import UsageProblem
@@ -60,7 +61,7 @@ def collect_rarely() -> None:
 def _export(mode: str, paths: Sequence[str], flags: options.ExportFlags, how: ExportHow) -> None:
     display = Display(as_json=flags.as_json, quiet=flags.quiet)
     with guarded(display):
-        base, adapters = options.base_and_adapters(paths, flags.names)
+        base, adapters = base_and_adapters(paths, flags.names)
         if mode == "dynamic" and not adapters and not how.targets:
             raise UsageProblem("Nothing to serve: no adapter and no --targets", next_step="name at least one of them")
         display.start(f"lora-export {mode}")
@@ -165,7 +166,7 @@ def add(out: Path, paths: tuple[str, ...], flags: options.AddFlags) -> None:
     with guarded(display):
         for path in paths:
             refuse_missing(path, kind="adapter")
-        adapters = options.named(paths, flags.names)
+        adapters = named(paths, flags.names)
         display.start("lora-export add")
         from lora_export import pipeline
         from lora_export.artifact import SIGNATURE

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from lora_export.cli import options
+from lora_export.cli.names import moved
 from lora_export.cli.output import Display, guarded
 
 
@@ -41,7 +42,7 @@ def verify_command(
         if sources or base or adapters:
             from lora_export.integrity.sources import SourceOverrides
 
-            overrides = SourceOverrides(base, adapters)
+            overrides = SourceOverrides(base, moved(out, adapters))
         found = verify(out, overrides, signature_key=signature_key)
         display.result(found.to_dict(), verification_text)
         sys.exit(0 if found.passed else 1)
