@@ -208,13 +208,35 @@ class AdapterInput:
         return spec_of(self.kind)
 
 
+class CacheLayout(StrEnum):
+    """Where a decoder's cache `[batch, heads, slots, size]` keeps a token's keys and values."""
+
+    # Slot k is column k of the attention mask. Any number of rows goes on with any number of new tokens.
+    COLUMNS = "columns"
+    # A row's real tokens lie side by side from slot 0 on; what is in the slots after them means nothing. Past and
+    # present may be one buffer with slots for more tokens than there are. Several rows at once run whole prompts, or go
+    # on with one new token each; one row goes on with any number.
+    TOKENS = "tokens"
+
+
 @dataclass(frozen=True)
 class GraphContract:
-    """Everything a host must know to run one graph."""
+    """Everything a host must know to run one graph.
+
+    Attributes:
+        cache_layout: Of a decoder with a cache; None for other graphs, and in manifests from before there were two,
+            which means COLUMNS.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     adapter_inputs: tuple[AdapterInput, ...] = ()
+    cache_layout: CacheLayout | None = None
+
+    @property
+    def past(self) -> tuple[TensorSpec, ...]:
+        """The inputs that take the cache; none for a graph without one."""
+        return tuple(spec for spec in self.inputs if spec.name.startswith("past_key_values."))
 
     def of_module(self, module: str) -> dict[AdapterInputKind, AdapterInput]:
         """The adapter inputs of `module` by kind; empty if the graph has none there."""
@@ -248,4 +270,5 @@ class GraphContract:
             tuple(map(spec, fields["inputs"])),
             tuple(map(spec, fields["outputs"])),
             tuple(map(adapter_input, fields["adapter_inputs"])),
+            CacheLayout(fields["cache_layout"]) if fields.get("cache_layout") else None,
         )

@@ -26,8 +26,9 @@ from lora_export.check.inputs.examples import read_examples
 from lora_export.check.results import CheckReport
 from lora_export.check.run import begin_check, run_cases
 from lora_export.contract import SINGLE
+from lora_export.export.contracts import contract_of
 from lora_export.export.genai import write_genai_config
-from lora_export.export.graphs import contract_of, finished_graphs, target_modules
+from lora_export.export.graphs import finished_graphs, target_modules
 from lora_export.export.lifecycle import AddOptions, add_to, remove_from
 from lora_export.export.plan import Request, make_plan
 from lora_export.export.records import adapter_records, hashed_sources, hashes_of, write_config
@@ -92,7 +93,7 @@ def export(request: Request, options: ExportOptions, *, progress: Progress = sil
         targets = target_modules(options.targets, resolved.model)
         choice = choose_sites(resolved.adapters if request.mode == "dynamic" else (), targets)
         progress("building the graph", 0, 1)
-        graphs = finished_graphs(plan, resolved, choice, use_cache=options.use_cache)
+        graphs = finished_graphs(plan, resolved, choice, use_cache=options.use_cache, remark=remark)
         models = {name: graph.model for name, graph in graphs.items()}
         optional = {name: graph.adapter_inputs for name, graph in graphs.items()}
         with staging(options.out, overwrite=options.overwrite, n_bytes=plan.n_bytes) as folder:

@@ -77,8 +77,11 @@ _TO_THE_END = np.iinfo(np.int64).max
 
 def _past_length(prelude: _Prelude, contract: GraphContract) -> str | None:
     """The number of tokens in the cache, `[1]`; None for a graph without one."""
-    past = next((spec.name for spec in contract.inputs if spec.name.startswith("past_key_values.")), None)
-    return None if past is None else prelude.op("Shape", [past], start=2, end=3)
+    if not contract.past:
+        return None
+    # Not by the cache's own length: a buffer may be longer than what is in it.
+    total, new = (prelude.op("Shape", [name], start=1, end=2) for name in ("attention_mask", "input_ids"))
+    return prelude.op("Sub", [total, new])
 
 
 def padding_read(model: onnx.ModelProto, contract: GraphContract) -> bool:

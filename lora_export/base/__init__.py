@@ -10,6 +10,7 @@
     forward.py     what a model's forward takes
     weightless.py  a model without weights
     computed.py    what is computed and not stored: sinusoidal positions
+    layers.py      the stack of alike layers, and the model with few of them
     sample.py      the value that says what a model is traced with
     encoders.py    texts, images and sounds, run in one pass
     decoder.py     a decoder on its cache, whose shape the model tells

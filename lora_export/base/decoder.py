@@ -26,17 +26,17 @@ _BATCH, _SEQUENCE, _PAST = 2, 7, 5
 # What Transformers calls the layers of a cache that hold keys and values, or nothing, as another layer's serve them.
 _KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 # Heads and size of a layer's keys, and of its values.
-Layout = tuple[tuple[int, int], tuple[int, int]]
+Shapes = tuple[tuple[int, int], tuple[int, int]]
 
 
 def decoder_sample(model: torch.nn.Module) -> Sample:
     """The sample of a weightless decoder, or of the language model of a multimodal one."""
     from transformers import DynamicCache
 
-    layout = cache_layout(model)
+    by_layer = cache_shapes(model)
     # Without the config: every layer keeps its whole past, also one with a sliding window, whose mask forgets for it.
     cache = DynamicCache()
-    for layer, shapes in enumerate(layout):
+    for layer, shapes in enumerate(by_layer):
         states = (torch.zeros(_BATCH, heads, _PAST, size, dtype=model.dtype) for heads, size in shapes)
         cache.update(*states, layer)
     inputs = {
@@ -52,8 +52,8 @@ def decoder_sample(model: torch.nn.Module) -> Sample:
     sequence, past = (torch.export.Dim(name, max=_longest(model) // 2) for name in ("sequence_length", "past"))
     shapes = {name: {0: batch, 1: sequence} for name in ("input_ids", "position_ids") if name in inputs}
     shapes["attention_mask"] = {0: batch, 1: torch.export.Dim.AUTO}
-    shapes[cache_argument(model.forward)] = [{0: batch, 2: past}] * (2 * len(layout))
-    return Sample(inputs, shapes, {}, n_cached_layers=len(layout))
+    shapes[cache_argument(model.forward)] = [{0: batch, 2: past}] * (2 * len(by_layer))
+    return Sample(inputs, shapes, {}, n_cached_layers=len(by_layer))
 
 
 def _longest(model: torch.nn.Module) -> int:
@@ -68,7 +68,7 @@ def _takes_positions(model: torch.nn.Module) -> bool:
     return any("position_ids" in inspect.signature(forward).parameters for forward in forwards)
 
 
-def cache_layout(model: torch.nn.Module) -> tuple[Layout, ...]:
+def cache_shapes(model: torch.nn.Module) -> tuple[Shapes, ...]:
     """The shapes of the keys and values that each layer of a weightless decoder adds to a cache, by a run of shapes
     alone. Layers that share those of another have none of their own (Gemma 3n)."""
     from transformers import DynamicCache

@@ -7,6 +7,7 @@ The traced graph's initializers carry the model's parameter paths as names, its 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -28,6 +29,10 @@ from lora_export.contract import SINGLE
 from lora_export.errors import EnvironmentUnusable, some_of
 from lora_export.quiet import quiet
 
+# The first with an `Attention` operator, which a decoder's attention is traced to.
+_ATTENTION_OPSET = 23
+# A switch of Transformers: keys and values of grouped heads are not written out for every query head.
+_GROUPED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"
 # What a dual encoder gives besides the hidden states of its two halves.
 _DUAL_OUTPUTS = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
 # Names of sums of axes, whichever way round the trace adds them up; Optimum spells out the second.
@@ -55,8 +60,10 @@ def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE, *, named: Col
     exporter_class = borrow("OnnxExporter")
     config_class = borrow("OnnxConfig")
     sample = _sample(task, model, graph, named)
-    config = config_class(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False)
-    with quiet(), decomposed_by_operator(), tables_of_fixed_size(model), _forward(model, sample.forward):
+    opset = _ATTENTION_OPSET if task is Task.TEXT_GENERATION else config_class().opset_version
+    config = config_class(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False, opset_version=opset)
+    forward = _forward(model, sample.forward)
+    with quiet(), decomposed_by_operator(), tables_of_fixed_size(model), forward, _grouped_heads():
         program = exporter_class().export(model, sample.inputs, config).program
     if is_dual_encoder(model):
         _keep_outputs(program, _DUAL_OUTPUTS)
@@ -66,6 +73,13 @@ def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE, *, named: Col
         _name_cache(program.graph, sample.n_cached_layers)
     _name_axes(program.graph, sample)
     return program
+
+
+def sliding_windows(config) -> tuple[int, ...]:
+    """The sizes of sliding windows that a config (a `PretrainedConfig`) names, its text part's too."""
+    parts = (config, getattr(config, "text_config", None))
+    found = {getattr(part, name, None) for part in parts for name in ("sliding_window", "window_size")}
+    return tuple(sorted(size for size in found if isinstance(size, int) and size > 0))
 
 
 def _sample(task: Task, model: torch.nn.Module, graph: str, named: Collection[str] | None) -> Sample:
@@ -85,6 +99,19 @@ def _forward(model: torch.nn.Module, forward: Callable | None) -> Iterator[None]
         yield
     finally:
         del model.forward
+
+
+@contextlib.contextmanager
+def _grouped_heads() -> Iterator[None]:
+    before = os.environ.get(_GROUPED_HEADS)
+    os.environ[_GROUPED_HEADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_GROUPED_HEADS]
+        else:
+            os.environ[_GROUPED_HEADS] = before
 
 
 def _unbind_parameters(graph: ir.Graph, model: torch.nn.Module) -> None:

@@ -13,8 +13,8 @@ from lora_export.bench.budget import AGAINST, Budget, read_budget
 from lora_export.bench.latency import Candidate, Comparison
 from lora_export.bench.shapes import Shape, shape_text
 from lora_export.bench.workloads import source_length
-from lora_export.contract import AdapterInputKind
-from lora_export.errors import InputRefused
+from lora_export.contract import SINGLE, AdapterInputKind, CacheLayout
+from lora_export.errors import InputRefused, UsageProblem
 
 BASE, EXPORT, MERGED = "base", "export", "merged"
 _USUAL_SHAPES = {
@@ -97,11 +97,28 @@ def plan_bench(folder: Path, options: BenchOptions) -> BenchPlan:
     if options.budget is not None:
         budget = read_budget(options.budget, options.max_ratio)
     shapes = options.shapes or _USUAL_SHAPES.get(Task(manifest.task), _USUAL_TEXT_SHAPES)
+    _require_runnable(shapes, *(each for each in (manifest, other) if each is not None))
     lengths = {(n, length, past): (n, source_length(manifest.graphs, length), past) for n, length, past in shapes}
     races = tuple(_planned(manifest, options.against, other, budget, asked, shape) for asked, shape in lengths.items())
     _require_matches(budget, manifest, dict(zip(lengths, races, strict=True)))
     vocabulary = min(_vocabulary(path) for path in (folder, options.against) if path is not None)
     return BenchPlan(folder, manifest, other, options, budget, vocabulary, races)
+
+
+def _require_runnable(shapes: Sequence[Shape], *manifests: Manifest) -> None:
+    """Refuse what a graph runs row by row, so that there is no one run to time."""
+    if not any(
+        manifest.contract.cache_layout is CacheLayout.TOKENS for manifest in manifests if SINGLE in manifest.graphs
+    ):
+        return
+    for shape in shapes:
+        batch, sequence, past = shape
+        if batch > 1 and sequence > 1 and past > 0:
+            raise UsageProblem(
+                "Several rows with several new tokens each on a cache are run row by row: there is no one run to time",
+                where=f"--shape {shape_text(shape)}",
+                next_step=f"time one row (1x{sequence}@{past}) or one new token a row ({batch}x1@{past})",
+            )
 
 
 def _vocabulary(folder: Path) -> int:

@@ -8,6 +8,7 @@
     weights.py     the numbers: checkpoint tensors with adapters folded in, one at a time
     completion.py  what an adapter needs of the base, and what of it a mode cannot export
     graphs.py      the finished weightless graphs of a plan, cached
+    contracts.py   what a written graph takes and gives
     records.py     adapter files, config, and the entries of the manifest
     lifecycle.py   adapters of a dynamic export that come, are replaced and go
     genai.py       genai_config.json

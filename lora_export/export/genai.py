@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from lora_export.artifact import sha256_of
-from lora_export.contract import SINGLE, GraphContract, graph_file
+from lora_export.contract import SINGLE, CacheLayout, GraphContract, graph_file
 
 GENAI_CONFIG = "genai_config.json"
 # GenAI runs every other decoder with per-layer caches under its generic type.
@@ -53,7 +53,11 @@ def write_genai_config(folder: Path, config, contract: GraphContract) -> dict[st
             "type": config.model_type if config.model_type in _GENAI_TYPES else "decoder",
             "vocab_size": config.vocab_size,
         },
-        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False},
+        "search": {
+            "do_sample": False,
+            "max_length": context,
+            "past_present_share_buffer": contract.cache_layout is CacheLayout.TOKENS,
+        },
     }
     path = folder / GENAI_CONFIG
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

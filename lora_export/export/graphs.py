@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
 from lora_export.adapters.factors import Adapter
-from lora_export.agreement import require_agreement
-from lora_export.artifact import MANIFEST, Manifest, versions
+from lora_export.artifact import versions
+from lora_export.base.layers import N_TRACED, Stack, alike_layers, shortened
 from lora_export.base.tasks import graphs_of
-from lora_export.base.trace import trace
+from lora_export.base.trace import sliding_windows, trace
 from lora_export.base.weightless import is_conv1d
 from lora_export.contract import (
-    SINGLE,
     AdapterInput,
     GraphContract,
     SiteChoice,
-    TensorSpec,
-    data_file,
-    graph_file,
 )
 from lora_export.errors import InputRefused, UsageProblem, refused_if_it_fails
 from lora_export.export.plan import Plan
@@ -34,8 +29,10 @@ from lora_export.export.weights import digest
 from lora_export.graph.adapter_inputs import add_adapter_inputs, attach_defaults, present_in
 from lora_export.graph.cache import cache_key, cached_graph
 from lora_export.graph.fuse import fuse
+from lora_export.graph.layer_names import is_uniform, stamped_inputs, stand_ins, traced_choice
 from lora_export.graph.runnable import refuse_bfloat16
 from lora_export.graph.sites import find_sites, refuse_unlinked, sites_in
+from lora_export.graph.stamp import stamp
 from lora_export.graph.unbound import bind_small, rename_weight, untie
 
 _ADAPTER_INPUTS = "lora_export.adapter_inputs"
@@ -81,7 +78,9 @@ class FinishedGraph:
     adapter_inputs: tuple[AdapterInput, ...]
 
 
-def finished_graphs(plan: Plan, resolved: Resolved, choice: SiteChoice, *, use_cache: bool) -> dict[str, FinishedGraph]:
+def finished_graphs(
+    plan: Plan, resolved: Resolved, choice: SiteChoice, *, use_cache: bool, remark: Callable[[str], None]
+) -> dict[str, FinishedGraph]:
     """The graphs of the plan's task by stem, in the order they run.
 
     Large weights stay unbound; norms and biases are bound, as fusions use them, but those that an adapter replaces.
@@ -92,7 +91,9 @@ def finished_graphs(plan: Plan, resolved: Resolved, choice: SiteChoice, *, use_c
     graphs = graphs_of(plan.task)
     if len(graphs) > 1:
         _refuse_changed_embedding(resolved)
-    found = {graph: _finished_graph(plan, resolved, choice, graph, use_cache=use_cache) for graph in graphs}
+    found = {
+        graph: _finished_graph(plan, resolved, choice, graph, use_cache=use_cache, remark=remark) for graph in graphs
+    }
     served = {entry.module for finished in found.values() for entry in finished.adapter_inputs}
     chosen = dict.fromkeys(module for modules in asdict(choice).values() for module in modules)
     refuse_unlinked([module for module in chosen if module not in served])
@@ -119,11 +120,13 @@ class _Facts:
 
 
 def _finished_graph(
-    plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str, *, use_cache: bool
+    plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str, *, use_cache: bool, remark: Callable[[str], None]
 ) -> FinishedGraph:
     facts = _facts(plan, resolved, choice, graph)
     key = cache_key(facts.finished_from | {"step": "finished"})
-    model = cached_graph(key, lambda: _build(plan, resolved, facts, use_cache=use_cache), use_cache=use_cache)
+    model = cached_graph(
+        key, lambda: _build(plan, resolved, facts, use_cache=use_cache, remark=remark), use_cache=use_cache
+    )
     return _reattached(model, resolved)
 
 
@@ -154,8 +157,40 @@ def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str) -> _F
     return _Facts(graph, choice, traced_from, finished_from, small, untied)
 
 
-def _build(plan: Plan, resolved: Resolved, facts: _Facts, *, use_cache: bool) -> ir.Model:
-    """Trace, untie, bind what is small, give adapter inputs, fuse; the inputs' descriptions go along as metadata."""
+def _build(
+    plan: Plan, resolved: Resolved, facts: _Facts, *, use_cache: bool, remark: Callable[[str], None]
+) -> ir.Model:
+    """The finished graph: of one layer of each kind, copied, where all are alike; else of the whole model."""
+    stack = alike_layers(resolved.model) if len(graphs_of(plan.task)) == 1 else None
+    if stack is not None and _is_uniform(facts, stack):
+        few = replace(facts, choice=traced_choice(facts.choice, stack), small=stand_ins(facts.small, stack))
+        few = replace(few, traced_from=facts.traced_from | {"layers": N_TRACED})
+        with shortened(resolved.model, stack):
+            model, inputs = _trace_and_fuse(plan, resolved, few, use_cache=use_cache)
+        stamped = stamp(model, stack, facts.small)
+        if stamped is not None:
+            return _described(stamped, stamped_inputs(inputs, stack))
+        remark("The base's layers do not trace alike, so the whole model is traced, which takes longer.")
+    return _described(*_trace_and_fuse(plan, resolved, facts, use_cache=use_cache))
+
+
+def _is_uniform(facts: _Facts, stack: Stack) -> bool:
+    """Whether adapters touch all layers but the first alike, and leave the same parameters of them as the base has."""
+    sites = asdict(facts.choice) | {"small": tuple(facts.small), "untied": tuple(facts.untied)}
+    return all(is_uniform(names, stack) for names in sites.values())
+
+
+def _described(model: ir.Model, inputs: Sequence[AdapterInput]) -> ir.Model:
+    """`model` with its adapter inputs made optional, and their descriptions along as metadata."""
+    attach_defaults(model.graph, inputs)
+    model.metadata_props[_ADAPTER_INPUTS] = json.dumps(GraphContract((), (), tuple(inputs)).to_dict()["adapter_inputs"])
+    return model
+
+
+def _trace_and_fuse(
+    plan: Plan, resolved: Resolved, facts: _Facts, *, use_cache: bool
+) -> tuple[ir.Model, tuple[AdapterInput, ...]]:
+    """Trace, untie, bind what is small, give adapter inputs, fuse."""
     key = cache_key(facts.traced_from | {"step": "trace"})
     with _refused(plan, "trace", "its trace"):
         named = plan.checkpoint.tokenizer_inputs
@@ -173,11 +208,9 @@ def _build(plan: Plan, resolved: Resolved, facts: _Facts, *, use_cache: bool) ->
     choice = facts.choice if is_only_graph else present_in(model.graph, facts.choice)
     model, inputs = add_adapter_inputs(model, choice)
     with _refused(plan, "fuse", f"its fusions for {plan.request.provider}"):
-        model = fuse(model, plan.request.provider)
+        model = fuse(model, plan.request.provider, sliding_windows(plan.config))
     refuse_bfloat16(model, plan.request.provider)
-    attach_defaults(model.graph, inputs)
-    model.metadata_props[_ADAPTER_INPUTS] = json.dumps(GraphContract((), (), inputs).to_dict()["adapter_inputs"])
-    return model
+    return model, inputs
 
 
 def _refused(plan: Plan, verb: str, step: str) -> AbstractContextManager:
@@ -250,34 +283,3 @@ def _signature(adapter: Adapter, path: str) -> tuple[int, ...]:
 
 def _is_embedding(model: torch.nn.Module, path: str) -> bool:
     return isinstance(model.get_submodule(path.rpartition(".")[0]), torch.nn.Embedding)
-
-
-def contract_of(model: ir.Model, adapter_inputs: Sequence[AdapterInput]) -> GraphContract:
-    """The contract of a graph: its own inputs and outputs, and the adapter inputs."""
-    optional = {entry.name for entry in adapter_inputs}
-    inputs, outputs = _specs(model)
-    return GraphContract(tuple(spec for spec in inputs if spec.name not in optional), outputs, tuple(adapter_inputs))
-
-
-def _specs(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """The inputs of a graph, adapter inputs included, and its outputs."""
-
-    def spec(value: ir.Value) -> TensorSpec:
-        dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-        return TensorSpec(value.name, str(value.dtype.numpy()), dims)
-
-    return tuple(map(spec, model.graph.inputs)), tuple(map(spec, model.graph.outputs))
-
-
-def require_described(manifest: Manifest, folder: Path) -> None:
-    """Refuse an export in `folder` whose manifest does not describe its graphs: adapters are packed by it.
-
-    Raises:
-        InputRefused: A field of the manifest says otherwise than its graph.
-    """
-    for graph, contract in manifest.graphs.items():
-        data = folder / data_file(graph)
-        place = f"{folder / MANIFEST}: {'contract' if graph == SINGLE else f'graphs.{graph}'}"
-        inputs, outputs = _specs(ir.load(folder / graph_file(graph)))
-        n_bytes = data.stat().st_size if data.is_file() else None
-        require_agreement(contract, inputs, outputs, where=place, data_bytes=n_bytes)

@@ -15,7 +15,7 @@ from pathlib import Path
 from lora_export.artifact import ADAPTERS, SIGNATURE, AdapterRecord, ExportKind, Manifest, read_manifest, write_manifest
 from lora_export.carried import copy_carried, licensed_adapter
 from lora_export.errors import InputRefused
-from lora_export.export.graphs import require_described
+from lora_export.export.contracts import require_described
 from lora_export.export.plan import Plan, Request, make_plan
 from lora_export.export.records import adapter_records, hashed_sources, hashes_of, require_gated
 from lora_export.export.resolve import resolve

@@ -9,10 +9,16 @@
     bias_inputs.py         biases
     linear_inputs.py       those of linear modules
     unbound.py             initializers without a value
+    mask.py                what an attention mask lets through
+    token_order.py         a cache's order of tokens
+    grouped_attention.py   one attention operator a layer, the cache in place
+    reshapes.py            reshapes that undo each other
     shape_sums.py          no length is copied to the GPU
     batch_transposes.py    a fused transpose that ONNX Runtime refuses
     fuse.py                optimize and fuse for a provider
     runnable.py            whether a provider can run it
+    layer_names.py         which layer a name is of
+    stamp.py               one layer of a finished graph, copied
     cache.py               finished graphs, kept on disk
     bind.py                write graphs with their weights
     module_values.py       find modules in a written graph, and look into it

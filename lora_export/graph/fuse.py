@@ -17,13 +17,19 @@ from onnx_ir.passes import common as common_passes
 from lora_export.base.recipe import Recipe
 from lora_export.compat import borrow, borrow_if_there
 from lora_export.graph.batch_transposes import take_batch_transposes_apart
+from lora_export.graph.grouped_attention import group_attention
+from lora_export.graph.reshapes import drop_undone_reshapes
 from lora_export.graph.shape_sums import start_ranges_at_sums
 from lora_export.graph.unbound import is_matrix_transpose, prepare_weights, recipe_of, set_recipe
 from lora_export.quiet import quiet
 
 
-def fuse(model: ir.Model, provider: str) -> ir.Model:
-    """`model` (changed in place and returned) optimized and fused for `provider`, "cpu" or "cuda"."""
+def fuse(model: ir.Model, provider: str, windows: tuple[int, ...] = ()) -> ir.Model:
+    """`model` (changed in place and returned) optimized and fused for `provider`, "cpu" or "cuda".
+
+    Args:
+        windows: The sizes of sliding windows that the base's config names.
+    """
     from onnxscript.optimizer import optimize_ir
 
     fuse_for_onnxruntime = borrow("fuse_for_onnxruntime")
@@ -36,6 +42,8 @@ def fuse(model: ir.Model, provider: str) -> ir.Model:
         # Its last step but a few fuses again what it had taken apart: T5 in float16, whose residual is float32.
         unfuse_mixed_dtype_skip_norms(model)
     take_batch_transposes_apart(model)
+    group_attention(model, provider, windows)
+    drop_undone_reshapes(model)
     if provider == "cuda":
         pack_siblings(model)
         start_ranges_at_sums(model)

@@ -7,6 +7,8 @@
     host_inputs.py      a text model's inputs, completed from what a tokenizer gives
     bank.py             the adapters of a graph at one moment
     stacking.py         the adapters of a batch's rows as inputs
+    cache.py            a decoder's cache between runs
+    batch.py            one batch: at once, or row by row
     adapter_file.py     an .onnx_adapter file
     invocation.py       where an activated LoRA is active
     generate.py         greedy generation

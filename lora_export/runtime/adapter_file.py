@@ -73,4 +73,4 @@ def read_adapter(path: Path) -> dict[str, np.ndarray]:
     except RuntimeError as error:
         raise InputRefused("The file is no ONNX Runtime adapter, or is truncated", where=str(path)) from error
     # The values are views of the adapter's memory, which goes with `adapter`.
-    return {name: to_array(value) for name, value in adapter.get_parameters().items()}
+    return {name: to_array(value).copy() for name, value in adapter.get_parameters().items()}

@@ -16,8 +16,10 @@ from lora_export.artifact import Manifest, read_manifest
 from lora_export.contract import SINGLE, GraphContract, data_file, graph_file
 from lora_export.errors import UsageProblem
 from lora_export.runtime.adapter_file import read_adapter, require_fit, require_unchanged
-from lora_export.runtime.arrays import lowest, numpy_dtype, run_values, to_ort_value
+from lora_export.runtime.arrays import lowest, numpy_dtype
 from lora_export.runtime.bank import Bank, RowAdapter, Shelf
+from lora_export.runtime.batch import run_batch
+from lora_export.runtime.cache import Cache
 from lora_export.runtime.described import require_described
 from lora_export.runtime.host_inputs import completed_inputs
 from lora_export.runtime.session import choose_provider, open_session
@@ -145,6 +147,8 @@ class AdapterSession:
         inputs: Mapping[str, np.ndarray],
         adapters: Sequence[RowAdapter] | RowAdapter = None,
         outputs: Sequence[str] | None = None,
+        *,
+        cache: Cache | None = None,
     ) -> dict[str, np.ndarray]:
         """Run one batch.
 
@@ -153,6 +157,8 @@ class AdapterSession:
                 an empty cache are filled in where they are left out (`host_inputs`).
             adapters: One entry a row (a name, None for the base, or {name: weight}), or one entry for all rows.
             outputs: Names of the outputs to return; all by default.
+            cache: From `cache`: the past of these rows, which the run adds its tokens to. Past and present are then
+                not among `inputs` and the outputs.
 
         Returns:
             Outputs by name. Where rows have heads of different sizes, scores beyond a row's own classes are the
@@ -163,15 +169,27 @@ class AdapterSession:
                 differ in rows (texts and images) where adapters do, or an activated LoRA continues a cache and its
                 gate is not among `inputs` (see `gate`).
         """
-        inputs = completed_inputs(inputs, self._contract)
+        n_cached = None if cache is None else cache.length
+        inputs = completed_inputs(inputs, self._contract, n_cached)
         bank = self.bank
         rows = bank.rows(adapters, _n_rows(inputs))
         _require_equal_rows(inputs, rows)
-        # Held until the run is over: on the CPU a binding reads the arrays' own memory.
-        held = {name: to_ort_value(array, self.provider) for name, array in bank.with_gate(inputs, rows).items()}
-        names = list(outputs or [output.name for output in self.session.get_outputs()])
-        results = run_values(self.session, {**held, **bank.values(rows)}, names)
+        names = list(outputs or self._output_names(cache))
+        fed = bank.with_gate(inputs, rows, n_past=n_cached or 0)
+        results = run_batch(self.session, bank, fed, rows, names, cache=cache)
         return self._mask_padded_classes(results, bank.classes(rows))
+
+    def cache(self, batch: int, longest: int) -> Cache:
+        """An empty cache for `batch` rows of at most `longest` tokens, padding included, to give to `run`.
+
+        Raises:
+            UsageProblem: The graph has no cache.
+        """
+        return Cache(self._contract, self.provider, batch, longest)
+
+    def _output_names(self, cache: Cache | None) -> list[str]:
+        names = [output.name for output in self.session.get_outputs()]
+        return names if cache is None else [name for name in names if not name.startswith("present.")]
 
     def bind_adapters(self, binding: ort.IOBinding, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> None:
         """Bind the adapters of a batch to `binding`, for hosts that bind inputs and outputs themselves.

@@ -21,6 +21,11 @@ def numpy_dtype(name: str) -> np.dtype:
     return np.dtype(name)
 
 
+def onnx_element_type(name: str) -> type | int:
+    """As ONNX Runtime's bindings take a dtype that a contract names: NumPy's, or ONNX's number for bfloat16."""
+    return _ONNX_BFLOAT16 if name == "bfloat16" else np.dtype(name).type
+
+
 def to_ort_value(array: np.ndarray, device: str) -> ort.OrtValue:
     """`array` as a value on `device` ("cpu" or "cuda"); on the CPU it shares the array's memory and keeps it alive."""
     array = np.ascontiguousarray(array)
@@ -31,9 +36,9 @@ def to_ort_value(array: np.ndarray, device: str) -> ort.OrtValue:
 
 
 def to_array(value: ort.OrtValue) -> np.ndarray:
-    """A copy of a CPU value."""
+    """A CPU value as an array, which keeps its memory."""
     if value.data_type() != "tensor(bfloat16)":
-        return value.numpy().copy()
+        return value.numpy()
     shape = value.shape()
     n_bytes = 2 * math.prod(shape)
     raw = np.frombuffer(ctypes.string_at(value.data_ptr(), n_bytes), np.uint16)
@@ -55,12 +60,19 @@ def run_values(
 ) -> dict[str, np.ndarray]:
     """As `run_arrays`, of values that are on the device."""
     binding = session.io_binding()
-    for name, value in values.items():
-        binding.bind_ortvalue_input(name, value)
     for name in names:
         binding.bind_output(name)
+    return run_bound(session, binding, values, names)
+
+
+def run_bound(
+    session: ort.InferenceSession, binding: ort.IOBinding, values: Mapping[str, ort.OrtValue], names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """As `run_values`, on a `binding` whose first bound outputs are `names`."""
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
     session.run_with_iobinding(binding)
-    return {name: to_array(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
+    return dict(zip(names, map(to_array, binding.get_outputs()[: len(names)]), strict=True))
 
 
 def lowest(dtype: np.dtype) -> float:

@@ -130,15 +130,20 @@ class Bank:
         invocations = [invocation_of(row, self.invocations) for row in rows] * (len(ids) if len(rows) == 1 else 1)
         return gate_of(np.asarray(ids), invocations).astype(numpy_dtype(self.contract.gate.dtype))
 
-    def with_gate(self, inputs: Mapping[str, np.ndarray], rows: Sequence[RowSpec]) -> Mapping[str, np.ndarray]:
+    def with_gate(
+        self, inputs: Mapping[str, np.ndarray], rows: Sequence[RowSpec], n_past: int = 0
+    ) -> Mapping[str, np.ndarray]:
         """`inputs` and the gate, if `rows` need one and it is not among them.
+
+        Args:
+            n_past: How many tokens are in a cache that is not among `inputs`.
 
         Raises:
             UsageProblem: An activated LoRA continues a cache, or is blended with another adapter.
         """
         if GATE_INPUT in inputs or not any(invocation_of(row, self.invocations) for row in rows):
             return inputs
-        refuse_unknown_past(inputs)
+        refuse_unknown_past(inputs, n_past)
         return {**inputs, GATE_INPUT: self.gate(inputs["input_ids"], rows)}
 
     def classes(self, rows: Sequence[RowSpec]) -> dict[str, list[int]]:

@@ -48,18 +48,18 @@ def generate(
     session = session.snapshot()
     ids, mask = left_pad(prompts, pad_id)
     positions = positions_of(mask)
-    cache = empty_cache(session, len(prompts))
+    cache = session.cache(len(prompts), ids.shape[1] + max_new_tokens)
     takes_positions = any(spec.name == "position_ids" for spec in session.manifest.contract.inputs)
     gate = session.gate(ids, adapters)
     generated: list[list[int]] = [[] for _ in prompts]
     finished = np.zeros(len(prompts), bool)
     for _ in range(max_new_tokens):
-        feeds = {"input_ids": ids, "attention_mask": mask, **cache}
+        feeds = {"input_ids": ids, "attention_mask": mask}
         if takes_positions:
             feeds["position_ids"] = positions
         if gate is not None:
             feeds[GATE_INPUT] = gate
-        results = session.run(feeds, adapters)
+        results = session.run(feeds, adapters, cache=cache)
         best = results["logits"][:, -1].astype(np.float32).argmax(axis=-1)
         for row, token in enumerate(best):
             finished[row] |= int(token) in eos_ids
@@ -67,7 +67,6 @@ def generate(
                 generated[row].append(int(token))
         if finished.all():
             break
-        cache = {name: results[name.replace("past_key_values", "present")] for name in cache}
         ids = best[:, None].astype(np.int64)
         positions = positions[:, -1:] + 1
         gate = None if gate is None else gate[:, -1:]

@@ -11,7 +11,7 @@ Token types that a tokenizer gives and the model has no table for are left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -24,24 +24,29 @@ TOKEN_IDS, MASK, TYPES, POSITIONS, PAST = (
 )  # fmt: skip
 
 
-def completed_inputs(inputs: Mapping[str, np.ndarray], contract: GraphContract) -> dict[str, np.ndarray]:
+def completed_inputs(
+    inputs: Mapping[str, np.ndarray], contract: GraphContract, n_cached: int | None = None
+) -> dict[str, np.ndarray]:
     """All inputs of the graph of `contract` but its adapters', for what a host gives.
+
+    Args:
+        n_cached: The tokens of a cache that the host does not give, as a `Cache` holds it; None where it does.
 
     Raises:
         UsageProblem: An input is missing that has no obvious value, or the graph has no such input.
     """
     own = {spec.name: spec for spec in contract.inputs}
     given = {name: np.asarray(array) for name, array in inputs.items() if name != TYPES or name in own}
+    past = contract.past if n_cached is None else ()
     if TOKEN_IDS in given:
         ids = given[TOKEN_IDS]
-        past = [spec for spec in contract.inputs if spec.name.startswith(PAST)]
         if not any(spec.name in given for spec in past):
             given |= {spec.name: empty(spec, len(ids)) for spec in past}
         if TYPES in own and TYPES not in given:
             given[TYPES] = np.zeros_like(ids)
         if POSITIONS in own and POSITIONS not in given and MASK in given:
-            given[POSITIONS] = _positions(ids, given[MASK], _past_length(given))
-    _require(given, contract)
+            given[POSITIONS] = _positions(ids, given[MASK], _past_length(given) if n_cached is None else n_cached)
+    _require(given, contract, held=() if n_cached is None else contract.past)
     return given
 
 
@@ -72,8 +77,8 @@ def _positions(ids: np.ndarray, mask: np.ndarray, n_past: int) -> np.ndarray:
     return positions_of(mask)[:, n_past:].astype(np.int64)
 
 
-def _require(given: Mapping[str, np.ndarray], contract: GraphContract) -> None:
-    own = [spec.name for spec in contract.inputs]
+def _require(given: Mapping[str, np.ndarray], contract: GraphContract, held: Sequence[TensorSpec]) -> None:
+    own = [spec.name for spec in contract.inputs if spec not in held]
     missing = [name for name in own if name not in given]
     unknown = sorted(set(given) - set(own) - {entry.name for entry in contract.adapter_inputs})
     if missing or unknown:

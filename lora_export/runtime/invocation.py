@@ -56,9 +56,13 @@ def invocation_of(row: RowSpec, invocations: Mapping[str, tuple[int, ...]]) -> t
     return found[0] if found else None
 
 
-def refuse_unknown_past(inputs: Mapping[str, np.ndarray]) -> None:
-    """Raise UsageProblem if a decoder's `inputs` continue a cache: what came before decides what is active."""
-    if any(array.shape[2] > 0 for name, array in inputs.items() if name.startswith("past_key_values.")):
+def refuse_unknown_past(inputs: Mapping[str, np.ndarray], n_past: int = 0) -> None:
+    """Raise UsageProblem if a decoder's `inputs` continue a cache: what came before decides what is active.
+
+    Args:
+        n_past: How many tokens are in a cache that is not among `inputs`.
+    """
+    if n_past or any(array.shape[2] > 0 for name, array in inputs.items() if name.startswith("past_key_values.")):
         raise UsageProblem(
             "An activated LoRA continues a cache, and what came before decides whether it is active",
             where=f"input {GATE_INPUT}",

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from lora_export.base.decoder import cache_layout, decoder_sample
+from lora_export.base.decoder import cache_shapes, decoder_sample
 from lora_export.base.tasks import Task
 from lora_export.base.weightless import build_weightless
 from lora_export.errors import InputRefused
@@ -63,7 +63,7 @@ BASES = {
 def test_the_model_tells_the_shapes_of_its_cache(name, _silent_libraries):
     kind, fields, expected = BASES[name]
     model = build_weightless(Task.TEXT_GENERATION, getattr(transformers, kind)(**fields), "float32")
-    assert list(cache_layout(model)) == expected
+    assert list(cache_shapes(model)) == expected
     assert decoder_sample(model).n_cached_layers == len(expected)
     real = transformers.AutoModelForCausalLM.from_config(model.config).eval()
     given = real(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True)

@@ -11,7 +11,7 @@ import pytest
 from lora_export.artifact import read_manifest
 from lora_export.bench.plan import BenchOptions, BenchPlan, candidates, foldable, plan_bench
 from lora_export.contract import AdapterInputKind
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, UsageProblem
 
 
 def plan_of(folder: Path, tmp_path: Path, budget: str = "", **options) -> BenchPlan:
@@ -139,3 +139,10 @@ def test_the_merged_form_is_of_an_adapter_that_merge_takes(exports):
     bare = replace(manifest, graphs=graphs)
     assert pair.module in first.targets and pair.module in second.targets and foldable(bare) is None
     assert [each.name for each in candidates(bare, 1)] == ["base", "dynamic, no adapter", "dynamic"]
+
+
+def test_what_is_run_row_by_row_is_not_timed(exports):
+    with pytest.raises(UsageProblem, match="row by row") as caught:
+        plan_bench(exports["llama-base"], BenchOptions("cpu", [(1, 3, 4), (2, 3, 4)]))
+    assert "--shape 2x3@4" in str(caught.value) and "(1x3@4)" in str(caught.value)
+    plan_bench(exports["bert-dynamic"], BenchOptions("cpu", [(2, 3, 0)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,32 +34,39 @@ def builder_run(
     if not (stage.bundle / "exports" / name).exists():
         return {}
     label = f"builder, {'shared cache' if shared else 'separate cache'}"
-    batch, sequence, past = shape
-    head_size = (LLAMA_SMALL if stage.small else LLAMA).head_dim
     with noted(failed, label):
         folder = restore(stage.bundle, name, stage.work)
         if (folder, None) not in sessions:
             sessions[folder, None] = open_session(folder / "model.onnx", stage.provider, stop_spinning=True)
         session = sessions[folder, None]
-        run = _bound(session, Device(stage.provider), batch, sequence, past, vocabulary, head_size, shared=shared)
+        slots = _SHARED_LENGTH if shared else None
+        head_size = (LLAMA_SMALL if stage.small else LLAMA).head_dim
+        device = Device(stage.provider)
+        run = decoder_run(session, device, shape, vocabulary, head_size=head_size, slots=slots)
         run()
         return {label: run}
     return {}
 
 
-def _bound(
+def decoder_run(
     session: ort.InferenceSession,
     device: Device,
-    batch: int,
-    sequence: int,
-    past: int,
+    shape: tuple[int, int, int],
     vocabulary: int,
-    head_size: int,
     *,
-    shared: bool,
+    head_size: int,
+    slots: int | None = None,
+    adapters: Mapping[str, np.ndarray] | None = None,
 ) -> Run:
+    """A bound run of any decoder whose inputs have Optimum's names.
+
+    Args:
+        shape: Rows, new tokens, past.
+        slots: Of one buffer for past and present; None for a past of its own, which the graph copies.
+        adapters: What else it is fed.
+    """
+    batch, sequence, past = shape
     rng = np.random.default_rng(0)
-    length = _SHARED_LENGTH if shared else past
     arrays = {
         "input_ids": rng.integers(0, vocabulary, (batch, sequence)),
         "attention_mask": np.ones((batch, past + sequence), np.int64),
@@ -66,23 +74,28 @@ def _bound(
     }
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
-            size = (batch, value.shape[1], length, head_size)
+            size = (batch, value.shape[1], past if slots is None else slots, head_size)
             arrays[value.name] = rng.standard_normal(size, np.float32).astype(_ELEMENTS[value.type])
-    inputs = device.values({value.name: arrays[value.name] for value in session.get_inputs()})
+    own = {value.name: arrays[value.name] for value in session.get_inputs()}
+    inputs = device.values(own | dict(adapters or {}))
     outputs = {}
     for output in session.get_outputs():
         cached = output.name.startswith("present.")
-        if cached and shared:
+        if cached and slots is not None:
             outputs[output.name] = inputs[output.name.replace("present", "past_key_values")]
         else:
-            size = (batch, output.shape[1], past + sequence, head_size) if cached else (batch, sequence, vocabulary)
+            size = (batch, sequence, vocabulary)
+            if cached:
+                size = (batch, output.shape[1], past + sequence, head_size)
             element = _ELEMENTS[output.type]
             outputs[output.name] = ort.OrtValue.ortvalue_from_shape_and_type(size, element, device.provider, 0)
     return bound(session, inputs, outputs)
 
 
-def write_builder_graph(base: Path, tokenizer: Path, out: Path, builder: Path, dtype: str = "float16") -> None:
-    """Run GenAI's model builder for CUDA on the checkpoint `base`.
+def write_builder_graph(
+    base: Path, tokenizer: Path, out: Path, builder: Path, dtype: str = "float16", provider: str = "cuda"
+) -> None:
+    """Run GenAI's model builder on the checkpoint `base`.
 
     Args:
         tokenizer: A folder with any tokenizer: the builder wants one.
@@ -96,7 +109,7 @@ def write_builder_graph(base: Path, tokenizer: Path, out: Path, builder: Path, d
         shutil.copy(file, base)
     precision = {"float16": "fp16", "float32": "fp32", "bfloat16": "bf16"}[dtype]
     command = [sys.executable, str(builder / "builder.py"), "-m", str(base), "-o", str(out), "-p", precision]
-    subprocess.run([*command, "-e", "cuda", "-c", str(out.parent / "cache")], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "-e", provider, "-c", str(out.parent / "cache")], check=True, stdout=subprocess.DEVNULL)
 
 
 def write_optimized_bert(base: Path, out: Path, dtype: str) -> None:

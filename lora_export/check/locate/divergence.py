@@ -31,7 +31,7 @@ _SHOWN_BEFORE, _SHOWN_AFTER = 6, 4
 _MOST_AXES = 4
 _FINER = 0.1
 # Operators that arrange numbers; of a `Where`, PyTorch's attention has none.
-_KEEPING = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Cast", "Identity", "Where"})
+_KEEPING = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Cast", "Identity", "Where", "Split"})
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,11 @@ def _matched(seen: Seen, found: _Found, between: Sequence[GraphNode]) -> set[str
         reference.run(dict(seen.probe.inputs))
     results = _Results(recording, found.graph.run.row, seen.limit)
     return {
-        name
+        output
         for name, value in values.items()
         if value.dtype.kind == "f" or value.dtype.name == "bfloat16"
         if results.take(value, keep=nodes[name].op_type in _KEEPING)
+        for output in nodes[name].outputs
     }
 
 

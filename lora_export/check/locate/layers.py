@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,12 +24,14 @@ class BatchRow:
         index, n_rows: The row in the graph's batch; the reference runs it alone.
         real: Its real positions `[length]` in the reference; None where nothing is padded.
         n_last: How many positions, the last, the graph computes where the rest is in its cache; None for all.
+        tokens_first: Whether the graph may compute the real positions before the others (`CacheLayout.TOKENS`).
     """
 
     index: int
     n_rows: int
     real: np.ndarray | None = None
     n_last: int | None = None
+    tokens_first: bool = False
 
     def of_graph(self, array: np.ndarray) -> np.ndarray:
         """The row's part of a value of the graph: of a leading axis of the batch, or of batch and tokens in one."""
@@ -44,6 +46,14 @@ class BatchRow:
         if self.n_last is None or axis is None:
             return array
         return np.take(array, range(array.shape[axis] - self.n_last, array.shape[axis]), axis)
+
+    def orders(self) -> tuple[BatchRow, ...]:
+        """The row in the orders of positions that a value of the graph may have."""
+        if self.real is None or not self.tokens_first:
+            return (self,)
+        new = self.real if self.n_last is None else self.real[-self.n_last :]
+        first = np.concatenate([self.real[: len(self.real) - len(new)], np.sort(new)[::-1]])
+        return self, replace(self, real=first)
 
     def real_of(self, array: np.ndarray) -> np.ndarray:
         """The real positions of an array that has the reference's shape after `of_reference`.
@@ -219,7 +229,12 @@ def difference(
     if expected.size != found.size:
         return float("inf"), float("inf")
     a = row.real_of(expected).astype(np.float64)
-    b = row.real_of(found.reshape(expected.shape)).astype(np.float64)
+    arranged = [order.real_of(found.reshape(expected.shape)).astype(np.float64) for order in row.orders()]
+    errors = [_difference(a, b, terms) for b in arranged]
+    return min(errors, key=lambda error: error[1] if error[1] == error[1] else np.inf)
+
+
+def _difference(a: np.ndarray, b: np.ndarray, terms: float | None) -> tuple[float, float]:
     plain = np.abs(a) < _NEVER
     if not (_special(a[~plain]) == _special(b[~plain])).all() or not (np.abs(b[plain]) < _NEVER).all():
         return float("nan"), float("nan")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from lora_export.check.judge.compare import Outputs
 from lora_export.check.locate.layers import BatchRow
 from lora_export.check.locate.probe import GraphRun, Probe
 from lora_export.check.reference.unmerged import Reference
-from lora_export.contract import DECODER, DECODER_WITH_PAST, ENCODER
+from lora_export.contract import DECODER, DECODER_WITH_PAST, ENCODER, CacheLayout
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.generate import empty_cache
 from lora_export.runtime.seq2seq_session import DecoderState, Seq2SeqSession
@@ -93,8 +94,18 @@ def whole_probe(
         )
     else:
         inputs = batch.inputs | empty_cache(session, n_rows)
-        runs = (GraphRun(session, session.feeds(inputs, adapters), BatchRow(row, n_rows, _real(one))),)
+        runs = (
+            GraphRun(
+                session,
+                session.feeds(inputs, adapters),
+                BatchRow(row, n_rows, _real(one), tokens_first=_puts_tokens_first(session)),
+            ),
+        )
     return Probe(reference, one.inputs, runs, described)
+
+
+def _puts_tokens_first(session: AdapterSession) -> bool:
+    return session.manifest.contract.cache_layout is CacheLayout.TOKENS
 
 
 def with_feeds(probe: Probe, feeds: Mapping[str, np.ndarray]) -> Probe:
@@ -120,7 +131,10 @@ def step_probe(
     start, end, inputs = step
     one = row_of(batch, row)
     real = one.real[0, :end]
-    rows = BatchRow(row, len(batch.labels), real, end - start)
+    rows = BatchRow(row, len(batch.labels), real, end - start, tokens_first=_puts_tokens_first(session))
+    if rows.tokens_first and start > 0 and end - start > 1:  # run row by row
+        inputs = {name: array[row : row + 1] for name, array in inputs.items()}
+        rows = replace(rows, index=0, n_rows=1)
     whole = {name: array[:, :end] for name, array in one.inputs.items()}
     return Probe(reference, whole, (GraphRun(session, session.feeds(inputs, adapter), rows),), described)
 

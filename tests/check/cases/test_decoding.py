@@ -56,7 +56,9 @@ def test_the_built_in_examples_pad_a_decoder_on_the_left(exports, bases, adapter
     seen = []
     session = AdapterSession(exports["llama-dynamic"], "cpu")
     original = session.run
-    monkeypatch.setattr(session, "run", lambda inputs, *rest: seen.append(inputs) or original(inputs, *rest))
+    monkeypatch.setattr(
+        session, "run", lambda inputs, *rest, **cache: seen.append(inputs) or original(inputs, *rest, **cache)
+    )
     reference = Reference(Task.TEXT_GENERATION, bases["llama"], [TrainedAdapter(adapters["chat"])], "float32", None)
     batcher = Batcher(exports["llama-dynamic"], Task.TEXT_GENERATION, session.manifest.contract)
     cases = decoded(session, reference, batcher).cases

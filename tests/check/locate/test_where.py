@@ -122,14 +122,28 @@ def attention_scale(layer: int) -> Callable[[Path], None]:
     return lambda folder: damage.graph(folder, change)
 
 
-def no_mask(folder: Path) -> None:
-    """The mask's "not at all" made nothing."""
+def grouped_scale(layer: int) -> Callable[[Path], None]:
+    """Another scale in one layer's GroupQueryAttention."""
 
     def change(model: onnx.ModelProto) -> None:
-        for entry in model.graph.initializer:
-            array = None if entry.external_data else onnx.numpy_helper.to_array(entry)
-            if array is not None and array.dtype == np.float32 and array.min(initial=0) < -1e30:
-                entry.CopyFrom(onnx.numpy_helper.from_array(array * np.float32(0), entry.name))
+        node = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"][layer]
+        next(attribute for attribute in node.attribute if attribute.name == "scale").f *= 1.3
+
+    return lambda folder: damage.graph(folder, change)
+
+
+def no_mask(folder: Path) -> None:
+    """Every token is taken for a real one where the cache's order is made: padding on the left is attended."""
+
+    def change(model: onnx.ModelProto) -> None:
+        ones = onnx.helper.make_node("ReduceMax", ["attention_mask"], ["all_real"], name="all_real", keepdims=1)
+        shape = onnx.helper.make_node("Shape", ["attention_mask"], ["mask_shape"], name="mask_shape")
+        spread = onnx.helper.make_node("Expand", ["all_real", "mask_shape"], ["no_padding"], name="no_padding")
+        for node in model.graph.node:
+            if node.op_type == "Slice" and node.input[0] == "attention_mask":
+                node.input[0] = "no_padding"
+        for place, node in enumerate((ones, shape, spread)):
+            model.graph.node.insert(place, node)
 
     damage.graph(folder, change)
 
@@ -138,8 +152,8 @@ def cache_off_by_one(layer: int) -> Callable[[Path], None]:
     """The oldest key of the cache taken for the newest."""
 
     def change(model: onnx.ModelProto) -> None:
-        append = damage.producer(model, f"present.{layer}.key")
-        place, past = list(model.graph.node).index(append), f"past_key_values.{layer}.key"
+        attention = damage.producer(model, f"present.{layer}.key")
+        place, past = list(model.graph.node).index(attention), f"past_key_values.{layer}.key"
         for name, value in (("zero", 0), ("one", 1), ("end", 2**31 - 1), ("axis", 2)):
             model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int64), f"off_{name}"))
         nodes = [
@@ -149,7 +163,7 @@ def cache_off_by_one(layer: int) -> Callable[[Path], None]:
         ]
         for offset, node in enumerate(nodes):
             model.graph.node.insert(place + offset, node)
-        append.input[0] = "rolled"
+        attention.input[3] = "rolled"
 
     return lambda folder: damage.graph(folder, change)
 
@@ -212,11 +226,12 @@ DAMAGES = {
         f"{LLAMA}.1.mlp.down_proj", "MatMul", f"{LLAMA}.1.mlp.down_proj.lora_A.weight",
     ),
     "Llama, no mask": Damage(
-        "llama-dynamic", no_mask, "chat", f"{LLAMA}.0.self_attn", "Add", "", between=None,
+        "llama-dynamic", no_mask, "chat: padded on the left", f"{LLAMA}.0.self_attn", "GroupQueryAttention",
+        "past_key_values.0.key", between=None,
     ),
     "Llama, cache off by one": Damage(
         "llama-dynamic", cache_off_by_one(1), "chat: cached steps",
-        f"{LLAMA}.1.self_attn", "Slice", "past_key_values.1.key", between=None,
+        f"{LLAMA}.1.self_attn", "GroupQueryAttention", "rolled", between=None,
     ),
     "Llama merged, norm": Damage(
         "llama-merged", scaled(f"{LLAMA}.1.post_attention_layernorm.weight", 1.1), "chat",
@@ -238,7 +253,8 @@ DAMAGES = {
         "transformer.h.1.attn.c_attn", "MatMul", "transformer.h.1.attn.c_attn.lora_A.weight",
     ),
     "GPT-2 merged, attention's scale": Damage(
-        "gpt2-merged", attention_scale(1), "poet", "transformer.h.1.attn", "Mul", "wrong_scale", between=None,
+        "gpt2-merged", grouped_scale(1), "poet", "transformer.h.1.attn", "GroupQueryAttention",
+        "past_key_values.1.key", between=None,
     ),
     "ViT, epsilon": Damage(
         "vit-dynamic", epsilon(f"{VIT}.0.layernorm_after.weight", 0.1), "sights",

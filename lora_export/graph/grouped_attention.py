@@ -1,0 +1,271 @@
+"""One GroupQueryAttention a layer for decoders with a cache: no mask, no heads written out, the cache in place.
+
+`Attention(q, Concat(past_key, k), Concat(past_value, v), mask)` of every layer becomes
+`GroupQueryAttention(q, k, v, past_key, past_value, seqlens_k, total_sequence_length)`, on tokens in the cache's order
+(`token_order.py`). The order is the same for all layers, so it is all of them or none:
+
+1. every cache is held by one `Attention`, as its keys and its values;
+2. every mask is causal, with or without a window (`mask.py`);
+3. nothing else is computed from `attention_mask`, nor from the length of a cache: where a host shares its buffer, that
+   is not the number of its tokens;
+4. the provider has the operator in the graph's dtype.
+
+A row's padding may stand on either side or between its tokens. A window then counts tokens, as if there were none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as common_passes
+
+from lora_export.contract import CacheLayout
+from lora_export.graph.mask import CausalMask, causal_mask, is_false_for_real_tokens
+from lora_export.graph.token_order import TokenOrder
+
+_PAST = "past_key_values."
+_DTYPES = {
+    "cpu": (ir.DataType.FLOAT, ir.DataType.FLOAT16),
+    "cuda": (ir.DataType.FLOAT16, ir.DataType.BFLOAT16),
+}
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's attention and its cache.
+
+    Attributes:
+        past: The graph's inputs for keys and values, `[batch, heads, past, size]`.
+        present: Its outputs, `[batch, heads, total, size]`.
+        new: The keys and values of the new tokens, `[batch, heads, sequence, size]`.
+        attended: What is read of the attention, `[batch, query heads, sequence, size]`.
+    """
+
+    node: ir.Node
+    past: tuple[ir.Value, ir.Value]
+    present: tuple[ir.Value, ir.Value]
+    new: tuple[ir.Value, ir.Value]
+    attended: ir.Value
+
+
+def group_attention(model: ir.Model, provider: str, windows: tuple[int, ...] = ()) -> ir.Model:
+    """Rewrite `model` (changed in place and returned) if the conditions hold.
+
+    Args:
+        windows: The sizes of sliding windows that the base's config names.
+    """
+    graph = model.graph
+    layers = _layers(graph, provider)
+    hidden = _last_hidden(graph)
+    if not layers or hidden is None or not _is_free_of_slots(graph, layers):
+        return model
+    masks = {mask: causal_mask(graph, mask, windows) for mask in {layer.node.inputs[3] for layer in layers}}
+    if None in masks.values():
+        return model
+    order = TokenOrder(graph)
+    order.restore(hidden)
+    for layer in layers:
+        _attend(graph, layer, order, masks[layer.node.inputs[3]])
+    model.graph.opset_imports.setdefault("com.microsoft", 1)
+    common_passes.RemoveUnusedNodesPass()(model)
+    common_passes.TopologicalSortPass()(model)
+    return model
+
+
+def cache_layout(model: ir.Model) -> CacheLayout | None:
+    """Where `model` keeps a token in its cache; None if it has no cache."""
+    if not any(value.name.startswith(_PAST) for value in model.graph.inputs):
+        return None
+    is_grouped = any(node.op_type == "GroupQueryAttention" for node in model.graph)
+    return CacheLayout.TOKENS if is_grouped else CacheLayout.COLUMNS
+
+
+def _layers(graph: ir.Graph, provider: str) -> list[_Layer]:
+    """Conditions 1 and 4: the layers, or none."""
+    inputs = {value.name: value for value in graph.inputs}
+    caches = [name.removesuffix("key") for name in inputs if name.startswith(_PAST) and name.endswith(".key")]
+    found = [_layer(graph, inputs[f"{cache}key"], inputs[f"{cache}value"]) for cache in caches]
+    usable = all(layer is not None and layer.past[0].dtype in _DTYPES[provider] for layer in found)
+    return found if usable and len({layer.node for layer in found}) == len(found) else []
+
+
+def _layer(graph: ir.Graph, key: ir.Value, value: ir.Value) -> _Layer | None:
+    halves = (_appended(key), _appended(value))
+    if None in halves:
+        return None
+    present = tuple(node.outputs[0] for node in halves)
+    users = [[use for use in half.uses() if use[0].op_type != "Shape"] for half in present]
+    if any(len(uses) != 1 or not half.is_graph_output() for uses, half in zip(users, present, strict=True)):
+        return None
+    (node, at_key), (other, at_value) = users[0][0], users[1][0]
+    if node is not other or (node.op_type, node.domain) != ("Attention", "") or (at_key, at_value) != (1, 2):
+        return None
+    if len(node.inputs) != 4 or node.inputs[3] is None or not _is_plain(node):
+        return None
+    new = tuple(half.inputs[1] for half in halves)
+    return _Layer(node, (key, value), present, new, _attended(graph, node))
+
+
+def _is_plain(node: ir.Node) -> bool:
+    """No option of `Attention` that the operator has not, or has under another name."""
+    plain = {"softcap": 0.0, "is_causal": 0, "qk_matmul_output_mode": 0}
+    heads = [None if value.shape is None else value.shape[1] for value in node.inputs[:3]]
+    sizes = [None if value.shape is None else value.shape[3] for value in node.inputs[:3]]
+    static = all(isinstance(number, int) for number in (*heads, *sizes))
+    if not static or len(set(sizes)) != 1 or sizes[0] % 8 or heads[0] % heads[1] or heads[1] != heads[2]:
+        return False
+    return all(node.attributes[name].value == value for name, value in plain.items() if name in node.attributes)
+
+
+def _appended(past: ir.Value) -> ir.Node | None:
+    """The node that appends new tokens to `past`, its only use but for shapes."""
+    users = [node for node, _ in past.uses() if node.op_type != "Shape"]
+    if len(users) != 1 or users[0].op_type != "Concat" or len(users[0].inputs) != 2 or users[0].inputs[0] is not past:
+        return None
+    return users[0] if users[0].attributes.get_int("axis") in (-2, 2) else None
+
+
+def _attended(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    """The result of an `Attention`, or what Transformers' exporter makes of it: zeros for tokens that attend nothing,
+    which padding alone does."""
+    users = [user for user, _ in node.outputs[0].uses()]
+    chosen = len(users) == 1 and users[0].op_type == "Where" and users[0].inputs[2] is node.outputs[0]
+    if chosen and is_false_for_real_tokens(graph, users[0].inputs[0]):
+        return users[0].outputs[0]
+    return node.outputs[0]
+
+
+def _is_free_of_slots(graph: ir.Graph, layers: list[_Layer]) -> bool:
+    """Condition 3."""
+    replaced = {layer.attended.producer(): layer for layer in layers}
+    seen: set[ir.Node] = set()
+    appended = {present.producer() for layer in layers for present in layer.present}
+    waiting = [value.producer() for value in graph.outputs]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or node in appended:
+            continue
+        seen.add(node)
+        if node in replaced:
+            layer = replaced[node]
+            operands = (layer.node.inputs[0], *layer.new)
+        else:
+            operands = tuple(value for value in node.inputs if value is not None)
+        if any(_is_of_slots(node, value) for value in operands if node not in replaced):
+            return False
+        waiting += [value.producer() for value in operands]
+    return True
+
+
+def _is_of_slots(node: ir.Node, value: ir.Value) -> bool:
+    """Whether `node` reads in `value` how the cache's slots are filled, or how many there are."""
+    is_mask = value.is_graph_input() and value.name == "attention_mask"
+    is_cache = value.is_graph_input() and value.name.startswith(_PAST)
+    if not is_mask and not is_cache and not (value.is_graph_output() and value.name.startswith("present.")):
+        return False
+    slots = 1 if is_mask else 2
+    axes = range(len(value.shape))[node.attributes.get_int("start", 0) : node.attributes.get_int("end", 4)]
+    return node.op_type != "Shape" or slots in axes
+
+
+def _last_hidden(graph: ir.Graph) -> ir.Value | None:
+    """What the head reads: the input of the last multiplication by a weight before `logits`."""
+    value = next((each for each in graph.outputs if each.name == "logits"), None)
+    while value is not None and value.producer() is not None:
+        node = value.producer()
+        if node.op_type in ("MatMul", "FusedMatMul", "Gemm") and node.inputs[1].producer() is None:
+            hidden = node.inputs[0]
+            return hidden if hidden.shape is not None and len(hidden.shape) == 3 and hidden.producer() else None
+        value = next((each for each in node.inputs if each is not None and each.const_value is None), None)
+    return None
+
+
+def _attend(graph: ir.Graph, layer: _Layer, order: TokenOrder, mask: CausalMask) -> None:
+    node, (key, value) = layer.node, layer.past
+    query = node.inputs[0]
+    size = query.shape[3]
+    attributes = {"num_heads": query.shape[1], "kv_num_heads": key.shape[1]}
+    attributes["scale"] = node.attributes.get_float("scale", size**-0.5)
+    if mask.window is not None:
+        attributes["local_window_size"] = mask.window
+    nodes: list[ir.Node] = []
+    operands = [_merged_heads(nodes, operand) for operand in (query, *layer.new)]
+    grouped = ir.node(
+        "GroupQueryAttention",
+        [*operands, key, value, order.lengths, order.total],
+        attributes=attributes,
+        domain="com.microsoft",
+        num_outputs=3,
+        metadata_props=dict(node.metadata_props),
+    )
+    nodes.append(grouped)
+    attended, *present = grouped.outputs
+    attended.dtype, attended.shape = query.dtype, ir.Shape([query.shape[0], query.shape[2], query.shape[1] * size])
+    graph.insert_before(node, nodes)
+    _read_instead(graph, layer, attended)
+    for old, new in zip(layer.present, present, strict=True):
+        new.name, old.name = old.name, f"{old.name}.appended"
+        new.type, new.shape = old.type, old.shape
+        graph.outputs[list(graph.outputs).index(old)] = new
+
+
+def _merged_heads(nodes: list[ir.Node], states: ir.Value) -> ir.Value:
+    """`[batch, heads, sequence, size]` as `[batch, sequence, heads·size]`: undone if it was just made of that."""
+    batch, heads, sequence, size = states.shape
+    transpose = states.producer()
+    if _swaps_heads(transpose):
+        split = transpose.inputs[0].producer()
+        merged = split.inputs[0] if split is not None and split.op_type == "Reshape" else None
+        if merged is not None and _is_of_width(merged, heads * size):
+            return merged
+        by_token = transpose.inputs[0]
+    else:
+        nodes.append(ir.node("Transpose", [states], attributes={"perm": [0, 2, 1, 3]}))
+        by_token = nodes[-1].outputs[0]
+    nodes.append(ir.node("Constant", [], attributes={"value": ir.tensor(np.array([0, 0, heads * size], np.int64))}))
+    nodes.append(ir.node("Reshape", [by_token, nodes[-1].outputs[0]]))
+    merged = nodes[-1].outputs[0]
+    merged.dtype, merged.shape = states.dtype, ir.Shape([batch, sequence, heads * size])
+    return merged
+
+
+def _swaps_heads(node: ir.Node | None) -> bool:
+    return node is not None and node.op_type == "Transpose" and list(node.attributes.get_ints("perm")) == [0, 2, 1, 3]
+
+
+def _read_instead(graph: ir.Graph, layer: _Layer, attended: ir.Value) -> None:
+    """Let what merges the heads of the old result read `attended` as it is; other readers, its heads taken apart."""
+    merging = _merging(layer.attended, attended.shape[2])
+    if merging is not None:
+        merging.replace_all_uses_with(attended)
+        return
+    batch, heads, sequence, size = layer.node.inputs[0].shape
+    target = ir.node("Constant", [], attributes={"value": ir.tensor(np.array([0, 0, heads, size], np.int64))})
+    split = ir.node("Reshape", [attended, target.outputs[0]])
+    split.outputs[0].dtype, split.outputs[0].shape = attended.dtype, ir.Shape([batch, sequence, heads, size])
+    swapped = ir.node("Transpose", [split.outputs[0]], attributes={"perm": [0, 2, 1, 3]})
+    swapped.outputs[0].dtype, swapped.outputs[0].shape = attended.dtype, layer.attended.shape
+    graph.insert_after(attended.producer(), [target, split, swapped])
+    layer.attended.replace_all_uses_with(swapped.outputs[0])
+
+
+def _merging(states: ir.Value, width: int) -> ir.Value | None:
+    """The value `[batch, sequence, width]` that is all that `states`, `[batch, heads, sequence, size]`, is read for."""
+    value, swapped = states, False
+    while len(users := [node for node, _ in value.uses()]) == 1:
+        node = users[0]
+        if not swapped and _swaps_heads(node):
+            swapped = True
+        elif node.op_type != "Reshape" or node.inputs[0] is not value:
+            return None
+        value = node.outputs[0]
+        if swapped and value.shape is not None and len(value.shape) == 3:
+            return value if _is_of_width(value, width) else None
+    return None
+
+
+def _is_of_width(value: ir.Value, width: int) -> bool:
+    """Whether `value` is `[batch, sequence, width]`."""
+    return value.shape is not None and len(value.shape) == 3 and value.shape[2] == width

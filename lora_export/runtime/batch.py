@@ -1,0 +1,64 @@
+"""Run one batch on a session: at once, or row by row where its graph takes several new tokens of one row only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from lora_export.contract import CacheLayout, GraphContract
+from lora_export.runtime.arrays import run_values, to_ort_value
+from lora_export.runtime.bank import Bank
+from lora_export.runtime.cache import Cache
+from lora_export.runtime.stacking import RowSpec
+
+
+def run_batch(
+    session: ort.InferenceSession,
+    bank: Bank,
+    inputs: Mapping[str, np.ndarray],
+    rows: tuple[RowSpec, ...],
+    names: Sequence[str],
+    *,
+    cache: Cache | None = None,
+) -> dict[str, np.ndarray]:
+    """The outputs `names` of a batch.
+
+    Args:
+        inputs: All of the graph's inputs but its adapters', `[batch, …]`, and its past where `cache` holds that.
+        rows: What each row runs; one entry serves every row.
+    """
+    n_rows = len(next(iter(inputs.values())))
+    if n_rows == 1 or not _goes_on_with_several(inputs, bank.contract):
+        return _run(session, bank, inputs, rows, names, cache)
+    parts = [None] * n_rows if cache is None else cache.by_row()
+    found = []
+    for row, part in enumerate(parts):
+        own = {name: array[row : row + 1] if len(array) == n_rows else array for name, array in inputs.items()}
+        found.append(_run(session, bank, own, (rows[row % len(rows)],), names, part))
+    if cache is not None:
+        cache.length = parts[0].length
+    return {name: np.concatenate([each[name] for each in found]) for name in names}
+
+
+def _goes_on_with_several(inputs: Mapping[str, np.ndarray], contract: GraphContract) -> bool:
+    """Whether each row goes on with several new tokens at once, which a `CacheLayout.TOKENS` graph takes of one row."""
+    if contract.cache_layout is not CacheLayout.TOKENS or inputs["input_ids"].shape[1] == 1:
+        return False
+    return inputs["attention_mask"].shape[1] > inputs["input_ids"].shape[1]
+
+
+def _run(
+    session: ort.InferenceSession,
+    bank: Bank,
+    inputs: Mapping[str, np.ndarray],
+    rows: tuple[RowSpec, ...],
+    names: Sequence[str],
+    cache: Cache | None,
+) -> dict[str, np.ndarray]:
+    # Held until the run is over: on the CPU a binding reads the arrays' own memory.
+    values = {name: to_ort_value(array, bank.provider) for name, array in inputs.items()} | dict(bank.values(rows))
+    if cache is None:
+        return run_values(session, values, names)
+    return cache.run(session, values, names, inputs["input_ids"].shape[1])

@@ -1,0 +1,98 @@
+"""`Cache`: the keys and values of the tokens that a decoder has seen, kept where its session runs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from lora_export.contract import CacheLayout, GraphContract, TensorSpec
+from lora_export.errors import UsageProblem
+from lora_export.runtime.arrays import numpy_dtype, onnx_element_type, run_bound
+
+_PAST, _PRESENT = "past_key_values", "present"
+
+
+class Cache:
+    """What a decoder keeps of a batch's tokens between its runs.
+
+    Where the graph allows it (`CacheLayout.TOKENS`), past and present are one buffer for `longest` tokens a row, and a
+    run writes its new tokens into it. Otherwise the present of a run is kept as it is and is the past of the next.
+
+    Args:
+        batch: The number of rows.
+        longest: The most tokens that a row will have, padding included.
+
+    Raises:
+        UsageProblem: The graph has no cache.
+    """
+
+    def __init__(self, contract: GraphContract, provider: str, batch: int, longest: int) -> None:
+        if not contract.past:
+            raise UsageProblem("The graph has no cache", expected="a decoder for text generation")
+        self.batch, self.longest, self.length = batch, longest, 0
+        self._provider, self._past = provider, contract.past
+        self._is_shared = contract.cache_layout is CacheLayout.TOKENS
+        n_slots = longest if self._is_shared else 0
+        self._values = {spec.name: _zeros(spec, batch, n_slots, provider) for spec in contract.past}
+        # The rows of the values that this cache is of.
+        self._first_row = 0
+
+    def by_row(self) -> list[Cache]:
+        """Each row's part of a shared buffer, as a cache that goes on in it."""
+        return [self._row(row) for row in range(self.batch)]
+
+    def _row(self, row: int) -> Cache:
+        part = copy.copy(self)
+        part.batch, part._first_row = 1, self._first_row + row
+        return part
+
+    def run(
+        self, session: ort.InferenceSession, values: Mapping[str, ort.OrtValue], names: Sequence[str], n_new: int
+    ) -> dict[str, np.ndarray]:
+        """The outputs `names` of a run with `n_new` new tokens a row, which this cache then has too.
+
+        Raises:
+            UsageProblem: There is no room for them.
+        """
+        if self.length + n_new > self.longest:
+            raise UsageProblem(
+                "The cache has no room for the new tokens",
+                expected=f"at most {self.longest} tokens a row, padding included",
+                found=f"{self.length} and {n_new} new ones",
+            )
+        binding = session.io_binding()
+        for name in names:
+            binding.bind_output(name)
+        for spec in self._past:
+            self._bind(binding, spec)
+        results = run_bound(session, binding, values, names)
+        self.length += n_new
+        if not self._is_shared:
+            present = binding.get_outputs()[len(names) :]
+            self._values = {spec.name: value for spec, value in zip(self._past, present, strict=True)}
+        return results
+
+    def _bind(self, binding: ort.IOBinding, spec: TensorSpec) -> None:
+        value, present = self._values[spec.name], spec.name.replace(_PAST, _PRESENT)
+        if not self._is_shared:
+            binding.bind_ortvalue_input(spec.name, value)
+            binding.bind_output(present, self._provider)
+            return
+        shape = [self.batch, *value.shape()[1:]]
+        n_bytes = numpy_dtype(spec.dtype).itemsize * math.prod(shape[1:])
+        place = value.data_ptr() + self._first_row * n_bytes
+        where = (self._provider, 0, onnx_element_type(spec.dtype), shape, place)
+        binding.bind_input(spec.name, *where)
+        binding.bind_output(present, *where)
+
+
+def _zeros(spec: TensorSpec, batch: int, n_slots: int, provider: str) -> ort.OrtValue:
+    """`[batch, heads, n_slots, size]`."""
+    shape = [batch, spec.dims[1], n_slots, spec.dims[3]]
+    if spec.dtype == "bfloat16":
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, onnx_element_type(spec.dtype), provider, 0)
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, numpy_dtype(spec.dtype)), provider, 0)
