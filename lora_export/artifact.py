@@ -208,7 +208,7 @@ def read_manifest(folder: Path) -> Manifest:
                 "The export's manifest is of another version",
                 where=str(path),
                 expected=f"schema {SCHEMA_VERSION}",
-                found=f"schema {fields['schema']}",
+                found=f"schema {fields['schema']!r}{_written_by(fields)}",
                 next_step="export again, or use the lora-export version that wrote it",
             )
         _require_schema(fields, path)
@@ -222,6 +222,12 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise _damaged(path, repr(error)[:400]) from error
+
+
+def _written_by(fields: Mapping) -> str:
+    versions = fields.get("versions")
+    found = versions.get("lora-export") if isinstance(versions, Mapping) else None
+    return f", written by lora-export {found[:40]}" if isinstance(found, str) else ""
 
 
 def _require_schema(fields: object, path: Path) -> None:

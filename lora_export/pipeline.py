@@ -30,6 +30,7 @@ from lora_export.export.contracts import contract_of
 from lora_export.export.genai import write_genai_config
 from lora_export.export.graphs import finished_graphs, target_modules
 from lora_export.export.lifecycle import AddOptions, add_to, remove_from
+from lora_export.export.outputs import planned_bytes
 from lora_export.export.plan import Request, make_plan
 from lora_export.export.records import adapter_records, hashed_sources, hashes_of, write_config
 from lora_export.export.resolve import resolve
@@ -92,12 +93,13 @@ def export(request: Request, options: ExportOptions, *, progress: Progress = sil
         resolved = resolve(plan, zeros_for_missing_head=options.zeros_for_missing_head)
         targets = target_modules(options.targets, resolved.model)
         choice = choose_sites(resolved.adapters if request.mode == "dynamic" else (), targets)
+        n_bytes = planned_bytes(plan, resolved, choice)
         progress("building the graph", 0, 1)
         graphs = finished_graphs(plan, resolved, choice, use_cache=options.use_cache, remark=remark)
         models = {name: graph.model for name, graph in graphs.items()}
         optional = {name: graph.adapter_inputs for name, graph in graphs.items()}
-        with staging(options.out, overwrite=options.overwrite, n_bytes=plan.n_bytes) as folder:
-            meter = _Meter(progress, plan.n_bytes)
+        with staging(options.out, overwrite=options.overwrite, n_bytes=n_bytes) as folder:
+            meter = _Meter(progress, n_bytes)
             written = write_graphs(models, folder, resolved.parameters.make_weight, optional, meter)
             contracts = {name: contract_of(model, written.adapter_inputs[name]) for name, model in models.items()}
             sources = sources_when_hashed()

@@ -6,12 +6,13 @@ import copy
 import dataclasses
 import json
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
 
-from lora_export.artifact import read_manifest, write_manifest
+from lora_export.artifact import SCHEMA_VERSION, read_manifest, write_manifest
 from lora_export.contract import AdapterInputKind, GraphContract
 from lora_export.errors import InputRefused, UsageProblem
 
@@ -31,7 +32,20 @@ def test_another_schema_is_refused(exports, tmp_path):
     write_manifest(tmp_path, dataclasses.replace(read_manifest(exports["bert-merged"]), schema=99))
     with pytest.raises(InputRefused, match="manifest is of another version") as refused:
         read_manifest(tmp_path)
-    assert (refused.value.expected, refused.value.found) == ("schema 1", "schema 99")
+    assert refused.value.expected == "schema 1"
+    assert refused.value.found == f"schema 99, written by lora-export {version('lora-export')}"
+
+
+@pytest.mark.parametrize("schema", [0, 2, -1, "1", None, [], 1.5])
+def test_a_schema_is_refused_by_its_name_before_anything_else_is_read(schema, tmp_path):
+    (tmp_path / "lora_export.json").write_text(json.dumps({"schema": schema, "versions": {"lora-export": "9.1"}}))
+    with pytest.raises(InputRefused, match="manifest is of another version") as refused:
+        read_manifest(tmp_path)
+    assert refused.value.found == f"schema {schema!r}, written by lora-export 9.1"
+    (tmp_path / "lora_export.json").write_text(json.dumps({"schema": 7}))
+    with pytest.raises(InputRefused) as refused:
+        read_manifest(tmp_path)
+    assert refused.value.found == "schema 7"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +98,38 @@ def test_the_schema_names_every_field_that_is_written(exports):
     assert set(SCHEMA["$defs"]["adapter"]["properties"]) == set(fields["adapters"][0]) | {"files"}
     assert set(SCHEMA["$defs"]["adapter_input"]["properties"]) == set(fields["contract"]["adapter_inputs"][0])
     assert set(SCHEMA["$defs"]["adapter_input"]["properties"]["kind"]["enum"]) == set(AdapterInputKind)
+
+
+def test_every_schema_has_goldens_and_all_are_read(tmp_path):
+    """`-first` is as it was first written, `-latest` as it is now; a field that is added is in `-latest` alone."""
+    names = {path.name for path in GOLDENS.glob("manifest-*.json")}
+    assert names == {f"manifest-{n + 1}-{when}.json" for n in range(SCHEMA_VERSION) for when in ("first", "latest")}
+    for name in names:
+        (tmp_path / "lora_export.json").write_bytes((GOLDENS / name).read_bytes())
+        fields = json.loads((GOLDENS / name).read_text(encoding="utf-8"))
+        Draft202012Validator(SCHEMA).validate(fields)
+        manifest = read_manifest(tmp_path)
+        assert [record.name for record in manifest.adapters] == [entry["name"] for entry in fields["adapters"]]
+        assert manifest.adapter("topic").files and manifest.contract.adapter_inputs
+
+
+def test_the_latest_golden_has_every_field_of_now(exports, request):
+    golden = GOLDENS / f"manifest-{SCHEMA_VERSION}-latest.json"
+    fields = json.loads((exports["bert-dynamic"] / "lora_export.json").read_text(encoding="utf-8"))
+    for source in (fields["base"], *(entry["source"] for entry in fields["adapters"])):
+        source["given"] = f"/models/{Path(source['given']).name}"
+    if request.config.getoption("--update-goldens"):
+        golden.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    assert _names(json.loads(golden.read_text(encoding="utf-8"))) == _names(fields), "write it anew: --update-goldens"
+
+
+def _names(value: object, path: str = "") -> set[str]:
+    """The fields of a manifest, by path; those of `files`, `versions` and the like are data."""
+    if isinstance(value, dict) and not path.endswith(("files", "versions", "labels", "conversion_errors")):
+        return {f"{path}.{key}" for key in value}.union(
+            *(_names(inner, f"{path}.{key}") for key, inner in value.items())
+        )
+    return set().union(*(_names(inner, f"{path}[]") for inner in value)) if isinstance(value, list) else set()
 
 
 def test_a_manifest_of_an_older_version_is_read(tmp_path):

@@ -9,6 +9,7 @@
     completion.py  what an adapter needs of the base, and what of it a mode cannot export
     graphs.py      the finished weightless graphs of a plan, cached
     contracts.py   what a written graph takes and gives
+    outputs.py     the files of an export, and the bytes of its weights
     records.py     adapter files, config, and the entries of the manifest
     lifecycle.py   adapters of a dynamic export that come, are replaced and go
     genai.py       genai_config.json

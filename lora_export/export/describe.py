@@ -10,14 +10,14 @@ from lora_export.adapters.folder import AdapterFolder, open_adapter
 from lora_export.adapters.foreign import ForeignAdapter, locate_adapter, name_of, read_foreign
 from lora_export.adapters.pack import choose_sites
 from lora_export.adapters.support import options_in_use, tuner_verdict
-from lora_export.artifact import ADAPTERS, MANIFEST, SIGNATURE, Manifest, read_manifest
+from lora_export.artifact import MANIFEST, SIGNATURE, Manifest, read_manifest
 from lora_export.base.checkpoint import Checkpoint, locate
 from lora_export.base.stored import SAFETENSORS_DTYPES
-from lora_export.base.tasks import graphs_of
-from lora_export.contract import SINGLE, adapter_file, data_file, graph_file
+from lora_export.contract import SINGLE
 from lora_export.errors import InputRefused, LoraExportError, some_of
 from lora_export.export.graphs import target_modules
-from lora_export.export.plan import Plan, Request, make_plan
+from lora_export.export.outputs import planned_bytes, planned_files
+from lora_export.export.plan import Request, make_plan
 from lora_export.export.resolve import resolve
 from lora_export.integrity.signature import signer_with
 from lora_export.runtime.session import choose_provider
@@ -41,13 +41,12 @@ def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), si
     Raises:
         LoraExportError: What the export itself would raise before it writes.
     """
-    signed = [SIGNATURE] if sign_key is not None and signer_with(sign_key) else []
+    signed = sign_key is not None and bool(signer_with(sign_key))
     plan = make_plan(request)
     resolved = resolve(plan)
     served = resolved.adapters if request.mode == "dynamic" else ()
     sites = choose_sites(served, target_modules(targets, resolved.model))
     item = 4 if plan.dtype == "float32" else 2
-    sizes = [item * math.prod(info.shape) for info in plan.checkpoint.files.tensors.values()]
     # A parameter made of several stored tensors (merged experts) is larger than each of them.
     largest = max((item * math.prod(shape) for shape in resolved.parameters.shapes.values()), default=0)
     adapters = []
@@ -82,23 +81,12 @@ def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), si
         "write": {
             "folder": str(out),
             "state": out_state,
-            "files": [*_files(plan, request), *signed],
-            "weight_bytes": sum(sizes),
+            "files": list(planned_files(plan, resolved, signed=signed)),
+            "weight_bytes": planned_bytes(plan, resolved, sites),
             "disk_free_bytes": shutil.disk_usage(parent).free,
         },
         "memory_bytes": _FIXED_MEMORY_BYTES + 3 * largest,
     }
-
-
-def _files(plan: Plan, request: Request) -> list[str]:
-    graphs = graphs_of(plan.task)
-    files = list(dict.fromkeys(name(graph) for graph in graphs for name in (graph_file, data_file)))
-    files += [MANIFEST, "config.json"]
-    files += list(plan.carried.files)
-    if request.mode == "dynamic":
-        # Those of graphs that an adapter does not touch stay away.
-        files += [f"{ADAPTERS}/{adapter_file(folder.name, graph)}" for folder in plan.folders for graph in graphs]
-    return files
 
 
 def _base_fields(checkpoint: Checkpoint) -> dict:

@@ -108,7 +108,7 @@ class _Facts:
         traced_from: What decides its trace.
         finished_from: What decides the rest, `traced_from` included.
         small: The norms and biases to bind, by path.
-        untied: See `_untied`.
+        untied: See `untied_modules`.
     """
 
     graph: str
@@ -146,7 +146,7 @@ def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str) -> _F
     }
     replaced = choice.parameters.union(*(adapter.replaced for adapter in resolved.adapters))
     small = resolved.parameters.small_parameters(plan.dtype, without=replaced | resolved.parameters.zeros_for)
-    untied = _untied(resolved)
+    untied = untied_modules(resolved)
     finished_from = traced_from | {
         "provider": plan.request.provider,
         "small": digest(small),
@@ -249,7 +249,7 @@ def _has_default(entry: AdapterInput, resolved: Resolved) -> bool:
     return not entry.spec.is_stored or resolved.parameters.stored_name(entry.name) is not None
 
 
-def _untied(resolved: Resolved) -> dict[str, str]:
+def untied_modules(resolved: Resolved) -> dict[str, str]:
     """Modules to split off a tied weight, as merged adapters change its uses differently → the path under which the
     rest keeps the shared tensor.
 

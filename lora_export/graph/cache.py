@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
@@ -25,46 +28,62 @@ def cache_folder() -> Path:
 
 
 def cache_key(facts: Mapping[str, object]) -> str:
-    """A name for a graph decided by `facts` (JSON values) and by the code of this package that makes graphs."""
-    text = json.dumps({**facts, "code": _code_digest()}, sort_keys=True, default=str)
+    """A name for a graph decided by `facts` (JSON values), by the code of this package and by what runs it."""
+    text = json.dumps({**facts, "code": _code_digest(), "runs_on": _runs_on()}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@functools.cache
 def _code_digest() -> str:
+    """Of every file of the package: a graph that an older build made is never read."""
     package = Path(__file__).parent.parent
-    rooms = [path for room in ("base", "graph") for path in (package / room).glob("*.py")]
-    files = sorted([*rooms, package / "export" / "graphs.py", package / "contract.py"])
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    files = sorted(path for path in package.rglob("*.py"))
+    parts = [part for file in files for part in (file.relative_to(package).as_posix().encode(), file.read_bytes())]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def _runs_on() -> dict[str, str]:
+    """What decides a graph beside the libraries that `artifact.versions` names: Python, whose bytecode is traced, and
+    NumPy, which folds constants."""
+    return {"python": platform.python_version(), "numpy": version("numpy"), "ml_dtypes": version("ml_dtypes")}
 
 
 def cached_graph(key: str, build: Callable[[], ir.Model], *, use_cache: bool) -> ir.Model:
-    """The graph `key`, read if it is kept, else built and kept. A cache that cannot be written costs only time."""
-    path = cache_folder() / f"{key}.onnx"
-    if use_cache and path.exists():
-        try:
-            return load_weightless(path)
-        except (ValueError, KeyError, TypeError, OSError, ir.serde.SerdeError):
-            path.unlink(missing_ok=True)
-        except Exception as error:
-            # protobuf's DecodeError has no public home; any other error is a bug and is not swallowed.
-            if type(error).__name__ != "DecodeError":
-                raise
-            path.unlink(missing_ok=True)
+    """The graph `key`, read if it is kept, else built and kept. A cache that cannot be written costs only time.
+
+    A file's name holds a hash of its key and its content: what is damaged, or was put there by another, is removed.
+    """
+    if use_cache and (kept := _kept(key)) is not None:
+        return kept
     # A graph just built and one read back give their later nodes other names, so both go through the file.
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "built.onnx"
         save_weightless(build(), built)
         if use_cache:
-            _keep(built, path)
+            _keep(built, key)
         return load_weightless(built)
 
 
-def _keep(built: Path, path: Path) -> None:
-    temporary = path.with_name(f".{uuid.uuid4().hex}.onnx")
+def _kept(key: str) -> ir.Model | None:
+    with contextlib.suppress(OSError):  # of a cache that cannot be read
+        for path in sorted(cache_folder().glob(f"{key}.*.onnx")):
+            if path.name == _name(key, path.read_bytes()):
+                return load_weightless(path)
+            path.unlink(missing_ok=True)
+    return None
+
+
+def _name(key: str, content: bytes) -> str:
+    return f"{key}.{hashlib.sha256(key.encode() + content).hexdigest()[:32]}.onnx"
+
+
+def _keep(built: Path, key: str) -> None:
+    folder = cache_folder()
+    temporary = folder / f".{uuid.uuid4().hex}.onnx"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(built, temporary)
-        temporary.replace(path)
+        temporary.replace(folder / _name(key, built.read_bytes()))
     except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
