@@ -67,6 +67,12 @@ class AdapterFolder:
             return None
 
 
+def usable_name(path: Path) -> str:
+    """The name of an adapter's folder or file, with '-' for what may not stand in one; `adapter` if nothing is left."""
+    stem = path.stem if path.is_file() else path.name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "adapter"
+
+
 def open_adapter(path: Path, given: str, name: str | None = None) -> AdapterFolder:
     """Read the headers of the adapter in folder `path`.
 

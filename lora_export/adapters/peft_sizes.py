@@ -28,8 +28,16 @@ def refuse_other_sizes(said: str, folder: AdapterFolder, next_step: str) -> None
     if not found:
         return
     first = next((entry for entry in found if _is_of_the_base(*entry)), found[0])
-    _, in_file, in_base = first
+    name, in_file, in_base = first
     of_the_base = _is_of_the_base(*first)
+    if ".base_layer." in name and in_file[1:] == in_base[1:]:
+        raise InputRefused(
+            "The adapter has a pair on a head that was resized with the vocabulary, which is not exported",
+            where=f"{folder.path}: {name.replace('.default', '')}",
+            expected=f"{in_base[0]} rows, as the base has",
+            found=f"{in_file[0]} rows in the adapter's file",
+            next_step="load the base and the adapter in PEFT, merge_and_unload, save, and export that as a base",
+        )
     names = [entry[0].replace(".default", "") for entry in (first, *(entry for entry in found if entry is not first))]
     raise InputRefused(
         "The adapter was trained on a base of other sizes"

@@ -96,12 +96,16 @@ def _conversion_error(layer: PeftLayer, real: dict[str, torch.Tensor], pair: Lor
 def _require_servable(adapter: Adapter, base: Parameters) -> None:
     served = choose_sites([adapter]).parameters
     rest = [path for path in adapter.replaced if path not in served]
+    tables = [path for path in rest if path in base.shapes and adapter.replaced[path].ndim == 2]
+    n_rows = {path: (len(adapter.replaced[path]), base.shapes[path][0]) for path in tables}
+    resized = {path: f"{new} rows in place of {old}" for path, (new, old) in n_rows.items() if new != old}
     gated = adapter.invocation_tokens is not None
     what = {
         "has a bias on B that is active for some tokens only (lora_bias with alora_invocation_tokens)": [
             module for module, pair in adapter.pairs.items() if gated and pair.bias is not None
         ],
-        "replaces modules that are not Linear (modules_to_save)": rest,
+        f"was trained on a resized vocabulary ({', '.join(sorted(set(resized.values())))})": list(resized),
+        "replaces modules that are not Linear (modules_to_save, or a saved embedding)": rest,
         "adapts layers whose adapter is no pair": [
             f"{module} ({type(layer.layer).__name__})" for module, layer in adapter.layers.items()
         ],

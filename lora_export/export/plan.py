@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lora_export.adapters.folder import AdapterFolder, open_adapter
+from lora_export.adapters.folder import AdapterFolder, open_adapter, usable_name
 from lora_export.adapters.foreign import peft_folder
 from lora_export.adapters.initialization import PLAIN_START
 from lora_export.adapters.renamed import with_todays_names
@@ -99,9 +99,7 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     Raises:
         LoraExportError: Anything that cannot be exported, by name, with the way out.
     """
-    folders = tuple(
-        open_adapter(peft_folder(given, request.base, request.task), given, name) for given, name in request.adapters
-    )
+    folders = tuple(_opened(request, given, name) for given, name in request.adapters)
     if request.residual_base:
         folders = tuple(replace(folder, config=folder.config | PLAIN_START) for folder in folders)
     _refuse_equal_names(folders)
@@ -150,6 +148,12 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     return Plan(
         request, checkpoint, folders, task, dtype, config, adapter_configs, carried, pad_token_id, others, remarks
     )
+
+
+def _opened(request: Request, given: str, name: str | None) -> AdapterFolder:
+    """An adapter's folder; of a merge, a name that the user has not given is made usable, as no host asks for it."""
+    path = peft_folder(given, request.base, request.task)
+    return open_adapter(path, given, name or (usable_name(path) if request.mode == "merge" else None))
 
 
 def _vocabulary(config) -> int | None:

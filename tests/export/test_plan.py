@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import safetensors.torch
 import tiny
 import torch
+import transformers
+from peft import LoraConfig, get_peft_model
 
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.export.plan import Request, make_plan
@@ -136,3 +139,39 @@ def test_bfloat16_is_not_exported_for_the_cpu(bases, adapters):
     with pytest.raises(InputRefused, match="CPU provider has no kernels for bfloat16") as refused:
         make_plan(request(bases, adapters, "llama", ("chat",), "merge", dtype="bfloat16"))
     assert refused.value.next_step == "export with --dtype float32 or float16, or for --provider cuda"
+
+
+def test_a_merge_names_its_adapter_by_itself(bases, adapters, tmp_path):
+    """No host chooses by it; a dynamic export's name is a file's, and is chosen by its user."""
+    for name, expected in (
+        ("my adapter", "my-adapter"),
+        ("écho (v2)", "cho-v2"),
+        ("…", "adapter"),
+        ("ok.1_a-b", "ok.1_a-b"),
+    ):
+        folder = shutil.copytree(adapters["chat"], tmp_path / name)
+        chosen = ((str(folder), None),)
+        assert make_plan(Request(str(bases["llama"]), chosen, "merge")).folders[0].name == expected
+        if name != expected:
+            with pytest.raises(InputRefused, match="name becomes a file name"):
+                make_plan(Request(str(bases["llama"]), chosen, "dynamic"))
+
+
+@pytest.mark.parametrize(("target", "mode"), [("v_proj", "dynamic"), ("embed_tokens", "dynamic"), ("lm_head", "merge")])
+def test_a_resized_vocabulary_is_refused_in_these_words(target, mode, bases, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(bases["llama"])
+    model.resize_token_embeddings(264, mean_resizing=False)
+    options = {"r": 2, "target_modules": ["q_proj", target], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    get_peft_model(model, LoraConfig(**options)).save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    with pytest.raises(InputRefused) as refused:
+        resolve(make_plan(Request(str(bases["llama"]), ((str(tmp_path / "a"), None),), mode)))
+    if target == "lm_head":
+        assert "a pair on a head that was resized with the vocabulary" in refused.value.what
+        assert (refused.value.expected, refused.value.found) == (
+            "260 rows, as the base has",
+            "264 rows in the adapter's file",
+        )
+        assert "merge_and_unload" in refused.value.next_step
+    else:
+        assert "was trained on a resized vocabulary (264 rows in place of 260)" in refused.value.what
+        assert "embed_tokens.weight" in refused.value.where and "merge" in refused.value.next_step
