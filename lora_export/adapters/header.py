@@ -55,9 +55,7 @@ class HeaderOptions:
         Raises:
             InputRefused: An option is set that is not read from a header; it is named.
         """
-        from peft import LoraConfig
-
-        usual = vars(LoraConfig())
+        usual = _usual()
         for options in self.components.values():
             set_here = [use for use in options_in_use(dict(options)) if use.value != usual.get(use.option.name)]
             extra = [use for use in set_here if use.option.name not in _READ]
@@ -134,13 +132,15 @@ class HeaderOptions:
         )
 
     def require_agreement(self, config: Mapping[str, object]) -> None:
-        """Refuse a header whose options are other than those of the `adapter_config.json` beside it.
+        """Refuse a header whose options are other than those of the `adapter_config.json` beside it, or than PEFT's own
+        where that is silent.
 
         Raises:
             InputRefused: They differ; both are named.
         """
+        config = {**_usual(), **config} if self.components else config
         for component, options in self.components.items():
-            differing = [name for name in _COMPARED if name in options and name in config]
+            differing = [name for name in _COMPARED if name in options]
             differing = [name for name in differing if (options[name] or None) != (config[name] or None)]
             if differing and (not component or len(self.components) == 1):
                 raise InputRefused(
@@ -150,6 +150,12 @@ class HeaderOptions:
                     found=", ".join(f"{name} = {options[name]!r}" for name in differing),
                     next_step="keep the pair of files that one training saved",
                 )
+
+
+def _usual() -> Mapping[str, object]:
+    from peft import LoraConfig
+
+    return vars(LoraConfig())
 
 
 def _components(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, object]]:

@@ -120,6 +120,21 @@ def test_a_peft_adapter_whose_header_contradicts_its_config_is_refused(key, base
     assert make_plan(Request(str(bases["llama"]), ((str(folder), None),), "merge")).folders[0].name == "chat"
 
 
+@pytest.mark.parametrize(("name", "value", "usual"), [("lora_alpha", 16, 8), ("use_rslora", True, False)])
+def test_a_header_counts_against_what_peft_takes_where_the_config_is_silent(
+    name, value, usual, bases, adapters, tmp_path
+):
+    folder = Path(shutil.copytree(adapters["chat"], tmp_path / "chat"))
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    del fields[name]
+    config.write_text(json.dumps(fields))
+    save_file(load_file(file), file, metadata={KEY: json.dumps({name: value})})
+    with pytest.raises(InputRefused, match="the header of its weights disagree") as refused:
+        make_plan(Request(str(bases["llama"]), ((str(folder), None),), "merge"))
+    assert (refused.value.expected, refused.value.found) == (f"{name} = {usual}", f"{name} = {value}")
+
+
 @pytest.mark.parametrize("dim", ["Dynamic", "8", "32"])
 def test_kohya_s_header_says_nothing_of_pairs_with_an_alpha_of_their_own(dim, bases, tmp_path):
     """sd-scripts' resize_lora.py writes "Dynamic" for both; other trainers give some modules another rank."""
