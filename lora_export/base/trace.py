@@ -63,7 +63,14 @@ def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE, *, named: Col
     opset = _ATTENTION_OPSET if task is Task.TEXT_GENERATION else config_class().opset_version
     config = config_class(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False, opset_version=opset)
     forward = _forward(model, sample.forward)
-    with quiet(), decomposed_by_operator(), tables_of_fixed_size(model), forward, _grouped_heads():
+    with (
+        quiet(),
+        decomposed_by_operator(),
+        tables_of_fixed_size(model),
+        forward,
+        _grouped_heads(),
+        _one_head_as_group(),
+    ):
         program = exporter_class().export(model, sample.inputs, config).program
     if is_dual_encoder(model):
         _keep_outputs(program, _DUAL_OUTPUTS)
@@ -112,6 +119,24 @@ def _grouped_heads() -> Iterator[None]:
             del os.environ[_GROUPED_HEADS]
         else:
             os.environ[_GROUPED_HEADS] = before
+
+
+@contextlib.contextmanager
+def _one_head_as_group() -> Iterator[None]:
+    """A single head of keys and values that is broadcast to every head of queries (Falcon) is a group of all of them:
+    the operator knows groups, and no broadcast."""
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query: torch.Tensor, key: torch.Tensor, *others: object, **options: object) -> torch.Tensor:
+        if query.dim() == 4 and key.shape[1] == 1 and query.shape[1] != 1:
+            options["enable_gqa"] = True
+        return original(query, key, *others, **options)
+
+    torch.nn.functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = original
 
 
 def _unbind_parameters(graph: ir.Graph, model: torch.nn.Module) -> None:
