@@ -27,8 +27,10 @@ import numpy as np
 from lora_export.bench.intervals import paired_ratio
 from lora_export.bench.results import Variant, WarmUp, Workload
 from lora_export.bench.warm_up import warm_up
+from lora_export.contract import CacheLayout
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.arrays import to_ort_value
+from lora_export.runtime.cache import present_of, with_room
 from lora_export.runtime.seq2seq_session import Seq2SeqSession
 
 ROUNDS = 4
@@ -100,18 +102,26 @@ def bound_run(
 ) -> Callable[[], None]:
     """A run with inputs, adapters and outputs bound on the session's device; returns when the device is done.
 
-    Outputs are allocated once, at the sizes of a first run: a timed run allocates and copies nothing.
+    Outputs are allocated once, at the sizes of a first run: a timed run allocates and copies nothing. Past and present
+    are one buffer where the graph allows it.
     """
     session, device = adapter_session.session, adapter_session.provider
+    contract = adapter_session.contract
     names = {value.name for value in session.get_inputs()}
-    held = {name: to_ort_value(array, device) for name, array in inputs.items() if name in names}
+    own = {name: array for name, array in with_room(inputs, contract).items() if name in names}
+    held = {name: to_ort_value(array, device) for name, array in own.items()}
     binding = session.io_binding()
     for name, value in held.items():
         binding.bind_ortvalue_input(name, value)
     batch = len(next(iter(inputs.values())))
     adapter_session.bind_adapters(binding, adapters, batch)
+    shared = contract.past if contract.cache_layout is CacheLayout.TOKENS else ()
+    written = {present_of(spec.name): held[spec.name] for spec in shared}
     for output in session.get_outputs():
-        binding.bind_output(output.name, device, 0)
+        if output.name in written:
+            binding.bind_ortvalue_output(output.name, written[output.name])
+        else:
+            binding.bind_output(output.name, device, 0)
     session.run_with_iobinding(binding)
     outputs = dict(zip([o.name for o in session.get_outputs()], binding.get_outputs(), strict=True))
     for name, value in outputs.items():

@@ -60,16 +60,16 @@ class AdapterSession:
     ) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
-        self._contract = self.manifest.contract if graph is None else self.manifest.contract_of(graph)
+        self.contract = self.manifest.contract if graph is None else self.manifest.contract_of(graph)
         self.graph = graph or SINGLE
         choice = choose_provider(provider)
         self.provider, self.provider_reason = choice.name, choice.reason
         path = self.folder / graph_file(self.graph)
         self.session = open_session(path, self.provider, n_threads=n_threads, stop_spinning=stop_spinning)
-        require_described(self.session, self._contract, self.folder, self.graph)
+        require_described(self.session, self.contract, self.folder, self.graph)
         merged = tuple(record.name for record in self.manifest.adapters if not record.files)
-        defaults = _read_defaults(self.folder / data_file(self.graph), self._contract)
-        self._shelf = Shelf({self.graph: Bank(self._contract, self.provider, defaults, merged)})
+        defaults = _read_defaults(self.folder / data_file(self.graph), self.contract)
+        self._shelf = Shelf({self.graph: Bank(self.contract, self.provider, defaults, merged)})
         for record in self.manifest.adapters:
             file = record.files.get(self.graph)
             if file is not None:
@@ -122,7 +122,7 @@ class AdapterSession:
             InputRefused: The file is no adapter, or its tensors are not those of this graph's inputs.
         """
         tensors = read_adapter(path)
-        require_fit(path, tensors, self._contract)
+        require_fit(path, tensors, self.contract)
         return tensors
 
     def hold(
@@ -170,7 +170,7 @@ class AdapterSession:
                 gate is not among `inputs` (see `gate`).
         """
         n_cached = None if cache is None else cache.length
-        inputs = completed_inputs(inputs, self._contract, n_cached)
+        inputs = completed_inputs(inputs, self.contract, n_cached)
         bank = self.bank
         rows = bank.rows(adapters, _n_rows(inputs))
         _require_equal_rows(inputs, rows)
@@ -185,7 +185,7 @@ class AdapterSession:
         Raises:
             UsageProblem: The graph has no cache.
         """
-        return Cache(self._contract, self.provider, batch, longest)
+        return Cache(self.contract, self.provider, batch, longest)
 
     def _output_names(self, cache: Cache | None) -> list[str]:
         names = [output.name for output in self.session.get_outputs()]
@@ -209,7 +209,7 @@ class AdapterSession:
         Args:
             input_ids: `[batch, sequence]`, the whole prompt.
         """
-        if self._contract.gate is None:
+        if self.contract.gate is None:
             return None
         bank = self.bank
         return bank.gate(input_ids, bank.rows(adapters, len(input_ids)))
@@ -218,7 +218,7 @@ class AdapterSession:
         self, inputs: Mapping[str, np.ndarray], adapters: Sequence[RowAdapter] | RowAdapter = None
     ) -> dict[str, np.ndarray]:
         """All that `run` feeds the graph for a batch: its own inputs, the gate and the adapters, as arrays."""
-        inputs = completed_inputs(inputs, self._contract)
+        inputs = completed_inputs(inputs, self.contract)
         bank = self.bank
         rows = bank.rows(adapters, _n_rows(inputs))
         stacked = {name: array for name, array in bank.stacked(rows).items() if name not in inputs}
@@ -232,7 +232,7 @@ class AdapterSession:
     def _mask_padded_classes(
         self, results: dict[str, np.ndarray], sizes: Mapping[str, Sequence[int]]
     ) -> dict[str, np.ndarray]:
-        for spec in self._contract.outputs:
+        for spec in self.contract.outputs:
             if spec.name in results and spec.dims[-1] in sizes:
                 for row, n_classes in enumerate(sizes[spec.dims[-1]]):
                     array = results[spec.name]

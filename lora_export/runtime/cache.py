@@ -77,7 +77,7 @@ class Cache:
         return results
 
     def _bind(self, binding: ort.IOBinding, spec: TensorSpec) -> None:
-        value, present = self._values[spec.name], spec.name.replace(_PAST, _PRESENT)
+        value, present = self._values[spec.name], present_of(spec.name)
         if not self._is_shared:
             binding.bind_ortvalue_input(spec.name, value)
             binding.bind_output(present, self._provider)
@@ -88,6 +88,21 @@ class Cache:
         where = (self._provider, 0, onnx_element_type(spec.dtype), shape, place)
         binding.bind_input(spec.name, *where)
         binding.bind_output(present, *where)
+
+
+def present_of(past: str) -> str:
+    """The output that is the cache input `past` after a run."""
+    return past.replace(_PAST, _PRESENT)
+
+
+def with_room(inputs: Mapping[str, np.ndarray], contract: GraphContract) -> dict[str, np.ndarray]:
+    """`inputs` of a run whose cache, if past and present may be one buffer, has slots for the new tokens too."""
+    if contract.cache_layout is not CacheLayout.TOKENS:
+        return dict(inputs)
+    n_new = inputs["input_ids"].shape[1]
+    room = [(0, 0), (0, 0), (0, n_new), (0, 0)]
+    names = {spec.name for spec in contract.past}
+    return {name: np.pad(array, room) if name in names else array for name, array in inputs.items()}
 
 
 def _zeros(spec: TensorSpec, batch: int, n_slots: int, provider: str) -> ort.OrtValue:

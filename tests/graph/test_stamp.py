@@ -22,16 +22,12 @@ SIZES["num_hidden_layers"] = N_LAYERS
 LLAMA = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, architectures=["LlamaForCausalLM"])
 BASES = {
     "llama": (LLAMA, "CAUSAL_LM", "all-linear", "text-generation", "cuda"),
-    "gpt2": (
-        transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=N_LAYERS, n_head=4, architectures=["GPT2LMHeadModel"]),
-        "CAUSAL_LM", ["c_attn", "c_fc"], "text-generation", "cpu",
-    ),
     "bert": (
         transformers.BertConfig(**SIZES, architectures=["BertModel"]), "FEATURE_EXTRACTION", ["query", "value"],
         "feature-extraction", "cpu",
     ),
 }  # fmt: skip
-CLASSES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "bert": "BertModel"}
+CLASSES = {"llama": "LlamaForCausalLM", "bert": "BertModel"}
 
 
 def computed(model: ir.Model) -> list[tuple]:

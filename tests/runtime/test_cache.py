@@ -86,3 +86,18 @@ def test_a_graph_without_a_cache_has_none(exports):
 def test_the_manifest_says_where_a_token_is_kept(exports):
     assert AdapterSession(exports["llama-dynamic"], "cpu").manifest.contract.cache_layout is CacheLayout.TOKENS
     assert AdapterSession(exports["bert-dynamic"], "cpu").manifest.contract.cache_layout is None
+
+
+def test_a_bound_run_writes_into_the_cache_it_reads(session):
+    from lora_export.bench.latency import bound_run
+    from lora_export.bench.workloads import random_inputs
+
+    inputs = random_inputs(session.contract, 250, 2, 1, 5)
+    run = bound_run(session, NAMES[:2], inputs)
+    expected = session.run(inputs, NAMES[:2])
+    run()
+    for layer in (0, 1):
+        for part in ("key", "value"):
+            written = run.held[f"past_key_values.{layer}.{part}"].numpy()
+            assert written.shape[2] == 6
+            np.testing.assert_array_equal(written, expected[f"present.{layer}.{part}"])

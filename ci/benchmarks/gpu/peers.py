@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -92,28 +95,46 @@ def decoder_run(
     return bound(session, inputs, outputs)
 
 
-def write_builder_graph(
+def builder_command(
     base: Path, tokenizer: Path, out: Path, builder: Path, dtype: str = "float16", provider: str = "cuda"
-) -> None:
-    """Run GenAI's model builder on the checkpoint `base`.
+) -> list[str]:
+    """The command that runs GenAI's model builder on the checkpoint `base`.
 
     Args:
-        tokenizer: A folder with any tokenizer: the builder wants one.
+        tokenizer: A folder with any tokenizer, which is copied to `base`: the builder wants one.
         builder: The folder of its builder.py.
     """
-    import shutil
-    import subprocess
-    import sys
-
     for file in tokenizer.glob("tokenizer*"):
         shutil.copy(file, base)
     precision = {"float16": "fp16", "float32": "fp32", "bfloat16": "bf16"}[dtype]
     command = [sys.executable, str(builder / "builder.py"), "-m", str(base), "-o", str(out), "-p", precision]
-    subprocess.run([*command, "-e", provider, "-c", str(out.parent / "cache")], check=True, stdout=subprocess.DEVNULL)
+    return [*command, "-e", provider, "-c", str(out.parent / "builder-cache")]
 
 
-def write_optimized_bert(base: Path, out: Path, dtype: str) -> None:
-    """The checkpoint's BERT encoder through PyTorch's exporter and ONNX Runtime's optimizer for GPUs."""
+def write_builder_graph(
+    base: Path, tokenizer: Path, out: Path, builder: Path, dtype: str = "float16", provider: str = "cuda"
+) -> None:
+    """Run GenAI's model builder, as `builder_command` says."""
+    command = builder_command(base, tokenizer, out, builder, dtype, provider)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def encoder_run(session: ort.InferenceSession, provider: str, batch: int, sequence: int) -> Run:
+    """A bound run of the optimizer's MiniLM."""
+    rng, device = np.random.default_rng(0), Device(provider)
+    arrays = {
+        value.name: rng.integers(0, 30522, (batch, sequence)) if value.name == "input_ids" else np.full(
+            (batch, sequence), int("mask" in value.name), np.int64
+        )
+        for value in session.get_inputs()
+    }  # fmt: skip
+    output = session.get_outputs()[0]
+    feeds = device.values({name: array.astype(np.int64) for name, array in arrays.items()})
+    return device.bound_run(session, feeds, {output.name: ((batch, sequence, 384), _ELEMENTS[output.type])})
+
+
+def write_optimized_bert(base: Path, out: Path, dtype: str, *, use_gpu: bool = True) -> None:
+    """The checkpoint's BERT encoder through PyTorch's exporter and ONNX Runtime's optimizer."""
     import torch
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
@@ -147,7 +168,7 @@ def write_optimized_bert(base: Path, out: Path, dtype: str) -> None:
         hidden_size=config.hidden_size,
         optimization_options=FusionOptions("bert"),
         opt_level=0,
-        use_gpu=True,
+        use_gpu=use_gpu,
     )
     if dtype == "float16":
         optimized.convert_float_to_float16()

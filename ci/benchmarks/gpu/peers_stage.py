@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from gpu.bundle import restore
+from gpu.peers import encoder_run
 from gpu.stage import Stage
-from gpu.timing import Candidate, Device, candidate_runs, race, ratio_lines
+from gpu.timing import Candidate, candidate_runs, race, ratio_lines
 from lora_export.runtime.session import open_session
 
 # (rows, tokens).
 SHAPES = ((1, 32), (4, 128), (32, 128), (16, 512))
-_ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def run(stage: Stage) -> dict:
@@ -34,7 +32,7 @@ def run(stage: Stage) -> dict:
             if batch > 1:
                 candidates.append(Candidate("another in each row", folders["dynamic"], batch, 8))
             runs, failed = candidate_runs(candidates, stage.provider, (batch, sequence, 0), 30522, sessions)
-            runs["optimizer"] = _optimizer_run(session, stage.provider, batch, sequence)
+            runs["optimizer"] = encoder_run(session, stage.provider, batch, sequence)
             pairs = [(name, "optimizer") for name in runs if name != "optimizer"] + [("one adapter", "base")]
             result = race(runs, pairs, stage.blocks)
             result |= {"dtype": dtype, "batch": batch, "sequence": sequence, "failed": failed}
@@ -44,16 +42,3 @@ def run(stage: Stage) -> dict:
             for key in [key for key in sessions if key[1] is not None]:
                 del sessions[key]
     return found
-
-
-def _optimizer_run(session, provider: str, batch: int, sequence: int):
-    rng, device = np.random.default_rng(0), Device(provider)
-    arrays = {
-        value.name: rng.integers(0, 30522, (batch, sequence)) if value.name == "input_ids" else np.full(
-            (batch, sequence), int("mask" in value.name), np.int64
-        )
-        for value in session.get_inputs()
-    }  # fmt: skip
-    output = session.get_outputs()[0]
-    feeds = device.values({name: array.astype(np.int64) for name, array in arrays.items()})
-    return device.bound_run(session, feeds, {output.name: ((batch, sequence, 384), _ELEMENTS[output.type])})

@@ -20,8 +20,9 @@ from lora_export.bench.intervals import paired_ratio
 from lora_export.bench.latency import SAMPLE_SECONDS, Timing, take_blocks
 from lora_export.bench.results import Variant
 from lora_export.bench.workloads import random_inputs
-from lora_export.contract import GraphContract
+from lora_export.contract import CacheLayout, GraphContract
 from lora_export.runtime.arrays import numpy_dtype, to_ort_value
+from lora_export.runtime.cache import present_of, with_room
 from lora_export.runtime.session import open_session
 
 Values = Mapping[str, ort.OrtValue]
@@ -75,15 +76,18 @@ class Device:
     def values(self, arrays: Mapping[str, np.ndarray]) -> dict[str, ort.OrtValue]:
         return {name: to_ort_value(array, self.provider) for name, array in arrays.items()}
 
-    def bound_run(self, session: ort.InferenceSession, feeds: Values, shapes: Mapping[str, tuple]) -> Run:
+    def bound_run(
+        self, session: ort.InferenceSession, feeds: Values, shapes: Mapping[str, tuple], written: Values | None = None
+    ) -> Run:
         """A run with `feeds` and this device's output buffers bound; returns when the device is done.
 
         Args:
             shapes: `(dimensions, element type)` of each output.
+            written: The outputs that have buffers already.
         """
         names = {value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())}
-        outputs = {}
-        for name in (output.name for output in session.get_outputs()):
+        outputs = dict(written or {})
+        for name in (output.name for output in session.get_outputs() if output.name not in outputs):
             key = (name, *shapes[name])
             if key not in self.outputs:
                 self.outputs[key] = ort.OrtValue.ortvalue_from_shape_and_type(*shapes[name], self.provider, 0)
@@ -136,10 +140,13 @@ def candidate_runs(
             if key not in sessions:
                 graph = each.folder / "model.onnx"
                 sessions[key] = open_session(graph, provider, stop_spinning=True, cuda_graph=each.cuda_graph)
-            inputs = random_inputs(contract, vocabulary, batch, sequence, past)
+            inputs = with_room(random_inputs(contract, vocabulary, batch, sequence, past), contract)
             if each.rows:
                 inputs |= adapter_arrays(contract, each.rows, each.rank)
-            run = device.bound_run(sessions[key], device.values(inputs), output_shapes(contract, sizes))
+            feeds = device.values(inputs)
+            shared = contract.past if contract.cache_layout is CacheLayout.TOKENS else ()
+            written = {present_of(spec.name): feeds[spec.name] for spec in shared}
+            run = device.bound_run(sessions[key], feeds, output_shapes(contract, sizes), written)
             run()
             runs[each.name] = run
     return runs, failed

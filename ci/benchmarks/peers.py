@@ -1,0 +1,246 @@
+"""Benchmark: our graphs beside those that others build for the same model, in one run.
+
+    python ci/benchmarks/peers.py decode encode export --work /tmp/peers --demo .demo --builder FOLDER
+
+decode  a random Llama shape (8 layers, 1024 wide, 16 query and 4 key heads): merged, dynamic with one adapter, and with
+        another in each row (r = 8, all linears), beside the graph of ONNX Runtime GenAI's model builder, whose
+        `builder.py` is in FOLDER. All run on one ONNX Runtime with one buffer for past and present.
+encode  MiniLM: base and dynamic with one adapter, beside the graph of ONNX Runtime's own optimizer.
+export  the time and memory of an export of 8 and of 32 such layers, merged with an adapter, beside the builder's;
+        each a process of its own, ours without and with a cached graph.
+
+Only ratios of paired blocks are judged. "again" is a second session of the peer's graph: its interval is the noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gpu.models import encoder_jobs
+from gpu.peers import builder_command, decoder_run, encoder_run, write_builder_graph, write_optimized_bert
+from gpu.timing import Candidate, Device, adapter_arrays, candidate_runs, race, ratio_lines
+from processes import run_measured
+from random_models import LlamaShape, write_adapter, write_llama
+from readme_tables import write_into_readme
+from results import RESULTS, Target, heading, host_kind, provenance, target_table, write_json
+
+from lora_export.artifact import read_manifest
+from lora_export.export.plan import Request
+from lora_export.pipeline import ExportOptions, export
+from lora_export.runtime.session import open_session
+
+_LLAMA = LlamaShape(8, 1024, 2816, heads=16, kv_heads=4, head_dim=64, vocab=32000, dtype="float32")
+_DEEP = replace(_LLAMA, layers=32)
+_RANK = 8
+# Rows, new tokens, past.
+_DECODE = ((1, 1, 256), (8, 1, 256), (16, 1, 256), (1, 1, 1024), (8, 1, 1024), (16, 1, 1024), (1, 256, 0), (8, 128, 0))
+# Rows, tokens.
+_ENCODE = ((1, 32), (4, 128), (16, 64), (1, 256))
+_MERGED, _ONE_ADAPTER, _ANOTHER_IN_EACH_ROW = 1.0, 1.05, 1.08
+# Exports are timed this often, one after the other in turn.
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the command line says.
+
+    Attributes:
+        work: For models and exports; what is there is reused.
+        demo: What `ci/demo` made: MiniLM, and a tokenizer for the builder.
+        builder: The folder of GenAI's builder.py.
+    """
+
+    work: Path
+    demo: Path
+    builder: Path
+    blocks: int
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.demo / "tiny-llama"
+
+
+def _exported(base: Path, adapter: Path, mode: str, out: Path) -> Path:
+    if not (out / "lora_export.json").exists():
+        request = Request(str(base), ((str(adapter), None),), mode, None, "float32", "cpu")
+        export(request, ExportOptions(out, overwrite=True))
+    return out
+
+
+def _llama(given: Given, shape: LlamaShape) -> tuple[Path, Path]:
+    """Base and adapter."""
+    base = write_llama(given.work / f"llama-{shape.layers}", shape)
+    linears, folder = shape.linears(), given.work / f"llama-{shape.layers}-all"
+    adapter = write_adapter(folder, linears, rank=_RANK, base=base, task_type="CAUSAL_LM", seed=1, fan_in_fan_out=False)
+    return base, adapter
+
+
+def decode(given: Given) -> list[dict]:
+    base, adapter = _llama(given, _LLAMA)
+    peer = given.work / "builder"
+    if not (peer / "model.onnx").exists():
+        write_builder_graph(base, given.tokenizer, peer, given.builder, "float32", "cpu")
+    folders = {mode: _exported(base, adapter, mode, given.work / mode) for mode in ("merge", "dynamic")}
+    paths = {"peer": peer, "again": peer, "merged": folders["merge"], "dynamic": folders["dynamic"]}
+    sessions = {name: open_session(path / "model.onnx", "cpu", stop_spinning=True) for name, path in paths.items()}
+    contract = read_manifest(folders["dynamic"]).contract
+    found = []
+    for shape in _DECODE:
+        rows, new, past = shape
+        fed = {
+            "peer": ("peer", None),
+            "again": ("again", None),
+            "merged": ("merged", None),
+            "one adapter": ("dynamic", adapter_arrays(contract, 1, _RANK)),
+        }
+        if rows > 1:
+            fed["another in each row"] = ("dynamic", adapter_arrays(contract, rows, _RANK))
+        size = {"head_size": _LLAMA.head_dim, "slots": past + new}
+        device = Device("cpu")
+        runs = {
+            name: decoder_run(sessions[session], device, shape, _LLAMA.vocab, adapters=adapters, **size)
+            for name, (session, adapters) in fed.items()
+        }
+        found.append(_raced(runs, f"decode, {rows} × {new} on {past}", given.blocks))
+    return found
+
+
+def encode(given: Given) -> list[dict]:
+    base, peer = given.demo / "minilm", given.work / "optimizer"
+    if not (peer / "model.onnx").exists():
+        write_optimized_bert(base, peer, "float32", use_gpu=False)
+    jobs = {job.name: job for job in encoder_jobs(given.work, base) if job.dtype == "float32"}
+    folders = {}
+    for name, job in jobs.items():
+        folders[name] = given.work / name
+        if not (folders[name] / "lora_export.json").exists():
+            named = tuple((str(path), None) for path in job.adapters)
+            request = Request(str(job.base), named, job.mode, job.task, job.dtype, "cpu")
+            export(request, ExportOptions(folders[name], overwrite=True, zeros_for_missing_head=not job.adapters))
+    sessions: dict = {}
+    peers = {name: open_session(peer / "model.onnx", "cpu", stop_spinning=True) for name in ("peer", "again")}
+    found = []
+    for rows, tokens in _ENCODE:
+        candidates = [
+            Candidate("merged", folders["encoder-base-float32"]),
+            Candidate("one adapter", folders["encoder-dynamic-float32"], 1, _RANK),
+        ]
+        if rows > 1:
+            candidates.append(Candidate("another in each row", folders["encoder-dynamic-float32"], rows, _RANK))
+        runs, failed = candidate_runs(candidates, "cpu", (rows, tokens, 0), 30522, sessions)
+        if failed:
+            raise RuntimeError(str(failed))
+        runs = {name: encoder_run(session, "cpu", rows, tokens) for name, session in peers.items()} | runs
+        found.append(_raced(runs, f"encode, {rows} × {tokens}", given.blocks))
+    return found
+
+
+def _raced(runs: dict, name: str, blocks: int) -> dict:
+    result = race(runs, [(each, "peer") for each in runs if each != "peer"], blocks)
+    print(name, *ratio_lines(result), sep="\n", flush=True)
+    return {"name": name} | result
+
+
+def exports(given: Given) -> list[dict]:
+    """Seconds and peak anonymous bytes of each export, by round."""
+    found = []
+    for shape in (_LLAMA, _DEEP):
+        base, adapter = _llama(given, shape)
+        out, cache = given.work / "out", given.work / "cache"
+        ours = [
+            str(Path(sys.executable).with_name("lora-export")),
+            "merge",
+            str(base),
+            str(adapter),
+            "-o",
+            str(out),
+            "--overwrite",
+        ]
+        ours += ["--provider", "cpu"]
+        theirs = builder_command(base, given.tokenizer, given.work / "built", given.builder, "float32", "cpu")
+        samples: dict = {"builder": [], "cold": [], "cached": []}
+        environment = os.environ | {"LORA_EXPORT_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+        for _ in range(_ROUNDS):
+            shutil.rmtree(cache, ignore_errors=True)
+            shutil.rmtree(given.work / "built", ignore_errors=True)
+            for name, command in (("builder", theirs), ("cold", ours), ("cached", ours)):
+                usage = run_measured(command, environment)
+                samples[name].append({"seconds": usage.seconds, "peak_bytes": usage.peak_bytes})
+                print(shape.layers, name, f"{usage.seconds:.1f} s, {usage.peak_bytes / 1e9:.2f} GB", flush=True)
+        found.append({"layers": shape.layers, "samples": samples})
+    return found
+
+
+def race_targets(races: Sequence[dict]) -> list[Target]:
+    limits = {"merged": _MERGED, "one adapter": _ONE_ADAPTER, "another in each row": _ANOTHER_IN_EACH_ROW}
+    found = []
+    for each in races:
+        for ratio in each["ratios"]:
+            if ratio["variant"] not in limits:
+                continue
+            limit = limits[ratio["variant"]]
+            verdict = "pass" if ratio["high"] <= limit else "fail" if ratio["low"] > limit else "ambiguous"
+            detail = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
+            found.append(Target(f"{each['name']}: {ratio['variant']} ÷ peer", ratio["median"], limit, detail, verdict))
+    return found
+
+
+def export_targets(found: Sequence[dict]) -> list[Target]:
+    def median(samples: dict, name: str, what: str) -> float:
+        return statistics.median(sample[what] for sample in samples[name])
+
+    targets = []
+    for entry in found:
+        samples, layers = entry["samples"], entry["layers"]
+        for name, what, limit in (("cold", "seconds", 1.0), ("cached", "seconds", 0.6), ("cold", "peak_bytes", 0.25)):
+            value = median(samples, name, what) / median(samples, "builder", what)
+            verdict = "pass" if value <= limit else "fail"
+            targets.append(
+                Target(f"export {layers} layers, {name}: {what} ÷ builder", value, limit, f"{_ROUNDS} rounds", verdict)
+            )
+    return targets
+
+
+def peers_table(result: Mapping[str, dict]) -> str:
+    """Where and on which commit each part was measured, and its targets."""
+    blocks = []
+    for part in ("decode", "encode", "export"):
+        if part in result:
+            found = result[part]["found"]
+            targets = export_targets(found) if part == "export" else race_targets(found)
+            blocks += [f"{part}: {heading(result[part]['environment'])}", target_table(targets)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=("decode", "encode", "export"))
+    parser.add_argument("--work", type=Path, required=True, help="for models and exports; what is there is reused")
+    parser.add_argument("--demo", type=Path, default=Path(".demo"))
+    parser.add_argument("--builder", type=Path, required=True, help="the folder of ONNX Runtime GenAI's builder.py")
+    parser.add_argument("--blocks", type=int, default=12)
+    arguments = parser.parse_args()
+    given = Given(arguments.work, arguments.demo, arguments.builder, arguments.blocks)
+    given.work.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"peers-{host_kind()}.json"
+    result: dict = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for part in arguments.parts:
+        environment = provenance()
+        found = {"decode": decode, "encode": encode, "export": exports}[part](given)
+        result[part] = {"environment": environment, "found": found}
+        write_json(path, result)
+    write_into_readme("peers", peers_table(result))
+    print(peers_table(result))
+
+
+if __name__ == "__main__":
+    main()
