@@ -30,7 +30,7 @@ from gpu.timing import Candidate, Device, adapter_arrays, candidate_runs, race, 
 from processes import run_measured
 from random_models import LlamaShape, write_adapter, write_llama
 from readme_tables import write_into_readme
-from results import RESULTS, Target, heading, host_kind, provenance, target_table, write_json
+from results import RESULTS, Target, heading, host_kind, provenance, table, target_table, write_json
 
 from lora_export.artifact import read_manifest
 from lora_export.export.plan import Request
@@ -212,13 +212,13 @@ def export_targets(found: Sequence[dict]) -> list[Target]:
 
 def peers_table(result: Mapping[str, dict]) -> str:
     """Where and on which commit each part was measured, and its targets."""
-    blocks = []
-    for part in ("decode", "encode", "export"):
-        if part in result:
-            found = result[part]["found"]
-            targets = export_targets(found) if part == "export" else race_targets(found)
-            blocks += [f"{part}: {heading(result[part]['environment'])}", target_table(targets)]
-    return "\n\n".join(blocks) + "\n"
+    parts = [part for part in ("decode", "encode", "export") if part in result]
+    where = [(part, heading(result[part]["environment"])) for part in parts]
+    targets: list[Target] = []
+    for part in parts:
+        found = result[part]["found"]
+        targets += export_targets(found) if part == "export" else race_targets(found)
+    return f"{table(('part', 'measured on'), where)}\n\n{target_table(targets)}\n"
 
 
 def main() -> None:
