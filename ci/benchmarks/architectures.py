@@ -38,6 +38,7 @@ class Architecture:
         packed: Projections that hold several in one weight (query, key and value), where the architecture has any.
         head: What an adapter may bring whole (modules_to_save).
         task: `--task`, where nothing else tells it.
+        refused: What the refusal of this base says; None for a base that is exported.
     """
 
     config: str
@@ -48,6 +49,7 @@ class Architecture:
     packed: tuple[str, ...] = ()
     head: str | None = None
     task: str | None = None
+    refused: str | None = None
 
 
 LM, SEQUENCE, TOKEN = "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"

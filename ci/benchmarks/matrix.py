@@ -4,7 +4,7 @@
     python ci/benchmarks/matrix.py --architecture llama --option rslora   # some of it; only prints, unless --record
 
 A cell passes if all gates of `check` do, and is refused if the export exits with 3 and names the option. The exit code
-is 1 if a cell did not become what the tables (`architectures.py`, `adapter_options.py`) expect of it.
+is 1 if a cell did not become what the tables (`architectures.py`, `more_architectures.py`, `adapter_options.py`) say.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 import transformers
 from adapter_options import MERGED, OPTIONS, REFUSED, SERVED, AdapterOption
 from architectures import CATALOGUE, make_base
+from more_architectures import MORE
 from readme_tables import write_into_readme
 from results import RESULTS, write_json
 from trained_adapters import make_adapter
@@ -39,6 +40,8 @@ from lora_export.verdict import Verdict
 RESULT = RESULTS / "matrix.json"
 MODES = ("merge", "dynamic")
 _RANKS = (3, 6)
+# Those of the catalogue are tried with every option, the others with LoRA alone.
+ALL = CATALOGUE | MORE
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def run_cells(
     """The cells of the table, one base at a time, in `folder`, without the (architecture, option) in `done`."""
     for name in architectures:
         chosen = [option for option in options if applies(option, name) and (name, option.name) not in done]
-        base = make_base(CATALOGUE[name], folder / name / "base") if chosen else folder
+        base = make_base(ALL[name], folder / name / "base") if chosen else folder
         for option in chosen:
             yield from run_option(name, option, base, folder / name / option.name)
 
@@ -87,7 +90,7 @@ def recorded_as_expected() -> set[tuple[str, str]]:
 
     def is_right(cell: Cell) -> bool:
         option = options.get(cell.option)
-        wanted = None if option is None else option.expected(cell.architecture, cell.mode)
+        wanted = None if option is None else expected_of(option, cell.architecture, cell.mode)
         return cell.as_expected and cell.found == wanted
 
     pairs = {(cell.architecture, cell.option) for cell in cells}
@@ -96,22 +99,30 @@ def recorded_as_expected() -> set[tuple[str, str]]:
 
 def applies(option: AdapterOption, architecture: str) -> bool:
     """Whether the table has a cell for `option` on `architecture`."""
+    if architecture in MORE:
+        return option.name == "lora"
     is_chosen = not option.only or architecture in option.only
     return is_chosen and option.config(CATALOGUE[architecture], _RANKS[0]) is not None
+
+
+def expected_of(option: AdapterOption, architecture: str, mode: str) -> str:
+    """What a cell should become."""
+    return REFUSED if ALL[architecture].refused else option.expected(architecture, mode)
 
 
 def run_option(name: str, option: AdapterOption, base: Path, folder: Path) -> Iterator[Cell]:
     """Architecture `name` with `option`, in either mode, in `folder`."""
     for mode in MODES:
         started = time.monotonic()
-        expected = option.expected(name, mode)
+        expected = expected_of(option, name, mode)
+        named = ALL[name].refused or option.named
         # A future keeps whatever is raised, so that one broken cell does not end the table.
         with ThreadPoolExecutor(max_workers=1) as runner:
             future = runner.submit(_run, name, option, base, folder, mode)
         error = future.exception()
         if error is None:
             found = _judged(future.result(), mode)
-        elif isinstance(error, InputRefused) and option.named and option.named in str(error):
+        elif isinstance(error, InputRefused) and named and named in str(error):
             found = {"found": REFUSED, "message": error.what}
         else:
             found = {"found": "broken", "message": f"{type(error).__name__}: {' '.join(str(error).split())}"}
@@ -120,9 +131,9 @@ def run_option(name: str, option: AdapterOption, base: Path, folder: Path) -> It
 
 def _run(name: str, option: AdapterOption, base: Path, folder: Path, mode: str) -> CheckReport:
     torch.set_num_threads(1)  # per thread of Python
-    adapters = [make_adapter(CATALOGUE[name], option, base, rank, folder / f"rank-{rank}") for rank in _RANKS]
+    adapters = [make_adapter(ALL[name], option, base, rank, folder / f"rank-{rank}") for rank in _RANKS]
     chosen = tuple((str(path), None) for path in (adapters[:1] if mode == "merge" else adapters))
-    export(Request(str(base), chosen, mode, CATALOGUE[name].task, option.dtype, "cpu"), ExportOptions(folder / mode))
+    export(Request(str(base), chosen, mode, ALL[name].task, option.dtype, "cpu"), ExportOptions(folder / mode))
     merged = folder / "merge" if mode == "dynamic" and (folder / "merge").is_dir() else None
     report, _ = check(folder / mode, SourceOverrides(), CheckOptions(provider="cpu", merged=merged))
     return report
@@ -188,7 +199,7 @@ def recorded(cells: Sequence[Cell], *, keep_others: bool) -> list[dict]:
     fields = json.loads(RESULT.read_text(encoding="utf-8"))["cells"] if keep_others and RESULT.is_file() else []
     found = {(cell["architecture"], cell["option"], cell["mode"]): cell for cell in fields}
     found |= {(cell.architecture, cell.option, cell.mode): asdict(cell) for cell in cells}
-    pairs = [(name, option) for name in CATALOGUE for option in OPTIONS if applies(option, name)]
+    pairs = [(name, option) for name in ALL for option in OPTIONS if applies(option, name)]
     order = [(name, option.name, mode) for name, option in pairs for mode in MODES]
     return [found[key] for key in order if key in found]
 
@@ -203,7 +214,9 @@ def main(architectures: tuple[str, ...], options: tuple[str, ...], record: bool,
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     columns = [option for option in OPTIONS if not options or option.name in options]
-    rows = [name for name in CATALOGUE if not architectures or any(a.lower() in name.lower() for a in architectures)]
+    rows = [name for name in ALL if not architectures or any(a.lower() in name.lower() for a in architectures)]
+    is_whole = not architectures and not options and not missing
+    is_recorded = is_whole or record or missing
     cells = []
     with tempfile.TemporaryDirectory() as folder:
         for cell in run_cells(rows, columns, Path(folder), recorded_as_expected() if missing else ()):
@@ -216,9 +229,10 @@ def main(architectures: tuple[str, ...], options: tuple[str, ...], record: bool,
             )
             if not cell.as_expected:
                 click.echo(f"    {cell.message}")
+            if is_recorded and not is_whole:  # so that what stops it loses nothing
+                write_json(RESULT, {"versions": versions(), "cells": recorded(cells, keep_others=True)})
     click.echo("\n" + markdown(cells))
-    is_whole = not architectures and not options and not missing
-    if is_whole or record or missing:
+    if is_recorded:
         write_json(RESULT, {"versions": versions(), "cells": recorded(cells, keep_others=not is_whole)})
         write_into_readme("matrix", summary(read_result()))
         click.echo(f"wrote {RESULT} and the docs' table")

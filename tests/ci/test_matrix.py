@@ -7,7 +7,7 @@ from pathlib import Path
 import matrix
 import pytest
 from adapter_options import MERGED, OPTIONS, REFUSED, SERVED, AdapterOption, lora
-from architectures import CATALOGUE, make_base
+from architectures import make_base
 from readme_tables import table_in_readme
 
 from lora_export.errors import InputRefused
@@ -22,7 +22,7 @@ BY_NAME = {option.name: option for option in OPTIONS}
 
 def test_the_record_has_every_cell_as_the_table_expects_it():
     cells = matrix.read_result()
-    applying = {(name, option.name) for name in CATALOGUE for option in OPTIONS if matrix.applies(option, name)}
+    applying = {(name, option.name) for name in matrix.ALL for option in OPTIONS if matrix.applies(option, name)}
     assert {(cell.architecture, cell.option, cell.mode) for cell in cells} == {
         (*pair, mode) for pair in applying for mode in matrix.MODES
     }
@@ -36,7 +36,7 @@ def test_the_docs_have_the_records_table():
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cell" in metafunc.fixturenames:
         whole = metafunc.config.getoption("--whole-matrix")
-        chosen = {name: tuple(BY_NAME) for name in CATALOGUE} if whole else FEW
+        chosen = {name: tuple(BY_NAME) for name in matrix.ALL} if whole else FEW
         cells = [
             pytest.param((name, BY_NAME[option]), id=f"{name}-{option}")
             for name, options in chosen.items()
@@ -52,7 +52,7 @@ def bases(tmp_path_factory, _silent_libraries):
 
     def get(name: str) -> Path:
         if name not in made:
-            made[name] = make_base(CATALOGUE[name], tmp_path_factory.mktemp("matrix") / "base")
+            made[name] = make_base(matrix.ALL[name], tmp_path_factory.mktemp("matrix") / "base")
         return made[name]
 
     return get

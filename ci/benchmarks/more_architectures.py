@@ -1,0 +1,151 @@
+"""Further tiny random bases, each tried with one LoRA adapter, merged and dynamic; `matrix.py` runs them."""
+
+from __future__ import annotations
+
+from architectures import (
+    ALTERNATING,
+    GROUPED,
+    LM,
+    SEQUENCE,
+    SMALL,
+    TEXT,
+    Architecture,
+)
+
+GPT = {"vocab_size": 600, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512}
+FALCON = {"vocab_size": 600, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LATENT = TEXT | {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16,
+                 "qk_rope_head_dim": 8, "v_head_dim": 12}  # fmt: skip
+FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "num_local_experts": 4, "moe_intermediate_size": 32}
+DEEPSEEK = LATENT | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                     "first_k_dense_replace": 1, "topk_group": 1, "n_shared_experts": 1}  # fmt: skip
+PADDED = GROUPED | {"pad_token_id": 0}
+IMAGE = SMALL | {"image_size": 32, "patch_size": 8}
+SOUND = SMALL | {"conv_dim": [32, 32], "conv_kernel": [10, 4], "conv_stride": [20, 8], "num_feat_extract_layers": 2,
+                 "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "vocab_size": 32,
+                 "pad_token_id": 0, "classifier_proj_size": 32}  # fmt: skip
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+SEGFORMER = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32],
+             "patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2],
+             "decoder_hidden_size": 32, "image_size": 64}  # fmt: skip
+DEPTH = IMAGE | {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 16, 16],
+                 "fusion_hidden_size": 16, "is_hybrid": False}  # fmt: skip
+SIGLIP = {"text_config": TEXT | {"max_position_embeddings": 64, "projection_size": 64}, "vision_config": IMAGE}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+          "linear_value_head_dim": 16, "shared_expert_intermediate_size": 32}  # fmt: skip
+PAIR, QUERY = ["q_proj", "v_proj"], ["query", "value"]
+
+
+def _decoder(config: str, fields: dict, targets: str | list[str] = "all-linear", refused: str | None = None):
+    return Architecture(config, LM, "CAUSAL_LM", targets, fields, refused=refused)
+
+
+def _stateful(config: str, model_type: str, fields: dict, targets: list[str]) -> Architecture:
+    return _decoder(config, fields, targets, refused=f"A {model_type} base keeps a state beside keys and values")
+
+
+def _other(config: str, auto: str, fields: dict, targets: list[str], task_type: str | None = None) -> Architecture:
+    return Architecture(config, f"AutoModel{auto}", task_type, targets, fields)
+
+
+def _classifier(config: str, fields: dict, targets: list[str]) -> Architecture:
+    return Architecture(config, SEQUENCE, "SEQ_CLS", targets, fields)
+
+
+MORE = {
+    "Falcon, multi-query": _decoder("FalconConfig", FALCON | {"multi_query": True}),
+    "Falcon, grouped": _decoder("FalconConfig", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "GPT-J": _decoder("GPTJConfig", GPT | {"rotary_dim": 8}, PAIR),
+    "CodeGen": _decoder("CodeGenConfig", GPT | {"rotary_dim": 8}, ["qkv_proj", "fc_in"]),
+    "GPT-Neo": _decoder(
+        "GPTNeoConfig",
+        {"vocab_size": 600, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "window_size": 8}
+        | {"attention_types": [[["global", "local"], 1]], "max_position_embeddings": 512},
+        PAIR,
+    ),
+    "GPT-BigCode": _decoder("GPTBigCodeConfig", GPT, ["c_attn", "c_fc"]),
+    "BLOOM": _decoder(
+        "BloomConfig", {"vocab_size": 600, "hidden_size": 64, "n_layer": 2, "n_head": 4}, ["query_key_value"]
+    ),
+    "MPT": _decoder("MptConfig", {"vocab_size": 600, "d_model": 64, "n_layers": 2, "n_heads": 4}, ["Wqkv"]),
+    "XGLM": _decoder(
+        "XGLMConfig",
+        {"vocab_size": 600, "d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 128}
+        | {"max_position_embeddings": 512},
+        PAIR,
+    ),
+    "BioGPT": _decoder("BioGptConfig", TEXT, PAIR),
+    "CTRL": _decoder("CTRLConfig", GPT | {"dff": 128}, ["Wq"]),
+    "DeepSeek V2": _decoder(
+        "DeepseekV2Config",
+        DEEPSEEK | {"topk_method": "greedy", "n_group": 1},
+        ["q_a_proj", "kv_a_proj_with_mqa", "o_proj"],
+    ),
+    "DeepSeek V3": _decoder(
+        "DeepseekV3Config", DEEPSEEK | {"n_group": 2}, ["q_a_proj", "kv_a_proj_with_mqa", "o_proj"]
+    ),
+    "MiniCPM3": _decoder("MiniCPM3Config", LATENT, ["q_a_proj", "o_proj"]),
+    "Gemma": _decoder("GemmaConfig", GROUPED | {"head_dim": 16}),
+    "Gemma 3n": _decoder(
+        "Gemma3nTextConfig",
+        ALTERNATING
+        | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "laurel_rank": 4}
+        | {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 600}
+        | {"intermediate_size": [128] * 4, "activation_sparsity_pattern": [0.0] * 4},
+        ["q_proj", "o_proj"],
+    ),
+    "Gemma 4": _decoder(
+        "Gemma4TextConfig",
+        ALTERNATING
+        | {"global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+        | {"vocab_size_per_layer_input": 600},
+        ["q_proj", "o_proj"],
+    ),
+    "Cohere": _decoder("CohereConfig", GROUPED),
+    "Cohere 2": _decoder("Cohere2Config", ALTERNATING),
+    "Granite": _decoder("GraniteConfig", GROUPED),
+    "Granite MoE": _decoder("GraniteMoeConfig", GROUPED | FEW_EXPERTS, PAIR),
+    "OLMo": _decoder("OlmoConfig", PADDED),
+    "OLMo 2": _decoder("Olmo2Config", PADDED),
+    "OLMo 3": _decoder("Olmo3Config", ALTERNATING | {"pad_token_id": 0}),
+    "Mamba": _stateful(
+        "MambaConfig", "mamba", {"vocab_size": 600, "hidden_size": 64, "num_hidden_layers": 2}, ["x_proj"]
+    ),
+    "Jamba": _stateful(
+        "JambaConfig",
+        "jamba",
+        GROUPED | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
+        ["q_proj"],
+    ),
+    "LFM2": _stateful("Lfm2Config", "lfm2", GROUPED | {"layer_types": ["conv", "full_attention"]}, ["q_proj"]),
+    "Qwen3-Next": _stateful(
+        "Qwen3NextConfig",
+        "qwen3_next",
+        GROUPED | FEW_EXPERTS | LINEAR | {"layer_types": ["linear_attention", "full_attention"]},
+        ["q_proj"],
+    ),
+    "Falcon-H1": _stateful(
+        "FalconH1Config", "falcon_h1", GROUPED | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}, ["q_proj"]
+    ),
+    "ELECTRA": _classifier("ElectraConfig", TEXT | {"embedding_size": 32}, QUERY),
+    "MPNet": _classifier("MPNetConfig", TEXT, ["q", "v"]),
+    "BERT, question answering": _other(
+        "BertConfig", "ForQuestionAnswering", TEXT | {"num_labels": 2}, QUERY, "QUESTION_ANS"
+    ),
+    "BERT, masked": _other("BertConfig", "ForMaskedLM", TEXT, QUERY),
+    "BERT, multiple choice": _other("BertConfig", "ForMultipleChoice", TEXT, QUERY),
+    "DINOv2": _other("Dinov2Config", "ForImageClassification", IMAGE, PAIR),
+    "BEiT": _other("BeitConfig", "ForImageClassification", IMAGE, PAIR),
+    "Swin": _other("SwinConfig", "ForImageClassification", SWIN, PAIR),
+    "SigLIP": _other("SiglipConfig", "ForZeroShotImageClassification", SIGLIP, PAIR),
+    "SegFormer": _other("SegformerConfig", "ForSemanticSegmentation", SEGFORMER, PAIR),
+    "DPT": _other("DPTConfig", "ForDepthEstimation", DEPTH, QUERY),
+    "Wav2Vec2, CTC": _other("Wav2Vec2Config", "ForCTC", SOUND, PAIR),
+    "HuBERT, CTC": _other("HubertConfig", "ForCTC", SOUND, PAIR),
+    "AST": _other(
+        "ASTConfig",
+        "ForAudioClassification",
+        SMALL | {"max_length": 64, "num_mel_bins": 16, "patch_size": 8, "time_stride": 8} | {"frequency_stride": 8},
+        PAIR,
+    ),
+}
