@@ -60,7 +60,8 @@ def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE, *, named: Col
     exporter_class = borrow("OnnxExporter")
     config_class = borrow("OnnxConfig")
     sample = _sample(task, model, graph, named)
-    opset = _ATTENTION_OPSET if task is Task.TEXT_GENERATION else config_class().opset_version
+    is_decoder = task is Task.TEXT_GENERATION
+    opset = _ATTENTION_OPSET if is_decoder else config_class().opset_version
     config = config_class(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False, opset_version=opset)
     forward = _forward(model, sample.forward)
     with (
@@ -109,9 +110,9 @@ def _forward(model: torch.nn.Module, forward: Callable | None) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def _grouped_heads() -> Iterator[None]:
+def _grouped_heads(*, wanted: bool) -> Iterator[None]:
     before = os.environ.get(_GROUPED_HEADS)
-    os.environ[_GROUPED_HEADS] = "1"
+    os.environ[_GROUPED_HEADS] = "1" if wanted else "0"
     try:
         yield
     finally:

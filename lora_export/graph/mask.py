@@ -18,6 +18,9 @@ from onnx_ir.convenience import extract
 _CASES = ((2, 4, 0), (3, 1, 0), (3, 1, 5), (3, 4, 4))
 # An additive mask adds the lowest number of its dtype, or -inf, where nothing is to be attended.
 _MASKED = -1e4
+# What ONNX's reference evaluator raises for an operator that it has not, or operands that it does not take. The graph
+# then keeps its own mask, which is right and slower.
+_CANNOT_RUN = (ValueError, TypeError, KeyError, IndexError, NotImplementedError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class MaskEvaluator:
         self._inputs = tuple(part.inputs)
         self._evaluator = ReferenceEvaluator(ir.to_proto(model))
 
-    def __call__(self, attention_mask: np.ndarray, new: int) -> np.ndarray:
-        """`[batch, 1, new, total]`, or as the mask computes it."""
+    def __call__(self, attention_mask: np.ndarray, new: int) -> np.ndarray | None:
+        """`[batch, 1, new, total]`, or as the mask computes it; None if its nodes cannot be run here."""
         batch, total = attention_mask.shape
         sizes = {"batch_size": batch, "sequence_length": new, "past_sequence_length": total - new}
         feeds = {}
@@ -58,7 +61,10 @@ class MaskEvaluator:
             dims = [dim if isinstance(dim, int) else sizes.get(str(dim.value), total) for dim in value.shape]
             feeds[value.name] = np.zeros(dims, value.dtype.numpy())
         feeds |= {name: attention_mask for name in feeds if name == "attention_mask"}
-        (found,) = self._evaluator.run(None, feeds)
+        try:
+            (found,) = self._evaluator.run(None, feeds)
+        except _CANNOT_RUN:
+            return None
         return found
 
 
@@ -74,7 +80,7 @@ def causal_mask(graph: ir.Graph, mask: ir.Value, windows: tuple[int, ...]) -> Ca
     candidates = [CausalMask(), *map(CausalMask, windows)]
     for attention_mask, new in _attention_masks(max(windows, default=0)):
         found = evaluate(attention_mask, new)
-        if found.ndim != 4 or found.shape[1] != 1:
+        if found is None or found.ndim != 4 or found.shape[1] != 1:
             return None
         attended = found[:, 0] if found.dtype == bool else found[:, 0].astype(np.float32) > _MASKED
         real = attention_mask[:, -new:] != 0
@@ -89,17 +95,22 @@ def is_false_for_real_tokens(graph: ir.Graph, condition: ir.Value) -> bool:
         return False
     for attention_mask, new in _attention_masks(0):
         found = evaluate(attention_mask, new)
-        if found.dtype != bool or found.ndim != 4 or found[:, 0, :, 0][attention_mask[:, -new:] != 0].any():
+        if (
+            found is None
+            or found.dtype != bool
+            or found.ndim != 4
+            or found[:, 0, :, 0][attention_mask[:, -new:] != 0].any()
+        ):
             return False
     return True
 
 
-def _evaluator(graph: ir.Graph, value: ir.Value) -> Callable[[np.ndarray, int], np.ndarray] | None:
+def _evaluator(graph: ir.Graph, value: ir.Value) -> Callable[[np.ndarray, int], np.ndarray | None] | None:
     if any(node.domain for node in {each.producer() for each in _read_by(value)} - {None}):
         return None
     try:
         return MaskEvaluator(graph, value)
-    except ValueError:
+    except _CANNOT_RUN:
         return None
 
 

@@ -93,6 +93,14 @@ def test_a_mask_that_reads_a_weight_or_another_operator_is_none():
     assert causal_mask(graph, node.outputs[0], ()) is None
 
 
+def test_a_mask_that_cannot_be_run_is_none():
+    graph, mask = masked()
+    shape = ir.node("Constant", [], attributes={"value": ir.tensor(np.array([7, 7, 7], np.int64))})
+    reshaped = ir.node("Reshape", [mask, shape.outputs[0]])
+    graph.extend([shape, reshaped])
+    assert causal_mask(graph, reshaped.outputs[0], ()) is None
+
+
 def test_what_is_true_for_padding_alone():
     graph, mask = masked()
     counted = ir.node("Cast", [mask], attributes={"to": ir.DataType.FLOAT})
