@@ -69,7 +69,7 @@ def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE, *, named: Col
         decomposed_by_operator(),
         tables_of_fixed_size(model),
         forward,
-        _grouped_heads(),
+        _grouped_heads(wanted=is_decoder),
         _one_head_as_group(),
     ):
         program = exporter_class().export(model, sample.inputs, config).program
