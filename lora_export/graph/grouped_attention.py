@@ -64,8 +64,7 @@ def group_attention(model: ir.Model, provider: str, windows: tuple[int, ...] = (
     masks = {mask: causal_mask(graph, mask, windows) for mask in {layer.node.inputs[3] for layer in layers}}
     if None in masks.values():
         return model
-    order = TokenOrder(graph)
-    order.restore(hidden)
+    order = TokenOrder(graph, hidden)
     for layer in layers:
         _attend(graph, layer, order, masks[layer.node.inputs[3]])
     model.graph.opset_imports.setdefault("com.microsoft", 1)

@@ -17,6 +17,9 @@ _INT64, _INT32 = ir.DataType.INT64, ir.DataType.INT32
 class TokenOrder:
     """Nodes at the head of `graph` that compute the order from `attention_mask` `[batch, total]`.
 
+    All that is computed of `hidden`, the last hidden states `[batch, sequence, …]`, is in the order in which the tokens
+    were given, such as logits, and a gate on the head's pair.
+
     Attributes:
         lengths: int32 `[batch]`: the number of a row's tokens in the cache after this run, padding among the new ones
             included, minus one: GroupQueryAttention's `seqlens_k`. What padding leaves in the cache lies after the
@@ -24,8 +27,9 @@ class TokenOrder:
         total: int32 scalar: the number of columns of `attention_mask`, computed from its shape and so on the CPU.
     """
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, hidden: ir.Value) -> None:
         self._graph, self._nodes = graph, []
+        given_order = _computed_of(hidden)
         inputs = {value.name: value for value in graph.inputs}
         mask, ids = inputs["attention_mask"], inputs["input_ids"]
         self._batch_sequence = list(ids.shape)
@@ -42,7 +46,8 @@ class TokenOrder:
         scalar = self._op("Squeeze", [total], [], _INT64)
         self.total = self._op("Cast", [scalar], [], _INT32, to=_INT32)
         self._make_indices(of_new, new, axis)
-        self._reorder_inputs(inputs)
+        self._reorder_inputs(inputs, given_order)
+        self._restore(hidden)
 
     def _make_indices(self, of_new: ir.Value, new: ir.Value, axis: ir.Value) -> None:
         """`[batch, sequence, 1]`: where each token of the order comes from, and where each given token went."""
@@ -60,8 +65,8 @@ class TokenOrder:
         self._sources = self._op("Unsqueeze", [sources, last], [*dims, 1], _INT64)
         self._places = self._op("Unsqueeze", [places, last], [*dims, 1], _INT64)
 
-    def _reorder_inputs(self, inputs: dict[str, ir.Value]) -> None:
-        own = set(self._nodes)
+    def _reorder_inputs(self, inputs: dict[str, ir.Value], given_order: set[ir.Node]) -> None:
+        own = given_order.union(self._nodes)
         for name in _BY_TOKEN:
             value = inputs.get(name)
             users = [(node, index) for node, index in value.uses() if node not in own] if value is not None else []
@@ -79,8 +84,7 @@ class TokenOrder:
         self._graph.insert_before(first, self._nodes)
         self._nodes = []
 
-    def restore(self, hidden: ir.Value) -> None:
-        """Let all that reads `hidden`, `[batch, sequence, …]`, read it in the order in which the tokens were given."""
+    def _restore(self, hidden: ir.Value) -> None:
         users = tuple(hidden.uses())
         restored = self._gather(hidden, self._places)
         for node, index in users:
@@ -108,3 +112,15 @@ class TokenOrder:
 
     def _constant(self, array: np.ndarray) -> ir.Value:
         return self._op("Constant", [], list(array.shape), _INT64, value=ir.tensor(array))
+
+
+def _computed_of(value: ir.Value) -> set[ir.Node]:
+    """All nodes that depend on `value`."""
+    found: set[ir.Node] = set()
+    waiting = [node for node, _ in value.uses()]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [user for output in node.outputs for user, _ in output.uses()]
+    return found

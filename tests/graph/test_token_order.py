@@ -24,17 +24,21 @@ def ordered() -> ort.InferenceSession:
     layer.outputs[0].shape, layer.outputs[0].dtype = ids.shape, ids.dtype
     layer.outputs[0].name, gated.outputs[0].name = "hidden", "gated_as_read"
     head = ir.node("Identity", [layer.outputs[0]])
-    seen = ir.node("Identity", [layer.outputs[0]])
-    graph.extend([layer, gated, head])
-    order = TokenOrder(graph)
-    order.restore(layer.outputs[0])
+    factor = ir.node("Cast", [layer.outputs[0]], attributes={"to": ir.DataType.FLOAT})
+    zero = ir.node("Sub", [factor.outputs[0], factor.outputs[0]])
+    axes = ir.node("Constant", [], attributes={"value": ir.tensor(np.array([2], np.int64))})
+    by_token = ir.node("Unsqueeze", [zero.outputs[0], axes.outputs[0]])
+    # A gate on the head's own pair: of a node that reads the hidden states too.
+    on_head = ir.node("Add", [by_token.outputs[0], gate])
+    graph.extend([layer, gated, head, factor, zero, axes, by_token, on_head])
+    order = TokenOrder(graph, layer.outputs[0])
     seen = ir.node("Identity", [layer.outputs[0]])
     graph.append(seen)
-    outputs = {"y": head, "seen": seen, "gate": gated}
+    outputs = {"y": head, "seen": seen, "gate": gated, "gate_on_head": on_head}
     for name, node in outputs.items():
         node.outputs[0].name, node.outputs[0].type = (
             name,
-            ir.TensorType(ir.DataType.FLOAT if name == "gate" else ir.DataType.INT64),
+            ir.TensorType(ir.DataType.FLOAT if name.startswith("gate") else ir.DataType.INT64),
         )
         graph.outputs.append(node.outputs[0])
     order.lengths.name, order.total.name = "lengths", "total"
@@ -87,5 +91,6 @@ def test_the_gate_goes_along_with_its_tokens(session):
     gate = np.array([[[0], [0], [1], [0.5]], [[1], [2], [3], [4]]], np.float32)
     found = run(session, [[5, 6, 7, 8], [1, 2, 3, 4]], [[0, 0, 1, 1], [1, 1, 1, 1]], gate)
     assert found["gate"][:, :, 0].tolist() == [[1, 0.5, 0, 0], [1, 2, 3, 4]]
+    assert found["gate_on_head"][:, :, 0].tolist() == gate[:, :, 0].tolist(), "its hidden states are as given"
     found = run(session, [[5, 6], [7, 8]], [[0, 1], [1, 1]], np.full((1, 1, 1), 0.25, np.float32))
     assert found["gate"].ravel().tolist() == [0.25] * 4, "one number serves every token"
