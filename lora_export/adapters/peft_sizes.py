@@ -25,12 +25,14 @@ def refuse_other_sizes(said: str, folder: AdapterFolder, next_step: str) -> None
         InputRefused: The adapter was trained on a base of other sizes, or its ranks are not those of its config.
     """
     found = [(entry["name"], _sizes(entry["file"]), _sizes(entry["base"])) for entry in _MISMATCH.finditer(said)]
+    # The pairs of a mixture's experts are one tensor, so their number counts too: neither a rank nor the base's size.
+    found = [entry for entry in found if ".base_layer.lora_" not in entry[0]]
     if not found:
         return
     first = next((entry for entry in found if _is_of_the_base(*entry)), found[0])
     name, in_file, in_base = first
     of_the_base = _is_of_the_base(*first)
-    if ".base_layer." in name and in_file[1:] == in_base[1:]:
+    if name.endswith(".base_layer.weight") and in_file[1:] == in_base[1:]:
         raise InputRefused(
             "The adapter has a pair on a head that was resized with the vocabulary, which is not exported",
             where=f"{folder.path}: {name.replace('.default', '')}",

@@ -89,8 +89,6 @@ def finished_graphs(
         InputRefused: A chosen module is a linear map of none of the graphs.
     """
     graphs = graphs_of(plan.task)
-    if len(graphs) > 1:
-        _refuse_changed_embedding(resolved)
     found = {
         graph: _finished_graph(plan, resolved, choice, graph, use_cache=use_cache, remark=remark) for graph in graphs
     }
@@ -231,7 +229,7 @@ def _reattached(model: ir.Model, resolved: Resolved) -> FinishedGraph:
     return FinishedGraph(model, inputs)
 
 
-def _refuse_changed_embedding(resolved: Resolved) -> None:
+def refuse_changed_embedding(resolved: Resolved) -> None:
     """Several modules of an encoder-decoder read the one embedding, and PEFT changes it in one of them only."""
     for adapter in resolved.adapters:
         changed = [path for path in adapter.replaced if path.removesuffix(".weight") not in adapter.replaced_modules]

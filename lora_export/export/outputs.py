@@ -10,7 +10,7 @@ from lora_export.artifact import ADAPTERS, MANIFEST, SIGNATURE
 from lora_export.base.tasks import SEQ2SEQ, Task, graphs_of
 from lora_export.contract import DECODER, ENCODER, SINGLE, SiteChoice, adapter_file, data_file, graph_file
 from lora_export.export.genai import GENAI_CONFIG
-from lora_export.export.graphs import untied_modules
+from lora_export.export.graphs import refuse_changed_embedding, untied_modules
 from lora_export.export.plan import Plan
 from lora_export.export.resolve import Resolved
 
@@ -50,7 +50,12 @@ def planned_bytes(plan: Plan, resolved: Resolved, choice: SiteChoice) -> int:
     1. Every parameter of the model, tied ones once.
     2. A head that is split off the embedding that it is tied to, as an adapter changes or replaces it alone.
     3. Of an encoder-decoder, the embedding that encoder and decoder share, which each has in its own file.
+
+    Raises:
+        InputRefused: An adapter changes what several embeddings share.
     """
+    if len(graphs_of(plan.task)) > 1:
+        refuse_changed_embedding(resolved)
     item = 4 if plan.dtype == "float32" else 2
     shapes, aliases = resolved.parameters.shapes, resolved.parameters.aliases
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}

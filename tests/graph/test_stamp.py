@@ -22,12 +22,8 @@ SIZES["num_hidden_layers"] = N_LAYERS
 LLAMA = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, architectures=["LlamaForCausalLM"])
 BASES = {
     "llama": (LLAMA, "CAUSAL_LM", "all-linear", "text-generation", "cuda"),
-    "bert": (
-        transformers.BertConfig(**SIZES, architectures=["BertModel"]), "FEATURE_EXTRACTION", ["query", "value"],
-        "feature-extraction", "cpu",
-    ),
 }  # fmt: skip
-CLASSES = {"llama": "LlamaForCausalLM", "bert": "BertModel"}
+CLASSES = {"llama": "LlamaForCausalLM"}
 
 
 def computed(model: ir.Model) -> list[tuple]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftType
 
 from lora_export.base.tasks import Task, model_class
 from lora_export.base.weightless import TORCH_DTYPES
@@ -137,11 +138,21 @@ class Reference:
         """
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
         tensors = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        with torch.no_grad(), _default_dtype(torch.promote_types(self._dtype, torch.float32)):
+        with torch.no_grad(), self._default_dtype():
             found = self._callable()(**tensors, **self._offsets(tensors, n_generated))
         names = [name for name in _OUTPUTS if found.get(name) is not None]
         shown = torch.promote_types(self._dtype, torch.float32)
         return {name: as_numpy(found[name].to(shown)) for name in names}
+
+    def _default_dtype(self) -> contextlib.AbstractContextManager[None]:
+        """The dtype of numbers that a model makes on its way: the least float64 (XGLM's mask) is none of float32.
+
+        PEFT's other tuners make theirs on their way too, and keep their parameters in float32 (FourierFT).
+        """
+        tuners = getattr(self._model, "peft_config", {}).values()
+        if any(config.peft_type != PeftType.LORA for config in tuners):
+            return contextlib.nullcontext()
+        return _default_dtype(torch.promote_types(self._dtype, torch.float32))
 
     def _offsets(self, tensors: dict[str, torch.Tensor], n_generated: int) -> dict[str, list[int | None]]:
         """Where an activated LoRA begins, counted from the end, as PEFT finds it; nothing for other adapters."""
@@ -186,7 +197,6 @@ class Reference:
 
 @contextlib.contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """The dtype of numbers that a model makes on its way: the least float64 (XGLM's mask) is none of float32."""
     original = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -231,7 +231,7 @@ DAMAGES = {
     ),
     "Llama, cache off by one": Damage(
         "llama-dynamic", cache_off_by_one(1), "chat: cached steps",
-        f"{LLAMA}.1.self_attn", "GroupQueryAttention", "rolled", between=None,
+        f"{LLAMA}.1.self_attn", "Slice", "past_key_values.1.key", between=None,
     ),
     "Llama merged, norm": Damage(
         "llama-merged", scaled(f"{LLAMA}.1.post_attention_layernorm.weight", 1.1), "chat",
