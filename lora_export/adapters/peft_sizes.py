@@ -8,6 +8,7 @@ from lora_export.adapters.folder import AdapterFolder
 from lora_export.errors import InputRefused, some_of
 
 _FACTOR = re.compile(r"lora_(?:embedding_)?([AB])\b")
+_OF_ALL_EXPERTS = re.compile(r"\.experts\.(?:base_layer\.)*lora_")
 # torch's words, one line a tensor.
 _MISMATCH = re.compile(
     r"size mismatch for (?:base_model\.model\.)?(?P<name>\S+): copying a param with shape "
@@ -26,7 +27,7 @@ def refuse_other_sizes(said: str, folder: AdapterFolder, next_step: str) -> None
     """
     found = [(entry["name"], _sizes(entry["file"]), _sizes(entry["base"])) for entry in _MISMATCH.finditer(said)]
     # The pairs of a mixture's experts are one tensor, so their number counts too: neither a rank nor the base's size.
-    found = [entry for entry in found if ".base_layer.lora_" not in entry[0]]
+    found = [entry for entry in found if not _OF_ALL_EXPERTS.search(entry[0])]
     if not found:
         return
     first = next((entry for entry in found if _is_of_the_base(*entry)), found[0])
