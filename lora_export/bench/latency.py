@@ -27,10 +27,9 @@ import numpy as np
 from lora_export.bench.intervals import paired_ratio
 from lora_export.bench.results import Variant, WarmUp, Workload
 from lora_export.bench.warm_up import warm_up
-from lora_export.contract import CacheLayout
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.arrays import to_ort_value
-from lora_export.runtime.cache import present_of, with_room
+from lora_export.runtime.cache import with_room, written_in_place
 from lora_export.runtime.seq2seq_session import Seq2SeqSession
 
 ROUNDS = 4
@@ -115,8 +114,7 @@ def bound_run(
         binding.bind_ortvalue_input(name, value)
     batch = len(next(iter(inputs.values())))
     adapter_session.bind_adapters(binding, adapters, batch)
-    shared = contract.past if contract.cache_layout is CacheLayout.TOKENS else ()
-    written = {present_of(spec.name): held[spec.name] for spec in shared}
+    written = written_in_place(contract, held)
     for output in session.get_outputs():
         if output.name in written:
             binding.bind_ortvalue_output(output.name, written[output.name])

@@ -15,6 +15,8 @@ A row's padding may stand on either side or between its tokens. A window then co
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,12 +87,14 @@ def _layers(graph: ir.Graph, provider: str) -> list[_Layer]:
     """Conditions 1 and 4: the layers, or none."""
     inputs = {value.name: value for value in graph.inputs}
     caches = [name.removesuffix("key") for name in inputs if name.startswith(_PAST) and name.endswith(".key")]
-    found = [_layer(graph, inputs[f"{cache}key"], inputs[f"{cache}value"]) for cache in caches]
+    # All layers read one condition, so it is run once.
+    is_of_padding = functools.cache(functools.partial(is_false_for_real_tokens, graph))
+    found = [_layer(inputs[f"{cache}key"], inputs[f"{cache}value"], is_of_padding) for cache in caches]
     usable = all(layer is not None and layer.past[0].dtype in _DTYPES[provider] for layer in found)
     return found if usable and len({layer.node for layer in found}) == len(found) else []
 
 
-def _layer(graph: ir.Graph, key: ir.Value, value: ir.Value) -> _Layer | None:
+def _layer(key: ir.Value, value: ir.Value, is_of_padding: Callable[[ir.Value], bool]) -> _Layer | None:
     halves = (_appended(key), _appended(value))
     if None in halves:
         return None
@@ -104,7 +108,7 @@ def _layer(graph: ir.Graph, key: ir.Value, value: ir.Value) -> _Layer | None:
     if len(node.inputs) != 4 or node.inputs[3] is None or not _is_plain(node):
         return None
     new = tuple(half.inputs[1] for half in halves)
-    return _Layer(node, (key, value), present, new, _attended(graph, node))
+    return _Layer(node, (key, value), present, new, _attended(node, is_of_padding))
 
 
 def _is_plain(node: ir.Node) -> bool:
@@ -126,12 +130,12 @@ def _appended(past: ir.Value) -> ir.Node | None:
     return users[0] if users[0].attributes.get_int("axis") in (-2, 2) else None
 
 
-def _attended(graph: ir.Graph, node: ir.Node) -> ir.Value:
+def _attended(node: ir.Node, is_of_padding: Callable[[ir.Value], bool]) -> ir.Value:
     """The result of an `Attention`, or what Transformers' exporter makes of it: zeros for tokens that attend nothing,
     which padding alone does."""
     users = [user for user, _ in node.outputs[0].uses()]
     chosen = len(users) == 1 and users[0].op_type == "Where" and users[0].inputs[2] is node.outputs[0]
-    if chosen and is_false_for_real_tokens(graph, users[0].inputs[0]):
+    if chosen and is_of_padding(users[0].inputs[0]):
         return users[0].outputs[0]
     return node.outputs[0]
 

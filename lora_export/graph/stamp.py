@@ -41,7 +41,7 @@ def stamp(model: ir.Model, stack: Stack, small: Mapping[str, np.ndarray]) -> ir.
         return None
     values = (graph.inputs, graph.outputs, graph.initializers.values())
     order = [expanded([v.name for v in each], names.layer, names.moved, stack.n_layers) for each in values]
-    copier = _Copier(graph, layers, names, small)
+    copier = _Copier(graph, layers, names)
     copier.rename_last(stack.n_layers - 1)
     for layer in range(COPIED + 1, stack.n_layers - 1):
         copier.copy(layer)
@@ -172,8 +172,8 @@ class _Copier:
         images: What the last but one layer's values are in the layer that was copied last.
     """
 
-    def __init__(self, graph: ir.Graph, layers: _Layers, names: LayerNames, small: Mapping[str, np.ndarray]) -> None:
-        self._graph, self._layers, self._names, self._small = graph, layers, names, small
+    def __init__(self, graph: ir.Graph, layers: _Layers, names: LayerNames) -> None:
+        self._graph, self._layers, self._names = graph, layers, names
         self.images = {value: value for node in layers.nodes[COPIED] for value in node.outputs}
         self._last_node = layers.nodes[COPIED][-1]
         leaves = [*graph.inputs, *graph.initializers.values()]
@@ -192,7 +192,7 @@ class _Copier:
             value.name = names.moved(value.name, layer)
             self._leaves[value.name] = value
             value.shape = self._moved_shape(value, layer)
-            if self._fill(value, old, layer, is_input=value.is_graph_input()):
+            if self._fill(value, old, layer):
                 graph.initializers[value.name] = value
         for node in self._layers.nodes[LAST]:
             node.metadata_props.update({key: names.moved(text, layer) for key, text in node.metadata_props.items()})
@@ -245,7 +245,7 @@ class _Copier:
             new = ir.Value(name=name, type=value.type, shape=self._moved_shape(value, layer))
             if value.is_graph_input():
                 self._graph.inputs.append(new)
-            if value.is_initializer() and self._fill(new, value, layer, is_input=value.is_graph_input()):
+            if value.is_initializer() and self._fill(new, value, layer):
                 self._graph.initializers[name] = new
             self._leaves[name] = new
         return self._leaves[name]
@@ -259,7 +259,7 @@ class _Copier:
         ]
         return ir.Shape(dims)
 
-    def _fill(self, new: ir.Value, old: ir.Value, layer: int, *, is_input: bool) -> bool:
+    def _fill(self, new: ir.Value, old: ir.Value, layer: int) -> bool:
         """Give `new` of `layer` the recipe or the value that makes it what `old` is in its own; False for none."""
         if RECIPE in old.metadata_props:
             recipe = Recipe.from_json(old.metadata_props[RECIPE])
@@ -268,7 +268,6 @@ class _Copier:
             return True
         if old.const_value is None:
             return False
-        # An input's default, or the sizes of what is packed, are the same in every layer.
-        array = old.const_value.numpy() if is_input else self._small.get(new.name, old.const_value.numpy())
-        new.const_value = ir.tensor(array, dtype=old.dtype, name=new.name)
+        # An input's default, the sizes of what is packed, or a stand-in, whose place the layer's own takes at the end.
+        new.const_value = ir.tensor(old.const_value.numpy(), dtype=old.dtype, name=new.name)
         return True

@@ -105,6 +105,12 @@ def with_room(inputs: Mapping[str, np.ndarray], contract: GraphContract) -> dict
     return {name: np.pad(array, room) if name in names else array for name, array in inputs.items()}
 
 
+def written_in_place(contract: GraphContract, values: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
+    """The outputs of a run that are written into its inputs `values`, by name: the present, where past may hold it."""
+    shared = contract.past if contract.cache_layout is CacheLayout.TOKENS else ()
+    return {present_of(spec.name): values[spec.name] for spec in shared}
+
+
 def _zeros(spec: TensorSpec, batch: int, n_slots: int, provider: str) -> ort.OrtValue:
     """`[batch, heads, n_slots, size]`."""
     shape = [batch, spec.dims[1], n_slots, spec.dims[3]]

@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_export.contract import GATE_INPUT
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
-from lora_export.runtime.host_inputs import PAST, empty, positions_of
+from lora_export.runtime.host_inputs import empty
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -24,7 +24,7 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray,
 
 def empty_cache(session: AdapterSession, batch: int) -> dict[str, np.ndarray]:
     """The graph's past of length 0, `[batch, kv_heads, 0, head_size]` by input name."""
-    return {spec.name: empty(spec, batch) for spec in session.manifest.contract.inputs if spec.name.startswith(PAST)}
+    return {spec.name: empty(spec, batch) for spec in session.manifest.contract.past}
 
 
 def generate(
@@ -47,16 +47,12 @@ def generate(
     """
     session = session.snapshot()
     ids, mask = left_pad(prompts, pad_id)
-    positions = positions_of(mask)
     cache = session.cache(len(prompts), ids.shape[1] + max_new_tokens)
-    takes_positions = any(spec.name == "position_ids" for spec in session.manifest.contract.inputs)
     gate = session.gate(ids, adapters)
     generated: list[list[int]] = [[] for _ in prompts]
     finished = np.zeros(len(prompts), bool)
     for _ in range(max_new_tokens):
         feeds = {"input_ids": ids, "attention_mask": mask}
-        if takes_positions:
-            feeds["position_ids"] = positions
         if gate is not None:
             feeds[GATE_INPUT] = gate
         results = session.run(feeds, adapters, cache=cache)
@@ -68,7 +64,6 @@ def generate(
         if finished.all():
             break
         ids = best[:, None].astype(np.int64)
-        positions = positions[:, -1:] + 1
         gate = None if gate is None else gate[:, -1:]
         mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
     return generated

@@ -8,7 +8,8 @@ import torch
 from references import unmerged
 
 from lora_export.runtime.adapter_session import AdapterSession
-from lora_export.runtime.generate import empty_cache, generate, left_pad, positions_of
+from lora_export.runtime.generate import empty_cache, generate, left_pad
+from lora_export.runtime.host_inputs import positions_of
 
 PROMPTS = [[20, 30, 40, 50, 60, 70], [99], [120, 130, 140]]
 NEW = 12

@@ -20,9 +20,9 @@ from lora_export.bench.intervals import paired_ratio
 from lora_export.bench.latency import SAMPLE_SECONDS, Timing, take_blocks
 from lora_export.bench.results import Variant
 from lora_export.bench.workloads import random_inputs
-from lora_export.contract import CacheLayout, GraphContract
+from lora_export.contract import GraphContract
 from lora_export.runtime.arrays import numpy_dtype, to_ort_value
-from lora_export.runtime.cache import present_of, with_room
+from lora_export.runtime.cache import with_room, written_in_place
 from lora_export.runtime.session import open_session
 
 Values = Mapping[str, ort.OrtValue]
@@ -144,9 +144,8 @@ def candidate_runs(
             if each.rows:
                 inputs |= adapter_arrays(contract, each.rows, each.rank)
             feeds = device.values(inputs)
-            shared = contract.past if contract.cache_layout is CacheLayout.TOKENS else ()
-            written = {present_of(spec.name): feeds[spec.name] for spec in shared}
-            run = device.bound_run(sessions[key], feeds, output_shapes(contract, sizes), written)
+            shapes, written = output_shapes(contract, sizes), written_in_place(contract, feeds)
+            run = device.bound_run(sessions[key], feeds, shapes, written)
             run()
             runs[each.name] = run
     return runs, failed
