@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
-from lora_export.contract import ROWS, AdapterInput, Dim, GraphContract, TensorSpec
+from lora_export.artifact import MANIFEST
+from lora_export.contract import ROWS, SINGLE, AdapterInput, Dim, GraphContract, TensorSpec, data_file
 from lora_export.errors import InputRefused
 
 _N_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
@@ -50,6 +52,20 @@ def require_agreement(
     for spec in inputs:
         if spec.name not in known:
             _refuse(f"{where}.inputs", spec.name, "no such entry")
+
+
+def require_agreement_in(
+    folder: Path, graph: str, contract: GraphContract, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> None:
+    """`require_agreement` for the graph `graph` of the export in `folder`, by its manifest and its data file.
+
+    Raises:
+        InputRefused: A field differs; it is named, with what the graph has.
+    """
+    data = folder / data_file(graph)
+    where = f"{folder / MANIFEST}: {'contract' if graph == SINGLE else f'graphs.{graph}'}"
+    n_bytes = data.stat().st_size if data.is_file() else None
+    require_agreement(contract, inputs, outputs, where=where, data_bytes=n_bytes)
 
 
 def _some(declared: dict[str, TensorSpec]) -> str:

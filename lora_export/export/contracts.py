@@ -7,9 +7,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from lora_export.agreement import require_agreement
-from lora_export.artifact import MANIFEST, Manifest
-from lora_export.contract import SINGLE, AdapterInput, GraphContract, TensorSpec, data_file, graph_file
+from lora_export.agreement import require_agreement_in
+from lora_export.artifact import Manifest
+from lora_export.contract import AdapterInput, GraphContract, TensorSpec, graph_file
 from lora_export.graph.grouped_attention import cache_layout
 
 
@@ -38,8 +38,4 @@ def require_described(manifest: Manifest, folder: Path) -> None:
         InputRefused: A field of the manifest says otherwise than its graph.
     """
     for graph, contract in manifest.graphs.items():
-        data = folder / data_file(graph)
-        place = f"{folder / MANIFEST}: {'contract' if graph == SINGLE else f'graphs.{graph}'}"
-        inputs, outputs = _specs(ir.load(folder / graph_file(graph)))
-        n_bytes = data.stat().st_size if data.is_file() else None
-        require_agreement(contract, inputs, outputs, where=place, data_bytes=n_bytes)
+        require_agreement_in(folder, graph, contract, *_specs(ir.load(folder / graph_file(graph))))

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from lora_export.agreement import require_agreement
-from lora_export.artifact import MANIFEST
-from lora_export.contract import SINGLE, GraphContract, TensorSpec, data_file
+from lora_export.agreement import require_agreement_in
+from lora_export.contract import GraphContract, TensorSpec
 
 _DTYPES = {"float": "float32"}
 
@@ -19,14 +18,8 @@ def require_described(session: ort.InferenceSession, contract: GraphContract, fo
     Raises:
         InputRefused: A field of the manifest says otherwise than the graph; it is named.
     """
-    data = folder / data_file(graph)
-    require_agreement(
-        contract,
-        [_spec(value) for value in (*session.get_inputs(), *session.get_overridable_initializers())],
-        [_spec(value) for value in session.get_outputs()],
-        where=f"{folder / MANIFEST}: {'contract' if graph == SINGLE else f'graphs.{graph}'}",
-        data_bytes=data.stat().st_size if data.is_file() else None,
-    )
+    inputs = [_spec(value) for value in (*session.get_inputs(), *session.get_overridable_initializers())]
+    require_agreement_in(folder, graph, contract, inputs, [_spec(value) for value in session.get_outputs()])
 
 
 def _spec(value: ort.NodeArg) -> TensorSpec:
