@@ -61,6 +61,15 @@ BORROWED = (
         "which operators the exporter has ONNX functions for", Without.SLOWER,
     ),
     Borrowed(
+        "torch._dynamo.config:fake_tensor_cache_enabled", "torch", "2.13",
+        "the trace computes a shape anew instead of looking it up, which is quicker with symbols in shapes",
+        Without.SLOWER, is_patched=True,
+    ),
+    Borrowed(
+        "torch.fx.config:do_not_emit_stack_traces", "torch", "2.13",
+        "the trace does not note where in a model's code each operation stands", Without.SLOWER, is_patched=True,
+    ),
+    Borrowed(
         "torch.utils._python_dispatch:TorchDispatchMode", "torch", "2.13",
         "check records the results of every operation of one module", Without.REFUSED,
     ),

@@ -15,6 +15,7 @@
     encoders.py    texts, images and sounds, run in one pass
     decoder.py     a decoder on its cache, whose shape the model tells
     seq2seq.py     the three graphs of an encoder-decoder
+    sparing.py     what no export needs of a trace, left out
     trace.py       the trace of a weightless model: its axes, the names of a decoder's KV cache
     decompose.py   torch.onnx made to decompose operator by operator
 

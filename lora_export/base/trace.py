@@ -23,6 +23,7 @@ from lora_export.base.forward import is_dual_encoder
 from lora_export.base.recipe import RECIPE, Recipe
 from lora_export.base.sample import Sample
 from lora_export.base.seq2seq import seq2seq_sample
+from lora_export.base.sparing import sparing
 from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.compat import borrow
 from lora_export.contract import SINGLE
@@ -66,6 +67,7 @@ def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE, *, named: Col
     forward = _forward(model, sample.forward)
     with (
         quiet(),
+        sparing(),
         decomposed_by_operator(),
         tables_of_fixed_size(model),
         forward,

@@ -15,6 +15,7 @@ from onnx_ir.convenience import replace_nodes_and_values
 from onnx_ir.passes import common as common_passes
 
 from lora_export.base.recipe import Recipe
+from lora_export.base.sparing import sparing
 from lora_export.compat import borrow, borrow_if_there
 from lora_export.graph.batch_transposes import take_batch_transposes_apart
 from lora_export.graph.grouped_attention import group_attention
@@ -35,7 +36,7 @@ def fuse(model: ir.Model, provider: str, windows: tuple[int, ...] = ()) -> ir.Mo
     fuse_for_onnxruntime = borrow("fuse_for_onnxruntime")
     unfuse_mixed_dtype_skip_norms = borrow("_unfuse_mixed_dtype_skip_norms")
     prepare_weights(model)
-    with quiet(), _operator_checked_first():
+    with quiet(), sparing(), _operator_checked_first():
         # Folding a Resize (interpolated position embeddings) evaluates it element by element in Python.
         optimize_ir(model, should_fold=lambda node: False if node.op_type == "Resize" else None)
         fuse_for_onnxruntime(model, provider)
