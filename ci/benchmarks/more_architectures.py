@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from architectures import (
     ALTERNATING,
+    BART,
     GROUPED,
     LM,
+    SEQ2SEQ,
     SEQUENCE,
     SMALL,
+    T5,
     TEXT,
+    WINDOWED,
     Architecture,
 )
 
@@ -20,6 +24,7 @@ FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "num_local_experts": 
 DEEPSEEK = LATENT | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
                      "first_k_dense_replace": 1, "topk_group": 1, "n_shared_experts": 1}  # fmt: skip
 PADDED = GROUPED | {"pad_token_id": 0}
+HEADED = PADDED | {"head_dim": 16}
 IMAGE = SMALL | {"image_size": 32, "patch_size": 8}
 SOUND = SMALL | {"conv_dim": [32, 32], "conv_kernel": [10, 4], "conv_stride": [20, 8], "num_feat_extract_layers": 2,
                  "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "vocab_size": 32,
@@ -31,6 +36,8 @@ SEGFORMER = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hi
 DEPTH = IMAGE | {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 16, 16],
                  "fusion_hidden_size": 16, "is_hybrid": False}  # fmt: skip
 SIGLIP = {"text_config": TEXT | {"max_position_embeddings": 64, "projection_size": 64}, "vision_config": IMAGE}
+ROTARY = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
+QWEN_TOKENS = {"image_token_id": 599, "video_token_id": 598, "vision_start_token_id": 597, "vision_end_token_id": 596}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
           "linear_value_head_dim": 16, "shared_expert_intermediate_size": 32}  # fmt: skip
 PAIR, QUERY = ["q_proj", "v_proj"], ["query", "value"]
@@ -44,12 +51,23 @@ def _stateful(config: str, model_type: str, fields: dict, targets: list[str]) ->
     return _decoder(config, fields, targets, refused=f"A {model_type} base keeps a state beside keys and values")
 
 
+def _language_model(config: str, text: dict, image: dict, **fields: object) -> Architecture:
+    """The language model of a multimodal base."""
+    parts = {"text_config": text, "vision_config": image}
+    targets = r".*language_model.*\.(q_proj|v_proj)"
+    return Architecture(config, "AutoModelForImageTextToText", "CAUSAL_LM", targets, parts | fields)
+
+
 def _other(config: str, auto: str, fields: dict, targets: list[str], task_type: str | None = None) -> Architecture:
     return Architecture(config, f"AutoModel{auto}", task_type, targets, fields)
 
 
 def _classifier(config: str, fields: dict, targets: list[str]) -> Architecture:
     return Architecture(config, SEQUENCE, "SEQ_CLS", targets, fields)
+
+
+def _translator(config: str, fields: dict, targets: list[str]) -> Architecture:
+    return Architecture(config, SEQ2SEQ, "SEQ_2_SEQ_LM", targets, fields)
 
 
 MORE = {
@@ -108,6 +126,24 @@ MORE = {
     "OLMo": _decoder("OlmoConfig", PADDED),
     "OLMo 2": _decoder("Olmo2Config", PADDED),
     "OLMo 3": _decoder("Olmo3Config", ALTERNATING | {"pad_token_id": 0}),
+    "OLMoE": _decoder("OlmoeConfig", PADDED | FEW_EXPERTS, PAIR),
+    "SmolLM3": _decoder("SmolLM3Config", PADDED),
+    "StarCoder2": _decoder("Starcoder2Config", GROUPED | {"sliding_window": 8}),
+    "Phi": _decoder("PhiConfig", GROUPED),
+    "Phi-MoE": _decoder("PhimoeConfig", GROUPED | FEW_EXPERTS, PAIR),
+    "StableLM": _decoder("StableLmConfig", GROUPED),
+    "Nemotron": _decoder("NemotronConfig", GROUPED),
+    "GLM": _decoder("GlmConfig", HEADED),
+    "GLM 4": _decoder("Glm4Config", HEADED),
+    "EXAONE 4": _decoder("Exaone4Config", ALTERNATING),
+    "GPT-OSS": _decoder("GptOssConfig", ALTERNATING | FEW_EXPERTS, PAIR),
+    "Persimmon": _decoder("PersimmonConfig", TEXT),
+    "Ministral": _decoder("MinistralConfig", WINDOWED),
+    "Seed-OSS": _decoder("SeedOssConfig", HEADED),
+    "Arcee": _decoder("ArceeConfig", GROUPED),
+    "ERNIE 4.5": _decoder("Ernie4_5Config", HEADED),
+    "Hunyuan": _decoder("HunYuanDenseV1Config", HEADED),
+    "Apertus": _decoder("ApertusConfig", GROUPED),
     "Mamba": _stateful(
         "MambaConfig", "mamba", {"vocab_size": 600, "hidden_size": 64, "num_hidden_layers": 2}, ["x_proj"]
     ),
@@ -127,20 +163,63 @@ MORE = {
     "Falcon-H1": _stateful(
         "FalconH1Config", "falcon_h1", GROUPED | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}, ["q_proj"]
     ),
+    "Gemma 3, multimodal": _language_model(
+        "Gemma3Config",
+        ALTERNATING,
+        IMAGE,
+        mm_tokens_per_image=4,
+        image_token_index=599,
+        boi_token_index=597,
+        eoi_token_index=598,
+    ),
+    "LLaVA": _language_model(
+        "LlavaConfig",
+        PADDED | {"model_type": "llama"},
+        IMAGE | {"model_type": "clip_vision_model"},
+        image_token_index=599,
+    ),
+    "Qwen2-VL": _language_model(
+        "Qwen2VLConfig",
+        PADDED | ROTARY,
+        {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2},
+        **QWEN_TOKENS,
+    ),
+    "Qwen3-VL": _language_model(
+        "Qwen3VLConfig",
+        HEADED | ROTARY,
+        {
+            "depth": 1,
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "num_heads": 2,
+            "intermediate_size": 32,
+            "deepstack_visual_indexes": [0],
+        },
+        **QWEN_TOKENS,
+    ),
     "ELECTRA": _classifier("ElectraConfig", TEXT | {"embedding_size": 32}, QUERY),
     "MPNet": _classifier("MPNetConfig", TEXT, ["q", "v"]),
+    "XLM-R": _classifier("XLMRobertaConfig", TEXT | {"type_vocab_size": 1}, QUERY),
+    "CamemBERT": _classifier("CamembertConfig", TEXT | {"type_vocab_size": 1}, QUERY),
+    "EuroBERT": _classifier("EuroBertConfig", PADDED, PAIR),
+    "Nomic": _other("NomicBertConfig", "", TEXT | {"pad_token_id": 0}, PAIR, "FEATURE_EXTRACTION"),
+    "Qwen3, embedder": _other("Qwen3Config", "", HEADED, PAIR, "FEATURE_EXTRACTION"),
+    "Gemma 3, classifier": _classifier("Gemma3TextConfig", ALTERNATING | {"pad_token_id": 0}, PAIR),
+    "T5, encoder": Architecture("T5Config", "T5EncoderModel", "FEATURE_EXTRACTION", ["q", "v"], T5),
     "BERT, question answering": _other(
         "BertConfig", "ForQuestionAnswering", TEXT | {"num_labels": 2}, QUERY, "QUESTION_ANS"
     ),
     "BERT, masked": _other("BertConfig", "ForMaskedLM", TEXT, QUERY),
     "BERT, multiple choice": _other("BertConfig", "ForMultipleChoice", TEXT, QUERY),
     "DINOv2": _other("Dinov2Config", "ForImageClassification", IMAGE, PAIR),
+    "DINOv3": _other("DINOv3ViTConfig", "", IMAGE, PAIR),
     "BEiT": _other("BeitConfig", "ForImageClassification", IMAGE, PAIR),
     "Swin": _other("SwinConfig", "ForImageClassification", SWIN, PAIR),
     "SigLIP": _other("SiglipConfig", "ForZeroShotImageClassification", SIGLIP, PAIR),
     "SegFormer": _other("SegformerConfig", "ForSemanticSegmentation", SEGFORMER, PAIR),
     "DPT": _other("DPTConfig", "ForDepthEstimation", DEPTH, QUERY),
     "Wav2Vec2, CTC": _other("Wav2Vec2Config", "ForCTC", SOUND, PAIR),
+    "Wav2Vec2, classifier": _other("Wav2Vec2Config", "ForAudioClassification", SOUND, PAIR),
     "HuBERT, CTC": _other("HubertConfig", "ForCTC", SOUND, PAIR),
     "AST": _other(
         "ASTConfig",
@@ -148,4 +227,13 @@ MORE = {
         SMALL | {"max_length": 64, "num_mel_bins": 16, "patch_size": 8, "time_stride": 8} | {"frequency_stride": 8},
         PAIR,
     ),
+    "Marian": _translator(
+        "MarianConfig",
+        BART | {"max_position_embeddings": 512, "scale_embedding": True, "forced_eos_token_id": None},
+        PAIR,
+    ),
+    "M2M100": _translator("M2M100Config", BART | {"max_position_embeddings": 512}, PAIR),
+    "mBART": _translator("MBartConfig", BART | {"max_position_embeddings": 512}, PAIR),
+    "Pegasus": _translator("PegasusConfig", BART | {"max_position_embeddings": 512}, PAIR),
+    "mT5": _translator("MT5Config", T5 | {"feed_forward_proj": "gated-gelu"}, ["q", "v"]),
 }
