@@ -23,6 +23,7 @@ import torch
 import transformers
 from adapter_options import MERGED, OPTIONS, REFUSED, SERVED, AdapterOption
 from architectures import CATALOGUE, make_base
+from model_types import model_type_table
 from more_architectures import MORE
 from readme_tables import write_into_readme
 from results import RESULTS, write_json
@@ -235,7 +236,8 @@ def main(architectures: tuple[str, ...], options: tuple[str, ...], record: bool,
     if is_recorded:
         write_json(RESULT, {"versions": versions(), "cells": recorded(cells, keep_others=not is_whole)})
         write_into_readme("matrix", summary(read_result()))
-        click.echo(f"wrote {RESULT} and the docs' table")
+        write_into_readme("model_types", model_type_table(read_result(), ALL))
+        click.echo(f"wrote {RESULT} and the docs' tables")
     if not all(cell.as_expected for cell in cells):
         raise SystemExit(1)
 

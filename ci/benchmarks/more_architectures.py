@@ -40,6 +40,9 @@ ROTARY = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]
 QWEN_TOKENS = {"image_token_id": 599, "video_token_id": 598, "vision_start_token_id": 597, "vision_end_token_id": 596}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
           "linear_value_head_dim": 16, "shared_expert_intermediate_size": 32}  # fmt: skip
+# Attention between contents and positions, as the published checkpoints have it.
+DISENTANGLED = TEXT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": -1,
+                       "position_biased_input": False, "type_vocab_size": 0}  # fmt: skip
 PAIR, QUERY = ["q_proj", "v_proj"], ["query", "value"]
 
 
@@ -199,6 +202,12 @@ MORE = {
     ),
     "ELECTRA": _classifier("ElectraConfig", TEXT | {"embedding_size": 32}, QUERY),
     "MPNet": _classifier("MPNetConfig", TEXT, ["q", "v"]),
+    "DeBERTa": _classifier("DebertaConfig", DISENTANGLED, ["in_proj", "pos_proj", "pos_q_proj"]),
+    "DeBERTa-v3": _classifier(
+        "DebertaV2Config",
+        DISENTANGLED | {"share_att_key": True, "position_buckets": 16, "norm_rel_ebd": "layer_norm"},
+        ["query_proj", "key_proj", "value_proj"],
+    ),
     "XLM-R": _classifier("XLMRobertaConfig", TEXT | {"type_vocab_size": 1}, QUERY),
     "CamemBERT": _classifier("CamembertConfig", TEXT | {"type_vocab_size": 1}, QUERY),
     "EuroBERT": _classifier("EuroBertConfig", PADDED, PAIR),

@@ -2,6 +2,7 @@
 
     sites.py               the nodes that compute a module
     tape.py                insert nodes, and restore the axis of rows
+    shared_by_rows.py      what all rows share, once adapters tell them apart
     adapter_inputs.py      give a traced graph its adapter inputs
     declare.py             inputs as the contract's table says
     embedding_inputs.py    those of embeddings

@@ -15,6 +15,7 @@ from lora_export.graph.convolution_inputs import (
     find_convolutions,
 )
 from lora_export.graph.declare import DeclaredInputs
+from lora_export.graph.shared_by_rows import is_shared_by_rows, let_rows_through
 from lora_export.graph.sites import Site, find_sites, sites_in
 from lora_export.graph.tape import Tape, put_in_place_of, reshaped_as, with_row_axis
 
@@ -97,8 +98,11 @@ def _add_bias(
     """Add `bias` to `output`, the result of or an input of `after`, in place of `replaced`."""
     users = tuple(replaced.uses())
     tape = Tape(graph, after)
-    y = with_row_axis(graph, tape, output, bias.shape[2], module)
+    is_shared = is_shared_by_rows(graph, output)
+    y = output if is_shared else with_row_axis(graph, tape, output, bias.shape[2], module)
     total = tape.op("Add", [y, bias], list(y.shape), y.dtype or bias.dtype)
     if y is not output:
         total = reshaped_as(tape, total, output, None if output.shape is None else list(output.shape))
     put_in_place_of(graph, replaced, total, users)
+    if is_shared:
+        let_rows_through(graph, total, module)

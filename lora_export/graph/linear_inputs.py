@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_export.contract import AdapterInputKind, SiteChoice
+from lora_export.contract import ROWS, AdapterInputKind, SiteChoice
 from lora_export.graph.bias_inputs import insert_biases
 from lora_export.graph.declare import DeclaredInputs
+from lora_export.graph.shared_by_rows import is_shared_by_rows, let_rows_through, refuse_gate
 from lora_export.graph.sites import Site, find_sites
 from lora_export.graph.tape import Tape, put_in_place_of, reshaped_as, with_row_axis
 
@@ -59,15 +60,22 @@ LINEAR_INPUTS = (insert_gate, insert_biases, insert_pairs, insert_replacements)
 def add_pair(
     graph: ir.Graph, site: Site, a: ir.Value, b: ir.Value, gain: ir.Value | None, gate: ir.Value | None = None
 ) -> None:
-    """Add `(x A) B` to the output of `site`, which is multiplied by `gain` first; `gate` multiplies `x A`."""
+    """Add `(x A) B` to the output of `site`, which is multiplied by `gain` first; `gate` multiplies `x A`.
+
+    Raises:
+        InputRefused: The input has an unsupported layout, or a gate over the text's tokens has none to open for.
+    """
     if gain is not None:
         _take_bias_out(graph, site)
     output, users = site.output, tuple(site.output.uses())
     dims = site.output_dims
     tape = Tape(graph, site.node)
-    x = with_row_axis(graph, tape, site.input, site.in_features, site.module)
+    is_shared = is_shared_by_rows(graph, site.input)
+    if is_shared and gate is not None:
+        refuse_gate(site.module)
+    x = site.input if is_shared else with_row_axis(graph, tape, site.input, site.in_features, site.module)
     # The broadcast of `rows` against the batch is the batch, which shape inference cannot know.
-    rows_and_tokens = list(x.shape[:2])
+    rows_and_tokens = [ROWS, x.shape[1]] if is_shared else list(x.shape[:2])
     low = tape.op("MatMul", [x, a], [*rows_and_tokens, a.shape[2]], output.dtype or x.dtype)
     if gate is not None:
         low = tape.op("Mul", [low, gate], list(low.shape), low.dtype)
@@ -83,6 +91,8 @@ def add_pair(
         delta = delta if x is site.input else reshaped_as(tape, delta, output, dims)
         total = tape.op("Add", [base, delta], dims, x.dtype)
     put_in_place_of(graph, output, total, users)
+    if is_shared:
+        let_rows_through(graph, total, site.module)
 
 
 def _take_bias_out(graph: ir.Graph, site: Site) -> None:

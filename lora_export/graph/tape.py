@@ -33,7 +33,7 @@ class Tape:
         return self.constant(np.array(value, np.int64))
 
 
-def _batch_input(graph: ir.Graph, value: ir.Value) -> ir.Value:
+def batch_input(graph: ir.Graph, value: ir.Value) -> ir.Value:
     """The graph input whose rows `value` holds: a dual encoder has texts and images, each with a batch of its own."""
     leading = "" if value.shape is None or not len(value.shape) else str(value.shape[0])
     return next((entry for entry in graph.inputs if str(entry.shape[0]) in leading), graph.inputs[0])
@@ -46,8 +46,10 @@ def with_row_axis(graph: ir.Graph, tape: Tape, value: ir.Value, features: int, m
     2. Flattened (`[batch·sequence, in]`, GPT-2), pooled (`[batch, in]`), windowed or with more axes: reshaped, rows
        being contiguous.
     3. The batch in another place than the first axis: refused, rows are not contiguous.
+
+    What all rows share has no such axis, see `shared_by_rows.py`.
     """
-    rows = _batch_input(graph, value)
+    rows = batch_input(graph, value)
     if value.shape is not None and len(value.shape) == 3 and value.shape[0] == rows.shape[0]:
         return value
     batch = str(getattr(rows.shape[0], "value", ""))

@@ -8,6 +8,7 @@ import matrix
 import pytest
 from adapter_options import MERGED, OPTIONS, REFUSED, SERVED, AdapterOption, lora
 from architectures import make_base
+from model_types import model_type_table, model_types
 from readme_tables import table_in_readme
 
 from lora_export.errors import InputRefused
@@ -31,6 +32,15 @@ def test_the_record_has_every_cell_as_the_table_expects_it():
 
 def test_the_docs_have_the_records_table():
     assert table_in_readme("matrix") == matrix.summary(matrix.read_result())
+
+
+def test_the_docs_have_every_model_type_by_task():
+    table = model_type_table(matrix.read_result(), matrix.ALL)
+    assert table_in_readme("model_types") == table
+    rows = {tuple(line.split(" | ")[:2]): line for line in table.splitlines()}
+    assert "A mamba base keeps a state beside keys and values" in rows["| `mamba`", "text-generation"]
+    assert rows["| `gpt2`", "text-generation"].endswith("| 14 of 15 | 14 of 15 | `merge`: alora; `dynamic`: IA3 |")
+    assert len(set(model_types(matrix.ALL).values())) >= 80
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
