@@ -53,7 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _one_core_each() -> None:
     """Pin each of several workers to a core: the waiting threads of one would take the other's."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker is not None and hasattr(os, "sched_setaffinity"):
+    is_alone = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") == "1"  # another run's only worker has the same core
+    if worker is not None and not is_alone and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
@@ -166,6 +167,15 @@ def traces(bases):
         return made[base]
 
     return get
+
+
+@pytest.fixture
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench` in this process warms up and samples for a hundredth of its time, where what it finds is not the point."""
+    from command_line import SHORT_TIMING
+
+    for place, seconds in SHORT_TIMING.items():
+        monkeypatch.setattr(place, seconds)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
+from command_line import SHORT_TIMING
 
 from lora_export.adapters.support import markdown_table
 from lora_export.check.judge.tolerances import markdown_table as gates_table
@@ -145,7 +146,10 @@ def workplace(tmp_path_factory, bases, adapters, exports) -> Path:
 
 # Runs each block of a list in a folder and with names of its own; a line on both streams ends it.
 RUN_BLOCKS = """
-import json, os, sys, traceback
+import importlib, json, os, sys, traceback
+for place, seconds in json.loads(os.environ["SHORT_TIMING"]).items():
+    module, _, name = place.rpartition(".")
+    setattr(importlib.import_module(module), name, seconds)
 for folder, block, end in json.loads(sys.stdin.read()):
     os.chdir(folder)
     try:
@@ -177,7 +181,7 @@ def said(workplace, tmp_path_factory):
             calls.append([str(own), block, END])
         done = subprocess.run(
             [sys.executable, "-c", RUN_BLOCKS], input=json.dumps(calls), capture_output=True, text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=600,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "SHORT_TIMING": json.dumps(SHORT_TIMING)}, timeout=600,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return dict(zip(blocks_of(page), done.stderr.split(f"{END}\n")[:-1], strict=True))

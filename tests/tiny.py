@@ -207,8 +207,8 @@ def t5(folder: Path, *, untied: bool = False, layers: tuple[int, int] = (2, 3)) 
     return _save(model, folder, classifier=True)
 
 
-def bart(folder: Path, *, layers: tuple[int, int] = (2, 3)) -> Path:
-    """Two encoder and three decoder layers of other widths, learned positions, a bias on the final logits."""
+def bart(folder: Path, *, layers: tuple[int, int] = (1, 2)) -> Path:
+    """One encoder layer and two decoder layers of other widths, learned positions, a bias on the final logits."""
     config = transformers.BartConfig(
         vocab_size=VOCABULARY,
         d_model=32,
@@ -231,8 +231,8 @@ def bart(folder: Path, *, layers: tuple[int, int] = (2, 3)) -> Path:
     return _save(model, folder, classifier=True)
 
 
-def whisper(folder: Path, *, layers: tuple[int, int] = (2, 3)) -> Path:
-    """Two encoder layers behind the convolutions, three decoder layers, 50 positions (100 frames) of 8 bands."""
+def whisper(folder: Path, *, layers: tuple[int, int] = (1, 2)) -> Path:
+    """One encoder layer behind the convolutions, two decoder layers, 50 positions (100 frames) of 8 bands."""
     config = transformers.WhisperConfig(
         vocab_size=VOCABULARY,
         d_model=32,

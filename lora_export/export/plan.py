@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from lora_export.adapters.folder import AdapterFolder, open_adapter, usable_name
 from lora_export.adapters.foreign import peft_folder
 from lora_export.adapters.initialization import PLAIN_START
@@ -65,6 +67,8 @@ class Plan:
         adapter_configs: The config each adapter's head was trained for, in the order of `folders`.
         carried: The files that a host needs beside the graph.
         pad_token_id: The padding token by which a classifier on a decoder finds the token to read; None for others.
+        model: The weightless float32 model that the adapters were held against, of the checkpoint's own config; None
+            without adapters. `resolve` goes on with it.
         other_bases: The base that an adapter records, where it is another than `checkpoint`, by the adapter's name.
         remarks: What was decided for the user and is worth a word.
     """
@@ -78,6 +82,7 @@ class Plan:
     adapter_configs: tuple[object, ...]
     carried: Carried
     pad_token_id: int | None = None
+    model: torch.nn.Module | None = None
     other_bases: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
@@ -145,9 +150,8 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     remarks += carried.remarks
     others = {f.name: other for f in folders if (other := another_base(f, checkpoint.located)) is not None}
     remarks += tuple(remark_on(name, other, checkpoint.located.given) for name, other in others.items())
-    return Plan(
-        request, checkpoint, folders, task, dtype, config, adapter_configs, carried, pad_token_id, others, remarks
-    )
+    found = (request, checkpoint, folders, task, dtype, config, adapter_configs, carried, pad_token_id)
+    return Plan(*found, model, others, remarks)
 
 
 def _opened(request: Request, given: str, name: str | None) -> AdapterFolder:

@@ -34,7 +34,9 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
     Raises:
         InputRefused: An adapter does not fit the base, or holds numbers that are not finite.
     """
-    model = build_weightless(plan.task, plan.config, plan.dtype, most_parameters=plan.checkpoint.most_parameters)
+    model = plan.model
+    if model is None or plan.dtype != "float32" or model.config.to_dict() != plan.config.to_dict():
+        model = build_weightless(plan.task, plan.config, plan.dtype, most_parameters=plan.checkpoint.most_parameters)
     read = _read_adapters(plan, model)
     shapes = {path: tuple(tensor.shape) for path, tensor in model.state_dict().items()}
     head = head_parameters(read, model, plan.task, everything=zeros_for_missing_head)
@@ -53,7 +55,9 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
 def _read_adapters(plan: Plan, model) -> tuple[Adapter, ...]:
     """The adapters, each read on a float32 base of its own sizes: PEFT rounds an adapter to the dtype of the base that
     it is loaded onto. Bases of the same sizes are one."""
-    bases = {_sizes_of(plan.config): model} if plan.dtype == "float32" else {}
+    bases = {} if plan.model is None else {_sizes_of(plan.model.config): plan.model}
+    if plan.dtype == "float32":
+        bases[_sizes_of(plan.config)] = model
     found = []
     for folder, config in zip(plan.folders, plan.adapter_configs, strict=True):
         sizes = _sizes_of(config)

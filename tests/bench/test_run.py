@@ -107,7 +107,7 @@ def test_a_warm_up_that_was_cut_is_named():
     )
 
 
-def test_a_crash_in_the_last_shape_loses_nothing_that_was_measured(exports, own, monkeypatch):
+def test_a_crash_in_the_last_shape_loses_nothing_that_was_measured(exports, own, monkeypatch, short_timing):
     folder = own(exports["classifier-dynamic"])
     original, samples = latency._sample_ms, []
 

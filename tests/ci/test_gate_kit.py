@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import served
 
 from lora_export.cli.main import main
 
@@ -162,21 +163,18 @@ def test_gitlab_passes_the_arguments_on(stub):
     assert "|--budget|my budget.toml|--shape|4x128|" in log[5]
 
 
-def test_gitlab_s_gate_on_a_real_export(bases, adapters, tmp_path):
+def test_gitlab_s_gate_on_a_real_export(bases, adapters, tmp_path, short_timing):
     """The job's own script with the real command, on the CPU: reports where the artifacts are taken from."""
     job = load(GITLAB)["lora-export-gate"]
-    (tmp_path / "lora-export").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lora_export.cli.main "$@"\n')
-    (tmp_path / "lora-export").chmod(0o755)
     variables = {name: str(value) for name, value in job["variables"].items() if "$" not in str(value)}
     variables |= {"LORA_EXPORT_BASE": str(bases["classifier"]), "LORA_EXPORT_ADAPTERS": str(adapters["plain"])}
     variables |= {"LORA_EXPORT_PROVIDER": "cpu", "LORA_EXPORT_MAX_RATIO": "1000", "LORA_EXPORT_CHECK": "--rows 4"}
     (tmp_path / "budget.toml").write_text("[ratio]\ndynamic = 1000\n[memory_mb]\ndynamic = 10_000\n")
     variables |= {"LORA_EXPORT_BUDGET": "budget.toml"}
     variables |= {"LORA_EXPORT_BENCH": "--shape 2x4 --blocks 6", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-e", "-c", "\n".join(job["script"])],
-        env=os.environ | variables | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+    with served(tmp_path):
+        command = ["bash", "-e", "-c", "\n".join(job["script"])]
+        done = subprocess.run(command, env=os.environ | variables, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(path.name for path in (tmp_path / "lora-export-gate/reports").glob("*.junit.xml")) == [
         "bench.junit.xml", "check.junit.xml",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import served
 
 ROOT = Path(__file__).parents[2]
 GITHUB, GITLAB = ROOT / "ci/github/lora-export-gate.yml", ROOT / "ci/gitlab/lora-export-gate.yml"
@@ -33,9 +34,8 @@ import os, sys
 def main():
     with open(os.environ["LOG"], "a") as log:
         log.write(" ".join(sys.argv[1:]) + "\\n")
-    command = [os.environ["REAL"], "-m", "lora_export.cli.main", *sys.argv[1:]]
     if os.environ.get("REAL"):
-        os.execv(command[0], command)
+        os.execv(os.environ["REAL"], [os.environ["REAL"], *sys.argv[1:]])
 """
 
 
@@ -151,16 +151,16 @@ def test_two_calls_keep_their_reports_apart(tmp_path):
     assert len(set(names)) == 2 and all(re.fullmatch(r"lora-export-dynamic-[0-9a-f]{8}", name) for name in names)
 
 
-def test_github_s_steps_on_a_real_export(bases, adapters, tmp_path):
+def test_github_s_steps_on_a_real_export(bases, adapters, tmp_path, short_timing):
     """From the checkout to the reports, with the command itself, on the CPU."""
     package(tmp_path / "repository/vendor/lora-export")
     inputs = {
         "requirement": "./vendor/lora-export", "base": str(bases["classifier"]), "adapters": str(adapters["plain"]),
         "provider": "cpu", "check-arguments": "--rows 4", "bench-arguments": "--shape 2x4 --blocks 6", "max-ratio": "1000",
     }  # fmt: skip
-    real = {"REAL": sys.executable, "PYTHONPATH": str(ROOT), "LOG": str(tmp_path / "log")}
-    job = GitHubJob(tmp_path / "repository", inputs, **real)
-    job.run()
+    with served(tmp_path) as real:
+        job = GitHubJob(tmp_path / "repository", inputs, REAL=str(real), LOG=str(tmp_path / "log"))
+        job.run()
     (reports,) = job.uploaded.values()
     assert {"check.html", "bench.junit.xml"} <= {path.name for path in reports.iterdir()}
 

@@ -48,7 +48,7 @@ def test_a_run_finds_what_takes_twice_as_long(exports):
     assert len(found.block_ratios) == 6 and 1.02 < found.low <= found.median <= found.high
 
 
-def test_the_result_is_written_with_every_ratio(exports, tmp_path, monkeypatch, capsys):
+def test_the_result_is_written_with_every_ratio(exports, tmp_path, monkeypatch, capsys, short_timing):
     out = tmp_path / "gate.json"
     command = ["latency_gate.py", "--work", str(tmp_path), "--export", str(exports["llama-merged"]), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", [*command, "--equal", "2", "--slowed", "1", "--blocks", "6"])

@@ -258,7 +258,7 @@ def test_check_gates_by_its_exit_code(exports, own):
     assert "FAIL" in text and "wrote" in text
 
 
-def test_bench_reports_and_gates(exports, own):
+def test_bench_reports_and_gates(exports, own, short_timing):
     folder = own(exports["classifier-dynamic"])
     before = {path.name for path in folder.parent.iterdir()}
     shared = ["bench", folder, "--provider", "cpu", "--shape", "2x4", "--blocks", "6"]
@@ -281,7 +281,7 @@ def test_bench_reports_and_gates(exports, own):
     assert "warm-up" in found["environment"]["settings"]
 
 
-def test_bench_against_another_export_by_a_budget(exports, own, tmp_path):
+def test_bench_against_another_export_by_a_budget(exports, own, tmp_path, short_timing):
     """Each kind of allowance fails the command; they are all in the report, and the base of the other is not needed."""
     folder, other = own(exports["classifier-dynamic"]), tmp_path / "other"
     shutil.copytree(exports["classifier-merged"], other)
@@ -348,7 +348,7 @@ def test_a_failed_check_annotates_the_run_and_fills_the_job_summary(exports, own
     assert "the job summary was not written" in fails(1, *arguments)
 
 
-def test_bench_times_encoder_decoders(exports, own):
+def test_bench_times_encoder_decoders(exports, own, short_timing):
     folder = own(exports["whisper-dynamic"])
     result = call("bench", folder, "--provider", "cpu", "--shape", "2x0@4", "--blocks", "6", "--json")
     assert result.exit_code == 0, result.output

@@ -175,3 +175,29 @@ def test_a_resized_vocabulary_is_refused_in_these_words(target, mode, bases, tmp
     else:
         assert "was trained on a resized vocabulary (264 rows in place of 260)" in refused.value.what
         assert "embed_tokens.weight" in refused.value.where and "merge" in refused.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter", "dtype", "n_models"),
+    [
+        ("llama", "chat", "float32", 1),
+        ("llama", "chat", "float16", 2),  # PEFT reads an adapter on a float32 base
+        ("bert", "topic", "float32", 2),  # the adapter brings a head of three classes
+    ],
+)
+def test_a_weightless_model_is_built_once_for_each_dtype_and_head(
+    base, adapter, dtype, n_models, bases, adapters, monkeypatch
+):
+    from lora_export.export import plan, task_choice
+    from lora_export.export import resolve as resolving
+
+    built, build = [], resolving.build_weightless
+
+    def count(task, config, dtype, **options):
+        built.append((config.num_labels, dtype))
+        return build(task, config, dtype, **options)
+
+    for module in (plan, task_choice, resolving):
+        monkeypatch.setattr(module, "build_weightless", count)
+    resolve(make_plan(Request(str(bases[base]), ((str(adapters[adapter]), None),), "merge", dtype=dtype)))
+    assert len(built) == len(set(built)) == n_models, built

@@ -31,7 +31,7 @@ ROUNDING = 2e-5
 GRAPHS = ("encoder_model", "decoder_model", "decoder_with_past_model")
 DYNAMIC = [n for n, spec in EXPORTS.items() if spec.base in SEQ2SEQ_BASES and spec.mode == "dynamic"]
 MERGED = [n for n, spec in EXPORTS.items() if spec.base in SEQ2SEQ_BASES and spec.mode == "merge"]
-N_LAYERS = 3
+N_LAYERS = {"t5": 3, "bart": 2, "whisper": 2}  # of the decoder
 
 
 def inputs_of(base: str, rows: int = 4, source: int = 13, target: int = 9, seed: int = 0) -> dict[str, np.ndarray]:
@@ -129,18 +129,18 @@ def names_of(layers: int, prefix: str, *sides: str) -> list[str]:
 @pytest.mark.parametrize("name", ["t5-dynamic", "bart-merged", "whisper-dynamic"])
 def test_files_inputs_and_outputs_have_optimums_names(name, exports):
     """As Optimum's OnnxSeq2SeqConfigWithPast and its T5, Bart and Whisper configurations write them."""
-    folder, is_text = exports[name], "whisper" not in name
+    folder, is_text, n_layers = exports[name], "whisper" not in name, N_LAYERS[EXPORTS[name].base]
     source = ["input_ids", "attention_mask"] if is_text else ["input_features"]
     mask = ["encoder_attention_mask"] if is_text else []
     expected = {
         "encoder_model.onnx": (source, ["last_hidden_state"]),
         "decoder_model.onnx": (
             [*mask, "input_ids", "encoder_hidden_states"],
-            ["logits", *names_of(N_LAYERS, "present", "decoder", "encoder")],
+            ["logits", *names_of(n_layers, "present", "decoder", "encoder")],
         ),
         "decoder_with_past_model.onnx": (
-            [*mask, "input_ids", *names_of(N_LAYERS, "past_key_values", "decoder", "encoder")],
-            ["logits", *names_of(N_LAYERS, "present", "decoder")],
+            [*mask, "input_ids", *names_of(n_layers, "past_key_values", "decoder", "encoder")],
+            ["logits", *names_of(n_layers, "present", "decoder")],
         ),
     }
     assert {path.name for path in folder.glob("*.onnx")} == set(expected)
@@ -315,4 +315,8 @@ def test_the_catalogue_adapts_self_and_cross_attention_of_both_sides(exports):
         cross = "EncDecAttention" if base == "t5" else "encoder_attn"
         kinds = {(target.split(".")[0 if base == "t5" else 1], cross in target) for target in targets}
         assert kinds == {("encoder", False), ("decoder", False), ("decoder", True)}
-        assert len(targets) == 2 * (2 + 2 * N_LAYERS) and ADAPTERS[f"{base}-attention"].options["r"] == 4
+        # Two projections of every encoder layer, and of both attentions of every decoder layer, one more than encoder layers.
+        assert (
+            len(targets) == 2 * (N_LAYERS[base] - 1 + 2 * N_LAYERS[base])
+            and ADAPTERS[f"{base}-attention"].options["r"] == 4
+        )

@@ -160,7 +160,7 @@ def test_broken_reports_are_not_valid(name: str, request: pytest.FixtureRequest)
 
 
 @pytest.mark.parametrize("name", ["bert-dynamic", "llama-dynamic", "classifier-merged"])
-def test_reports_of_real_exports_are_valid(name: str, exports, own, request: pytest.FixtureRequest) -> None:
+def test_reports_of_real_exports_are_valid(name: str, exports, own, short_timing) -> None:
     """What check and bench write of a real export, in every file that a program reads."""
     from lora_export.bench.plan import BenchOptions
     from lora_export.integrity.sources import SourceOverrides
