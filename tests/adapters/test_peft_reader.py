@@ -116,8 +116,11 @@ def test_a_foreign_base_is_refused(adapters, llama, bases):
 
 def test_a_base_of_another_size_is_refused(adapters, bases):
     config = AutoConfig.from_pretrained(bases["llama"], num_hidden_layers=1)
-    with pytest.raises(InputRefused):
+    with pytest.raises(InputRefused, match="tensors that have no place on this base") as refused:
         read(adapters["chat"], build_weightless(Task.TEXT_GENERATION, config, "float32"))
+    assert (
+        refused.value.expected == "4 of its 8 tensors have one" and "layers.1.self_attn.q_proj" in refused.value.found
+    )
     config = AutoConfig.from_pretrained(bases["llama"], num_hidden_layers=3)
     with pytest.raises(InputRefused, match="lacks tensors that its config promises"):
         read(adapters["chat"], build_weightless(Task.TEXT_GENERATION, config, "float32"))
@@ -141,8 +144,9 @@ def test_missing_tensors_are_refused(adapters, own, llama):
 
 def test_a_missing_head_is_refused(adapters, own, bases):
     folder = rewritten(own, adapters["topic"], lambda tensors: tensors.pop("base_model.model.classifier.bias"))
-    with pytest.raises(InputRefused):
+    with pytest.raises(InputRefused, match="PEFT cannot load the adapter onto this base") as refused:
         read(folder, weightless(bases["bert"], Task.TEXT_CLASSIFICATION, num_labels=3))
+    assert refused.value.where == str(folder) and "base_model.model.classifier.bias" in refused.value.found
 
 
 def test_a_rank_that_the_config_does_not_say_is_refused(adapters, own, llama):
@@ -206,8 +210,15 @@ def test_a_pair_on_an_embedding_is_one_of_one_hot_inputs(bases, tmp_path, llama)
 )
 def test_a_config_of_wrong_values_is_refused_without_a_traceback(changes, adapters, own, llama):
     folder = with_config(own, adapters["chat"], **changes)
-    with pytest.raises(InputRefused):
+    with pytest.raises(InputRefused) as refused:
         read(folder, llama)
+    ((option, value),) = changes.items()
+    if refused.value.expected is None:  # PEFT's own words
+        assert str(refused.value).startswith("PEFT cannot load the adapter onto this base")
+        assert refused.value.where == str(folder) and refused.value.found
+    else:
+        assert str(refused.value).startswith("An option of the adapter is not what it should be")
+        assert refused.value.where == f"{folder}/adapter_config.json: {option}" and refused.value.found == repr(value)
 
 
 # What can be told without a base.

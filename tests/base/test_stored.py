@@ -55,22 +55,23 @@ def test_a_missing_shard_is_refused_by_name(sharded):
 
 
 @pytest.mark.parametrize(
-    "index",
+    ("index", "message", "found"),
     [
-        "{",
-        "[]",
-        '{"weight_map": ["a"]}',
-        '{"weight_map": {"a": 3}}',
-        '{"weight_map": {"a": "../model.safetensors"}}',
-        "{}",
+        ("{", "is not valid JSON", "Expecting property name"),
+        ("[]", "holds no JSON object", "list"),
+        ('{"weight_map": ["a"]}', "names files that are not there", "no weight_map"),
+        ('{"weight_map": {"a": 3}}', "names files that are not there", "3"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "names files that are not there", "../model.safetensors"),
+        ("{}", "names files that are not there", "no weight_map"),
     ],
 )
-def test_a_damaged_index_is_refused(index, sharded):
+def test_a_damaged_index_is_refused(index, message, found, sharded):
     shutil.copy(next(iter(sharded.glob("*.safetensors"))), sharded.parent / "model.safetensors")
-    (sharded / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(InputRefused):
-        checkpoint = opened(sharded)
-        assert checkpoint.dtype is None
+    file = sharded / "model.safetensors.index.json"
+    file.write_text(index)
+    with pytest.raises(InputRefused, match=message) as refused:
+        opened(sharded)
+    assert refused.value.where == str(file) and refused.value.found.startswith(found)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 1000, -1])

@@ -58,8 +58,9 @@ def test_missing_and_empty_data_are_refused(tmp_path):
 
 def test_data_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00binary")
-    with pytest.raises(InputRefused):
+    with pytest.raises(InputRefused, match="The data is not UTF-8 text") as refused:
         read_examples(tmp_path / "a.txt", 9)
+    assert refused.value.where == str(tmp_path / "a.txt")
 
 
 def test_images_come_from_a_folder_in_order(tmp_path):
