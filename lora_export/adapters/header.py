@@ -133,23 +133,33 @@ class HeaderOptions:
 
     def require_agreement(self, config: Mapping[str, object]) -> None:
         """Refuse a header whose options are other than those of the `adapter_config.json` beside it, or than PEFT's own
-        where that is silent.
+        where that is silent. Of several components, one must have the config's options: the folder is that one's.
 
         Raises:
             InputRefused: They differ; both are named.
         """
         config = {**_usual(), **config} if self.components else config
-        for component, options in self.components.items():
-            differing = [name for name in _COMPARED if name in options]
-            differing = [name for name in differing if (options[name] or None) != (config[name] or None)]
-            if differing and (not component or len(self.components) == 1):
-                raise InputRefused(
-                    "The adapter's config and the header of its weights disagree",
-                    where=f"{self.file}: {KEY}",
-                    expected=", ".join(f"{name} = {config[name]!r}" for name in differing),
-                    found=", ".join(f"{name} = {options[name]!r}" for name in differing),
-                    next_step="keep the pair of files that one training saved",
-                )
+        differing = {
+            component: [
+                name for name in _COMPARED if name in options and (options[name] or None) != (config[name] or None)
+            ]
+            for component, options in self.components.items()
+        }
+        if not differing or not all(differing.values()):
+            return
+        names = dict.fromkeys(name for found in differing.values() for name in found)
+        several = len(differing) > 1
+        raise InputRefused(
+            "The adapter's config and the header of its weights disagree",
+            where=f"{self.file}: {KEY}",
+            expected=", ".join(f"{name} = {config[name]!r}" for name in names),
+            found=", ".join(
+                f"{component + '.' if several and component else ''}{name} = {self.components[component][name]!r}"
+                for component, found in differing.items()
+                for name in found
+            ),
+            next_step="keep the pair of files that one training saved",
+        )
 
 
 def _usual() -> Mapping[str, object]:

@@ -142,3 +142,23 @@ def test_kohya_s_header_says_nothing_of_pairs_with_an_alpha_of_their_own(dim, ba
     assert scales(bases, written(tmp_path / "stored", said, alpha=12.0)) == pytest.approx({QUERY: 3, VALUE: 3})
     with pytest.raises(InputRefused, match="is no number" if dim == "Dynamic" else "do not fit its tensors"):
         scales(bases, written(tmp_path / "silent", said))
+
+
+@pytest.mark.parametrize("ranks", [{"a.rank_pattern": {}, "b.rank_pattern": {"q_proj": 2}}, {}])
+def test_of_several_components_one_must_have_the_config_s_options(ranks):
+    options = {"a.r": 4, "a.lora_alpha": 16, "b.r": 4, "b.lora_alpha": 8} | ranks
+    header(options).require_agreement({"r": 4, "lora_alpha": 16})
+    with pytest.raises(InputRefused, match="the header of its weights disagree") as refused:
+        header(options).require_agreement({"r": 4, "lora_alpha": 32})
+    assert refused.value.expected.startswith("lora_alpha = 32")
+    assert refused.value.found.startswith("a.lora_alpha = 16, b.lora_alpha = 8")
+
+
+def test_patterns_of_a_component_are_read():
+    options = {"te.r": 4, "te.lora_alpha": 16, "te.alpha_pattern": {"query": 2}, "te.rank_pattern": {"value": 2}}
+    both = header(options | {"unet.r": 8, "unet.lora_alpha": 1})
+    assert both.alpha("te.layer.0.query", 4, has_own=False) == 2
+    assert both.alpha("te.layer.0.value", 2, has_own=False) == 16
+    assert both.alpha("unet.query", 8, has_own=False) == 1
+    with pytest.raises(InputRefused, match="do not fit its tensors"):
+        both.alpha("te.layer.0.value", 4, has_own=False)
