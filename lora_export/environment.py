@@ -31,15 +31,20 @@ def environment(provider: str, reason: str, settings: dict[str, str]) -> Environ
     )
 
 
-# Of the weights' bytes: the export's session (1 ×), and the reference at its dtype and a wider one (1 × + 2 ×) twice,
-# as one adapter's is there until the next one's is.
-_MEMORY_OF_A_PRECISE_REFERENCE = 7
+# Of the weights' bytes: the export's session (1 ×, and once more while it packs them), the reference at its dtype
+# (1 ×), and that at a wider one (2 ×).
+_MEMORY, _MEMORY_OF_A_PRECISE_REFERENCE = 3, 2
+
+
+def memory_of_references(manifest: Manifest, folder: Path, *, precisely: bool) -> int:
+    """Bytes that a check's session and references need, `precisely` with one at a wider dtype."""
+    weights = sum((folder / name).stat().st_size for name in manifest.graph_files)
+    return weights * (_MEMORY + (_MEMORY_OF_A_PRECISE_REFERENCE if precisely else 0))
 
 
 def lack_of_memory(manifest: Manifest, folder: Path) -> str | None:
     """Why the reference cannot also run at a wider dtype, a sentence; None if the memory suffices or is unknown."""
-    weights = sum((folder / name).stat().st_size for name in manifest.graph_files)
-    needed, free = _MEMORY_OF_A_PRECISE_REFERENCE * weights, _available_memory()
+    needed, free = memory_of_references(manifest, folder, precisely=True), _available_memory()
     if free is None or needed <= free:
         return None
     return (

@@ -24,7 +24,7 @@ from lora_export.carried import copy_carried
 from lora_export.check.context import CheckOptions, CheckRequest
 from lora_export.check.inputs.examples import read_examples
 from lora_export.check.results import CheckReport
-from lora_export.check.run import begin_check, run_cases
+from lora_export.check.run import Check, begin_check, run_cases
 from lora_export.contract import SINGLE
 from lora_export.export.contracts import contract_of
 from lora_export.export.genai import write_genai_config
@@ -168,13 +168,44 @@ def check(
     options: CheckOptions = CheckOptions(),  # noqa: B008 a value that does not change
     *,
     progress: Progress = silent,
+    remark: Remark = mute,
 ) -> tuple[CheckReport, dict[str, Path]]:
     """Compare the export in `folder` with unmerged PEFT; the report, and the files it was written to.
+
+    Args:
+        remark: Told what will be compared, before it is.
 
     Raises:
         LoraExportError: The export, its base or an adapter cannot be used; a failed gate is a result, not an error.
             What was compared before anything is raised is written as a partial report.
     """
+    running = _begun(folder, overrides, options)
+    for sentence in running.described:
+        remark(sentence)
+
+    def write(stopped: str | None = None) -> tuple[CheckReport, dict[str, Path]]:
+        report, reports = running.report(stopped), folder / REPORTS
+        return report, write_reports(report, reports) | write_reproduction(running.reproduction, reports)
+
+    with written_if_stopped(write, lambda: bool(running.examination.cases)):
+        run_cases(running, progress)
+    return write()
+
+
+def plan_check(
+    folder: Path,
+    overrides: SourceOverrides = _NOT_MOVED,
+    options: CheckOptions = CheckOptions(),  # noqa: B008 a value that does not change
+) -> tuple[str, ...]:
+    """What `check` would compare, a sentence each; nothing is compared and nothing written.
+
+    Raises:
+        LoraExportError: As `check`, before its first comparison.
+    """
+    return _begun(folder, overrides, options).described
+
+
+def _begun(folder: Path, overrides: SourceOverrides, options: CheckOptions) -> Check:
     manifest = read_manifest(folder)
     base, adapters = locate_sources(manifest, overrides)
     for name in filter(None, options.data):
@@ -189,15 +220,7 @@ def check(
         merged=options.merged,
         tolerances=options.tolerances,
     )
-    running = begin_check(request)
-
-    def write(stopped: str | None = None) -> tuple[CheckReport, dict[str, Path]]:
-        report, reports = running.report(stopped), folder / REPORTS
-        return report, write_reports(report, reports) | write_reproduction(running.reproduction, reports)
-
-    with written_if_stopped(write, lambda: bool(running.examination.cases)):
-        run_cases(running, progress)
-    return write()
+    return begin_check(request)
 
 
 def bench(

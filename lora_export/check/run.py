@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from lora_export.artifact import AdapterRecord, ExportKind, Manifest
+from lora_export.artifact import AdapterRecord, ExportKind, Manifest, read_manifest
 from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.check.cases.decoding import decoding_cases
 from lora_export.check.cases.examination import Examination, Examined
-from lora_export.check.cases.mixed_rows import merged_against_dynamic, row_cases, sequence_case
+from lora_export.check.cases.mixed_rows import (
+    merged_against_dynamic,
+    require_same_adapters,
+    row_cases,
+    sequence_case,
+)
 from lora_export.check.cases.seq2seq import seq2seq_decoding_cases
 from lora_export.check.cases.side_outputs import side_output_cases
 from lora_export.check.context import CheckContext, CheckRequest, main_of, main_outputs, run_reference
@@ -26,7 +31,7 @@ from lora_export.check.locate.probes import with_feeds, worst_probes
 from lora_export.check.locate.where import Where
 from lora_export.check.results import CheckReport
 from lora_export.contract import AdapterInputKind
-from lora_export.environment import environment, lack_of_memory, subject
+from lora_export.environment import environment, lack_of_memory, memory_of_references, subject
 from lora_export.errors import UsageProblem
 from lora_export.runtime.arrays import run_arrays
 from lora_export.runtime.seq2seq_session import open_export
@@ -44,6 +49,7 @@ class Check:
     Attributes:
         data: Examples by adapter name; the key None serves all others.
         started: When, by `time.monotonic`.
+        n_bytes: What session and references need.
     """
 
     examination: Examination
@@ -51,11 +57,28 @@ class Check:
     data: Mapping[str | None, Examples]
     environment: Environment
     started: float
+    n_bytes: int
 
     @property
     def reproduction(self) -> Mapping[str, bytes]:
         """The files that reproduce what failed, by name."""
         return self.examination.where.files
+
+    @property
+    def described(self) -> tuple[str, ...]:
+        """What will be compared, a sentence each."""
+        context = self.examination.context
+        names = [record.name for record in context.session.manifest.adapters]
+        inputs = [f"on {examples.description}" + (f" ({name})" if name else "") for name, examples in self.data.items()]
+        wider = "and a wider dtype " if context.with_precise else ""
+        positions = sum(_n_positions(batch) for batches in context.own.values() for batch in batches)
+        return (
+            f"compares {', '.join(names) or 'the base'} with unmerged PEFT at {context.session.manifest.dtype} "
+            f"{wider}on {context.session.provider}",
+            *(inputs or [f"on {self.batcher.noise_description}"]),
+            f"{positions} positions; about {self.n_bytes / 1e9:.1f} GB beside the libraries",
+            *self.examination.skipped,
+        )
 
     def report(self, stopped: str | None = None) -> CheckReport:
         """What was found; `stopped` says what ended the check before its last case."""
@@ -75,6 +98,10 @@ class Check:
         )
 
 
+def _n_positions(batch: Batch) -> int:
+    return len(batch.labels) if batch.real is None else int(batch.real.sum())
+
+
 def begin_check(request: CheckRequest) -> Check:
     """Open the export and read its inputs; nothing is compared yet.
 
@@ -90,6 +117,8 @@ def begin_check(request: CheckRequest) -> Check:
             where=str(request.folder),
             next_step="name the dynamic export first: lora-export check DYNAMIC --merged MERGED",
         )
+    if request.merged is not None:
+        require_same_adapters(manifest, read_manifest(request.merged), request.merged)
     prepared = prepare(request.folder, manifest, request.data)
     limits = tolerances(manifest.dtype, session.provider, request.tolerances)
     lack = lack_of_memory(manifest, request.folder)
@@ -103,8 +132,9 @@ def begin_check(request: CheckRequest) -> Check:
         if record.other_base is not None
     ]
     examination = Examination(context, where, skipped=unknown if lack is None else [*unknown, lack])
+    n_bytes = memory_of_references(manifest, request.folder, precisely=lack is None)
     seen = environment(session.provider, session.provider_reason, {})
-    return Check(examination, prepared.batcher, prepared.data, seen, started)
+    return Check(examination, prepared.batcher, prepared.data, seen, started, n_bytes)
 
 
 def _mixed_batch(batcher: AnyBatcher, data: Mapping[str | None, Examples], manifest: Manifest) -> Batch:
@@ -159,18 +189,12 @@ def _dynamic_cases(check: Check, progress: Progress) -> None:
     has_own_head = all(entry.base_has_default for entry in inputs if entry.kind is AdapterInputKind.WEIGHT)
     for done, record in enumerate(records):
         progress("checking", done, len(records) + 1)
-        examined = Examined(record.name, record.name, context.reference([record.name], record.n_labels), (record,))
-        batches = context.own.get(record.name) or context.own[None]
-        examination.judge_alone(examined, [with_invocation(batch, record.invocation_tokens) for batch in batches])
-        alone[record.name] = run_reference(examined.reference, [context.mixed], precisely=True)
-        _further_cases(check, examined)
-        if not has_own_head and done == 0:
-            _body_case(examination, examined, record)
+        alone[record.name] = _adapter_cases(check, record, with_body=not has_own_head and done == 0)
     progress("checking", len(records), len(records) + 1)
     if has_own_head:
         base = Examined("base", None, context.reference([], None))
-        alone[None] = run_reference(base.reference, [context.mixed], precisely=True)
-        examination.judge_alone(base, context.own[None])
+        expected = examination.judge_alone(base, context.own[None])
+        alone[None] = _mixed_of(context, base, context.own[None], expected)
         side_output_cases(examination, base)
     else:
         examination.skipped.append(
@@ -182,6 +206,28 @@ def _dynamic_cases(check: Check, progress: Progress) -> None:
         merged_against_dynamic(examination)
     else:
         examination.skipped.append("Merged against dynamic: no merged export was named (--merged).")
+
+
+def _adapter_cases(check: Check, record: AdapterRecord, *, with_body: bool) -> Outputs:
+    """One adapter's own cases; its reference, which is gone afterwards, over the mixed batch."""
+    examination, context = check.examination, check.examination.context
+    examined = Examined(record.name, record.name, context.reference([record.name], record.n_labels), (record,))
+    batches = context.own.get(record.name) or context.own[None]
+    batches = [with_invocation(batch, record.invocation_tokens) for batch in batches]
+    expected = examination.judge_alone(examined, batches)
+    alone = _mixed_of(context, examined, batches, expected)
+    _further_cases(check, examined)
+    if with_body:
+        _body_case(examination, examined, record)
+    return alone
+
+
+def _mixed_of(context: CheckContext, examined: Examined, batches: Sequence[Batch], expected: Outputs) -> Outputs:
+    """The reference over the mixed batch: as `expected` has it where that is the first of `batches`."""
+    first, mixed = batches[0].inputs, context.mixed.inputs
+    if first.keys() == mixed.keys() and all(np.array_equal(first[name], mixed[name]) for name in first):
+        return expected.first()
+    return run_reference(examined.reference, [context.mixed], precisely=True)
 
 
 def _body_case(examination: Examination, examined: Examined, record: AdapterRecord) -> None:

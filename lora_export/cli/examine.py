@@ -21,9 +21,17 @@ from lora_export.cli.output import Display, conclude, guarded
     callback=options.named_paths,
     help="Examples (for one adapter): text lines, JSON lines with text and label_id, or a folder of images; repeat.",
 )
-@click.option("--rows", "n_rows", default=128, show_default=True, help="Most rows of each data file to compare on.")
+@click.option(
+    "--rows",
+    "n_rows",
+    default=128,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Most rows of each data file to compare on.",
+)
 @options.tolerances
 @click.option("--merged", type=click.Path(path_type=Path), help="A merged export to compare this dynamic one with.")
+@click.option("--dry-run", is_flag=True, help="Say what would be compared, compare nothing.")
 @options.examine_options
 def check(
     out: Path,
@@ -31,6 +39,7 @@ def check(
     n_rows: int,
     tolerances: dict[str, float],
     merged: Path | None,
+    dry_run: bool,
     flags: options.ExamineFlags,
 ) -> None:
     """Compare the export OUT with its adapters in unmerged PEFT; exit 1 if it differs.
@@ -57,7 +66,12 @@ def check(
             provider=flags.provider, data=files_of_data, merged=merged, n_rows=n_rows, tolerances=tolerances
         )
         overrides = SourceOverrides(flags.base, adapters)
-        report, files = pipeline.check(out, overrides, how, progress=display.progress)
+        if dry_run:
+            display.result(
+                {"compared": list(pipeline.plan_check(out, overrides, how))}, lambda it: "\n".join(it["compared"])
+            )
+            return
+        report, files = pipeline.check(out, overrides, how, progress=display.progress, remark=display.say)
         conclude(report, render_check_text(report), files, display)
 
 

@@ -104,7 +104,8 @@ def _require_servable(adapter: Adapter, base: Parameters) -> None:
         "has a bias on B that is active for some tokens only (lora_bias with alora_invocation_tokens)": [
             module for module, pair in adapter.pairs.items() if gated and pair.bias is not None
         ],
-        f"was trained on a resized vocabulary ({', '.join(sorted(set(resized.values())))})": list(resized),
+        f"was trained on a resized vocabulary ({', '.join(sorted(set(resized.values())))}), so it replaces embeddings, "
+        "which are not Linear": list(resized),
         "replaces modules that are not Linear (modules_to_save, or a saved embedding)": rest,
         "adapts layers whose adapter is no pair": [
             f"{module} ({type(layer.layer).__name__})" for module, layer in adapter.layers.items()

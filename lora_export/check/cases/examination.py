@@ -86,14 +86,19 @@ class Examination:
         sides = (self.session, examined.adapter, examined.reference, batches, comparison.expected, comparison.found)
         return self.judge(comparison, lambda: worst_probes(*sides), layers_of=layers_of)
 
-    def judge_alone(self, examined: Examined, batches: Sequence[Batch]) -> ParityCase:
-        """One adapter (or sum, or the base) for all rows of `batches`, with its effect and its error by layer."""
+    def judge_alone(self, examined: Examined, batches: Sequence[Batch]) -> Outputs:
+        """One adapter (or sum, or the base) for all rows of `batches`, with its effect and its error by layer.
+
+        Returns:
+            The reference's outputs.
+        """
         expected = run_reference(examined.reference, batches, precisely=True)
         found = self.context.run(batches, examined.adapter)
         without = _without(examined, batches) if examined.records else None
         described = "PEFT, unmerged" if examined.records else "the base in PyTorch"
         comparison = Comparison(examined.label, examined.group, described, expected, found, without)
-        return self.judge_rows(comparison, examined, batches, layers_of=examined.label)
+        self.judge_rows(comparison, examined, batches, layers_of=examined.label)
+        return expected
 
 
 def _without(examined: Examined, batches: Sequence[Batch]) -> Outputs:

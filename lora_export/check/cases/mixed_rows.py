@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from lora_export.artifact import ExportKind, Manifest
 from lora_export.check.cases.examination import Examination
 from lora_export.check.context import CheckContext, run_export
 from lora_export.check.judge.compare import Comparison, Outputs
 from lora_export.check.locate.probe import Probe
 from lora_export.check.locate.probes import row_of, row_probes, whole_probe, worst_row
+from lora_export.errors import UsageProblem
 from lora_export.runtime.seq2seq_session import open_export
 
 
@@ -72,12 +75,9 @@ def sequence_case(examination: Examination) -> None:
         return
     first, last = names[0], names[-1]
     order: list[str | None] = [first, last, first, None] if len(names) > 1 else [first, None, first]
-    values, fresh = [], []
-    for name in order:
-        values.append(context.run([context.mixed], name).values[0].reshape(1, -1))
-    for name in order:
-        session = open_export(context.request.folder, context.session.provider)
-        fresh.append(run_export(session, [context.mixed], name).values[0].reshape(1, -1))
+    values = [context.run([context.mixed], name).values[0].reshape(1, -1) for name in order]
+    alone = {name: _in_a_fresh_session(context, name) for name in dict.fromkeys(order)}
+    fresh = [alone[name] for name in order]
 
     def joined(parts: list[np.ndarray]) -> Outputs:
         return Outputs("rows", (np.concatenate(parts, axis=1),), (None,))
@@ -89,6 +89,30 @@ def sequence_case(examination: Examination) -> None:
         "The same graph gives something else after other adapters than in a fresh session: what the session feeds "
         "differs, no node, so there is none to name.",
     )
+
+
+def _in_a_fresh_session(context: CheckContext, name: str | None) -> np.ndarray:
+    """The mixed batch with one adapter, in a session that is gone afterwards."""
+    session = open_export(context.request.folder, context.session.provider)
+    return run_export(session, [context.mixed], name).values[0].reshape(1, -1)
+
+
+def require_same_adapters(manifest: Manifest, merged: Manifest, folder: Path) -> None:
+    """Refuse a merged export in `folder` that a dynamic one cannot be compared with, before anything is.
+
+    Raises:
+        UsageProblem: It is not merged, or is of another task.
+        InputRefused: It holds an adapter that the dynamic export lacks.
+    """
+    if merged.kind is not ExportKind.MERGED or merged.task != manifest.task:
+        raise UsageProblem(
+            "--merged names no merged export of the same task",
+            where=str(folder),
+            expected=f"a merged export for {manifest.task}",
+            found=f"a {merged.kind} export for {merged.task}",
+        )
+    for record in merged.adapters:
+        manifest.adapter(record.name)
 
 
 def merged_against_dynamic(examination: Examination) -> None:

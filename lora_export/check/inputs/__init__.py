@@ -2,6 +2,7 @@
 
     tokenizers.py        the tokenizer, or seeded token ids
     examples.py          texts and images, from a file or from the machine
+    amount.py            how much: less of a large base
     batcher.py           rows as a graph's inputs, in padded batches
     seq2seq_examples.py  sources and targets
     prepared.py          all inputs of a check

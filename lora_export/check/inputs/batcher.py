@@ -28,6 +28,7 @@ class Batcher:
     Args:
         tokenizer: See `tokenizers.tokenizer_of`; None for the one in `folder`.
         pad_token_id: What the graph takes for padding (`Manifest.pad_token_id`); None for the tokenizer's.
+        n_tokens: Most tokens of a row.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class Batcher:
         contract: GraphContract,
         tokenizer: object = None,
         pad_token_id: int | None = None,
+        n_tokens: int = MOST_TOKENS,
     ) -> None:
         self._task, self._folder, self._pad_token_id = task, folder, pad_token_id
+        self._n_tokens = n_tokens
         self._names = [spec.name for spec in contract.inputs]
         self._signal = next((spec for spec in contract.inputs if spec.name in _SIGNALS), None)
         self._image_processor = _load_image_processor(folder) if self.takes_images else None
@@ -97,7 +100,7 @@ class Batcher:
             padding=True,
             padding_side=padding_side,
             truncation=True,
-            max_length=min(MOST_TOKENS, self.tokenizer.model_max_length),
+            max_length=min(self._n_tokens, self.tokenizer.model_max_length),
             # A tokenizer may leave them out where its config does not name them; the model then takes zeros.
             return_token_type_ids="token_type_ids" in self._names,
         )

@@ -15,7 +15,7 @@ import numpy as np
 from lora_export.errors import InputRefused
 
 SEED = 2106_09685
-_BUILT_IN_ROWS = 16
+BUILT_IN_ROWS = 16
 MOST_TOKENS = 96
 
 
@@ -98,7 +98,7 @@ def _json_example(where: str, line: str) -> Example:
         ) from error
 
 
-def built_in_examples(n_rows: int = _BUILT_IN_ROWS) -> Examples:
+def built_in_examples(n_rows: int = BUILT_IN_ROWS) -> Examples:
     """Docstrings of Python's standard library, short to long, the same on every machine with this Python."""
     texts = sorted(set(_docstrings()), key=lambda text: (len(text), text))
     strata = [texts[i * len(texts) // n_rows : (i + 1) * len(texts) // n_rows] for i in range(n_rows)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_export.artifact import Manifest
 from lora_export.base.tasks import SEQ2SEQ, Task
+from lora_export.check.inputs.amount import Amount, amount_of
 from lora_export.check.inputs.batcher import Batcher
 from lora_export.check.inputs.examples import Batch, Examples, built_in_examples
 from lora_export.check.inputs.seq2seq_examples import Seq2SeqBatcher
@@ -42,7 +43,8 @@ def prepare(folder: Path, manifest: Manifest, data: Mapping[str | None, Examples
     Raises:
         InputRefused: Texts were asked for and nothing makes tokens of them.
     """
-    batcher, rows = _batcher(folder, manifest), dict(data)
+    amount = amount_of(folder, manifest)
+    batcher, rows = _batcher(folder, manifest, amount), dict(data)
     if not batcher.takes_text:
         batches = {name: batcher.batches(examples, BATCH_SIZE) for name, examples in rows.items()}
         return Prepared(batcher, rows, {None: [batcher.noise(BATCH_SIZE)]} | batches)
@@ -53,21 +55,24 @@ def prepare(folder: Path, manifest: Manifest, data: Mapping[str | None, Examples
             where=str(folder),
             next_step="copy the tokenizer's files into this folder, or leave out --data for seeded token ids",
         )
-    usual = built_in_examples()
-    rows.setdefault(None, replace(usual, description=f"{len(usual.rows)} rows of {SEEDED}") if is_seeded else usual)
+    rows = {name: amount.of_file(examples) for name, examples in rows.items()}
+    usual = built_in_examples(amount.n_rows)
+    if is_seeded:
+        usual = replace(usual, description=f"{len(usual.rows)} rows of {SEEDED}")
+    rows.setdefault(None, amount.described(usual))
     batches = {name: batcher.batches(examples, BATCH_SIZE) for name, examples in rows.items()}
     for record in manifest.adapters:
         if record.preprocessing not in (None, ".") and has_tokenizer(folder / record.preprocessing):
             examples = rows.get(record.name, rows[None])
-            batches[record.name] = _batcher(folder, manifest, record.name).batches(examples, BATCH_SIZE)
+            batches[record.name] = _batcher(folder, manifest, amount, record.name).batches(examples, BATCH_SIZE)
     return Prepared(batcher, rows, batches)
 
 
-def _batcher(folder: Path, manifest: Manifest, adapter: str | None = None) -> AnyBatcher:
+def _batcher(folder: Path, manifest: Manifest, amount: Amount, adapter: str | None = None) -> AnyBatcher:
     task = Task(manifest.task)
     graph = manifest.graphs[ENCODER] if task in SEQ2SEQ else manifest.contract
     takes_text = any(spec.name == "input_ids" for spec in graph.inputs)
     tokenizer = tokenizer_of(folder, manifest, adapter) if takes_text else None
     if task in SEQ2SEQ:
-        return Seq2SeqBatcher(folder, manifest, tokenizer)
-    return Batcher(folder, task, manifest.contract, tokenizer, manifest.pad_token_id)
+        return Seq2SeqBatcher(folder, manifest, tokenizer, amount.n_tokens)
+    return Batcher(folder, task, manifest.contract, tokenizer, manifest.pad_token_id, amount.n_tokens)

@@ -30,13 +30,13 @@ class Seq2SeqBatcher:
 
     noise_description = "seeded noise in the shape of spectrograms, decoded at seeded tokens"
 
-    def __init__(self, folder: Path, manifest: Manifest, tokenizer: object = None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, tokenizer: object = None, n_tokens: int = MOST_TOKENS) -> None:
         self._folder = folder
         specs = {spec.name: spec for spec in manifest.graphs[ENCODER].inputs}
         self._features = specs.get("input_features")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         longest = config.get("max_position_embeddings") or config.get("max_target_positions") or MOST_TOKENS
-        self._most_source, self._most_targets = min(MOST_TOKENS, longest), min(_MOST_TARGETS, longest)
+        self._most_source, self._most_targets = min(n_tokens, longest), min(_MOST_TARGETS, n_tokens, longest)
         self._vocabulary = config["vocab_size"]
         starts = (config.get(f"{name}_token_id") for name in ("decoder_start", "bos", "pad"))
         self.start_id: int = next((token for token in starts if token is not None), 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,6 +37,11 @@ class Outputs:
     @property
     def n_rows(self) -> int:
         return sum(len(value) for value in self.values)
+
+    def first(self) -> Outputs:
+        """Those of the first batch."""
+        each = ("values", "real", "labels", "targets", "precise")
+        return replace(self, **{name: getattr(self, name)[:1] for name in each})
 
     def positions(self) -> np.ndarray:
         """All real positions, `[positions, n]`, float64."""
