@@ -87,7 +87,10 @@ def check(
 )
 @click.option("--blocks", default=30, show_default=True, type=click.IntRange(min=6), help="Paired blocks a workload.")
 @click.option(
-    "--max-ratio", type=float, help="Allowed latency relative to the base, where the budget says nothing of it."
+    "--max-ratio",
+    metavar="RATIO",
+    callback=options.parse_ratio,
+    help="Allowed latency relative to the base, where the budget says nothing of it.",
 )
 @click.option(
     "--budget",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -86,10 +87,26 @@ def parse_limits(context: click.Context, option: click.Parameter, values: tuple[
     for value in values:
         measure, _, limit = value.partition("=")
         try:
-            found[measure] = float(limit)
+            found[measure] = _limit(limit)
         except ValueError:
             raise click.BadParameter(f"{value!r} is not MEASURE=LIMIT, such as top1=0.98") from None
     return found
+
+
+def _limit(text: str) -> float:
+    """A number that something can be above: NaN would let everything pass."""
+    number = float(text)
+    if math.isnan(number) or number < 0:
+        raise ValueError
+    return number
+
+
+def parse_ratio(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    """A ratio of latencies."""
+    try:
+        return None if value is None else _limit(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no ratio, such as 1.10", context, option) from None
 
 
 tolerances = click.option(
