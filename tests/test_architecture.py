@@ -114,3 +114,20 @@ def test_every_room_says_what_it_imports(room):
     text = " ".join(ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))).split())
     said = re.search(r"Imports ([^.]*(?:\.[a-z_]+[^.]*)*)\.$", text)[1]
     assert set(said.split(", ")) - {"nothing of this package"} == imported_by(room)
+
+
+# The rooms whose functions take at most three arguments by position.
+KEYWORD_ONLY = ("bench", "check", "extract", "integrity", "report")
+BY_TORCH = "__torch_dispatch__"  # called by torch
+
+
+@pytest.mark.parametrize("room", KEYWORD_ONLY)
+def test_more_than_three_arguments_are_given_by_name(room):
+    found = []
+    for path in sorted((PACKAGE / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name != BY_TORCH:
+                names = [each.arg for each in (*node.args.posonlyargs, *node.args.args)]
+                if len([name for name in names if name not in ("self", "cls")]) > 3:
+                    found.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}")
+    assert found == []

@@ -104,7 +104,7 @@ def one_run(folder: Path, number: int, shares: Mapping[str, float], blocks: int)
     else:
         openers = dict.fromkeys((_BASE, _EQUAL), partial(AdapterSession, folder, "cpu", stop_spinning=True))
     vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    inputs = workload_inputs(read_manifest(folder).graphs, vocabulary, *_SHAPE)
+    inputs = workload_inputs(read_manifest(folder).graphs, vocabulary, _SHAPE)
     candidates = [Candidate(name, name, name) for name in openers]
     comparisons = [Comparison(name, _BASE, _ALLOWANCE) for name in openers if name != _BASE]
     race = Race(_SHAPE, dict.fromkeys(openers, inputs), candidates, comparisons)

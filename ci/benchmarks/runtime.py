@@ -107,7 +107,7 @@ def measure_case(case: Case, folders: dict[str, Path], blocks: int) -> list[Work
     for shape in case.shapes:
         found = candidates(manifest, shape[0])
         found.insert(1, Candidate("base again", "another session of the same graph: the noise", "base again"))
-        inputs = workload_inputs(manifest.graphs, vocabulary, *shape)
+        inputs = workload_inputs(manifest.graphs, vocabulary, shape)
         races.append(Race(shape, dict.fromkeys(openers, inputs), found, compared_with_base(found, {})))
 
     def progress(block: int, total: int) -> None:

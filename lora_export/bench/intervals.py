@@ -34,11 +34,11 @@ def paired_ratio(variant: Variant, base: Variant, allowance: float | None) -> Ra
         confidence,
         tuple(ratios),
         allowance,
-        _judged(low, high, confidence, allowance),
+        _judged(low, high, confidence, allowance=allowance),
     )
 
 
-def _judged(low: float, high: float, confidence: float, allowance: float | None) -> Verdict:
+def _judged(low: float, high: float, confidence: float, *, allowance: float | None) -> Verdict:
     """As `verdict`; undecided where there are too few blocks for an interval of 95 %, in a bench that was stopped."""
     found = verdict(low, high, allowance)
     return Verdict.AMBIGUOUS if allowance is not None and confidence < CONFIDENCE else found

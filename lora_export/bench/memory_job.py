@@ -45,7 +45,7 @@ def main() -> None:
     job = MemoryJob(**json.loads(sys.stdin.readline()))
     folder = Path(job.folder)
     graphs = read_manifest(folder).graphs
-    work = [(workload_inputs(graphs, job.vocabulary, *shape), adapters) for shape, adapters in job.runs]
+    work = [(workload_inputs(graphs, job.vocabulary, shape), adapters) for shape, adapters in job.runs]
     _say(READY)
     session = open_export(folder, job.provider, stop_spinning=True)
     for inputs, adapters in work:

@@ -92,14 +92,17 @@ def plan_bench(folder: Path, options: BenchOptions) -> BenchPlan:
     manifest = read_manifest(folder)
     other = None if options.against is None else read_manifest(options.against)
     if other is not None:
-        _require_comparable(folder, manifest, options.against, other)
+        _require_comparable(folder, manifest, options.against, other=other)
     budget = Budget(max_ratio=options.max_ratio)
     if options.budget is not None:
         budget = read_budget(options.budget, options.max_ratio)
     shapes = options.shapes or _USUAL_SHAPES.get(Task(manifest.task), _USUAL_TEXT_SHAPES)
     _require_runnable(shapes, *(each for each in (manifest, other) if each is not None))
     lengths = {(n, length, past): (n, source_length(manifest.graphs, length), past) for n, length, past in shapes}
-    races = tuple(_planned(manifest, options.against, other, budget, asked, shape) for asked, shape in lengths.items())
+    races = tuple(
+        _planned(manifest, options.against, other, budget=budget, asked=asked, shape=shape)
+        for asked, shape in lengths.items()
+    )
     _require_matches(budget, manifest, dict(zip(lengths, races, strict=True)))
     vocabulary = min(_vocabulary(path) for path in (folder, options.against) if path is not None)
     return BenchPlan(folder, manifest, other, options, budget, vocabulary, races)
@@ -165,7 +168,7 @@ def compared_with_base(found: Sequence[Candidate], allow: Mapping[str, float | N
 
 
 def _planned(
-    manifest: Manifest, against: Path | None, other: Manifest | None, budget: Budget, asked: Shape, shape: Shape
+    manifest: Manifest, against: Path | None, other: Manifest | None, *, budget: Budget, asked: Shape, shape: Shape
 ) -> PlannedRace:
     """`asked` is the shape as the user and the budget name it."""
     found = candidates(manifest, shape[0])
@@ -193,7 +196,7 @@ def _other_candidate(served: Sequence[str], against: Path, other: Manifest) -> C
     return Candidate(AGAINST, f"{against}: {name} for every row", AGAINST, name)
 
 
-def _require_comparable(folder: Path, manifest: Manifest, against: Path, other: Manifest) -> None:
+def _require_comparable(folder: Path, manifest: Manifest, against: Path, *, other: Manifest) -> None:
     def inputs(of: Manifest) -> dict[str, list[str]]:
         return {graph: sorted(spec.name for spec in contract.inputs) for graph, contract in of.graphs.items()}
 
@@ -218,7 +221,7 @@ def _require_matches(budget: Budget, manifest: Manifest, races: Mapping[Shape, P
     def ratios(race: PlannedRace) -> list[str]:
         return [AGAINST if each.reference == AGAINST else each.variant for each in race.comparisons]
 
-    def refuse_unknown(names: Mapping[str, float], known: Sequence[str], part: str, what: str) -> None:
+    def refuse_unknown(names: Mapping[str, float], known: Sequence[str], part: str, *, what: str) -> None:
         unknown = [name for name in names if name not in known]
         if unknown:
             raise InputRefused(
@@ -230,14 +233,14 @@ def _require_matches(budget: Budget, manifest: Manifest, races: Mapping[Shape, P
                 + (" (or give --against FOLDER)" if unknown[0] == AGAINST else ""),
             )
 
-    refuse_unknown(budget.ratios, [name for race in races.values() for name in ratios(race)], "ratio", "a variant")
+    refuse_unknown(budget.ratios, [name for race in races.values() for name in ratios(race)], "ratio", what="a variant")
     known = {shape_text(shape): race for shape, race in races.items()}
-    refuse_unknown({shape_text(shape): 0 for shape in budget.shape_ratios}, list(known), "ratio", "a shape")
+    refuse_unknown({shape_text(shape): 0 for shape in budget.shape_ratios}, list(known), "ratio", what="a shape")
     for shape, table in budget.shape_ratios.items():
-        refuse_unknown(table, ratios(races[shape]), f'ratio."{shape_text(shape)}"', "a variant")
+        refuse_unknown(table, ratios(races[shape]), f'ratio."{shape_text(shape)}"', what="a variant")
     swaps = ("bound", "loaded") if manifest.kind is ExportKind.DYNAMIC and len(manifest.adapters) > 1 else ()
-    refuse_unknown(budget.swap_us, swaps, "swap_us", "a swap")
+    refuse_unknown(budget.swap_us, swaps, "swap_us", what="a swap")
     variants = [each.name for race in races.values() for each in race.candidates]
     for place, table in budget.memory_mb.items():
         part = "memory_mb" if place == "process" else "device_memory_mb"
-        refuse_unknown(table, variants, part, "the memory of a variant")
+        refuse_unknown(table, variants, part, what="the memory of a variant")

@@ -108,7 +108,7 @@ def run_measurements(bench: Bench, progress: Progress) -> None:
         if name == EXPORT and plan.manifest.kind is ExportKind.DYNAMIC:
             bench.swaps = measure_swap(session, plan.races[-1].shape[0], plan.budget)
         del session
-    bench.memory_notes = measure_memory(plan, bench.folders, bench.provider, progress, bench.memory)
+    bench.memory_notes = measure_memory(plan, bench.folders, bench.provider, progress=progress, found=bench.memory)
     openers = {name: partial(bench.open, name) for name in bench.sessions}
     races = [race for race, _ in bench.timings.by_race]
     show = partial(progress, "timing")
@@ -122,12 +122,12 @@ def _race(plan: BenchPlan, race: PlannedRace) -> Race:
     inputs = {}
     for session in dict.fromkeys(candidate.session for candidate in race.candidates):
         graphs = plan.manifest_of(session).graphs
-        inputs[session] = workload_inputs(graphs, plan.vocabulary, batch, source_length(graphs, sequence), past)
+        inputs[session] = workload_inputs(graphs, plan.vocabulary, (batch, source_length(graphs, sequence), past))
     return Race(race.shape, inputs, race.candidates, race.comparisons)
 
 
 def measure_memory(
-    plan: BenchPlan, folders: Mapping[str, Path], provider: str, progress: Progress, found: list[Memory]
+    plan: BenchPlan, folders: Mapping[str, Path], provider: str, *, progress: Progress, found: list[Memory]
 ) -> tuple[str, ...]:
     """Add the peaks of one session of each variant, judged, to `found`; a note where there is none to be had.
 

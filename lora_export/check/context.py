@@ -96,7 +96,7 @@ class CheckContext:
         ]
         manifest = self.session.manifest
         how = {"with_precise": self.with_precise, "pad_token_id": manifest.pad_token_id}
-        return Reference(self.task, self.request.base, adapters, manifest.dtype, n_labels, **how)
+        return Reference(self.task, self.request.base, adapters, dtype=manifest.dtype, n_labels=n_labels, **how)
 
 
 # What the rows of a batch are compared by: the first of these that a model gives; of a dual encoder, two embeddings; of

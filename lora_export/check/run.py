@@ -174,9 +174,9 @@ def _further_cases(check: Check, examined: Examined) -> None:
     """What only a decoder does; of other tasks, what the graph gives beside its main output."""
     task = check.examination.context.task
     if task is Task.TEXT_GENERATION:
-        decoding_cases(check.examination, examined, check.batcher, check.data[None])
+        decoding_cases(check.examination, examined, check.batcher, examples=check.data[None])
     elif task in SEQ2SEQ:
-        seq2seq_decoding_cases(check.examination, examined, check.batcher, check.data.get(None))
+        seq2seq_decoding_cases(check.examination, examined, check.batcher, examples=check.data.get(None))
     else:
         side_output_cases(check.examination, examined)
 
@@ -194,7 +194,7 @@ def _dynamic_cases(check: Check, progress: Progress) -> None:
     if has_own_head:
         base = Examined("base", None, context.reference([], None))
         expected = examination.judge_alone(base, context.own[None])
-        alone[None] = _mixed_of(context, base, context.own[None], expected)
+        alone[None] = _mixed_of(context, base, context.own[None], expected=expected)
         side_output_cases(examination, base)
     else:
         examination.skipped.append(
@@ -215,14 +215,14 @@ def _adapter_cases(check: Check, record: AdapterRecord, *, with_body: bool) -> O
     batches = context.own.get(record.name) or context.own[None]
     batches = [with_invocation(batch, record.invocation_tokens) for batch in batches]
     expected = examination.judge_alone(examined, batches)
-    alone = _mixed_of(context, examined, batches, expected)
+    alone = _mixed_of(context, examined, batches, expected=expected)
     _further_cases(check, examined)
     if with_body:
         _body_case(examination, examined, record)
     return alone
 
 
-def _mixed_of(context: CheckContext, examined: Examined, batches: Sequence[Batch], expected: Outputs) -> Outputs:
+def _mixed_of(context: CheckContext, examined: Examined, batches: Sequence[Batch], *, expected: Outputs) -> Outputs:
     """The reference over the mixed batch: as `expected` has it where that is the first of `batches`."""
     first, mixed = batches[0].inputs, context.mixed.inputs
     if first.keys() == mixed.keys() and all(np.array_equal(first[name], mixed[name]) for name in first):
@@ -243,7 +243,7 @@ def _body_case(examination: Examination, examined: Examined, record: AdapterReco
         return batch.inputs | {key: value for key, value in stacked.items() if key in heads}
 
     def probes() -> list[Probe]:
-        probe = next(worst_probes(session, record.name, reference, batches, expected, found))
+        probe = next(worst_probes(session, record.name, reference, batches=batches, expected=expected, found=found))
         only_head = {key: array for key, array in probe.runs[0].feeds.items() if key in heads | probe.inputs.keys()}
         return [with_feeds(probe, only_head)]
 

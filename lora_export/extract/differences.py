@@ -113,7 +113,7 @@ def open_checkpoints(base: Checkpoint, tuned: Checkpoint, task: Task) -> Checkpo
     """
     _ = base.dtype, tuned.dtype  # quantized ones are refused
     config, base_config = tuned.load_config(), base.load_config()
-    _require_same_config(base_config, config, task, base, tuned)
+    _require_same_config(base_config, config, task, base=base, tuned=tuned)
     model = build_weightless(task, config, "float32")
     heads = frozenset(path for path in model.state_dict() if _is_head(path, task, model))
     try:
@@ -135,7 +135,7 @@ def _is_head(path: str, task: Task, model: torch.nn.Module) -> bool:
     return task in HEADED and not path.startswith(f"{model.base_model_prefix}.")
 
 
-def _require_same_config(base_config, config, task: Task, base: Checkpoint, tuned: Checkpoint) -> None:
+def _require_same_config(base_config, config, task: Task, *, base: Checkpoint, tuned: Checkpoint) -> None:
     if type(base_config) is not type(config):
         raise InputRefused(
             "The fine-tune is of another architecture than the base",

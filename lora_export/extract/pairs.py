@@ -22,10 +22,10 @@ def write_pairs(
     checkpoints: Checkpoints,
     placement: Placement,
     biases: Collection[str],
+    *,
     choice: RankChoice,
     file: TensorFile,
     progress: Callable[[int, int], None],
-    *,
     exact: bool,
 ) -> dict[str, ModuleResult]:
     """Decompose and write every pair of `placement`; results of those whose weight differs, by module.
@@ -42,18 +42,18 @@ def write_pairs(
         if plan.weight is None:
             a, b = torch.zeros(1, plan.shape[1]), torch.zeros(plan.shape[0], 1)
         else:
-            factored = tied.get(plan.weight) or _factor(checkpoints, plan, choice, exact)
+            factored = tied.get(plan.weight) or _factor(checkpoints, plan, choice, exact=exact)
             tied |= {alias: factored for alias in checkpoints.aliases[plan.weight] if alias != plan.weight}
             result, a, b = factored
             kind = DifferenceKind.EMBEDDING if plan.is_embedding else DifferenceKind.LINEAR
             results[plan.module] = replace(result, module=plan.module, kind=kind)
         bias = _bias_delta(checkpoints, plan, biases) if placement.has_bias else None
-        for name, tensor in pair_tensors(plan, a, b, bias).items():
+        for name, tensor in pair_tensors(plan, a, b, bias=bias).items():
             file.add(name, tensor)
     return results
 
 
-def _factor(checkpoints: Checkpoints, plan: PairPlan, choice: RankChoice, exact: bool) -> _Factored:
+def _factor(checkpoints: Checkpoints, plan: PairPlan, choice: RankChoice, *, exact: bool) -> _Factored:
     delta = checkpoints.delta(plan.weight)
     spectrum, rank = decompose(delta, choice, exact=exact)
     a, b = spectrum.factors(rank)

@@ -54,7 +54,7 @@ class TensorFile:
 
 
 def pair_tensors(
-    plan: PairPlan, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None
+    plan: PairPlan, a: torch.Tensor, b: torch.Tensor, *, bias: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     """The tensors of one pair by PEFT's keys, from `ΔW = B·A` in the layout of the stored weight."""
     if plan.transposed:
@@ -70,6 +70,7 @@ def write_config(
     folder: Path,
     placement: Placement,
     ranks: Mapping[str, int],
+    *,
     modules: Iterable[str],
     base: str,
     task_type: str | None,

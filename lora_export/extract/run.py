@@ -132,7 +132,9 @@ def run_extract(
         hashed = hashing.submit(lambda: {"base": _hashes(checkpoints.base), "fine-tune": _hashes(checkpoints.tuned)})
         file = TensorFile(folder / WEIGHTS)
         meter = partial(progress, "decomposing differences")
-        results = write_pairs(checkpoints, placement, biases, request.choice, file, meter, exact=request.exact)
+        results = write_pairs(
+            checkpoints, placement, biases, choice=request.choice, file=file, progress=meter, exact=request.exact
+        )
         wholes = write_wholes(checkpoints, placement, file)
         file.close()
         ranks = {plan.module: results[plan.module].rank if plan.weight else 1 for plan in placement.pairs}
@@ -141,9 +143,9 @@ def run_extract(
             folder,
             placement,
             ranks,
-            modules,
-            local_path(checkpoints.base.located.given),
-            peft_task_type(checkpoints.task),
+            modules=modules,
+            base=local_path(checkpoints.base.located.given),
+            task_type=peft_task_type(checkpoints.task),
         )
         _carry(checkpoints, folder)
         report = ExtractReport(

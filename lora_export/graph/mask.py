@@ -39,35 +39,6 @@ class CausalMask:
         return attended & (attention_mask[:, None, :] != 0)
 
 
-class MaskEvaluator:
-    """Runs the nodes of `graph` that compute `mask` on given attention masks."""
-
-    def __init__(self, graph: ir.Graph, mask: ir.Value) -> None:
-        inputs = [value for value in _read_by(mask) if value.producer() is None]
-        if any(value not in graph.inputs for value in inputs):
-            raise ValueError(f"{mask.name} reads a weight")
-        part = extract(graph, inputs, [mask])
-        model = ir.Model(part, ir_version=10)
-        model.opset_imports.update(graph.opset_imports)
-        self._inputs = tuple(part.inputs)
-        self._evaluator = ReferenceEvaluator(ir.to_proto(model))
-
-    def __call__(self, attention_mask: np.ndarray, new: int) -> np.ndarray | None:
-        """`[batch, 1, new, total]`, or as the mask computes it; None if its nodes cannot be run here."""
-        batch, total = attention_mask.shape
-        sizes = {"batch_size": batch, "sequence_length": new, "past_sequence_length": total - new}
-        feeds = {}
-        for value in self._inputs:
-            dims = [dim if isinstance(dim, int) else sizes.get(str(dim.value), total) for dim in value.shape]
-            feeds[value.name] = np.zeros(dims, value.dtype.numpy())
-        feeds |= {name: attention_mask for name in feeds if name == "attention_mask"}
-        try:
-            (found,) = self._evaluator.run(None, feeds)
-        except _CANNOT_RUN:
-            return None
-        return found
-
-
 def causal_mask(graph: ir.Graph, mask: ir.Value, windows: tuple[int, ...]) -> CausalMask | None:
     """The causal mask that `mask` computes from the inputs of `graph`; None if it is another, or cannot be run.
 
@@ -106,12 +77,37 @@ def is_false_for_real_tokens(graph: ir.Graph, condition: ir.Value) -> bool:
 
 
 def _evaluator(graph: ir.Graph, value: ir.Value) -> Callable[[np.ndarray, int], np.ndarray | None] | None:
-    if any(node.domain for node in {each.producer() for each in _read_by(value)} - {None}):
+    """Runs the nodes of `graph` that compute `value`, of an attention mask `[batch, total]` and a number of new tokens.
+
+    It gives None where they cannot be run on these. None in its place: they cannot be run at all, or read a weight.
+    """
+    inputs = [each for each in _read_by(value) if each.producer() is None]
+    has_domains = any(node.domain for node in {each.producer() for each in _read_by(value)} - {None})
+    if has_domains or any(each not in graph.inputs for each in inputs):
         return None
     try:
-        return MaskEvaluator(graph, value)
+        part = extract(graph, inputs, [value])
+        model = ir.Model(part, ir_version=10)
+        model.opset_imports.update(graph.opset_imports)
+        evaluator = ReferenceEvaluator(ir.to_proto(model))
     except _CANNOT_RUN:
         return None
+
+    def evaluate(attention_mask: np.ndarray, new: int) -> np.ndarray | None:
+        batch, total = attention_mask.shape
+        sizes = {"batch_size": batch, "sequence_length": new, "past_sequence_length": total - new}
+        feeds = {}
+        for each in part.inputs:
+            dims = [dim if isinstance(dim, int) else sizes.get(str(dim.value), total) for dim in each.shape]
+            feeds[each.name] = np.zeros(dims, each.dtype.numpy())
+        feeds |= {name: attention_mask for name in feeds if name == "attention_mask"}
+        try:
+            (found,) = evaluator.run(None, feeds)
+        except _CANNOT_RUN:
+            return None
+        return found
+
+    return evaluate
 
 
 def _attention_masks(longest_window: int) -> Iterator[tuple[np.ndarray, int]]:

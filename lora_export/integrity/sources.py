@@ -32,17 +32,17 @@ def locate_sources(
     """
     for name in overrides.adapters:
         manifest.adapter(name)
-    base = locate_source(manifest.base, overrides.base, "base", "--base PATH")
+    base = locate_source(manifest.base, overrides.base, "base", hint="--base PATH")
     adapters = {}
     for record in () if only_base else manifest.adapters:
         hint = f"--adapter {record.name}=PATH"
-        path = locate_source(record.source, overrides.adapters.get(record.name), "adapter", hint)
+        path = locate_source(record.source, overrides.adapters.get(record.name), "adapter", hint=hint)
         folder = peft_folder(str(path), str(base), manifest.task)
         adapters[record.name] = folder_with_todays_names(folder, base, manifest.task)
     return base, adapters
 
 
-def locate_source(source: SourceRecord, override: str | None, kind: str, hint: str) -> Path:
+def locate_source(source: SourceRecord, override: str | None, kind: str, *, hint: str) -> Path:
     """The folder of a base or adapter (`kind`), each file of it compared with its recorded hash.
 
     Args:

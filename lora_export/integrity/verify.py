@@ -137,7 +137,7 @@ def _source_problems(manifest: Manifest, overrides: SourceOverrides) -> dict[str
     found: dict[str, Problem | None] = {}
     for name, (source, given, kind, hint) in wanted.items():
         try:
-            locate_source(source, given, kind, hint)
+            locate_source(source, given, kind, hint=hint)
             found[name] = None
         except InputRefused as error:
             parts = (error.what, error.where, error.expected, error.found, error.next_step)

@@ -45,18 +45,30 @@ def limited_figures(report: BenchReport) -> tuple[LimitedFigure, ...]:
     """All that have an allowance, in the order of the report."""
     found = [
         _limited(
-            "latency", f"{ratio_name(ratio)}, {workload.name}", ratio, ratio_sentence(ratio), ratio.median / allowance
+            "latency",
+            f"{ratio_name(ratio)}, {workload.name}",
+            ratio,
+            sentence=ratio_sentence(ratio),
+            used=ratio.median / allowance,
         )
         for workload, ratio in _ratios(report)
         if (allowance := ratio.allowance) is not None
     ]
     found += [
-        _limited("adapter swap", swap_name(swap), swap, swap_verdict_sentence(swap), swap.median_us / allowance)
+        _limited(
+            "adapter swap", swap_name(swap), swap, sentence=swap_verdict_sentence(swap), used=swap.median_us / allowance
+        )
         for swap in report.swaps
         if (allowance := swap.allowance_us) is not None
     ]
     found += [
-        _limited("memory", memory_name(memory), memory, memory_verdict_sentence(memory), memory.peak_mb / allowance)
+        _limited(
+            "memory",
+            memory_name(memory),
+            memory,
+            sentence=memory_verdict_sentence(memory),
+            used=memory.peak_mb / allowance,
+        )
         for memory in report.memory
         if (allowance := memory.allowance_mb) is not None
     ]
@@ -67,7 +79,7 @@ def _ratios(report: BenchReport) -> list[tuple[Workload, Ratio]]:
     return [(workload, ratio) for workload in report.workloads for ratio in workload.ratios]
 
 
-def _limited(kind: str, name: str, of: Ratio | Swap | Memory, sentence: str, used: float) -> LimitedFigure:
+def _limited(kind: str, name: str, of: Ratio | Swap | Memory, *, sentence: str, used: float) -> LimitedFigure:
     return LimitedFigure(kind, name, of.verdict, sentence, used)
 
 
@@ -79,7 +91,7 @@ def ratio_sentence(ratio: Ratio) -> str:
     shown = fmt.ratio(ratio.allowance)
     if ratio.verdict is Verdict.AMBIGUOUS and not ratio.low <= ratio.allowance < ratio.high:
         return f"{sentence}, of too few blocks to decide on the allowance of {shown}."
-    return _against_allowance(sentence, ratio.low, ratio.high, ratio.allowance, shown)
+    return _against_allowance(sentence, ratio.low, ratio.high, allowance=ratio.allowance, shown=shown)
 
 
 def swap_verdict_sentence(swap: Swap) -> str:
@@ -90,10 +102,10 @@ def swap_verdict_sentence(swap: Swap) -> str:
     if swap.allowance_us is None:
         return f"{sentence}."
     allowance = fmt.microseconds(swap.allowance_us)
-    return _against_allowance(sentence, swap.low_us, swap.high_us, swap.allowance_us, allowance)
+    return _against_allowance(sentence, swap.low_us, swap.high_us, allowance=swap.allowance_us, shown=allowance)
 
 
-def _against_allowance(sentence: str, low: float, high: float, allowance: float, shown: str) -> str:
+def _against_allowance(sentence: str, low: float, high: float, *, allowance: float, shown: str) -> str:
     if low > allowance:
         return f"{sentence}, wholly above the allowance of {shown}."
     if low <= allowance < high:

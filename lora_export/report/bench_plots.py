@@ -33,7 +33,7 @@ def latency_plot(workload: Workload, number: int) -> str:
         f"median. The table “Latency of {workload.name}” holds the same numbers."
     )
     title = f"Latency of {workload.name} by variant"
-    plot = Plot(f"latency-{number}", title, description, axis, "milliseconds per run")
+    plot = Plot(f"latency-{number}", title, description, axis=axis, axis_title="milliseconds per run")
     for variant in workload.variants:
         _draw_strip(plot, variant)
     return plot.markup()
@@ -53,11 +53,11 @@ def _draw_strip(plot: Plot, variant: Variant) -> None:
     if not samples:
         plot.note("no runs", y)
         return
-    plot.band(fmt.quantile(samples, 0.25), fmt.quantile(samples, 0.75), y, 18, "box")
+    plot.band(fmt.quantile(samples, 0.25), fmt.quantile(samples, 0.75), y, height=18, style="box")
     for n, sample in enumerate(thinned(samples)):
         if sample <= plot.axis.high:
-            plot.dot(sample, y + _JITTER * ((n * _GOLDEN) % 1 - 0.5), 2, "sample")
-    plot.bar(variant.median_ms, y, 22, "median")
+            plot.dot(sample, y + _JITTER * ((n * _GOLDEN) % 1 - 0.5), 2, style="sample")
+    plot.bar(variant.median_ms, y, 22, style="median")
 
 
 def thinned(samples: tuple[float, ...]) -> list[float]:
@@ -83,7 +83,7 @@ def ratio_plot(report: BenchReport) -> str:
         "The table “Latency ratios” holds the same numbers."
     )
     axis = Axis(low - margin, high + margin)
-    plot = Plot("ratios", "Latency ratios with intervals", description, axis, "ratio of latencies")
+    plot = Plot("ratios", "Latency ratios with intervals", description, axis=axis, axis_title="ratio of latencies")
     plot.reference(1.0, "equal")
     for workload in report.workloads:
         if workload.ratios:
@@ -95,14 +95,14 @@ def ratio_plot(report: BenchReport) -> str:
 
 def _draw_interval(plot: Plot, ratio: Ratio) -> None:
     result = f"{fmt.ratio(ratio.median)} {MARKS[ratio.verdict]}"
-    y = plot.row(ratio_name(ratio), result, str(ratio.verdict), _STYLES.get(ratio.verdict, ""))
+    y = plot.row(ratio_name(ratio), result, str(ratio.verdict), style=_STYLES.get(ratio.verdict, ""))
     if not all(map(math.isfinite, (ratio.low, ratio.median, ratio.high))):
         plot.note(f"median {fmt.ratio(ratio.median)}, interval {fmt.interval(ratio.low, ratio.high)}", y)
         return
     if ratio.allowance is not None and math.isfinite(ratio.allowance):
-        plot.band(plot.axis.low, ratio.allowance, y, 10, "allowed")
-        plot.bar(ratio.allowance, y, 18, "limit")
-    plot.span(ratio.low, ratio.high, y, "interval")
+        plot.band(plot.axis.low, ratio.allowance, y, height=10, style="allowed")
+        plot.bar(ratio.allowance, y, 18, style="limit")
+    plot.span(ratio.low, ratio.high, y, style="interval")
     for bound in (ratio.low, ratio.high):
-        plot.bar(bound, y, 10, "interval")
+        plot.bar(bound, y, 10, style="interval")
     plot.diamond(ratio.median, y, "effect")

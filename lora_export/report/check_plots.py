@@ -28,7 +28,13 @@ def parity_plot(report: CheckReport) -> str:
     high = min(max(_HIGH, 10.0 ** math.ceil(math.log10(max(most, _LOW)))), _HIGHEST)
     axis = Axis(_LOW, high, log=True)
     title = "Share of the limit that each measure takes"
-    plot = Plot("parity", title, _DESCRIPTION, axis, "measure ÷ its limit (what is missing ÷ what may be, of shares)")
+    plot = Plot(
+        "parity",
+        title,
+        _DESCRIPTION,
+        axis=axis,
+        axis_title="measure ÷ its limit (what is missing ÷ what may be, of shares)",
+    )
     for group, cases in cases_by_group(report).items():
         plot.heading(group)
         for case in cases:
@@ -40,15 +46,15 @@ def _draw(plot: Plot, case: ParityCase) -> None:
     nearest, mark = case.nearest, MARKS[case_verdict(case)]
     style = "" if case.passed else "failed"
     if nearest is None:
-        plot.note(next(iter(case.failures), "nothing limits it"), plot.row(case.name, mark, "", style))
+        plot.note(next(iter(case.failures), "nothing limits it"), plot.row(case.name, mark, "", style=style))
         return
-    y = plot.row(case.name, f"{fmt.used(nearest.used)} {mark}", WORDS[nearest.name].noun, style)
+    y = plot.row(case.name, f"{fmt.used(nearest.used)} {mark}", WORDS[nearest.name].noun, style=style)
     if not math.isfinite(nearest.used):
         plot.note(f"the {WORDS[nearest.name].noun} is {WORDS[nearest.name].text(nearest.value)}", y)
         return
-    plot.band(plot.axis.low, 1.0, y, 10, "allowed")
-    plot.bar(1.0, y, 18, "limit")
+    plot.band(plot.axis.low, 1.0, y, height=10, style="allowed")
+    plot.bar(1.0, y, 18, style="limit")
     for measured in case.measures:
         if measured is not nearest and measured.used is not None:
-            plot.dot(measured.used, y, 3, "other")
-    plot.dot(nearest.used, y, 5.5, "error")
+            plot.dot(measured.used, y, 3, style="other")
+    plot.dot(nearest.used, y, 5.5, style="error")

@@ -28,10 +28,10 @@ def curve_plot(
     key: str,
     title: str,
     description: str,
+    *,
     curves: Sequence[Curve],
     x_title: str,
     y_title: str,
-    *,
     log_x: bool = True,
 ) -> str:
     """The SVG of `curves`, the last ones on top; empty without a point. `key` must be unique within the page.
@@ -57,9 +57,9 @@ def curve_plot(
         return (math.log10(high) - math.log10(y)) / (math.log10(high) - math.log10(low))
 
     ticks = _powers_of_two(right) if log_x else _counts(right)
-    _grid(root, ticks, low, high, across, down)
-    _text(root, x_title, "50%", _TOP + _HEIGHT + 44, "axis middle")
-    _text(root, y_title, f"{_LEFT}%", _TOP - 12, "axis")
+    _grid(root, ticks, low, high=high, across=across, down=down)
+    _text(root, x_title, "50%", y=_TOP + _HEIGHT + 44, style="axis middle")
+    _text(root, y_title, f"{_LEFT}%", y=_TOP - 12, style="axis")
     place = {"x": f"{_LEFT}%", "y": str(_TOP), "width": f"{_RIGHT - _LEFT}%", "height": str(_HEIGHT)}
     inner = ET.SubElement(root, "svg", place | {"viewBox": "0 0 1000 1000", "preserveAspectRatio": "none"})
     for curve in curves:
@@ -80,18 +80,18 @@ def _counts(right: float) -> list[int]:
     return sorted({1, *range(step, math.floor(right) + 1, step)})
 
 
-def _grid(root: ET.Element, ticks: Sequence[int], low: float, high: float, across, down) -> None:
+def _grid(root: ET.Element, ticks: Sequence[int], low: float, *, high: float, across, down) -> None:
     for tick in ticks:
         x = f"{_LEFT + (_RIGHT - _LEFT) * across(float(tick)):.2f}%"
         _line(root, (x, x), (_TOP, _TOP + _HEIGHT))
-        _text(root, str(tick), x, _TOP + _HEIGHT + 18, "tick middle")
+        _text(root, str(tick), x, y=_TOP + _HEIGHT + 18, style="tick middle")
     first, last = round(math.log10(low)), round(math.log10(high))
     step = math.ceil((last - first) / _MOST_DECADES)
     for power in range(last, first - 1, -1):
         y = _TOP + _HEIGHT * down(10.0**power)
         _line(root, (f"{_LEFT}%", f"{_RIGHT}%"), (y, y))
         if (last - power) % step == 0:
-            _text(root, "1" if power == 0 else f"1e{power:+03d}", f"{_LEFT - 0.8}%", y + 4, "tick end")
+            _text(root, "1" if power == 0 else f"1e{power:+03d}", f"{_LEFT - 0.8}%", y=y + 4, style="tick end")
 
 
 def _line(root: ET.Element, x: tuple[str, str], y: tuple[float, float]) -> None:
@@ -99,5 +99,5 @@ def _line(root: ET.Element, x: tuple[str, str], y: tuple[float, float]) -> None:
     ET.SubElement(root, "line", ends | {"class": "grid"})
 
 
-def _text(root: ET.Element, content: str, x: str, y: float, style: str) -> None:
+def _text(root: ET.Element, content: str, x: str, *, y: float, style: str) -> None:
     ET.SubElement(root, "text", {"x": x, "y": f"{y:.1f}", "class": style}).text = content

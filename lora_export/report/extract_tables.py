@@ -112,7 +112,9 @@ def error_plot(report: ExtractReport) -> str:
         curves.append(Curve("largest", "worst", _points(zip(report.ranks, report.worst_curve(), strict=True))))
         curves.append(Curve("median", "middle", _points(zip(report.ranks, report.median_curve(), strict=True))))
     curves = [curve for curve in curves if curve.points]
-    return curve_plot("rank", "Remaining error by rank", _DESCRIPTION, curves, "rank", "‖ΔW − BA‖ ÷ ‖ΔW‖")
+    return curve_plot(
+        "rank", "Remaining error by rank", _DESCRIPTION, curves=curves, x_title="rank", y_title="‖ΔW − BA‖ ÷ ‖ΔW‖"
+    )
 
 
 def _points(pairs: Iterable[tuple[int, float]]) -> list[tuple[float, float]]:

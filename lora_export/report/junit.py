@@ -58,13 +58,13 @@ def render_bench_junit(report: BenchReport) -> str:
     """The bench as one suite with a test case for each variant of each workload, each swap and each peak of memory."""
     cases = [case for workload in report.workloads for case in _workload_cases(workload)]
     cases += [
-        _gated_case("swap", allowances.swap_name(swap), swap.verdict, allowances.swap_verdict_sentence(swap),
-                    _figures(swap, _SWAP_FIGURES))
+        _gated_case("swap", allowances.swap_name(swap), swap.verdict, sentence=allowances.swap_verdict_sentence(swap),
+                    figures=_figures(swap, _SWAP_FIGURES))
         for swap in report.swaps
     ]  # fmt: skip
     cases += [
         _gated_case("memory", allowances.memory_name(memory), memory.verdict,
-                    allowances.memory_verdict_sentence(memory), _figures(memory, _MEMORY_FIGURES))
+                    sentence=allowances.memory_verdict_sentence(memory), figures=_figures(memory, _MEMORY_FIGURES))
         for memory in report.memory
     ]  # fmt: skip
     return _rendered("bench", report, cases)
@@ -78,12 +78,16 @@ def _workload_cases(workload: Workload) -> list[_TestCase]:
         if ratio is not first[ratio.variant]:
             figures = tuple((f"ratio_{name}", value) for name, value in _figures(ratio, _RATIO_FIGURES))
             name = allowances.ratio_name(ratio)
-            cases.append(_gated_case(workload.name, name, ratio.verdict, allowances.ratio_sentence(ratio), figures))
+            cases.append(
+                _gated_case(
+                    workload.name, name, ratio.verdict, sentence=allowances.ratio_sentence(ratio), figures=figures
+                )
+            )
     return cases
 
 
 def _gated_case(
-    group: str, name: str, verdict: Verdict, sentence: str, figures: tuple[tuple[str, str], ...]
+    group: str, name: str, verdict: Verdict, *, sentence: str, figures: tuple[tuple[str, str], ...]
 ) -> _TestCase:
     """Without an allowance the figure is for information, and the case passes."""
     told = verdict in (Verdict.FAIL, Verdict.AMBIGUOUS)

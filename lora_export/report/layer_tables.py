@@ -88,7 +88,9 @@ def layer_plot(report: CheckReport) -> str:
         curves.append(Curve("largest", "worst", _largest(report.layers)))
     curves = [curve for curve in curves if curve.points]
     x_title = "modules, in the order of the computation"
-    return curve_plot("layers", _TITLE, _DESCRIPTION, curves, x_title, "relative error", log_x=False)
+    return curve_plot(
+        "layers", _TITLE, _DESCRIPTION, curves=curves, x_title=x_title, y_title="relative error", log_x=False
+    )
 
 
 def _points(modules: Sequence[ComparedValue]) -> list[tuple[float, float]]:

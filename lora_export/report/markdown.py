@@ -58,7 +58,7 @@ def render_bench_markdown(report: BenchReport) -> str:
         _table(memory_table(report)),
         _bullets("Operators by provider", placement_sentences(report)),
         _bullets("Notes", report.notes),
-        _where(report.subject, report.environment, report.seconds, against_facts(report.against)),
+        _where(report.subject, report.environment, report.seconds, more=against_facts(report.against)),
     ]
     return _joined(blocks)
 
@@ -115,7 +115,9 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _where(subject: Subject, environment: Environment, seconds: float, more: tuple[tuple[str, str], ...] = ()) -> str:
+def _where(
+    subject: Subject, environment: Environment, seconds: float, *, more: tuple[tuple[str, str], ...] = ()
+) -> str:
     facts = [*subject_facts(subject), *more, *environment_facts(environment), ("Duration", fmt.duration(seconds))]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(environment.versions.items()))
     facts += [("Versions", versions)] if versions else []

@@ -60,7 +60,7 @@ def _log(value: float) -> float:
 class Plot:
     """An SVG image of labelled rows, one below the other, over one axis; `key` must be unique within the page."""
 
-    def __init__(self, key: str, title: str, description: str, axis: Axis, axis_title: str) -> None:
+    def __init__(self, key: str, title: str, description: str, *, axis: Axis, axis_title: str) -> None:
         self.axis = axis
         self._key, self._title, self._description, self._axis_title = key, title, description, axis_title
         self._references: list[tuple[float, str]] = []
@@ -69,20 +69,20 @@ class Plot:
 
     def heading(self, text: str) -> None:
         """A line above the rows of a group."""
-        self._text(fmt.plain(text), f"{_LEFT}%", self._height + _HEADING_DOWN, "heading")
+        self._text(fmt.plain(text), f"{_LEFT}%", self._height + _HEADING_DOWN, style="heading")
         self._height += _HEADING_HEIGHT
 
-    def row(self, label: str, result: str, detail: str = "", style: str = "") -> float:
+    def row(self, label: str, result: str, detail: str = "", *, style: str = "") -> float:
         """Begin a row; returns the y of its marks. `detail` shows only where there is width for it."""
         top = self._height
         self._height += _ROW_HEIGHT
         label = fmt.plain(label)
-        shown = self._text(label[:_SHORT_LABEL], f"{_LEFT}%", top + _LABEL_DOWN, f"label {style}".strip())
+        shown = self._text(label[:_SHORT_LABEL], f"{_LEFT}%", top + _LABEL_DOWN, style=f"label {style}".strip())
         if len(label) > _SHORT_LABEL:
             more = label[_SHORT_LABEL:_LONG_LABEL] + ("…" if len(label) > _LONG_LABEL else "")
             ET.SubElement(shown, "tspan", {"class": "wide"}).text = more
             ET.SubElement(shown, "tspan", {"class": "narrow"}).text = "…"
-        right = self._text(None, f"{_RIGHT}%", top + _LABEL_DOWN, f"result end {style}".strip())
+        right = self._text(None, f"{_RIGHT}%", top + _LABEL_DOWN, style=f"result end {style}".strip())
         if detail:
             ET.SubElement(right, "tspan", {"class": "detail wide"}).text = f"{fmt.plain(detail)} "
         ET.SubElement(right, "tspan").text = fmt.plain(result)
@@ -90,22 +90,22 @@ class Plot:
         self._line((_LEFT, _RIGHT), (y, y), "rail")
         return y
 
-    def span(self, low: float, high: float, y: float, style: str) -> None:
+    def span(self, low: float, high: float, y: float, *, style: str) -> None:
         """A horizontal line between two values."""
         self._line((self.axis.percent(low), self.axis.percent(high)), (y, y), style)
 
-    def bar(self, value: float, y: float, height: float, style: str) -> None:
+    def bar(self, value: float, y: float, height: float, *, style: str) -> None:
         """A vertical stroke at a value."""
         x = self.axis.percent(value)
         self._line((x, x), (y - height / 2, y + height / 2), style)
 
-    def band(self, low: float, high: float, y: float, height: float, style: str) -> None:
+    def band(self, low: float, high: float, y: float, *, height: float, style: str) -> None:
         """A filled box between two values."""
         left, right = self.axis.percent(low), self.axis.percent(high)
         place = {"x": f"{left}%", "y": str(y - height / 2), "width": f"{round(right - left, 2)}%"}
         self._body.append(ET.Element("rect", place | {"height": str(height), "class": style}))
 
-    def dot(self, value: float, y: float, radius: float, style: str) -> None:
+    def dot(self, value: float, y: float, radius: float, *, style: str) -> None:
         place = {"cx": f"{self.axis.percent(value)}%", "cy": str(round(y, 1)), "r": str(radius)}
         self._body.append(ET.Element("circle", place | {"class": style}))
 
@@ -117,7 +117,7 @@ class Plot:
 
     def note(self, text: str, y: float) -> None:
         """Words on a row in place of marks."""
-        self._text(fmt.plain(text), f"{_LEFT}%", y + 5, "note")
+        self._text(fmt.plain(text), f"{_LEFT}%", y + 5, style="note")
 
     def reference(self, value: float, style: str) -> None:
         """A vertical line through all rows."""
@@ -141,8 +141,8 @@ class Plot:
             self._line((percent, percent), (4, height + 4), style)
         for percent, text in filter(lambda tick: tick[1], ticks):
             anchor = "start" if percent < 6 else "end" if percent > 94 else "middle"
-            self._text(text, f"{percent}%", height + 20, f"tick {anchor}")
-        self._text(self._axis_title, "50%", height + _AXIS_HEIGHT - 8, "axis middle")
+            self._text(text, f"{percent}%", height + 20, style=f"tick {anchor}")
+        self._text(self._axis_title, "50%", height + _AXIS_HEIGHT - 8, style="axis middle")
         root.extend([*self._body, *marks])
         self._body = marks
         return ET.tostring(root, encoding="unicode")
@@ -151,7 +151,7 @@ class Plot:
         ends = {"x1": f"{x[0]}%", "x2": f"{x[1]}%", "y1": str(y[0]), "y2": str(y[1])}
         self._body.append(ET.Element("line", ends | {"class": style}))
 
-    def _text(self, content: str | None, x: str, y: float, style: str) -> ET.Element:
+    def _text(self, content: str | None, x: str, y: float, *, style: str) -> ET.Element:
         element = ET.Element("text", {"x": x, "y": str(y), "class": style})
         element.text = content
         self._body.append(element)

@@ -62,7 +62,7 @@ def render_bench_text(report: BenchReport) -> str:
         _table(size_table(report.subject)),
         _findings(summary.bench_findings(report)),
         _bullets("Notes", report.notes),
-        _where(report.subject, report.environment, report.seconds, against_facts(report.against)),
+        _where(report.subject, report.environment, report.seconds, more=against_facts(report.against)),
     ]
     return _joined(blocks)
 
@@ -95,7 +95,9 @@ def _findings(findings: tuple[Finding, ...]) -> str:
     return "\n".join(["Findings", *lines]) if lines else ""
 
 
-def _where(subject: Subject, environment: Environment, seconds: float, more: tuple[tuple[str, str], ...] = ()) -> str:
+def _where(
+    subject: Subject, environment: Environment, seconds: float, *, more: tuple[tuple[str, str], ...] = ()
+) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(environment.versions.items()))
     settings = ", ".join(f"{name}={value}" for name, value in sorted(environment.settings.items()))
     facts = [

@@ -19,7 +19,7 @@ from lora_export.runtime.adapter_file import read_adapter, require_fit, require_
 from lora_export.runtime.arrays import lowest, numpy_dtype
 from lora_export.runtime.bank import Bank, RowAdapter, Shelf
 from lora_export.runtime.batch import run_batch
-from lora_export.runtime.cache import Cache
+from lora_export.runtime.cache import Cache, present_of
 from lora_export.runtime.described import require_described
 from lora_export.runtime.host_inputs import completed_inputs
 from lora_export.runtime.session import choose_provider, open_session
@@ -188,8 +188,8 @@ class AdapterSession:
         return Cache(self.contract, self.provider, batch, longest)
 
     def _output_names(self, cache: Cache | None) -> list[str]:
-        names = [output.name for output in self.session.get_outputs()]
-        return names if cache is None else [name for name in names if not name.startswith("present.")]
+        held = set() if cache is None else {present_of(spec.name) for spec in self.contract.past}
+        return [spec.name for spec in self.contract.outputs if spec.name not in held]
 
     def bind_adapters(self, binding: ort.IOBinding, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> None:
         """Bind the adapters of a batch to `binding`, for hosts that bind inputs and outputs themselves.

@@ -37,7 +37,7 @@ def test_every_round_opens_all_sessions_anew_in_another_order(session):
         return session()
 
     openers = {name: partial(opener, name) for name in ("base", "export")}
-    inputs = workload_inputs(session().manifest.graphs, 100, 2, 4, 0)
+    inputs = workload_inputs(session().manifest.graphs, 100, (2, 4, 0))
     timed = [Candidate("base", "", "base"), Candidate("export", "", "export")]
     comparisons = [Comparison("export", "base"), Comparison("base", "export", 1e9)]
     race = Race((2, 4, 0), dict.fromkeys(openers, inputs), timed, comparisons)
@@ -66,7 +66,7 @@ def test_mixed_rows_are_timed_where_there_are_rows_and_adapters_to_mix(session):
 def test_a_run_of_an_encoder_decoder_is_its_encoder_and_one_step(exports):
     manifest = read_manifest(exports["bart-dynamic"])
     assert source_length(manifest.graphs, 7) == 7
-    inputs = workload_inputs(manifest.graphs, 100, 2, 7, 3)
+    inputs = workload_inputs(manifest.graphs, 100, (2, 7, 3))
     shapes = {graph: {name: array.shape for name, array in feeds.items()} for graph, feeds in inputs.items()}
     assert list(shapes) == ["encoder_model", "decoder_with_past_model"]
     assert shapes["encoder_model"] == {"input_ids": (2, 7), "attention_mask": (2, 7)}
@@ -87,7 +87,7 @@ def test_a_run_of_an_encoder_decoder_is_its_encoder_and_one_step(exports):
 def test_a_speech_models_sources_have_its_own_length(exports):
     manifest = read_manifest(exports["whisper-merged"])
     assert source_length(manifest.graphs, 7) == 50
-    inputs = workload_inputs(manifest.graphs, 100, 2, 50, 1)
+    inputs = workload_inputs(manifest.graphs, 100, (2, 50, 1))
     assert inputs["encoder_model"]["input_features"].shape == (2, 8, 100)
     assert inputs["decoder_with_past_model"]["past_key_values.0.encoder.key"].shape == (2, 2, 50, 16)
     bound_runs(open_export(exports["whisper-merged"], "cpu"), None, inputs)()

@@ -48,7 +48,7 @@ def test_each_variant_has_a_process_that_runs_all_its_workloads(exports, tmp_pat
     folder = exports["bert-dynamic"]
     plan = planned(folder, tmp_path, "[memory_mb]\nbase = 99\nmerged = 201\n[device_memory_mb]\ndynamic = 999")
     found: list[Memory] = []
-    notes = measure_memory(plan, folders(folder), "cuda", quiet, found)
+    notes = measure_memory(plan, folders(folder), "cuda", progress=quiet, found=found)
     ran = {Path(job.folder).name: [shape for shape, _ in job.runs] for job in jobs[:2]}
     assert ran == {"base": [(1, 4, 0), (2, 8, 0)], "merged": [(1, 4, 0), (2, 8, 0)]}
     assert jobs[3].runs == [((1, 4, 0), "topic"), ((2, 8, 0), "topic")]
@@ -65,18 +65,20 @@ def test_an_unknown_peak_is_absent_and_said(exports, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "peaks_mb", lambda job: {"process": 5.0})
     folder = exports["bert-dynamic"]
     found: list[Memory] = []
-    notes = measure_memory(planned(folder, tmp_path), folders(folder), "cuda", quiet, found)
+    notes = measure_memory(planned(folder, tmp_path), folders(folder), "cuda", progress=quiet, found=found)
     assert {m.place for m in found} == {"process"}
     (note,) = notes
     assert note.startswith("Memory on the GPU: unknown, nvidia-smi does not name the process")
-    assert measure_memory(planned(folder, tmp_path), folders(folder), "cpu", quiet, []) == ()
+    assert measure_memory(planned(folder, tmp_path), folders(folder), "cpu", progress=quiet, found=[]) == ()
 
 
 def test_an_unknown_peak_with_an_allowance_is_no_pass(exports, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "peaks_mb", lambda job: {})
     folder = exports["bert-dynamic"]
     with pytest.raises(EnvironmentUnusable, match="memory that this machine does not tell") as caught:
-        measure_memory(planned(folder, tmp_path, "[memory_mb]\ndynamic = 9"), folders(folder), "cpu", quiet, [])
+        measure_memory(
+            planned(folder, tmp_path, "[memory_mb]\ndynamic = 9"), folders(folder), "cpu", progress=quiet, found=[]
+        )
     assert "dynamic: no figure for the process" in str(caught.value)
 
 

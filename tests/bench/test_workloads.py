@@ -9,7 +9,7 @@ from lora_export.contract import GraphContract, TensorSpec
 
 
 def inputs_of(*specs: TensorSpec, sequence: int) -> dict[str, np.ndarray]:
-    return random_inputs(GraphContract(specs, (), ()), 50, 2, sequence, 0)
+    return random_inputs(GraphContract(specs, (), ()), 50, (2, sequence, 0))
 
 
 def test_endings_have_an_axis_of_their_own():

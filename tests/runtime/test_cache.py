@@ -92,7 +92,7 @@ def test_a_bound_run_writes_into_the_cache_it_reads(session):
     from lora_export.bench.latency import bound_run
     from lora_export.bench.workloads import random_inputs
 
-    inputs = random_inputs(session.contract, 250, 2, 1, 5)
+    inputs = random_inputs(session.contract, 250, (2, 1, 5))
     run = bound_run(session, NAMES[:2], inputs)
     expected = session.run(inputs, NAMES[:2])
     run()

@@ -175,7 +175,7 @@ def answer_cuda_graph(stage: Stage) -> dict[str, float | str]:
     folder = restore(stage.bundle, "encoder-dynamic-float16", stage.work)
     contract = read_manifest(folder).contract
     device = Device(stage.provider)
-    inputs = device.values(random_inputs(contract, 1000, 2, 16, 0))
+    inputs = device.values(random_inputs(contract, 1000, (2, 16, 0)))
     first, second = (adapter_arrays(contract, 1, 8, seed) for seed in (1, 2))
     shapes = output_shapes(contract, {"batch_size": 2, "sequence_length": 16})
     plain = open_session(folder / "model.onnx", stage.provider)

@@ -140,7 +140,7 @@ def candidate_runs(
             if key not in sessions:
                 graph = each.folder / "model.onnx"
                 sessions[key] = open_session(graph, provider, stop_spinning=True, cuda_graph=each.cuda_graph)
-            inputs = with_room(random_inputs(contract, vocabulary, batch, sequence, past), contract)
+            inputs = with_room(random_inputs(contract, vocabulary, (batch, sequence, past)), contract)
             if each.rows:
                 inputs |= adapter_arrays(contract, each.rows, each.rank)
             feeds = device.values(inputs)

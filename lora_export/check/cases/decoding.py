@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,18 +24,21 @@ from lora_export.check.reference.unmerged import Reference
 from lora_export.check.results import Measured, ParityCase
 from lora_export.contract import GATE_INPUT
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
+from lora_export.runtime.cache import present_of
 from lora_export.runtime.generate import empty_cache, generate
 
 _ROWS = 4
 GREEDY_TOKENS = 32
 _PROMPT_TOKENS = 12
+# First and last position of a step, what it starts from, and its logits `[batch, new, n]`.
+Step = tuple[int, int, object, np.ndarray]
 _NO_GREEDY = (
     "The cached steps of given tokens agree with PyTorch, so the tokens that a generation chooses are looked into no "
     "further: their inputs are its own."
 )
 
 
-def decoding_cases(examination: Examination, examined: Examined, batcher: Batcher, examples: Examples) -> None:
+def decoding_cases(examination: Examination, examined: Examined, batcher: Batcher, *, examples: Examples) -> None:
     """Left padding, cached steps (a chunk, then single tokens) and greedy agreement of one adapter."""
     session, adapter, reference = examination.session, examined.adapter, examined.reference
     limits = examination.context.limits
@@ -43,13 +46,14 @@ def decoding_cases(examination: Examination, examined: Examined, batcher: Batche
     batch = with_invocation(_ragged(batcher.batch(examples.rows[-_ROWS:], padding_side="left")), invocation)
     expected = run_reference(reference, [batch], precisely=True)
     whole = session.run(batch.inputs | empty_cache(session, len(batch.labels)), adapter)["logits"]
-    padded = decoding_comparison(f"{examined.label}: padded on the left", expected, whole, batch)
+    padded = decoding_comparison(f"{examined.label}: padded on the left", expected, whole, batch=batch)
     examination.judge_rows(padded, examined, [batch])
-    stepped = np.concatenate([logits for *_, logits in _steps(session, batch, adapter)], axis=1)
-    cached = examination.judge(
-        decoding_comparison(f"{examined.label}: cached steps", expected, stepped, batch),
-        lambda: _step_probes(session, examined, batch, expected.values[0], stepped, limits),
-    )
+    cached = judge_cached_steps(
+        examination, examined, batch,
+        expected=expected,
+        steps=lambda: _steps(session, batch, adapter),
+        probe=lambda row, step: _probe(session, examined, batch, row=row, step=step),
+    )  # fmt: skip
     prompts = [
         ids[real][: _PROMPT_TOKENS * (row + 1) // _ROWS].tolist() + list(invocation or ())
         for row, (ids, real) in enumerate(zip(batch.inputs["input_ids"], batch.real, strict=True))
@@ -57,10 +61,10 @@ def decoding_cases(examination: Examination, examined: Examined, batcher: Batche
     found = generate(session, prompts, adapter, max_new_tokens=GREEDY_TOKENS)
     behind = [_behind(reference, *pair) for pair in zip(prompts, found, strict=True)]
     noise = noise_of(cached.rounding, expected.positions(), limits)
-    add_greedy_case(examination, greedy_case(examined.label, behind, noise, limits))
+    add_greedy_case(examination, greedy_case(examined.label, behind, noise, limits=limits))
 
 
-def decoding_comparison(name: str, expected: Outputs, logits: np.ndarray, batch: Batch) -> Comparison:
+def decoding_comparison(name: str, expected: Outputs, logits: np.ndarray, *, batch: Batch) -> Comparison:
     """The logits of one batch, however the export was run for them, against one pass of PEFT without a cache."""
     found = Outputs("logits", (logits.astype(np.float32),), (batch.real,))
     return Comparison(name, "decoding", "PEFT, unmerged, without a cache", expected, found)
@@ -77,9 +81,7 @@ def _ragged(batch: Batch) -> Batch:
     return replace(batch, inputs=inputs, real=inputs["attention_mask"].astype(bool))
 
 
-def _steps(
-    session: AdapterSession, batch: Batch, adapter: RowAdapter
-) -> Iterator[tuple[int, int, dict[str, np.ndarray], np.ndarray]]:
+def _steps(session: AdapterSession, batch: Batch, adapter: RowAdapter) -> Iterator[Step]:
     """Half of `batch` as a prefill, then two tokens, then one by one, on a growing cache.
 
     Yields:
@@ -98,34 +100,49 @@ def _steps(
         inputs["attention_mask"] = batch.inputs["attention_mask"][:, :end]
         results = session.run(inputs | cache, adapter)
         yield start, end, inputs | cache, results["logits"].astype(np.float32)
-        cache = {name: results[name.replace("past_key_values", "present")] for name in cache}
+        cache = {name: results[present_of(name)] for name in cache}
 
 
-def _step_probes(
-    session: AdapterSession,
+def _probe(session: AdapterSession, examined: Examined, batch: Batch, *, row: int, step: Step) -> Probe:
+    """A row's step, on the cache that the export made up to there."""
+    start, end, inputs, _ = step
+    described = f"row {row + 1} of {len(batch.real)}, positions {start} to {end - 1} on a cache of {start}"
+    return step_probe(
+        session,
+        examined.adapter,
+        examined.reference,
+        batch=batch,
+        row=row,
+        step=(start, end, inputs),
+        described=described,
+    )
+
+
+def judge_cached_steps(
+    examination: Examination,
     examined: Examined,
     batch: Batch,
-    expected: np.ndarray,
-    stepped: np.ndarray,
-    limits: Tolerances,
-) -> Iterator[Probe]:
-    """The first step that fails, on the cache that the export made up to there."""
-    steps = _steps(session, batch, examined.adapter)
-    row, (start, end, inputs, _) = failing_step(steps, expected, stepped, batch.real, limits)
-    described = f"row {row + 1} of {len(stepped)}, positions {start} to {end - 1} on a cache of {start}"
-    step = (start, end, inputs)
-    yield step_probe(session, examined.adapter, examined.reference, batch, row, step, described)
+    *,
+    expected: Outputs,
+    steps: Callable[[], Iterator[Step]],
+    probe: Callable[[int, Step], Probe],
+) -> ParityCase:
+    """Judge the logits of `steps`; they are taken again up to the first that fails, to look into it.
+
+    Args:
+        probe: How to look into a row's step.
+    """
+    stepped = np.concatenate([logits for *_, logits in steps()], axis=1)
+
+    def probes() -> Iterator[Probe]:
+        row, position = first_failing(expected.values[0], stepped, batch.real, limits=examination.context.limits)
+        yield probe(row, next(step for step in steps() if step[1] > position))
+
+    comparison = decoding_comparison(f"{examined.label}: cached steps", expected, stepped, batch=batch)
+    return examination.judge(comparison, probes)
 
 
-def failing_step(
-    steps: Iterator[tuple], expected: np.ndarray, stepped: np.ndarray, real: np.ndarray, limits: Tolerances
-) -> tuple[int, tuple]:
-    """The row that fails first, and the one of `steps` (first position, last position, …) that computes where."""
-    row, position = first_failing(expected, stepped, real, limits)
-    return row, next(step for step in steps if step[1] > position)
-
-
-def first_failing(expected: np.ndarray, found: np.ndarray, real: np.ndarray, limits: Tolerances) -> tuple[int, int]:
+def first_failing(expected: np.ndarray, found: np.ndarray, real: np.ndarray, *, limits: Tolerances) -> tuple[int, int]:
     """Row and position of the first logits, `[batch, position, n]`, that differ by more than rounding; of the largest
     difference, if none does."""
     difference = np.abs(expected.astype(np.float64) - found).max(axis=-1)
@@ -136,7 +153,7 @@ def first_failing(expected: np.ndarray, found: np.ndarray, real: np.ndarray, lim
     return int(error[:, position].argmax()), position
 
 
-def greedy_case(label: str, behind: Sequence[np.ndarray], noise: float | None, limits: Tolerances) -> ParityCase:
+def greedy_case(label: str, behind: Sequence[np.ndarray], noise: float | None, *, limits: Tolerances) -> ParityCase:
     """Greedy tokens of rows in one padded batch with a cache: each must be PyTorch's best after those before it.
 
     A token within twice the `noise` of PyTorch's best is a tie and agrees; what follows it is judged after it, so one

@@ -6,6 +6,7 @@ case, and where it fails the probes tell where. What was found is kept as it com
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -83,8 +84,11 @@ class Examination:
         self, comparison: Comparison, examined: Examined, batches: Sequence[Batch], *, layers_of: str | None = None
     ) -> ParityCase:
         """As `judge`, of outputs over whole `batches`: a failure is looked into on the row with the largest error."""
-        sides = (self.session, examined.adapter, examined.reference, batches, comparison.expected, comparison.found)
-        return self.judge(comparison, lambda: worst_probes(*sides), layers_of=layers_of)
+        probes = functools.partial(
+            worst_probes, self.session, examined.adapter, examined.reference,
+            batches=batches, expected=comparison.expected, found=comparison.found,
+        )  # fmt: skip
+        return self.judge(comparison, probes, layers_of=layers_of)
 
     def judge_alone(self, examined: Examined, batches: Sequence[Batch]) -> Outputs:
         """One adapter (or sum, or the base) for all rows of `batches`, with its effect and its error by layer.

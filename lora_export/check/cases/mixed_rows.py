@@ -43,10 +43,10 @@ def row_cases(examination: Examination, alone: Mapping[str | None, Outputs]) -> 
     wider = (rows(precise),) if precise else ()
     peft = Outputs("rows", (rows(expected),), (None,), precise=wider, n_flattened=n_positions)
     together, apart = (Outputs("rows", (rows(values),), (None,)) for values in (found, single))
-    parts = Outputs(mixed.name, tuple(expected), tuple(masks)), Outputs(mixed.name, tuple(found), tuple(masks))
+    in_pytorch, exported = (Outputs(mixed.name, tuple(values), tuple(masks)) for values in (expected, found))
     examination.judge(
         Comparison(label, "rows", "PEFT, each row's adapter", peft, together, n_rows=n_rows),
-        lambda: _mixed_probes(context, assigned, *parts),
+        lambda: _mixed_probes(context, assigned, in_pytorch, found=exported),
     )
     examination.judge(
         Comparison(f"{label} alone", "rows", "ONNX Runtime, each row alone", apart, together, n_rows=n_rows),
@@ -56,7 +56,7 @@ def row_cases(examination: Examination, alone: Mapping[str | None, Outputs]) -> 
 
 
 def _mixed_probes(
-    context: CheckContext, assigned: Sequence[str | None], expected: Outputs, found: Outputs
+    context: CheckContext, assigned: Sequence[str | None], expected: Outputs, *, found: Outputs
 ) -> Iterator[Probe]:
     """The row of the mixed batch with the largest error, against its own adapter in PEFT."""
     row, _ = worst_row(expected, found)
@@ -64,7 +64,7 @@ def _mixed_probes(
     n_labels = context.session.manifest.adapter(name).n_labels if name else None
     reference = context.reference([name] if name else [], n_labels)
     described = f"row {row + 1} of {len(assigned)} mixed rows ({name or 'base'}), which has the largest error"
-    yield whole_probe(context.session, assigned, reference, context.mixed, row, described)
+    yield whole_probe(context.session, assigned, reference, batch=context.mixed, row=row, described=described)
 
 
 def sequence_case(examination: Examination) -> None:
@@ -131,7 +131,7 @@ def merged_against_dynamic(examination: Examination) -> None:
         for side, (session, adapters) in sides.items():
             batch, row = worst_row(expected, found)
             described = f"the row with the largest difference between the two, in {side}"
-            yield next(row_probes(session, adapters, reference, batches[batch], row, described))
+            yield next(row_probes(session, adapters, reference, batch=batches[batch], row=row, described=described))
 
     label, against = f"merged {' + '.join(names) or 'base'}", f"the merged export {context.request.merged}"
     examination.judge(Comparison(label, "merged-dynamic", against, expected, found), probes)

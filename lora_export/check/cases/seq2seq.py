@@ -10,10 +10,11 @@ import numpy as np
 
 from lora_export.check.cases.decoding import (
     GREEDY_TOKENS,
+    Step,
     add_greedy_case,
     decoding_comparison,
-    failing_step,
     greedy_case,
+    judge_cached_steps,
 )
 from lora_export.check.cases.examination import Examination, Examined
 from lora_export.check.context import run_reference
@@ -21,18 +22,17 @@ from lora_export.check.inputs.examples import Batch, Examples
 from lora_export.check.inputs.ragged import ragged
 from lora_export.check.inputs.seq2seq_examples import Seq2SeqBatcher
 from lora_export.check.judge.formulas import noise_of
-from lora_export.check.judge.tolerances import Tolerances
 from lora_export.check.locate.probe import Probe
 from lora_export.check.locate.probes import seq2seq_step_probe, whole_probe
 from lora_export.check.reference.unmerged import Reference
 from lora_export.runtime.adapter_session import RowAdapter
-from lora_export.runtime.seq2seq_session import DecoderState, Seq2SeqSession
+from lora_export.runtime.seq2seq_session import Seq2SeqSession
 
 _ROWS = 4
 
 
 def seq2seq_decoding_cases(
-    examination: Examination, examined: Examined, batcher: Seq2SeqBatcher, examples: Examples | None
+    examination: Examination, examined: Examined, batcher: Seq2SeqBatcher, *, examples: Examples | None
 ) -> None:
     """Left padding (text), cached steps (a chunk, then single tokens) and greedy agreement of one adapter.
 
@@ -48,33 +48,32 @@ def seq2seq_decoding_cases(
     expected = run_reference(reference, [batch], precisely=True)
     if text is not None:
         whole = session.run(batch.inputs, adapter)["logits"]
-        padded = decoding_comparison(f"{examined.label}: padded on the left", expected, whole, batch)
+        padded = decoding_comparison(f"{examined.label}: padded on the left", expected, whole, batch=batch)
         examination.judge_rows(padded, examined, [batch])
-    stepped = np.concatenate([logits for *_, logits in _steps(session, batch, adapter)], axis=1)
-    cached = examination.judge(
-        decoding_comparison(f"{examined.label}: cached steps", expected, stepped, batch),
-        lambda: _step_probes(session, examined, batch, expected.values[0], stepped, limits),
-    )
+    cached = judge_cached_steps(
+        examination, examined, batch,
+        expected=expected,
+        steps=lambda: _steps(session, batch, adapter),
+        probe=lambda row, step: _probe(session, examined, batch, row=row, step=step),
+    )  # fmt: skip
     sources = {name: array for name, array in batch.inputs.items() if name != "decoder_input_ids"}
     generated = session.generate(
         sources, adapter, max_new_tokens=GREEDY_TOKENS, start_ids=(batcher.start_id,), eos_ids=frozenset()
     )
     rows = zip(_rows(sources), generated, strict=True)
-    behind = [_behind(reference, source, batcher.start_id, targets) for source, targets in rows]
+    behind = [_behind(reference, source, batcher.start_id, targets=targets) for source, targets in rows]
     noise = noise_of(cached.rounding, expected.positions(), limits)
-    add_greedy_case(examination, greedy_case(examined.label, behind, noise, limits))
+    add_greedy_case(examination, greedy_case(examined.label, behind, noise, limits=limits))
 
 
-def _behind(reference: Reference, source: dict[str, np.ndarray], start: int, targets: list[int]) -> np.ndarray:
+def _behind(reference: Reference, source: dict[str, np.ndarray], start: int, *, targets: list[int]) -> np.ndarray:
     """How far each target's logit is below the reference's best, `[targets]`, in one forward pass."""
     inputs = source | {"decoder_input_ids": np.array([[start, *targets[:-1]]], np.int64)}
     logits = reference.run(inputs)["logits"][0]
     return logits.max(axis=-1) - logits[np.arange(len(targets)), targets]
 
 
-def _steps(
-    session: Seq2SeqSession, batch: Batch, adapter: RowAdapter
-) -> Iterator[tuple[int, int, DecoderState | None, np.ndarray]]:
+def _steps(session: Seq2SeqSession, batch: Batch, adapter: RowAdapter) -> Iterator[Step]:
     """Half of the targets at once, then two, then one by one, on a growing cache.
 
     Yields:
@@ -92,24 +91,17 @@ def _steps(
         state = following
 
 
-def _step_probes(
-    session: Seq2SeqSession,
-    examined: Examined,
-    batch: Batch,
-    expected: np.ndarray,
-    stepped: np.ndarray,
-    limits: Tolerances,
-) -> Iterator[Probe]:
-    """The first step that fails, on the cache that the export made up to there."""
-    steps = _steps(session, batch, examined.adapter)
-    row, (start, end, state, _) = failing_step(steps, expected, stepped, batch.real, limits)
-    described = f"row {row + 1} of {len(stepped)}, targets {start} to {end - 1} on a cache of {start}"
+def _probe(session: Seq2SeqSession, examined: Examined, batch: Batch, *, row: int, step: Step) -> Probe:
+    """A row's step, on the cache that the export made up to there; the first step is a pass of its own."""
+    start, end, state, _ = step
+    described = f"row {row + 1} of {len(batch.real)}, targets {start} to {end - 1} on a cache of {start}"
     if state is not None:
-        yield seq2seq_step_probe(session, examined.reference, batch, row, (start, end, state), described)
-        return
+        return seq2seq_step_probe(
+            session, examined.reference, batch, row=row, step=(start, end, state), described=described
+        )
     targets = {"decoder_input_ids": batch.inputs["decoder_input_ids"][:, :end]}
     begun = replace(batch, inputs=batch.inputs | targets, real=batch.real[:, :end])
-    yield whole_probe(session, examined.adapter, examined.reference, begun, row, described)
+    return whole_probe(session, examined.adapter, examined.reference, batch=begun, row=row, described=described)
 
 
 def _rows(sources: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:

@@ -65,5 +65,5 @@ def _similarity_case(examination: Examination, examined: Examined) -> None:
             found,
             n_rows=len(mixed.labels),
         ),
-        lambda: [whole_probe(session, examined.adapter, reference, one, 0, described)],
+        lambda: [whole_probe(session, examined.adapter, reference, batch=one, row=0, described=described)],
     )

@@ -36,6 +36,7 @@ class Batcher:
         folder: Path,
         task: Task,
         contract: GraphContract,
+        *,
         tokenizer: object = None,
         pad_token_id: int | None = None,
         n_tokens: int = MOST_TOKENS,

@@ -64,15 +64,22 @@ def prepare(folder: Path, manifest: Manifest, data: Mapping[str | None, Examples
     for record in manifest.adapters:
         if record.preprocessing not in (None, ".") and has_tokenizer(folder / record.preprocessing):
             examples = rows.get(record.name, rows[None])
-            batches[record.name] = _batcher(folder, manifest, amount, record.name).batches(examples, BATCH_SIZE)
+            batches[record.name] = _batcher(folder, manifest, amount, adapter=record.name).batches(examples, BATCH_SIZE)
     return Prepared(batcher, rows, batches)
 
 
-def _batcher(folder: Path, manifest: Manifest, amount: Amount, adapter: str | None = None) -> AnyBatcher:
+def _batcher(folder: Path, manifest: Manifest, amount: Amount, *, adapter: str | None = None) -> AnyBatcher:
     task = Task(manifest.task)
     graph = manifest.graphs[ENCODER] if task in SEQ2SEQ else manifest.contract
     takes_text = any(spec.name == "input_ids" for spec in graph.inputs)
     tokenizer = tokenizer_of(folder, manifest, adapter) if takes_text else None
     if task in SEQ2SEQ:
-        return Seq2SeqBatcher(folder, manifest, tokenizer, amount.n_tokens)
-    return Batcher(folder, task, manifest.contract, tokenizer, manifest.pad_token_id, amount.n_tokens)
+        return Seq2SeqBatcher(folder, manifest, tokenizer, n_tokens=amount.n_tokens)
+    return Batcher(
+        folder,
+        task,
+        manifest.contract,
+        tokenizer=tokenizer,
+        pad_token_id=manifest.pad_token_id,
+        n_tokens=amount.n_tokens,
+    )

@@ -30,7 +30,9 @@ class Seq2SeqBatcher:
 
     noise_description = "seeded noise in the shape of spectrograms, decoded at seeded tokens"
 
-    def __init__(self, folder: Path, manifest: Manifest, tokenizer: object = None, n_tokens: int = MOST_TOKENS) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, tokenizer: object = None, *, n_tokens: int = MOST_TOKENS
+    ) -> None:
         self._folder = folder
         specs = {spec.name: spec for spec in manifest.graphs[ENCODER].inputs}
         self._features = specs.get("input_features")

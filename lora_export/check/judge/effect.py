@@ -31,7 +31,7 @@ class EffectShare:
 
 
 def effect_share(
-    expected: np.ndarray, found: np.ndarray, without: np.ndarray, rounding: float, noise: float | None = None
+    expected: np.ndarray, found: np.ndarray, without: np.ndarray, *, rounding: float, noise: float | None = None
 ) -> EffectShare:
     """The share of the effect that `found` has, over the first positions, which `without` holds.
 

@@ -89,7 +89,9 @@ class Sides:
         if self.without is None:
             return None
         noise = _largest_rounding(self.rounding, self.pytorch, self.limits)
-        return effect_share(self.pytorch, self.exported, self.without, self.limits.effect_share or 0, noise)
+        return effect_share(
+            self.pytorch, self.exported, self.without, rounding=self.limits.effect_share or 0, noise=noise
+        )
 
 
 def noise_of(rounding: Rounding | None, expected: np.ndarray, limits: Tolerances) -> float | None:

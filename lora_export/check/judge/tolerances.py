@@ -170,14 +170,14 @@ def tolerances(dtype: str, provider: str, overrides: Mapping[str, float] | None 
             expected=", ".join(MEASURES),
             found=", ".join(unknown),
         )
-    limits = tuple(_limit(measure, dtype, provider, given) for measure in MEASURES)
-    noise = _limit("rounding", dtype, provider, {}).limit
+    limits = tuple(_limit(measure, dtype, provider, given=given) for measure in MEASURES)
+    noise = _limit("rounding", dtype, provider, given={}).limit
     return Tolerances(
         **{each.measure: each.limit for each in limits}, epsilon=_EPSILON[dtype], noise=noise, recorded=limits
     )
 
 
-def _limit(measure: str, dtype: str, provider: str, given: Mapping[str, float]) -> Limit:
+def _limit(measure: str, dtype: str, provider: str, *, given: Mapping[str, float]) -> Limit:
     row = next(row for row in _TABLE if row[0] == measure and dtype in row[1] and provider in row[2])
     if measure in given:
         return Limit(measure, given[measure], f"given; the table says {_shown(row[3])}: {row[4]}", overridden=True)

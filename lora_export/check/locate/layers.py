@@ -168,13 +168,25 @@ def compare_values(
     graph: WrittenGraph,
     stem: str,
     matches: Iterable[Match],
+    *,
     values: Mapping[str, np.ndarray],
     row: BatchRow,
     limit: float,
 ) -> list[ComparedValue]:
     """Compare each match on `row`; more than `limit`, relative to the reference's size (`scale_of`), diverges."""
     return [
-        compare_value(graph, stem, p.call.module, p.what, p.value, p.expected, p.found(values), row, limit, p.terms)
+        compare_value(
+            graph,
+            stem,
+            p.call.module,
+            what=p.what,
+            value=p.value,
+            expected=p.expected,
+            found=p.found(values),
+            row=row,
+            limit=limit,
+            terms=p.terms,
+        )
         for p in matches
     ]
 
@@ -183,6 +195,7 @@ def compare_value(
     graph: WrittenGraph,
     stem: str,
     module: str,
+    *,
     what: str,
     value: str,
     expected: np.ndarray,
@@ -199,7 +212,7 @@ def compare_value(
     expected, found = row.of_reference(expected), row.of_graph(found)
     node = graph.node_of(value)
     shapes = tuple(found.shape), tuple(expected.shape)
-    error, relative = difference(expected, _brought_to(expected, found, what), row, terms)
+    error, relative = difference(expected, _brought_to(expected, found, what), row, terms=terms)
     names = (node.name, node.op_type) if node else ("", "")
     return ComparedValue(stem, module, what, value, *names, *shapes, error, relative, not relative <= limit)
 
@@ -220,7 +233,7 @@ def _brought_to(expected: np.ndarray, found: np.ndarray, what: str) -> np.ndarra
 
 
 def difference(
-    expected: np.ndarray, found: np.ndarray, row: BatchRow, terms: float | None = None
+    expected: np.ndarray, found: np.ndarray, row: BatchRow, *, terms: float | None = None
 ) -> tuple[float, float]:
     """The largest absolute difference over real positions, and that over the expected values' size (`scale_of`).
 

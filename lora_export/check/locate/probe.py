@@ -110,11 +110,11 @@ def look(probe: Probe, limit: float) -> Seen:
     """
     with recorded(probe.reference.module) as recording:
         outputs = probe.reference.run(dict(probe.inputs))
-    graphs = tuple(_look(run, recording.calls, outputs, limit) for run in probe.runs)
+    graphs = tuple(_look(run, recording.calls, outputs, limit=limit) for run in probe.runs)
     return Seen(probe, graphs, tuple(recording.calls), limit)
 
 
-def _look(run: GraphRun, calls: Sequence[ModuleCall], outputs: Mapping[str, np.ndarray], limit: float) -> SeenGraph:
+def _look(run: GraphRun, calls: Sequence[ModuleCall], outputs: Mapping[str, np.ndarray], *, limit: float) -> SeenGraph:
     session = run.session
     graph = WrittenGraph(session.folder / graph_file(session.graph))
     matches = match(graph.sites(), calls, graph.producers.keys() | graph.inputs)
@@ -122,10 +122,19 @@ def _look(run: GraphRun, calls: Sequence[ModuleCall], outputs: Mapping[str, np.n
     expected = {name: outputs[names.get(name, name)] for name in graph.outputs if names.get(name, name) in outputs}
     wanted = list(dict.fromkeys([*(v for p in matches for v in p.values if v in graph.producers), *expected]))
     values = run_for_values(graph.with_outputs(wanted), session.folder, session.provider, run.feeds, wanted)
-    compared = compare_values(graph, session.graph, matches, {**run.feeds, **values}, run.row, limit)
+    compared = compare_values(graph, session.graph, matches, values={**run.feeds, **values}, row=run.row, limit=limit)
     final = [
         compare_value(
-            graph, session.graph, "", name, name, tensor, values[name], run.row, limit, _terms_of(tensor, calls)
+            graph,
+            session.graph,
+            "",
+            what=name,
+            value=name,
+            expected=tensor,
+            found=values[name],
+            row=run.row,
+            limit=limit,
+            terms=_terms_of(tensor, calls),
         )
         for name, tensor in expected.items()
     ]

@@ -26,6 +26,7 @@ def worst_probes(
     session: Session,
     adapters: RowAdapter,
     reference: Reference,
+    *,
     batches: Sequence[Batch],
     expected: Outputs,
     found: Outputs,
@@ -34,7 +35,7 @@ def worst_probes(
     index, row = worst_row(expected, found)
     number = sum(len(batch.labels) for batch in batches[:index]) + row + 1
     described = f"row {number} of {expected.n_rows}, which has the largest error"
-    return row_probes(session, adapters, reference, batches[index], row, described)
+    return row_probes(session, adapters, reference, batch=batches[index], row=row, described=described)
 
 
 def worst_row(expected: Outputs, found: Outputs) -> tuple[int, int]:
@@ -65,19 +66,26 @@ def row_of(batch: Batch, row: int) -> Batch:
 
 
 def row_probes(
-    session: Session, adapters: Adapters, reference: Reference, batch: Batch, row: int, described: str
+    session: Session, adapters: Adapters, reference: Reference, *, batch: Batch, row: int, described: str
 ) -> Iterator[Probe]:
     """Row `row` of `batch` alone; then within its batch, for what only shows there.
 
     Args:
         adapters: One for all rows.
     """
-    yield whole_probe(session, adapters, reference, row_of(batch, row), 0, f"{described}, alone")
-    yield whole_probe(session, adapters, reference, batch, row, f"{described}, in its batch of {len(batch.labels)}")
+    yield whole_probe(session, adapters, reference, batch=row_of(batch, row), row=0, described=f"{described}, alone")
+    yield whole_probe(
+        session,
+        adapters,
+        reference,
+        batch=batch,
+        row=row,
+        described=f"{described}, in its batch of {len(batch.labels)}",
+    )
 
 
 def whole_probe(
-    session: Session, adapters: Adapters, reference: Reference, batch: Batch, row: int, described: str
+    session: Session, adapters: Adapters, reference: Reference, *, batch: Batch, row: int, described: str
 ) -> Probe:
     """Row `row` of `batch`, which runs as a whole, from an empty cache."""
     one = row_of(batch, row)
@@ -118,6 +126,7 @@ def step_probe(
     session: AdapterSession,
     adapter: RowAdapter,
     reference: Reference,
+    *,
     batch: Batch,
     row: int,
     step: tuple[int, int, Mapping[str, np.ndarray]],
@@ -143,6 +152,7 @@ def seq2seq_step_probe(
     session: Seq2SeqSession,
     reference: Reference,
     batch: Batch,
+    *,
     row: int,
     step: tuple[int, int, DecoderState],
     described: str,

@@ -92,7 +92,7 @@ def reproduction(
         tolerance=limit * scale,
         unit=f"{limit:g} of the largest expected value, or of 1",
     )
-    error = float(_error(graph.found[output], expected, counts, row.n_rows, row.index))
+    error = float(_error(graph.found[output], expected, counts, n_rows=row.n_rows, index=row.index))
     arrays = {f"feed:{name}": array for name, array in graph.run.feeds.items()}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays, expected=expected.astype(np.float64), counts=counts)
@@ -109,7 +109,7 @@ def _line(text: str) -> str:
     return " ".join(text.replace("\\", "/").replace('"""', "'''").split())
 
 
-def _error(found: np.ndarray, expected: np.ndarray, counts: np.ndarray, n_rows: int, index: int) -> float:
+def _error(found: np.ndarray, expected: np.ndarray, counts: np.ndarray, *, n_rows: int, index: int) -> float:
     found = (found[index : index + 1] if len(found) == n_rows else found)[..., : expected.shape[-1]]
     if found.shape != expected.shape:
         return float("inf")

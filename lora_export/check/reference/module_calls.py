@@ -85,7 +85,7 @@ def recorded(model: torch.nn.Module, within: str | None = None) -> Iterator[Reco
 
     found = Recording()
     layers = {_path(name) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    observer = _Observer(found, within, _scales(model), layers)
+    observer = _Observer(found, within, _scales(model), layers=layers)
     handles = []
     for name, module in model.named_modules():
         path = _path(name)
@@ -108,7 +108,7 @@ def _path(name: str) -> str:
 class _Observer:
     """Follows the calls of a run; tensors are told apart by where they lie, so they are kept until it is over."""
 
-    def __init__(self, found: Recording, within: str | None, scales: dict[int, float], layers: set[str]) -> None:
+    def __init__(self, found: Recording, within: str | None, scales: dict[int, float], *, layers: set[str]) -> None:
         self.found, self.within, self._scales, self._layers = found, within, scales, layers
         self._stack: list[tuple[str, torch.Tensor | None, str]] = []
         self._made_by: dict[tuple, str] = {}
@@ -141,11 +141,11 @@ class _Observer:
                     self._keep(tensor, path)
             caller = self._stack[-1][0] if self._stack else ""
             if made and self.within is None and caller != path:
-                self._record(path, module, caller, given, given_by, made[0])
+                self._record(path, module, caller, given=given, given_by=given_by, made=made[0])
 
         return hook
 
-    def _record(self, path: str, module, caller: str, given, given_by: str, made: torch.Tensor) -> None:
+    def _record(self, path: str, module, caller: str, *, given, given_by: str, made: torch.Tensor) -> None:
         part, inside, scale = WHOLE, _PART.match(path), 1.0
         if inside:
             path, part = inside["module"], inside["part"].partition(".")[0].replace("base_layer", BASE)

@@ -47,9 +47,9 @@ class Reference:
         task: Task,
         base: Path,
         adapters: Sequence[TrainedAdapter],
+        *,
         dtype: str,
         n_labels: int | None,
-        *,
         with_precise: bool = False,
         pad_token_id: int | None = None,
     ) -> None:
@@ -57,7 +57,9 @@ class Reference:
         self._dtype, self._pad_token_id = _DTYPES[dtype], pad_token_id
         self.precise = None
         if with_precise:
-            self.precise = Reference(task, base, adapters, WIDER[dtype], n_labels, pad_token_id=pad_token_id)
+            self.precise = Reference(
+                task, base, adapters, dtype=WIDER[dtype], n_labels=n_labels, pad_token_id=pad_token_id
+            )
         with quiet():
             if not adapters:
                 model = self._load(self._dtype)

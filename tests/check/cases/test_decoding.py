@@ -23,7 +23,7 @@ def decoded(session: AdapterSession, reference: Reference, batcher: Batcher) -> 
     limits = tolerances("float32", "cpu")
     context = CheckContext(None, session, Task.TEXT_GENERATION, limits, with_precise=False, own={}, mixed=None)
     examination = Examination(context, Where(limits, session.folder))
-    decoding.decoding_cases(examination, Examined("chat", "chat", reference), batcher, built_in_examples())
+    decoding.decoding_cases(examination, Examined("chat", "chat", reference), batcher, examples=built_in_examples())
     return examination
 
 
@@ -31,7 +31,9 @@ def decoded(session: AdapterSession, reference: Reference, batcher: Batcher) -> 
 def greedy(exports, bases, adapters, monkeypatch):
     """The greedy case of the llama with `chat`, with tokens changed by `change(continuations)` on the way."""
     session = AdapterSession(exports["llama-dynamic"], "cpu")
-    reference = Reference(Task.TEXT_GENERATION, bases["llama"], [TrainedAdapter(adapters["chat"])], "float32", None)
+    reference = Reference(
+        Task.TEXT_GENERATION, bases["llama"], [TrainedAdapter(adapters["chat"])], dtype="float32", n_labels=None
+    )
     batcher = Batcher(exports["llama-dynamic"], Task.TEXT_GENERATION, session.manifest.contract)
     original, judge = decoding.generate, decoding.greedy_case
 
@@ -44,7 +46,7 @@ def greedy(exports, bases, adapters, monkeypatch):
         monkeypatch.setattr(decoding, "generate", generate)
         if noise is not None:
             monkeypatch.setattr(
-                decoding, "greedy_case", lambda label, behind, _, limits: judge(label, behind, noise, limits)
+                decoding, "greedy_case", lambda label, behind, _, limits: judge(label, behind, noise, limits=limits)
             )
         return decoded(session, reference, batcher).cases[-1]
 
@@ -59,7 +61,9 @@ def test_the_built_in_examples_pad_a_decoder_on_the_left(exports, bases, adapter
     monkeypatch.setattr(
         session, "run", lambda inputs, *rest, **cache: seen.append(inputs) or original(inputs, *rest, **cache)
     )
-    reference = Reference(Task.TEXT_GENERATION, bases["llama"], [TrainedAdapter(adapters["chat"])], "float32", None)
+    reference = Reference(
+        Task.TEXT_GENERATION, bases["llama"], [TrainedAdapter(adapters["chat"])], dtype="float32", n_labels=None
+    )
     batcher = Batcher(exports["llama-dynamic"], Task.TEXT_GENERATION, session.manifest.contract)
     cases = decoded(session, reference, batcher).cases
     assert all(case.passed for case in cases)

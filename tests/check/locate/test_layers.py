@@ -109,7 +109,7 @@ def test_parts_are_compared_only_where_pytorch_has_them():
 @pytest.mark.parametrize(("terms", "scale"), [(None, 1.0), (0.25, 0.25), (40.0, 40.0)])
 def test_the_error_of_one_number_is_measured_against_what_went_into_it(terms, scale):
     """A cosine of 5e-4 that is off by 7.5e-8 is off by a rounding of its terms, not by 1.5e-4 of itself."""
-    error, relative = difference(np.array([[5e-4]]), np.array([[5e-4 + 7.5e-8]]), ALL, terms)
+    error, relative = difference(np.array([[5e-4]]), np.array([[5e-4 + 7.5e-8]]), ALL, terms=terms)
     assert (error, relative) == pytest.approx((7.5e-8, 7.5e-8 / scale), rel=1e-6)
 
 

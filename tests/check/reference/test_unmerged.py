@@ -16,7 +16,9 @@ INPUTS = inputs_for("classifier")
 
 @pytest.fixture
 def shades(bases, adapters) -> Reference:
-    return Reference(Task.TEXT_CLASSIFICATION, bases["classifier"], [TrainedAdapter(adapters["shades"])], "float32", 4)
+    return Reference(
+        Task.TEXT_CLASSIFICATION, bases["classifier"], [TrainedAdapter(adapters["shades"])], dtype="float32", n_labels=4
+    )
 
 
 def test_it_is_peft(shades, bases, adapters):
@@ -44,8 +46,8 @@ def test_several_adapters_add_up(bases, adapters):
         Task.TEXT_GENERATION,
         bases["llama"],
         [TrainedAdapter(adapters["chat"]), TrainedAdapter(adapters["code"])],
-        "float32",
-        None,
+        dtype="float32",
+        n_labels=None,
     )
     expected = outputs_of(unmerged(bases["llama"], "LlamaForCausalLM", [adapters["chat"], adapters["code"]]), inputs)
     np.testing.assert_allclose(both.run(inputs)["logits"], expected, atol=1e-6)
@@ -57,8 +59,8 @@ def test_several_adapters_add_up(bases, adapters):
 @pytest.mark.parametrize(("dtype", "wider"), [("float16", np.float32), ("float32", np.float64)])
 def test_the_same_model_at_a_wider_dtype_is_nearer_to_the_truth(dtype, wider, bases, adapters):
     chat, inputs = [TrainedAdapter(adapters["chat"])], inputs_for("llama")
-    found = Reference(Task.TEXT_GENERATION, bases["llama"], chat, dtype, None, with_precise=True)
-    truth = Reference(Task.TEXT_GENERATION, bases["llama"], chat, "float64", None).run(inputs)["logits"]
+    found = Reference(Task.TEXT_GENERATION, bases["llama"], chat, dtype=dtype, n_labels=None, with_precise=True)
+    truth = Reference(Task.TEXT_GENERATION, bases["llama"], chat, dtype="float64", n_labels=None).run(inputs)["logits"]
     own, precise = found.run(inputs)["logits"], found.precise.run(inputs)["logits"]
     assert precise.dtype == wider and own.dtype == np.float32
     assert 0 < np.abs(own - truth).max() > 100 * np.abs(precise - truth).max()
