@@ -30,7 +30,7 @@ from lora_export.contract import SINGLE
 from lora_export.errors import EnvironmentUnusable, some_of
 from lora_export.quiet import quiet
 
-# The first with an `Attention` operator, which a decoder's attention is traced to.
+# The first with an `Attention` operator.
 _ATTENTION_OPSET = 23
 # A switch of Transformers: keys and values of grouped heads are not written out for every query head.
 _GROUPED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"
@@ -45,13 +45,21 @@ _SUMS = {
 }
 
 
-def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE, *, named: Collection[str] | None = None) -> ir.Model:
+def trace(
+    task: Task,
+    model: torch.nn.Module,
+    graph: str = SINGLE,
+    *,
+    named: Collection[str] | None = None,
+    attention_operator: bool = True,
+) -> ir.Model:
     """The unoptimized graph of a weightless `model`; parameters become initializers without a value, with a recipe.
 
     Args:
         model: From `build_weightless`. Left as it was.
         graph: Which of the task's graphs (`graphs_of`).
         named: The inputs that the base's tokenizer names (`Checkpoint.tokenizer_inputs`); None for the usual ones.
+        attention_operator: Whether attention becomes the standard `Attention`, with grouped heads, or its parts.
 
     Returns:
         A graph whose symbolic axes are named `batch_size`, `sequence_length`, `past_sequence_length`,
@@ -61,8 +69,7 @@ def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE, *, named: Col
     exporter_class = borrow("OnnxExporter")
     config_class = borrow("OnnxConfig")
     sample = _sample(task, model, graph, named)
-    is_decoder = task is Task.TEXT_GENERATION
-    opset = _ATTENTION_OPSET if is_decoder else config_class().opset_version
+    opset = _ATTENTION_OPSET if attention_operator else config_class().opset_version
     config = config_class(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False, opset_version=opset)
     forward = _forward(model, sample.forward)
     with (
@@ -71,7 +78,7 @@ def trace(task: Task, model: torch.nn.Module, graph: str = SINGLE, *, named: Col
         decomposed_by_operator(),
         tables_of_fixed_size(model),
         forward,
-        _grouped_heads(wanted=is_decoder),
+        _grouped_heads(wanted=attention_operator),
         _one_head_as_group(),
     ):
         program = exporter_class().export(model, sample.inputs, config).program

@@ -14,7 +14,7 @@ import torch
 from lora_export.adapters.factors import Adapter
 from lora_export.artifact import versions
 from lora_export.base.layers import N_TRACED, Stack, alike_layers, shortened
-from lora_export.base.tasks import graphs_of
+from lora_export.base.tasks import Task, graphs_of
 from lora_export.base.trace import sliding_windows, trace
 from lora_export.base.weightless import is_conv1d
 from lora_export.contract import (
@@ -141,6 +141,7 @@ def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str) -> _F
         "graph": graph,
         "tied": tied,
         "named_inputs": plan.checkpoint.tokenizer_inputs,
+        "attention_operator": _has_attention_operator(plan),
     }
     replaced = choice.parameters.union(*(adapter.replaced for adapter in resolved.adapters))
     small = resolved.parameters.small_parameters(plan.dtype, without=replaced | resolved.parameters.zeros_for)
@@ -191,10 +192,11 @@ def _trace_and_fuse(
     """Trace, untie, bind what is small, give adapter inputs, fuse."""
     key = cache_key(facts.traced_from | {"step": "trace"})
     with _refused(plan, "trace", "its trace"):
-        named = plan.checkpoint.tokenizer_inputs
-        model = cached_graph(
-            key, lambda: trace(plan.task, resolved.model, facts.graph, named=named), use_cache=use_cache
-        )
+        options = {
+            "named": plan.checkpoint.tokenizer_inputs,
+            "attention_operator": _has_attention_operator(plan),
+        }
+        model = cached_graph(key, lambda: trace(plan.task, resolved.model, facts.graph, **options), use_cache=use_cache)
     is_only_graph = len(graphs_of(plan.task)) == 1
     for module, other_name in facts.untied.items():
         sites = find_sites(model.graph, [module]) if is_only_graph else sites_in(model.graph, [module])
@@ -209,6 +211,11 @@ def _trace_and_fuse(
         model = fuse(model, plan.request.provider, sliding_windows(plan.config))
     refuse_bfloat16(model, plan.request.provider)
     return model, inputs
+
+
+def _has_attention_operator(plan: Plan) -> bool:
+    """Whether attention is traced to the standard operator. On CUDA, what has no cache was measured without it only."""
+    return plan.request.provider == "cpu" or plan.task is Task.TEXT_GENERATION
 
 
 def _refused(plan: Plan, verb: str, step: str) -> AbstractContextManager:

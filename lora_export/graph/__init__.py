@@ -1,28 +1,33 @@
 """Passes over an onnx-ir model, and the graph as it is written. The only room with onnx-ir beside base.trace.
 
-    sites.py               the nodes that compute a module
-    tape.py                insert nodes, and restore the axis of rows
-    shared_by_rows.py      what all rows share, once adapters tell them apart
-    adapter_inputs.py      give a traced graph its adapter inputs
-    declare.py             inputs as the contract's table says
-    embedding_inputs.py    those of embeddings
-    convolution_inputs.py  those of convolutions
-    bias_inputs.py         biases
-    linear_inputs.py       those of linear modules
-    unbound.py             initializers without a value
-    mask.py                what an attention mask lets through
-    token_order.py         a cache's order of tokens
-    grouped_attention.py   one attention operator a layer, the cache in place
-    reshapes.py            reshapes that undo each other
-    shape_sums.py          no length is copied to the GPU
-    batch_transposes.py    a fused transpose that ONNX Runtime refuses
-    fuse.py                optimize and fuse for a provider
-    runnable.py            whether a provider can run it
-    layer_names.py         which layer a name is of
-    stamp.py               one layer of a finished graph, copied
-    cache.py               finished graphs, kept on disk
-    bind.py                write graphs with their weights
-    module_values.py       find modules in a written graph, and look into it
+    sites.py                 the nodes that compute a module
+    tape.py                  insert nodes, and restore the axis of rows
+    shared_by_rows.py        what all rows share, once adapters tell them apart
+    adapter_inputs.py        give a traced graph its adapter inputs
+    declare.py               inputs as the contract's table says
+    embedding_inputs.py      those of embeddings
+    convolution_inputs.py    those of convolutions
+    bias_inputs.py           biases
+    linear_inputs.py         those of linear modules
+    unbound.py               initializers without a value
+    attention_node.py        the standard attention, as it is traced
+    heads.py                 heads merged, and taken apart
+    mask.py                  what an attention mask lets through
+    key_mask.py              masks that are of keys alone
+    token_order.py           a cache's order of tokens
+    grouped_attention.py     one attention operator a layer, the cache in place
+    pack.py                  projections of one input, packed
+    encoder_attention.py     attention without a cache, in one operator
+    reshapes.py              reshapes that undo each other
+    shape_sums.py            no length is copied to the GPU
+    batch_transposes.py      a fused transpose that ONNX Runtime refuses
+    fuse.py                  optimize and fuse for a provider
+    runnable.py              whether a provider can run it
+    layer_names.py           which layer a name is of
+    stamp.py                 one layer of a finished graph, copied
+    cache.py                 finished graphs, kept on disk
+    bind.py                  write graphs with their weights
+    module_values.py         find modules in a written graph, and look into it
 
 Imports base, compat, contract, errors, quiet.
 """

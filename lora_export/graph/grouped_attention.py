@@ -19,11 +19,12 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
 from lora_export.contract import CacheLayout
+from lora_export.graph.attention_node import attended, is_plain
+from lora_export.graph.heads import merged_heads, read_instead
 from lora_export.graph.mask import CausalMask, causal_mask, is_false_for_real_tokens
 from lora_export.graph.token_order import TokenOrder
 
@@ -105,21 +106,17 @@ def _layer(key: ir.Value, value: ir.Value, is_of_padding: Callable[[ir.Value], b
     (node, at_key), (other, at_value) = users[0][0], users[1][0]
     if node is not other or (node.op_type, node.domain) != ("Attention", "") or (at_key, at_value) != (1, 2):
         return None
-    if len(node.inputs) != 4 or node.inputs[3] is None or not _is_plain(node):
+    if len(node.inputs) != 4 or node.inputs[3] is None or not is_plain(node) or not _has_groups(node):
         return None
     new = tuple(half.inputs[1] for half in halves)
-    return _Layer(node, (key, value), present, new, _attended(node, is_of_padding))
+    return _Layer(node, (key, value), present, new, attended(node, is_of_padding))
 
 
-def _is_plain(node: ir.Node) -> bool:
-    """No option of `Attention` that the operator has not, or has under another name."""
-    plain = {"softcap": 0.0, "is_causal": 0, "qk_matmul_output_mode": 0}
-    heads = [None if value.shape is None else value.shape[1] for value in node.inputs[:3]]
-    sizes = [None if value.shape is None else value.shape[3] for value in node.inputs[:3]]
-    static = all(isinstance(number, int) for number in (*heads, *sizes))
-    if not static or len(set(sizes)) != 1 or sizes[0] % 8 or heads[0] % heads[1] or heads[1] != heads[2]:
-        return False
-    return all(node.attributes[name].value == value for name, value in plain.items() if name in node.attributes)
+def _has_groups(node: ir.Node) -> bool:
+    """Whether one number of query heads reads each head of keys and of values, all of one size."""
+    heads = [value.shape[1] for value in node.inputs[:3]]
+    sizes = {value.shape[3] for value in node.inputs[:3]}
+    return len(sizes) == 1 and sizes.pop() % 8 == 0 and heads[0] % heads[1] == 0 and heads[1] == heads[2]
 
 
 def _appended(past: ir.Value) -> ir.Node | None:
@@ -128,16 +125,6 @@ def _appended(past: ir.Value) -> ir.Node | None:
     if len(users) != 1 or users[0].op_type != "Concat" or len(users[0].inputs) != 2 or users[0].inputs[0] is not past:
         return None
     return users[0] if users[0].attributes.get_int("axis") in (-2, 2) else None
-
-
-def _attended(node: ir.Node, is_of_padding: Callable[[ir.Value], bool]) -> ir.Value:
-    """The result of an `Attention`, or what Transformers' exporter makes of it: zeros for tokens that attend nothing,
-    which padding alone does."""
-    users = [user for user, _ in node.outputs[0].uses()]
-    chosen = len(users) == 1 and users[0].op_type == "Where" and users[0].inputs[2] is node.outputs[0]
-    if chosen and is_of_padding(users[0].inputs[0]):
-        return users[0].outputs[0]
-    return node.outputs[0]
 
 
 def _is_free_of_slots(graph: ir.Graph, layers: list[_Layer]) -> bool:
@@ -194,7 +181,7 @@ def _attend(graph: ir.Graph, layer: _Layer, order: TokenOrder, mask: CausalMask)
     if mask.window is not None:
         attributes["local_window_size"] = mask.window
     nodes: list[ir.Node] = []
-    operands = [_merged_heads(nodes, operand) for operand in (query, *layer.new)]
+    operands = [merged_heads(nodes, operand) for operand in (query, *layer.new)]
     grouped = ir.node(
         "GroupQueryAttention",
         [*operands, key, value, order.lengths, order.total],
@@ -204,71 +191,11 @@ def _attend(graph: ir.Graph, layer: _Layer, order: TokenOrder, mask: CausalMask)
         metadata_props=dict(node.metadata_props),
     )
     nodes.append(grouped)
-    attended, *present = grouped.outputs
-    attended.dtype, attended.shape = query.dtype, ir.Shape([query.shape[0], query.shape[2], query.shape[1] * size])
+    result, *present = grouped.outputs
+    result.dtype, result.shape = query.dtype, ir.Shape([query.shape[0], query.shape[2], query.shape[1] * size])
     graph.insert_before(node, nodes)
-    _read_instead(graph, layer, attended)
+    read_instead(layer.attended, result)
     for old, new in zip(layer.present, present, strict=True):
         new.name, old.name = old.name, f"{old.name}.appended"
         new.type, new.shape = old.type, old.shape
         graph.outputs[list(graph.outputs).index(old)] = new
-
-
-def _merged_heads(nodes: list[ir.Node], states: ir.Value) -> ir.Value:
-    """`[batch, heads, sequence, size]` as `[batch, sequence, heads·size]`: undone if it was just made of that."""
-    batch, heads, sequence, size = states.shape
-    transpose = states.producer()
-    if _swaps_heads(transpose):
-        split = transpose.inputs[0].producer()
-        merged = split.inputs[0] if split is not None and split.op_type == "Reshape" else None
-        if merged is not None and _is_of_width(merged, heads * size):
-            return merged
-        by_token = transpose.inputs[0]
-    else:
-        nodes.append(ir.node("Transpose", [states], attributes={"perm": [0, 2, 1, 3]}))
-        by_token = nodes[-1].outputs[0]
-    nodes.append(ir.node("Constant", [], attributes={"value": ir.tensor(np.array([0, 0, heads * size], np.int64))}))
-    nodes.append(ir.node("Reshape", [by_token, nodes[-1].outputs[0]]))
-    merged = nodes[-1].outputs[0]
-    merged.dtype, merged.shape = states.dtype, ir.Shape([batch, sequence, heads * size])
-    return merged
-
-
-def _swaps_heads(node: ir.Node | None) -> bool:
-    return node is not None and node.op_type == "Transpose" and list(node.attributes.get_ints("perm")) == [0, 2, 1, 3]
-
-
-def _read_instead(graph: ir.Graph, layer: _Layer, attended: ir.Value) -> None:
-    """Let what merges the heads of the old result read `attended` as it is; other readers, its heads taken apart."""
-    merging = _merging(layer.attended, attended.shape[2])
-    if merging is not None:
-        merging.replace_all_uses_with(attended)
-        return
-    batch, heads, sequence, size = layer.node.inputs[0].shape
-    target = ir.node("Constant", [], attributes={"value": ir.tensor(np.array([0, 0, heads, size], np.int64))})
-    split = ir.node("Reshape", [attended, target.outputs[0]])
-    split.outputs[0].dtype, split.outputs[0].shape = attended.dtype, ir.Shape([batch, sequence, heads, size])
-    swapped = ir.node("Transpose", [split.outputs[0]], attributes={"perm": [0, 2, 1, 3]})
-    swapped.outputs[0].dtype, swapped.outputs[0].shape = attended.dtype, layer.attended.shape
-    graph.insert_after(attended.producer(), [target, split, swapped])
-    layer.attended.replace_all_uses_with(swapped.outputs[0])
-
-
-def _merging(states: ir.Value, width: int) -> ir.Value | None:
-    """The value `[batch, sequence, width]` that is all that `states`, `[batch, heads, sequence, size]`, is read for."""
-    value, swapped = states, False
-    while len(users := [node for node, _ in value.uses()]) == 1:
-        node = users[0]
-        if not swapped and _swaps_heads(node):
-            swapped = True
-        elif node.op_type != "Reshape" or node.inputs[0] is not value:
-            return None
-        value = node.outputs[0]
-        if swapped and value.shape is not None and len(value.shape) == 3:
-            return value if _is_of_width(value, width) else None
-    return None
-
-
-def _is_of_width(value: ir.Value, width: int) -> bool:
-    """Whether `value` is `[batch, sequence, width]`."""
-    return value.shape is not None and len(value.shape) == 3 and value.shape[2] == width

@@ -6,7 +6,7 @@ A decoder's mask `[batch, 1, new, total]` is causal if query `q` of a row attend
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,21 +39,55 @@ class CausalMask:
         return attended & (attention_mask[:, None, :] != 0)
 
 
+class MaskEvaluator:
+    """Runs the nodes of `graph` that compute `mask`.
+
+    Attributes:
+        inputs: The graph's inputs that it reads.
+    """
+
+    def __init__(self, graph: ir.Graph, mask: ir.Value) -> None:
+        inputs = [value for value in _read_by(mask) if value.producer() is None]
+        if any(value not in graph.inputs for value in inputs):
+            raise ValueError(f"{mask.name} reads a weight")
+        part = extract(graph, inputs, [mask])
+        model = ir.Model(part, ir_version=10)
+        model.opset_imports.update(graph.opset_imports)
+        self.inputs = tuple(part.inputs)
+        self._evaluator = ReferenceEvaluator(ir.to_proto(model))
+
+    def __call__(self, sizes: Mapping[str, int], given: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """The mask as its nodes compute it; None if they cannot be run here.
+
+        Args:
+            sizes: Of the symbolic axes of inputs, by name.
+            given: The inputs that are not zeros; those that the mask does not read are left out.
+        """
+        feeds = {}
+        for value in self.inputs:
+            dims = [dim if isinstance(dim, int) else sizes[str(dim.value)] for dim in value.shape]
+            feeds[value.name] = given[value.name] if value.name in given else np.zeros(dims, value.dtype.numpy())
+        try:
+            (found,) = self._evaluator.run(None, feeds)
+        except _CANNOT_RUN:
+            return None
+        return found
+
+
 def causal_mask(graph: ir.Graph, mask: ir.Value, windows: tuple[int, ...]) -> CausalMask | None:
     """The causal mask that `mask` computes from the inputs of `graph`; None if it is another, or cannot be run.
 
     Args:
         windows: The sizes of sliding windows to try.
     """
-    evaluate = _evaluator(graph, mask)
+    evaluate = evaluator(graph, mask)
     if evaluate is None:
         return None
     candidates = [CausalMask(), *map(CausalMask, windows)]
     for attention_mask, new in _attention_masks(max(windows, default=0)):
-        found = evaluate(attention_mask, new)
-        if found is None or found.ndim != 4 or found.shape[1] != 1:
+        attended = attended_by(_of_tokens(evaluate, attention_mask, new))
+        if attended is None:
             return None
-        attended = found[:, 0] if found.dtype == bool else found[:, 0].astype(np.float32) > _MASKED
         real = attention_mask[:, -new:] != 0
         candidates = [each for each in candidates if _agrees(attended, each.allows(attention_mask, new), real)]
     return next(iter(candidates), None)
@@ -61,53 +95,53 @@ def causal_mask(graph: ir.Graph, mask: ir.Value, windows: tuple[int, ...]) -> Ca
 
 def is_false_for_real_tokens(graph: ir.Graph, condition: ir.Value) -> bool:
     """Whether `condition`, `[batch, 1, new, 1]`, is false for every token that is no padding, under a causal mask."""
-    evaluate = _evaluator(graph, condition)
+    evaluate = evaluator(graph, condition)
     if evaluate is None:
         return False
     for attention_mask, new in _attention_masks(0):
-        found = evaluate(attention_mask, new)
-        if (
-            found is None
-            or found.dtype != bool
-            or found.ndim != 4
-            or found[:, 0, :, 0][attention_mask[:, -new:] != 0].any()
-        ):
+        found = _of_tokens(evaluate, attention_mask, new)
+        if found is None or found.dtype != bool or found.shape != (len(attention_mask), 1, new, 1):
+            return False
+        if found[:, 0, :, 0][attention_mask[:, -new:] != 0].any():
             return False
     return True
 
 
-def _evaluator(graph: ir.Graph, value: ir.Value) -> Callable[[np.ndarray, int], np.ndarray | None] | None:
-    """Runs the nodes of `graph` that compute `value`, of an attention mask `[batch, total]` and a number of new tokens.
+def attended_by(mask: np.ndarray | None) -> np.ndarray | None:
+    """`[batch, queries, keys]`: what a mask `[batch, 1, queries, keys]` lets through, which is true, or 0 where it is
+    added; None if it is of another form, or adds something else as well."""
+    if mask is None or mask.ndim != 4 or mask.shape[1] != 1:
+        return None
+    if mask.dtype == bool:
+        return mask[:, 0]
+    added = mask[:, 0].astype(np.float32)
+    return added == 0 if np.all((added == 0) | (added < _MASKED)) else None
 
-    It gives None where they cannot be run on these. None in its place: they cannot be run at all, or read a weight.
-    """
-    inputs = [each for each in _read_by(value) if each.producer() is None]
-    has_domains = any(node.domain for node in {each.producer() for each in _read_by(value)} - {None})
-    if has_domains or any(each not in graph.inputs for each in inputs):
+
+def evaluator(graph: ir.Graph, value: ir.Value) -> MaskEvaluator | None:
+    """Runs the nodes that compute `value`; None if they read a weight, or ONNX's reference has them not."""
+    if any(node.domain for node in {each.producer() for each in _read_by(value)} - {None}):
         return None
     try:
-        part = extract(graph, inputs, [value])
-        model = ir.Model(part, ir_version=10)
-        model.opset_imports.update(graph.opset_imports)
-        evaluator = ReferenceEvaluator(ir.to_proto(model))
+        return MaskEvaluator(graph, value)
     except _CANNOT_RUN:
         return None
 
-    def evaluate(attention_mask: np.ndarray, new: int) -> np.ndarray | None:
-        batch, total = attention_mask.shape
-        sizes = {"batch_size": batch, "sequence_length": new, "past_sequence_length": total - new}
-        feeds = {}
-        for each in part.inputs:
-            dims = [dim if isinstance(dim, int) else sizes.get(str(dim.value), total) for dim in each.shape]
-            feeds[each.name] = np.zeros(dims, each.dtype.numpy())
-        feeds |= {name: attention_mask for name in feeds if name == "attention_mask"}
-        try:
-            (found,) = evaluator.run(None, feeds)
-        except _CANNOT_RUN:
-            return None
-        return found
 
-    return evaluate
+def _of_tokens(evaluate: MaskEvaluator, attention_mask: np.ndarray, new: int) -> np.ndarray | None:
+    """What is computed for the last `new` tokens of an attention mask `[batch, total]`."""
+    batch, total = attention_mask.shape
+    sizes = {
+        "batch_size": batch,
+        "sequence_length": new,
+        "past_sequence_length": total - new,
+        "total_sequence_length": total,
+    }
+    if any(
+        not isinstance(dim, int) and str(dim.value) not in sizes for value in evaluate.inputs for dim in value.shape
+    ):
+        return None
+    return evaluate(sizes, {"attention_mask": attention_mask})
 
 
 def _attention_masks(longest_window: int) -> Iterator[tuple[np.ndarray, int]]:
