@@ -76,11 +76,20 @@ class _Masks:
             batch, keys = given.shape
             attended = self._op("Cast", [given], _BOOL, [batch, keys], to=_BOOL)
             attended = self._op("Unsqueeze", [attended, self._ints(1, 2)], _BOOL, [batch, 1, 1, keys])
-            n_queries = self._op("Shape", [query], _INT64, [1], start=2, end=3)
+            n_queries = self._size(query, 2)
             ones = self._ints(1, 1)
             shape = self._op("Concat", [ones, n_queries, self._ints(1)], _INT64, [4], axis=0)
             self._made[of] = self._op("Expand", [attended, shape], _BOOL, [batch, 1, query.shape[2], keys])
         return self._made[of]
+
+    def _size(self, value: ir.Value, axis: int) -> ir.Value:
+        """`[1]`: the size of an axis, of an input of the graph that has it: what a layer gives is its own."""
+        dim = value.shape[axis]
+        for source in self._graph.inputs:
+            if not isinstance(dim, int) and dim in tuple(source.shape):
+                value, axis = source, tuple(source.shape).index(dim)
+                break
+        return self._op("Shape", [value], _INT64, [1], start=axis, end=axis + 1)
 
     def _ints(self, *values: int) -> ir.Value:
         return self._op("Constant", [], _INT64, [len(values)], value=ir.tensor(np.array(values, np.int64)))

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from typing import TypeVar
 
 import numpy as np
+import onnx_ir as ir
 
 from lora_export.base.layers import N_TRACED, Stack
 from lora_export.contract import AdapterInput, SiteChoice
@@ -33,6 +34,15 @@ class LayerNames:
     def moved(self, name: str, layer: int) -> str:
         """`name`, of layer `layer` instead of its own."""
         return self._pattern.sub(lambda match: f"{match[1]}.{layer}", name)
+
+    def moved_shape(self, shape: ir.Shape | None, layer: int) -> ir.Shape | None:
+        """`shape`, its symbolic axes those of layer `layer`."""
+        if shape is None:
+            return None
+        dims = [
+            dim if isinstance(dim, int) or dim.value is None else self.moved(str(dim.value), layer) for dim in shape
+        ]
+        return ir.Shape(dims)
 
 
 def is_uniform(names: Iterable[str], stack: Stack) -> bool:

@@ -136,7 +136,8 @@ class _Layers:
         if None in (at, other_at) or (at, other_at) not in ((FIRST_OF_TWO, COPIED), (FIRST_OF_TWO - 1, FIRST_OF_TWO)):
             return False
         if x.producer() is None and y.producer() is None:
-            same = x.shape == y.shape and x.dtype == y.dtype and x.is_graph_input() == y.is_graph_input()
+            shape = self._names.moved_shape(x.shape, other_at)
+            same = shape == y.shape and x.dtype == y.dtype and x.is_graph_input() == y.is_graph_input()
             bound = x.const_value is not None and x.name not in small
             return same and self._names.moved(x.name, other_at) == y.name and (not bound or _is_same_constant(x, y))
         return x.producer() is not None and y.producer() is not None and at == FIRST_OF_TWO - 1
@@ -191,7 +192,7 @@ class _Copier:
             old.metadata_props.update(value.metadata_props)
             value.name = names.moved(value.name, layer)
             self._leaves[value.name] = value
-            value.shape = self._moved_shape(value, layer)
+            value.shape = self._names.moved_shape(value.shape, layer)
             if self._fill(value, old, layer):
                 graph.initializers[value.name] = value
         for node in self._layers.nodes[LAST]:
@@ -218,7 +219,7 @@ class _Copier:
                 num_outputs=len(node.outputs), version=node.version, metadata_props=scopes,
             )  # fmt: skip
             for old, new in zip(node.outputs, copy.outputs, strict=True):
-                new.shape, new.type = self._moved_shape(old, layer), old.type
+                new.shape, new.type = self._names.moved_shape(old.shape, layer), old.type
                 if old.is_graph_output():
                     new.name = self._names.moved(old.name, layer)
                     self._graph.outputs.append(new)
@@ -242,22 +243,13 @@ class _Copier:
         """The parameter or input of `layer` that is there what `value` is in its own; made at its first use."""
         name = self._names.moved(value.name, layer)
         if name not in self._leaves:
-            new = ir.Value(name=name, type=value.type, shape=self._moved_shape(value, layer))
+            new = ir.Value(name=name, type=value.type, shape=self._names.moved_shape(value.shape, layer))
             if value.is_graph_input():
                 self._graph.inputs.append(new)
             if value.is_initializer() and self._fill(new, value, layer):
                 self._graph.initializers[name] = new
             self._leaves[name] = new
         return self._leaves[name]
-
-    def _moved_shape(self, value: ir.Value, layer: int) -> ir.Shape | None:
-        if value.shape is None:
-            return None
-        dims = [
-            dim if isinstance(dim, int) or dim.value is None else self._names.moved(dim.value, layer)
-            for dim in value.shape
-        ]
-        return ir.Shape(dims)
 
     def _fill(self, new: ir.Value, old: ir.Value, layer: int) -> bool:
         """Give `new` of `layer` the recipe or the value that makes it what `old` is in its own; False for none."""
