@@ -5,7 +5,8 @@
 decode  a random Llama shape (8 layers, 1024 wide, 16 query and 4 key heads): merged, dynamic with one adapter, and with
         another in each row (r = 8, all linears), beside the graph of ONNX Runtime GenAI's model builder, whose
         `builder.py` is in FOLDER. All run on one ONNX Runtime with one buffer for past and present.
-encode  MiniLM: base and dynamic with one adapter, beside the graph of ONNX Runtime's own optimizer.
+encode  MiniLM and the widths of BERT-base, DistilBERT and ViT-base (encoders.py): merged, and dynamic with an adapter
+        of all linear modules, of queries and values, and another in each row, beside ONNX Runtime's own optimizer.
 export  the time and memory of an export of 8 and of 32 such layers, merged with an adapter, beside the builder's;
         each a process of its own, ours without and with a cached graph.
 
@@ -24,8 +25,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gpu.models import encoder_jobs
-from gpu.peers import builder_command, decoder_run, encoder_run, write_builder_graph, write_optimized_bert
+from encoders import ENCODERS, checkpoint, peer_run, write_optimized
+from encoders import exports as encoder_exports
+from gpu.peers import builder_command, decoder_run, write_builder_graph
 from gpu.timing import Candidate, Device, adapter_arrays, candidate_runs, race, ratio_lines
 from processes import run_measured
 from random_models import LlamaShape, write_adapter, write_llama
@@ -42,8 +44,6 @@ _DEEP = replace(_LLAMA, layers=32)
 _RANK = 8
 # Rows, new tokens, past.
 _DECODE = ((1, 1, 256), (8, 1, 256), (16, 1, 256), (1, 1, 1024), (8, 1, 1024), (16, 1, 1024), (1, 256, 0), (8, 128, 0))
-# Rows, tokens.
-_ENCODE = ((1, 32), (4, 128), (16, 64), (1, 256))
 _MERGED, _ONE_ADAPTER, _ANOTHER_IN_EACH_ROW = 1.0, 1.05, 1.08
 # Exports are timed this often, one after the other in turn.
 _ROUNDS = 3
@@ -115,32 +115,28 @@ def decode(given: Given) -> list[dict]:
 
 
 def encode(given: Given) -> list[dict]:
-    base, peer = given.demo / "minilm", given.work / "optimizer"
-    if not (peer / "model.onnx").exists():
-        write_optimized_bert(base, peer, "float32", use_gpu=False)
-    jobs = {job.name: job for job in encoder_jobs(given.work, base) if job.dtype == "float32"}
-    folders = {}
-    for name, job in jobs.items():
-        folders[name] = given.work / name
-        if not (folders[name] / "lora_export.json").exists():
-            named = tuple((str(path), None) for path in job.adapters)
-            request = Request(str(job.base), named, job.mode, job.task, job.dtype, "cpu")
-            export(request, ExportOptions(folders[name], overwrite=True, zeros_for_missing_head=not job.adapters))
-    sessions: dict = {}
-    peers = {name: open_session(peer / "model.onnx", "cpu", stop_spinning=True) for name in ("peer", "again")}
     found = []
-    for rows, tokens in _ENCODE:
-        candidates = [
-            Candidate("merged", folders["encoder-base-float32"]),
-            Candidate("one adapter", folders["encoder-dynamic-float32"], 1, _RANK),
-        ]
-        if rows > 1:
-            candidates.append(Candidate("another in each row", folders["encoder-dynamic-float32"], rows, _RANK))
-        runs, failed = candidate_runs(candidates, "cpu", (rows, tokens, 0), 30522, sessions)
-        if failed:
-            raise RuntimeError(str(failed))
-        runs = {name: encoder_run(session, "cpu", rows, tokens) for name, session in peers.items()} | runs
-        found.append(_raced(runs, f"encode, {rows} × {tokens}", given.blocks))
+    for encoder in ENCODERS:
+        base = checkpoint(encoder, given.demo / "minilm", given.work)
+        folders = encoder_exports(encoder, base, given.work)
+        graph = write_optimized(encoder, base, folders["base"], given.work / f"{encoder.name}-optimizer")
+        sessions: dict = {}
+        peers = {name: open_session(graph, "cpu", stop_spinning=True) for name in ("peer", "again")}
+        for rows, tokens in encoder.shapes:
+            candidates = [
+                Candidate("merged", folders["base"]),
+                Candidate("one adapter", folders["all"], 1, _RANK),
+                Candidate("one adapter, queries and values", folders["qv"], 1, _RANK),
+            ]
+            if rows > 1:
+                candidates.append(Candidate("another in each row", folders["all"], rows, _RANK))
+            runs, failed = candidate_runs(candidates, "cpu", (rows, tokens, 0), 1000, sessions)
+            if failed:
+                raise RuntimeError(str(failed))
+            shape = (rows, tokens)
+            runs = {name: peer_run(session, folders["base"], shape) for name, session in peers.items()} | runs
+            size = f"{rows} × {tokens}" if tokens else f"{rows} images"
+            found.append(_raced(runs, f"{encoder.name}, {size}", given.blocks))
     return found
 
 
@@ -181,7 +177,12 @@ def exports(given: Given) -> list[dict]:
 
 
 def race_targets(races: Sequence[dict]) -> list[Target]:
-    limits = {"merged": _MERGED, "one adapter": _ONE_ADAPTER, "another in each row": _ANOTHER_IN_EACH_ROW}
+    limits = {
+        "merged": _MERGED,
+        "one adapter": _ONE_ADAPTER,
+        "one adapter, queries and values": _ONE_ADAPTER,
+        "another in each row": _ANOTHER_IN_EACH_ROW,
+    }
     found = []
     for each in races:
         for ratio in each["ratios"]:
