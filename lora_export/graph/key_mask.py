@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.graph.mask import MaskEvaluator, attended_by, evaluator
+from lora_export.graph.mask import MaskEvaluator, attended_by
 
 # Rows of a batch, with padding on the left, on the right, and between; and the lengths that symbolic axes have.
 _ROWS, _LENGTHS = 3, ((5, 7, 4, 6), (4, 4, 4, 4))
@@ -30,10 +30,10 @@ def key_mask(graph: ir.Graph, mask: ir.Value | None) -> KeyMask | None:
     another, or cannot be run. No mask is one that lets all through."""
     if mask is None:
         return KeyMask(None)
-    evaluate = evaluator(graph, mask)
+    evaluate = MaskEvaluator.of(graph, mask)
     if evaluate is None:
         return None
-    # What is run is a copy.
+    # Those that are run are copies.
     read = {value.name for value in evaluate.inputs if _is_mask(value)}
     candidates = [KeyMask(None), *(KeyMask(value) for value in graph.inputs if value.name in read)]
     for sizes, given in _cases(evaluate):
@@ -46,7 +46,7 @@ def key_mask(graph: ir.Graph, mask: ir.Value | None) -> KeyMask | None:
 
 def is_false_with_keys(graph: ir.Graph, condition: ir.Value) -> bool:
     """Whether `condition` is false wherever a row has any key to attend."""
-    evaluate = evaluator(graph, condition)
+    evaluate = MaskEvaluator.of(graph, condition)
     if evaluate is None:
         return False
     found = [evaluate(sizes, given) for sizes, given in _cases(evaluate)]

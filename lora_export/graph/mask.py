@@ -40,21 +40,30 @@ class CausalMask:
 
 
 class MaskEvaluator:
-    """Runs the nodes of `graph` that compute `mask`.
+    """Runs a copy of the nodes that compute a mask.
 
     Attributes:
-        inputs: The graph's inputs that it reads.
+        inputs: What they read of the graph's inputs, copies too.
     """
 
-    def __init__(self, graph: ir.Graph, mask: ir.Value) -> None:
-        inputs = [value for value in _read_by(mask) if value.producer() is None]
-        if any(value not in graph.inputs for value in inputs):
-            raise ValueError(f"{mask.name} reads a weight")
-        part = extract(graph, inputs, [mask])
-        model = ir.Model(part, ir_version=10)
-        model.opset_imports.update(graph.opset_imports)
-        self.inputs = tuple(part.inputs)
+    def __init__(self, model: ir.Model) -> None:
+        self.inputs = tuple(model.graph.inputs)
         self._evaluator = ReferenceEvaluator(ir.to_proto(model))
+
+    @classmethod
+    def of(cls, graph: ir.Graph, value: ir.Value) -> MaskEvaluator | None:
+        """For the nodes of `graph` that compute `value`; None where they read a weight or have no reference."""
+        read = _read_by(value)
+        inputs = [each for each in read if each.producer() is None]
+        has_domains = any(node.domain for node in {each.producer() for each in read} - {None})
+        if has_domains or any(each not in graph.inputs for each in inputs):
+            return None
+        try:
+            model = ir.Model(extract(graph, inputs, [value]), ir_version=10)
+            model.opset_imports.update(graph.opset_imports)
+            return cls(model)
+        except _CANNOT_RUN:
+            return None
 
     def __call__(self, sizes: Mapping[str, int], given: Mapping[str, np.ndarray]) -> np.ndarray | None:
         """The mask as its nodes compute it; None if they cannot be run here.
@@ -80,7 +89,7 @@ def causal_mask(graph: ir.Graph, mask: ir.Value, windows: tuple[int, ...]) -> Ca
     Args:
         windows: The sizes of sliding windows to try.
     """
-    evaluate = evaluator(graph, mask)
+    evaluate = MaskEvaluator.of(graph, mask)
     if evaluate is None:
         return None
     candidates = [CausalMask(), *map(CausalMask, windows)]
@@ -95,7 +104,7 @@ def causal_mask(graph: ir.Graph, mask: ir.Value, windows: tuple[int, ...]) -> Ca
 
 def is_false_for_real_tokens(graph: ir.Graph, condition: ir.Value) -> bool:
     """Whether `condition`, `[batch, 1, new, 1]`, is false for every token that is no padding, under a causal mask."""
-    evaluate = evaluator(graph, condition)
+    evaluate = MaskEvaluator.of(graph, condition)
     if evaluate is None:
         return False
     for attention_mask, new in _attention_masks(0):
@@ -116,16 +125,6 @@ def attended_by(mask: np.ndarray | None) -> np.ndarray | None:
         return mask[:, 0]
     added = mask[:, 0].astype(np.float32)
     return added == 0 if np.all((added == 0) | (added < _MASKED)) else None
-
-
-def evaluator(graph: ir.Graph, value: ir.Value) -> MaskEvaluator | None:
-    """Runs the nodes that compute `value`; None if they read a weight, or ONNX's reference has them not."""
-    if any(node.domain for node in {each.producer() for each in _read_by(value)} - {None}):
-        return None
-    try:
-        return MaskEvaluator(graph, value)
-    except _CANNOT_RUN:
-        return None
 
 
 def _of_tokens(evaluate: MaskEvaluator, attention_mask: np.ndarray, new: int) -> np.ndarray | None:

@@ -53,7 +53,8 @@ def test_whatever_the_options_the_fold_is_pefts_merge(options, bases):
         try:
             expected = PeftModel.from_pretrained(model, Path(folder) / "a").merge_and_unload().state_dict()
         except RuntimeError:  # PEFT saves patterns sorted by name, and where two match, another one is first then
-            with pytest.raises(InputRefused, match="PEFT cannot load the adapter onto this base"):
+            refused = "PEFT cannot load the adapter onto this base|do not have the ranks that its config says"
+            with pytest.raises(InputRefused, match=refused):
                 resolve(make_plan(request))
             return
         source = resolve(make_plan(request)).parameters
