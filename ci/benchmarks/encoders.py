@@ -118,7 +118,7 @@ def write_optimized(encoder: Encoder, base: Path, contract_folder: Path, out: Pa
     config._attn_implementation = "eager"
     model = getattr(transformers, encoder.auto).from_pretrained(base, config=config).eval()
     contract = read_manifest(contract_folder).contract
-    arrays = random_inputs(contract, 1000, 2, 8, 0)
+    arrays = random_inputs(contract, 1000, (2, 8, 0))
     names = [spec.name for spec in contract.inputs]
 
     class Wrapped(torch.nn.Module):
@@ -155,7 +155,7 @@ def peer_run(session: ort.InferenceSession, folder: Path, shape: tuple[int, int]
     """A bound run of the optimizer's graph on the inputs that our export in `folder` is given."""
     contract, device = read_manifest(folder).contract, Device("cpu")
     read = {value.name for value in session.get_inputs()}
-    arrays = random_inputs(contract, 1000, *shape, 0)
+    arrays = random_inputs(contract, 1000, (*shape, 0))
     arrays = {name: array for name, array in arrays.items() if name in read}
     names = [value.name for value in session.get_outputs()]
     found = dict(zip(names, session.run(names, arrays), strict=True))

@@ -30,7 +30,8 @@ def sparing() -> Iterator[None]:
         for name, value in _SETTINGS.items():
             if borrow_if_there(name) is not None:
                 stack.enter_context(replaced(name, value))
-        gc.set_threshold(_OBJECTS_BEFORE_COLLECTION, *before[1:])
+        if before[0]:  # 0: the host has turned it off
+            gc.set_threshold(_OBJECTS_BEFORE_COLLECTION, *before[1:])
         try:
             yield
         finally:

@@ -30,6 +30,11 @@ def attended(node: ir.Node, is_of_padding: Callable[[ir.Value], bool]) -> ir.Val
     """
     users = [user for user, _ in node.outputs[0].uses()]
     chosen = len(users) == 1 and users[0].op_type == "Where" and users[0].inputs[2] is node.outputs[0]
-    if chosen and is_of_padding(users[0].inputs[0]):
+    if chosen and _is_zero(users[0].inputs[1]) and is_of_padding(users[0].inputs[0]):
         return users[0].outputs[0]
     return node.outputs[0]
+
+
+def _is_zero(value: ir.Value) -> bool:
+    tensor = ir.convenience.get_const_tensor(value)
+    return tensor is not None and not tensor.numpy().any()

@@ -4,10 +4,10 @@
 
 1. A mask that lets each key through for all queries or for none (`key_mask.py`) becomes a boolean one, computed once;
    one that lets all through is dropped.
-2. Where q, k and v were just split into heads, that is taken back, and the operator splits them itself (rotary
-   embeddings stand between).
+2. Where q, k and v were just split into heads, that is taken back, and the operator splits them itself. With rotary
+   embeddings this step does not apply.
 3. Where they are then plain projections of one input, they become ONNX Runtime's packed `Attention`, which holds the
-   three weights as one: the form of ONNX Runtime's own optimizer. A projection with a pair is none.
+   three weights as one: the form of ONNX Runtime's own optimizer. A projection with an adapter's pair is not plain.
 
 MiniLM on two cores, beside the optimizer's graph: 1.00 in the packed form, 1.00 to 1.05 with the standard operator,
 1.04 to 1.07 with `MultiHeadAttention`, 1.07 to 1.11 in parts.
@@ -83,12 +83,12 @@ class _Masks:
         return self._made[of]
 
     def _size(self, value: ir.Value, axis: int) -> ir.Value:
-        """`[1]`: the size of an axis, of an input of the graph that has it: what a layer gives is its own."""
+        """`[1]`: the size of an axis, read from a graph input where one has it, so that no layer depends on another."""
         dim = value.shape[axis]
-        for source in self._graph.inputs:
-            if not isinstance(dim, int) and dim in tuple(source.shape):
-                value, axis = source, tuple(source.shape).index(dim)
-                break
+        is_named = not isinstance(dim, int) and dim.value is not None
+        source = next((each for each in self._graph.inputs if is_named and dim in tuple(each.shape)), None)
+        if source is not None:
+            value, axis = source, tuple(source.shape).index(dim)
         return self._op("Shape", [value], _INT64, [1], start=axis, end=axis + 1)
 
     def _ints(self, *values: int) -> ir.Value:
@@ -102,21 +102,20 @@ class _Masks:
 
 
 def _simplify(graph: ir.Graph, node: ir.Node, masks: _Masks) -> None:
-    of = node.inputs[3] if len(node.inputs) > 3 else None
-    mask = masks.keys(of)
-    before = [before_heads(states) for states in node.inputs[:3]]
-    if mask is None and None in before:
+    traced_mask = node.inputs[3] if len(node.inputs) > 3 else None
+    of_keys = masks.keys(traced_mask)
+    merged = [before_heads(states) for states in node.inputs[:3]]
+    if of_keys is None:
+        if None not in merged:
+            _attend(graph, node, merged, traced_mask, node.outputs[0])
         return
-    old = node.outputs[0] if mask is None else attended(node, masks.is_of_empty_rows)
-    packed = None if mask is None or None in before else _packed(graph, node, before, mask, masks)
+    result = attended(node, masks.is_of_empty_rows)
+    packed = None if None in merged else _packed(graph, node, merged, of_keys, masks)
     if packed is not None:
-        read_instead(old, packed)
+        read_instead(result, packed)
         return
-    if mask is not None and mask.given is not None:
-        of = masks.as_boolean(mask.given, of, node.inputs[0])
-    elif mask is not None:
-        of = None
-    _attend(graph, node, before, of, old)
+    mask = None if of_keys.given is None else masks.as_boolean(of_keys.given, traced_mask, node.inputs[0])
+    _attend(graph, node, merged, mask, result)
 
 
 def _attend(

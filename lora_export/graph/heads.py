@@ -1,10 +1,12 @@
-"""Heads in one axis: `[batch, heads, sequence, size]` is what a trace gives, `[batch, sequence, heads·size]` what the
-attention operators of `com.microsoft` read and write."""
+"""Heads in one axis: `[batch, heads, sequence, size]` is what a trace gives, `[batch, sequence, heads·size]` what
+attention operators read and write without moving anything."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+
+from lora_export.graph.reshapes import is_known_equal
 
 
 def merged_heads(nodes: list[ir.Node], states: ir.Value) -> ir.Value:
@@ -32,8 +34,9 @@ def before_heads(states: ir.Value) -> ir.Value | None:
         return None
     split = transpose.inputs[0].producer()
     merged = split.inputs[0] if split is not None and split.op_type == "Reshape" else None
-    width = states.shape[1] * states.shape[3]
-    return merged if merged is not None and _is_of_width(merged, width) else None
+    return (
+        merged if merged is not None and _holds_tokens_of(states, merged, states.shape[1] * states.shape[3]) else None
+    )
 
 
 def read_instead(old: ir.Value, attended: ir.Value) -> None:
@@ -68,10 +71,13 @@ def _merging(states: ir.Value, width: int) -> ir.Value | None:
             return None
         value = node.outputs[0]
         if swapped and value.shape is not None and len(value.shape) == 3:
-            return value if _is_of_width(value, width) else None
+            return value if _holds_tokens_of(states, value, width) else None
     return None
 
 
-def _is_of_width(value: ir.Value, width: int) -> bool:
-    """Whether `value` is `[batch, sequence, width]`."""
-    return value.shape is not None and len(value.shape) == 3 and value.shape[2] == width
+def _holds_tokens_of(states: ir.Value, merged: ir.Value, width: int) -> bool:
+    """Whether `merged` is `[batch, sequence, width]` of the same batch and sequence as `states`: blocks of a sequence
+    have other ones."""
+    if merged.shape is None or len(merged.shape) != 3 or merged.shape[2] != width:
+        return False
+    return is_known_equal(merged.shape[0], states.shape[0]) and is_known_equal(merged.shape[1], states.shape[2])

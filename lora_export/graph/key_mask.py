@@ -10,8 +10,11 @@ import onnx_ir as ir
 
 from lora_export.graph.mask import MaskEvaluator, attended_by
 
-# Rows of a batch, with padding on the left, on the right, and between; and the lengths that symbolic axes have.
-_ROWS, _LENGTHS = 3, ((5, 7, 4, 6), (4, 4, 4, 4))
+_ROWS = 3
+# The lengths of symbolic axes: all of them different, and all the same.
+_LENGTHS = ((5, 7, 4, 6), (4, 4, 4, 4))
+# A window is seen on axes that are longer than it. What is larger is no window, but an end of a slice.
+_LONGEST_WINDOW, _NO_LENGTH = 1024, 2**31
 
 
 @dataclass(frozen=True)
@@ -31,25 +34,30 @@ def key_mask(graph: ir.Graph, mask: ir.Value | None) -> KeyMask | None:
     if mask is None:
         return KeyMask(None)
     evaluate = MaskEvaluator.of(graph, mask)
-    if evaluate is None:
+    if evaluate is None or evaluate.largest_number(_NO_LENGTH) > _LONGEST_WINDOW:
         return None
-    # Those that are run are copies.
-    read = {value.name for value in evaluate.inputs if _is_mask(value)}
-    candidates = [KeyMask(None), *(KeyMask(value) for value in graph.inputs if value.name in read)]
+    # What is run are copies. Two masks could not be told apart, nor a token's number from any other.
+    read = {value.name for value in evaluate.inputs if not _is_read_for_its_shape(value)}
+    masks = [value for value in graph.inputs if value.name in read]
+    if len(masks) > 1 or not all(map(_is_mask, masks)):
+        return None
+    candidates = [KeyMask(None), *map(KeyMask, masks)]
     for sizes, given in _cases(evaluate):
         attended = attended_by(evaluate(sizes, given))
         if attended is None:
             return None
         candidates = [each for each in candidates if _agrees(attended, each, given)]
-    return next(iter(candidates), None)
+        if not candidates:
+            return None
+    return candidates[0]
 
 
 def is_false_with_keys(graph: ir.Graph, condition: ir.Value) -> bool:
     """Whether `condition` is false wherever a row has any key to attend."""
     evaluate = MaskEvaluator.of(graph, condition)
-    if evaluate is None:
+    if evaluate is None or evaluate.largest_number(_NO_LENGTH) > _LONGEST_WINDOW:
         return False
-    found = [evaluate(sizes, given) for sizes, given in _cases(evaluate)]
+    found = (evaluate(sizes, given) for sizes, given in _cases(evaluate))
     return all(each is not None and each.dtype == bool and not each.any() for each in found)
 
 
@@ -57,20 +65,22 @@ def _is_mask(value: ir.Value) -> bool:
     return value.dtype == ir.DataType.INT64 and len(value.shape) == 2 and value.name.endswith("attention_mask")
 
 
+def _is_read_for_its_shape(value: ir.Value) -> bool:
+    return all(node.op_type == "Shape" for node, _ in value.uses())
+
+
 def _cases(evaluate: MaskEvaluator) -> Iterator[tuple[dict[str, int], dict[str, np.ndarray]]]:
-    """Sizes and inputs to run a mask with. What is no mask has numbers of its own, so that one who reads it is seen."""
-    numbers = np.random.default_rng(0)
+    """Sizes and masks to run a mask with, with padding and without; the last sizes are longer than any window."""
     axes = dict.fromkeys(str(dim.value) for value in evaluate.inputs for dim in value.shape if not isinstance(dim, int))
-    for lengths in _LENGTHS:
+    longest = evaluate.largest_number(_NO_LENGTH) + 3
+    for lengths in (*_LENGTHS, (longest,) * 4):
         by_name = iter(lengths * len(axes))
         sizes = {axis: _ROWS if "batch" in axis else next(by_name) for axis in axes}
         for padded in (False, True):
             given = {}
-            for value in evaluate.inputs:
+            for value in filter(_is_mask, evaluate.inputs):
                 dims = [dim if isinstance(dim, int) else sizes[str(dim.value)] for dim in value.shape]
-                given[value.name] = numbers.integers(0, 2, dims).astype(value.dtype.numpy())
-                if _is_mask(value):
-                    given[value.name] = _padded(dims) if padded else np.ones(dims, np.int64)
+                given[value.name] = _padded(dims) if padded else np.ones(dims, np.int64)
             yield sizes, given
 
 

@@ -18,6 +18,8 @@ from onnx_ir.convenience import extract
 _CASES = ((2, 4, 0), (3, 1, 0), (3, 1, 5), (3, 4, 4))
 # An additive mask adds the lowest number of its dtype, or -inf, where nothing is to be attended.
 _MASKED = -1e4
+# A constant of more numbers is a table, whose axes have sizes of their own.
+_FEW = 16
 # What ONNX's reference evaluator raises for an operator that it has not, or operands that it does not take. The graph
 # then keeps its own mask, which is right and slower.
 _CANNOT_RUN = (ValueError, TypeError, KeyError, IndexError, NotImplementedError, RuntimeError)
@@ -47,7 +49,7 @@ class MaskEvaluator:
     """
 
     def __init__(self, model: ir.Model) -> None:
-        self.inputs = tuple(model.graph.inputs)
+        self.inputs, self._nodes = tuple(model.graph.inputs), tuple(model.graph)
         self._evaluator = ReferenceEvaluator(ir.to_proto(model))
 
     @classmethod
@@ -64,6 +66,13 @@ class MaskEvaluator:
             return cls(model)
         except _CANNOT_RUN:
             return None
+
+    def largest_number(self, below: int) -> int:
+        """The largest whole number below `below` among the constants, 0 if there is none: no window is larger."""
+        constants = (ir.convenience.get_const_tensor(value) for node in self._nodes for value in node.inputs if value)
+        arrays = (tensor.numpy().reshape(-1) for tensor in constants if tensor is not None and tensor.size <= _FEW)
+        numbers = (abs(float(number)) for array in arrays for number in array)
+        return max((int(number) for number in numbers if number < below), default=0)
 
     def __call__(self, sizes: Mapping[str, int], given: Mapping[str, np.ndarray]) -> np.ndarray | None:
         """The mask as its nodes compute it; None if they cannot be run here.

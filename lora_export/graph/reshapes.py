@@ -25,8 +25,9 @@ def drop_undone_reshapes(model: ir.Model) -> ir.Model:
 def _is_same_shape(one: ir.Value, other: ir.Value) -> bool:
     if one.shape is None or other.shape is None or len(one.shape) != len(other.shape):
         return False
-    return sum(not _is_known_equal(*dims) for dims in zip(one.shape, other.shape, strict=True)) <= 1
+    return sum(not is_known_equal(*dims) for dims in zip(one.shape, other.shape, strict=True)) <= 1
 
 
-def _is_known_equal(one: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
+def is_known_equal(one: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
+    """Whether two sizes are one, by number or by name; what has no name is equal to nothing."""
     return one == other and (isinstance(one, int) or one.value is not None)

@@ -15,6 +15,7 @@ Anything else may mix rows, and is refused.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import onnx_ir as ir
@@ -48,6 +49,8 @@ def let_rows_through(graph: ir.Graph, value: ir.Value, module: str) -> None:
     Raises:
         InputRefused: What reads it may mix rows.
     """
+    if value.is_graph_output():
+        _refuse(module, "an output of the graph")
     value.shape = ir.Shape([ROWS, *list(value.shape)[1:]])
     pending = [_Shared(value, 1)]
     while pending:
@@ -55,13 +58,17 @@ def let_rows_through(graph: ir.Graph, value: ir.Value, module: str) -> None:
         for node, index in tuple(shared.value.uses()):
             found = _pass(graph, node, index, shared)
             if found is None or any(each.value.is_graph_output() for each in found):
-                raise InputRefused(
-                    "A module's result is the same for all rows of the batch, and what reads it may mix rows",
-                    where=f"{module} ({node.op_type})",
-                    expected="reshapes, transposes, arithmetic and products, or a repetition over the batch",
-                    next_step="merge the adapter instead",
-                )
+                _refuse(module, node.op_type)
             pending.extend(found)
+
+
+def _refuse(module: str, reader: str) -> NoReturn:
+    raise InputRefused(
+        "A module's result is the same for all rows of the batch, and what reads it may mix rows",
+        where=f"{module} ({reader})",
+        expected="reshapes, transposes, arithmetic and products, or a repetition over the batch",
+        next_step="merge the adapter instead",
+    )
 
 
 def refuse_gate(module: str) -> None:
@@ -77,7 +84,7 @@ def refuse_gate(module: str) -> None:
 def _pass(graph: ir.Graph, node: ir.Node, index: int, shared: _Shared) -> list[_Shared] | None:
     """What has the axis of rows after `node`, nothing if that is the batch's by then; None if `node` may mix rows."""
     result = node.outputs[0]
-    if ROWS in _first(result):  # let through before, for another input of the module
+    if ROWS in _first(result):  # it has the axis already, by another of its inputs
         return []
     if node.op_type in _LEFT_AS_IS or (node.op_type == "Transpose" and node.attributes.get_ints("perm")[0] == 0):
         return _with_rows(result, shared.per_row, shared.value if node.op_type in _LEFT_AS_IS else result)

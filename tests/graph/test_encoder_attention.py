@@ -22,7 +22,7 @@ TEXT = SIZES | {"vocab_size": 64, "max_position_embeddings": 32}
 PACKED, STANDARD = (2, 0), (0, 2)
 MODELS = {
     "bert": (transformers.BertConfig(**TEXT), ["query", "value"]),
-    "modernbert": (transformers.ModernBertConfig(**TEXT, local_attention=4, pad_token_id=0), ["Wqkv"]),
+    "modernbert": (transformers.ModernBertConfig(**TEXT, local_attention=20, pad_token_id=0), ["Wqkv"]),
     "vit": (transformers.ViTConfig(**SIZES, image_size=16, patch_size=8), ["q_proj", "v_proj"]),
 }
 
@@ -73,9 +73,9 @@ def test_it_computes_what_pytorch_does(made):
     if name == "vit":
         feeds, real = {"pixel_values": random.normal(size=(3, 3, 16, 16)).astype(np.float32)}, np.ones(3, bool)
     else:
-        mask = np.ones((3, 9), np.int64)
+        mask = np.ones((3, 30), np.int64)
         mask[0, 5:], mask[1, :4], mask[2, 2:6] = 0, 0, 0
-        feeds, real = {"input_ids": random.integers(5, 60, (3, 9)), "attention_mask": mask}, mask == 1
+        feeds, real = {"input_ids": random.integers(5, 60, (3, 30)), "attention_mask": mask}, mask == 1
     with torch.no_grad():
         expected = peft(**{key: torch.tensor(value) for key, value in feeds.items()})[0].numpy()[real]
     found = {"merge": AdapterSession(folder / "merge", "cpu").run(feeds)}

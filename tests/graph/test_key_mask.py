@@ -22,16 +22,27 @@ class Graph:
     def __init__(self, *, other: str | None = None, additive: bool = False) -> None:
         self.given = given("attention_mask", "batch_size", "sequence_length")
         ids = given("input_ids", "batch_size", "sequence_length")
+        second = given("other_attention_mask", "batch_size", "sequence_length")
         self._op = tape.Tape()
         attended = self.op("Unsqueeze", [self.op("Cast", [self.given], to=BOOL), self.ints([1, 2])])
         if other == "tokens":
-            real = self.op("Unsqueeze", [self.op("Cast", [ids], to=BOOL), self.ints([1, 2])])
+            is_pad = self.op("Equal", [ids, self.constant(np.array(7))])
+            real = self.op("Unsqueeze", [self.op("Not", [is_pad]), self.ints([1, 2])])
             attended = self.op("And", [attended, real])
+        if other == "second":
+            also = self.op("Unsqueeze", [self.op("Cast", [second], to=BOOL), self.ints([1, 2])])
+            attended = self.op("And", [attended, also])
         length = self.op("Shape", [ids], start=1, end=2)
         square = self.op("Concat", [self.ints([1, 1]), length, length], axis=0)
         whole = self.op("Expand", [self.constant(np.array(True)), square])
         if other == "causal":
             whole = self.op("Trilu", [whole], upper=0)
+        if other == "window":
+            places = self.op(
+                "Range", [self.constant(np.array(0)), self.op("Squeeze", [length]), self.constant(np.array(1))]
+            )
+            distance = self.op("Abs", [self.op("Sub", [self.op("Unsqueeze", [places, self.ints([1])]), places])])
+            whole = self.op("LessOrEqual", [distance, self.constant(np.array(64))])
         if other == "all":
             attended = whole
         self.mask = self.op("And", [attended, whole])
@@ -40,7 +51,9 @@ class Graph:
             self.mask = self.op("Where", [self.mask, *numbers])
         if other == "bias":
             self.mask = self.op("Add", [self.mask, self.constant(np.array(0.5, np.float32))])
-        self.graph = ir.Graph([ids, self.given], [self.mask], nodes=self._op.nodes, opset_imports={"": 23}, name="mask")
+        self.graph = ir.Graph(
+            [ids, self.given, second], [self.mask], nodes=self._op.nodes, opset_imports={"": 23}, name="mask"
+        )
 
     def op(self, op_type: str, inputs: list[ir.Value], **attributes) -> ir.Value:
         return self._op.op(op_type, inputs, attributes=attributes)
@@ -65,8 +78,9 @@ def test_a_mask_that_lets_all_through_needs_none():
 
 
 @pytest.mark.parametrize(
-    "other", [{"other": "causal"}, {"other": "tokens"}, {"other": "bias", "additive": True}],
-    ids=["of the query too", "of the tokens' numbers", "adds something else"],
+    "other", [{"other": "causal"}, {"other": "window"}, {"other": "tokens"}, {"other": "second"},
+              {"other": "bias", "additive": True}],
+    ids=["of the query too", "a wide window", "of the tokens' numbers", "of another mask", "adds something else"],
 )  # fmt: skip
 def test_another_mask_is_none_of_keys(other):
     made = Graph(**other)

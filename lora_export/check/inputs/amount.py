@@ -1,7 +1,8 @@
 """How much is compared: less of a large base, so that a check takes about a minute and bounded memory.
 
 A row costs its tokens times the base's bytes. A language model also gives a score for every entry of its vocabulary at
-every token, which are kept several times over in float64. So all rows together have at most
+every token, which are kept several times over in float64. So the built-in rows together, and those of a language
+model's file, have at most
 
     min(2e11 / bytes of the graphs, 2**23 / vocabulary)
 

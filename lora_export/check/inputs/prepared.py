@@ -46,6 +46,7 @@ def prepare(folder: Path, manifest: Manifest, data: Mapping[str | None, Examples
     amount = amount_of(folder, manifest)
     batcher, rows = _batcher(folder, manifest, amount), dict(data)
     if not batcher.takes_text:
+        batcher = _batcher(folder, manifest, Amount())
         batches = {name: batcher.batches(examples, BATCH_SIZE) for name, examples in rows.items()}
         return Prepared(batcher, rows, {None: [batcher.noise(BATCH_SIZE)]} | batches)
     is_seeded = isinstance(batcher.tokenizer, SeededTokenizer)
