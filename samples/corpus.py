@@ -53,7 +53,7 @@ def files(root: Path, *patterns: str) -> list[Path]:
 def docstrings(paths: Iterable[Path]) -> Iterator[Passage]:
     """The prose at the start of every docstring in the given Python files."""
     for path in paths:
-        for node in _nodes(path):
+        for node in nodes(path):
             if isinstance(node, DOCUMENTED):
                 text = _summary(ast.get_docstring(node) or "")
                 if len(text) >= DOCSTRING_CHARACTERS:
@@ -63,7 +63,7 @@ def docstrings(paths: Iterable[Path]) -> Iterator[Passage]:
 def error_messages(paths: Iterable[Path]) -> Iterator[Passage]:
     """The messages of `raise` statements, with the names of what they put in left in braces."""
     for path in paths:
-        for node in _nodes(path):
+        for node in nodes(path):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
                 text = _cut(" ".join(_literal(node.exc.args[0]).split()))
                 if len(text) >= TEXT_CHARACTERS[0]:
@@ -134,7 +134,8 @@ def word_runs(text: str, length: int = 6) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
 
 
-def _nodes(path: Path) -> Iterator[ast.AST]:
+def nodes(path: Path) -> Iterator[ast.AST]:
+    """All nodes of a Python file; none of one that does not parse."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
