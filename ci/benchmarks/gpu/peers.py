@@ -133,7 +133,7 @@ def encoder_run(session: ort.InferenceSession, provider: str, batch: int, sequen
     return device.bound_run(session, feeds, {output.name: ((batch, sequence, 384), _ELEMENTS[output.type])})
 
 
-def write_optimized_bert(base: Path, out: Path, dtype: str, *, use_gpu: bool = True) -> None:
+def write_optimized_bert(base: Path, out: Path, dtype: str) -> None:
     """The checkpoint's BERT encoder through PyTorch's exporter and ONNX Runtime's optimizer."""
     import torch
     from onnxruntime.transformers.fusion_options import FusionOptions
@@ -168,7 +168,7 @@ def write_optimized_bert(base: Path, out: Path, dtype: str, *, use_gpu: bool = T
         hidden_size=config.hidden_size,
         optimization_options=FusionOptions("bert"),
         opt_level=0,
-        use_gpu=use_gpu,
+        use_gpu=True,
     )
     if dtype == "float16":
         optimized.convert_float_to_float16()
