@@ -28,8 +28,9 @@ from lora_export.graph.attention_node import attended, is_plain
 from lora_export.graph.heads import before_heads, read_instead
 from lora_export.graph.key_mask import KeyMask, is_false_with_keys, key_mask
 from lora_export.graph.pack import is_packable, pack_weights
+from lora_export.graph.tape import Tape
 
-_BOOL, _INT32, _INT64 = ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.INT64
+_FLOAT, _BOOL, _INT32, _INT64 = ir.DataType.FLOAT, ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.INT64
 # What the packed operator adds to a masked score: its default of -10,000 is not low enough for every model.
 _MASKED = float(np.finfo(np.float32).min)
 
@@ -58,29 +59,27 @@ class _Masks:
     """What the masks of a graph let through, and the nodes that say so in another form, made once for each."""
 
     def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
+        self._graph, self._tape = graph, Tape(graph, None)
         self.keys = cache(partial(key_mask, graph))
         self.is_of_empty_rows = cache(partial(is_false_with_keys, graph))
-        self._made: dict[object, ir.Value] = {}
+        self.as_int32 = cache(self._as_int32)
+        self._boolean: dict[ir.Value, ir.Value] = {}
 
-    def as_int32(self, given: ir.Value) -> ir.Value:
+    def _as_int32(self, given: ir.Value) -> ir.Value:
         """`[batch, keys]`: not 0 where a key is attended."""
-        if given not in self._made:
-            self._made[given] = self._op("Cast", [given], _INT32, list(given.shape), to=_INT32)
-        return self._made[given]
+        return self._tape.op("Cast", [given], list(given.shape), _INT32, to=_INT32)
 
     def as_boolean(self, given: ir.Value, of: ir.Value, query: ir.Value) -> ir.Value:
         """`[batch, 1, queries, keys]`, in place of the mask `of`, which the attention of `query`, `[batch, heads,
         queries, size]`, reads."""
-        if of not in self._made:
-            batch, keys = given.shape
-            attended = self._op("Cast", [given], _BOOL, [batch, keys], to=_BOOL)
-            attended = self._op("Unsqueeze", [attended, self._ints(1, 2)], _BOOL, [batch, 1, 1, keys])
+        if of not in self._boolean:
+            tape, (batch, keys) = self._tape, given.shape
+            attended = tape.op("Cast", [given], [batch, keys], _BOOL, to=_BOOL)
+            attended = tape.op("Unsqueeze", [attended, tape.ints([1, 2])], [batch, 1, 1, keys], _BOOL)
             n_queries = self._size(query, 2)
-            ones = self._ints(1, 1)
-            shape = self._op("Concat", [ones, n_queries, self._ints(1)], _INT64, [4], axis=0)
-            self._made[of] = self._op("Expand", [attended, shape], _BOOL, [batch, 1, query.shape[2], keys])
-        return self._made[of]
+            shape = tape.op("Concat", [tape.ints([1, 1]), n_queries, tape.ints([1])], [4], _INT64, axis=0)
+            self._boolean[of] = tape.op("Expand", [attended, shape], [batch, 1, query.shape[2], keys], _BOOL)
+        return self._boolean[of]
 
     def _size(self, value: ir.Value, axis: int) -> ir.Value:
         """`[1]`: the size of an axis, read from a graph input where one has it, so that no layer depends on another."""
@@ -89,16 +88,7 @@ class _Masks:
         source = next((each for each in self._graph.inputs if is_named and dim in tuple(each.shape)), None)
         if source is not None:
             value, axis = source, tuple(source.shape).index(dim)
-        return self._op("Shape", [value], _INT64, [1], start=axis, end=axis + 1)
-
-    def _ints(self, *values: int) -> ir.Value:
-        return self._op("Constant", [], _INT64, [len(values)], value=ir.tensor(np.array(values, np.int64)))
-
-    def _op(self, op_type: str, inputs: list[ir.Value], dtype: ir.DataType, shape: list, **attributes) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes=attributes)
-        node.outputs[0].dtype, node.outputs[0].shape = dtype, ir.Shape(shape)
-        self._graph.append(node)
-        return node.outputs[0]
+        return self._tape.op("Shape", [value], [1], _INT64, start=axis, end=axis + 1)
 
 
 def _simplify(graph: ir.Graph, node: ir.Node, masks: _Masks) -> None:
@@ -119,30 +109,21 @@ def _simplify(graph: ir.Graph, node: ir.Node, masks: _Masks) -> None:
 
 
 def _attend(
-    graph: ir.Graph, node: ir.Node, before: list[ir.Value | None], mask: ir.Value | None, old: ir.Value
+    graph: ir.Graph, node: ir.Node, merged: list[ir.Value | None], mask: ir.Value | None, result: ir.Value
 ) -> None:
-    """The standard operator in place of `node`, its heads in one axis where they were so before."""
-    query, value = node.inputs[0], node.inputs[2]
-    attributes = {"scale": _scale(node)}
-    states = node.inputs[:3]
-    if None not in before:
-        states = before
-        attributes |= {"q_num_heads": query.shape[1], "kv_num_heads": value.shape[1]}
-    simpler = ir.node(
-        "Attention",
-        [*states, mask] if mask is not None else list(states),
-        attributes=attributes,
-        metadata_props=dict(node.metadata_props),
-    )
-    result = simpler.outputs[0]
-    result.dtype = query.dtype
-    graph.insert_before(node, simpler)
-    if None in before:
-        result.shape = ir.Shape([*query.shape[:3], value.shape[3]])
-        old.replace_all_uses_with(result)
-    else:
-        result.shape = ir.Shape([query.shape[0], query.shape[2], query.shape[1] * value.shape[3]])
-        read_instead(old, result)
+    """The standard operator in place of `node`, whose `result` is read, its heads in one axis where they were merged
+    before."""
+    query, value, tape = node.inputs[0], node.inputs[2], Tape(graph, node)
+    masks = [] if mask is None else [mask]
+    if None in merged:
+        shape = [*query.shape[:3], value.shape[3]]
+        simpler = tape.op("Attention", [*node.inputs[:3], *masks], shape, query.dtype, scale=_scale(node))
+        result.replace_all_uses_with(simpler)
+        return
+    heads = {"q_num_heads": query.shape[1], "kv_num_heads": value.shape[1]}
+    shape = [query.shape[0], query.shape[2], query.shape[1] * value.shape[3]]
+    simpler = tape.op("Attention", [*merged, *masks], shape, query.dtype, scale=_scale(node), **heads)
+    read_instead(result, simpler)
 
 
 def _scale(node: ir.Node) -> float:
@@ -153,7 +134,7 @@ def _packed(graph: ir.Graph, node: ir.Node, states: list[ir.Value], mask: KeyMas
     """`[batch, queries, heads·size]`: the packed operator's result; None where it cannot stand in for `node`."""
     heads = {value.shape[1] for value in node.inputs[:3]}
     projections = [_projection(value) for value in states]
-    if len(heads) != 1 or None in projections or any(value.dtype != ir.DataType.FLOAT for value in states):
+    if len(heads) != 1 or None in projections or any(value.dtype != _FLOAT for value in states):
         return None
     products = [each.product for each in projections]
     if len({product.inputs[0] for product in products}) != 1 or len(set(products)) != 3:
@@ -161,37 +142,18 @@ def _packed(graph: ir.Graph, node: ir.Node, states: list[ir.Value], mask: KeyMas
     weight = pack_weights(graph, [product.inputs[1] for product in products])
     if weight is None:
         return None
-    sizes = [value.shape[2] for value in states]
-    nodes = _bias(projections, sizes, node)
+    sizes, tape = [value.shape[2] for value in states], Tape(graph, node)
+    # ONNX Runtime folds this when it loads the graph.
+    biases = [
+        each.bias or tape.constant(np.zeros(size, np.float32)) for each, size in zip(projections, sizes, strict=True)
+    ]
+    operands = [products[0].inputs[0], weight, tape.op("Concat", biases, [sum(sizes)], _FLOAT, axis=0)]
     attributes = {"num_heads": heads.pop(), "qkv_hidden_sizes": sizes, "scale": _scale(node)}
-    operands = [products[0].inputs[0], weight, nodes[-1].outputs[0]]
     if mask.given is not None:
         operands.append(masks.as_int32(mask.given))
         attributes["mask_filter_value"] = _MASKED
-    packed = ir.node(
-        "Attention", operands, attributes=attributes, domain="com.microsoft", metadata_props=dict(node.metadata_props)
-    )
-    result = packed.outputs[0]
-    result.dtype, result.shape = states[0].dtype, ir.Shape([*states[0].shape[:2], sizes[2]])
-    graph.insert_before(node, [*nodes, packed])
-    return result
-
-
-def _bias(projections: list[_Projection], sizes: list[int], node: ir.Node) -> list[ir.Node]:
-    """Nodes of the module that `node` is of; the last gives the biases in a row, zeros for a projection without one.
-    ONNX Runtime folds them when it loads the graph."""
-    nodes, biases = [], []
-    for projection, size in zip(projections, sizes, strict=True):
-        if projection.bias is None:
-            zeros = ir.tensor(np.zeros(size, np.float32))
-            nodes.append(ir.node("Constant", [], attributes={"value": zeros}))
-            nodes[-1].outputs[0].dtype, nodes[-1].outputs[0].shape = ir.DataType.FLOAT, ir.Shape([size])
-        biases.append(projection.bias or nodes[-1].outputs[0])
-    nodes.append(ir.node("Concat", biases, attributes={"axis": 0}))
-    nodes[-1].outputs[0].dtype, nodes[-1].outputs[0].shape = ir.DataType.FLOAT, ir.Shape([sum(sizes)])
-    for each in nodes:
-        each.metadata_props.update(node.metadata_props)
-    return nodes
+    shape = [*states[0].shape[:2], sizes[2]]
+    return tape.op("Attention", operands, shape, _FLOAT, domain="com.microsoft", **attributes)
 
 
 def _projection(states: ir.Value) -> _Projection | None:

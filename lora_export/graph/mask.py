@@ -20,6 +20,8 @@ _CASES = ((2, 4, 0), (3, 1, 0), (3, 1, 5), (3, 4, 4))
 _MASKED = -1e4
 # A constant of more numbers is a table, whose axes have sizes of their own.
 _FEW = 16
+# No window is as long: such numbers are ends of slices, or the lowest of a dtype.
+_NO_WINDOW = 2**20
 # What ONNX's reference evaluator raises for an operator that it has not, or operands that it does not take. The graph
 # then keeps its own mask, which is right and slower.
 _CANNOT_RUN = (ValueError, TypeError, KeyError, IndexError, NotImplementedError, RuntimeError)
@@ -102,7 +104,9 @@ def causal_mask(graph: ir.Graph, mask: ir.Value, windows: tuple[int, ...]) -> Ca
     if evaluate is None:
         return None
     candidates = [CausalMask(), *map(CausalMask, windows)]
-    for attention_mask, new in _attention_masks(max(windows, default=0)):
+    # A window that the config names in words of its own stands in the mask all the same.
+    longest = max((*windows, evaluate.largest_number(_NO_WINDOW)))
+    for attention_mask, new in _attention_masks(longest):
         attended = attended_by(_of_tokens(evaluate, attention_mask, new))
         if attended is None:
             return None

@@ -9,16 +9,30 @@ from lora_export.errors import InputRefused
 
 
 class Tape:
-    """Appends nodes right after a given node, keeping their order; propagates the module path for diagnostics."""
+    """Appends nodes right after a given node, keeping their order; propagates the module path for diagnostics. Without
+    a node, they come at the graph's end and are of no module."""
 
-    def __init__(self, graph: ir.Graph, after: ir.Node) -> None:
-        self._graph, self._last, self._scopes = graph, after, dict(after.metadata_props)
+    def __init__(self, graph: ir.Graph, after: ir.Node | None) -> None:
+        self._graph, self._last = graph, after
+        self._scopes = {} if after is None else dict(after.metadata_props)
 
-    def op(self, op_type: str, inputs: list[ir.Value], shape, dtype: ir.DataType | None, **attributes) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes=attributes, metadata_props=self._scopes)
+    def op(
+        self,
+        op_type: str,
+        inputs: list[ir.Value | None],
+        shape,
+        dtype: ir.DataType | None,
+        *,
+        domain: str = "",
+        **attributes,
+    ) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes=attributes, domain=domain, metadata_props=self._scopes)
         node.outputs[0].shape = None if shape is None else ir.Shape(shape)
         node.outputs[0].dtype = dtype
-        self._graph.insert_after(self._last, node)
+        if self._last is None:
+            self._graph.append(node)
+        else:
+            self._graph.insert_after(self._last, node)
         self._last = node
         return node.outputs[0]
 

@@ -80,6 +80,12 @@ def test_another_mask_is_not_taken_for_causal(other):
     assert causal_mask(*masked(**other), windows=(3, 5)) is None
 
 
+def test_a_window_that_is_not_looked_for_is_no_plain_mask():
+    """Longer than every short case, and named by no config."""
+    assert causal_mask(*masked(window=40), windows=()) is None
+    assert causal_mask(*masked(window=40), windows=(40,)) == CausalMask(40)
+
+
 def test_a_mask_that_reads_a_weight_or_another_operator_is_none():
     graph, mask = masked()
     weight = ir.Value(name="bias", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
