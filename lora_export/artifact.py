@@ -149,6 +149,10 @@ class Manifest:
         """The graphs' own files and those of their weights, each once."""
         return tuple(dict.fromkeys(name(graph) for graph in self.graphs for name in (graph_file, data_file)))
 
+    def weights_bytes(self, folder: Path) -> int:
+        """Bytes of the graphs and their weights in `folder`."""
+        return sum((folder / name).stat().st_size for name in self.graph_files)
+
     def adapter(self, name: str) -> AdapterRecord:
         """The record of adapter `name`.
 

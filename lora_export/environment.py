@@ -38,8 +38,7 @@ _MEMORY, _MEMORY_OF_A_PRECISE_REFERENCE = 3, 2
 
 def memory_of_references(manifest: Manifest, folder: Path, *, precisely: bool) -> int:
     """Bytes that a check's session and references need, `precisely` with one at a wider dtype."""
-    weights = sum((folder / name).stat().st_size for name in manifest.graph_files)
-    return weights * (_MEMORY + (_MEMORY_OF_A_PRECISE_REFERENCE if precisely else 0))
+    return manifest.weights_bytes(folder) * (_MEMORY + (_MEMORY_OF_A_PRECISE_REFERENCE if precisely else 0))
 
 
 def lack_of_memory(manifest: Manifest, folder: Path) -> str | None:

@@ -21,6 +21,32 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 
 
+# The linear modules of a Llama's layer.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class DecoderAdapter:
+    """How one adapter of a decoder is shaped, in peft.LoraConfig's words, and trained."""
+
+    name: str
+    r: int
+    lora_alpha: int
+    target_modules: tuple[str, ...]
+    steps: int
+    learning_rate: float
+
+    def lora_options(self) -> dict[str, Any]:
+        """The arguments of peft.LoraConfig."""
+        return {
+            "task_type": "CAUSAL_LM",
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "target_modules": list(self.target_modules),
+        }
+
+
 @dataclass(frozen=True)
 class Build:
     """One set of files under `out`, rebuilt only when what it depends on changes.

@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import Build, out_folder, print_table, progress, read_json, write_json
+from common import (
+    ATTENTION,
+    FEED_FORWARD,
+    Build,
+    DecoderAdapter,
+    out_folder,
+    print_table,
+    progress,
+    read_json,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -36,22 +46,9 @@ saved in float32. The file's weights have four bits, so these are not quite the 
 """
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """How one adapter is shaped and trained."""
-
-    name: str
-    r: int
-    lora_alpha: int
-    target_modules: tuple[str, ...]
-    steps: int
-    learning_rate: float
-
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ADAPTERS = (
-    Adapter("describe", 8, 16, ("q_proj", "v_proj"), 40, 2e-3),
-    Adapter("declare", 16, 32, (*ATTENTION, "gate_proj", "up_proj", "down_proj"), 40, 1e-3),
+    DecoderAdapter("describe", 8, 16, ("q_proj", "v_proj"), 40, 2e-3),
+    DecoderAdapter("declare", 16, 32, (*ATTENTION, *FEED_FORWARD), 40, 1e-3),
 )
 
 
@@ -155,7 +152,7 @@ def examples(name: str, of: Sequence[Function]) -> list[Example]:
 
 
 def train_adapter(
-    adapter: Adapter,
+    adapter: DecoderAdapter,
     tokenizer: PreTrainedTokenizerBase,
     train: Sequence[Function],
     heldout: Sequence[Function],
@@ -172,12 +169,7 @@ def train_adapter(
 
     progress(adapter.name)
     training.prepare(SEED, threads=2)
-    options = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
-        target_modules=list(adapter.target_modules),
-    )
+    options = LoraConfig(**adapter.lora_options())
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(fresh / BASE), options)
     measured = batches(tokenizer, examples(adapter.name, heldout[:HELDOUT_ROWS]))
     before, written_before = mean_loss(model, measured), continuations(model, tokenizer, adapter.name)

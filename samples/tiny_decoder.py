@@ -5,11 +5,20 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import Build, out_folder, print_table, progress, read_json, write_json
+from common import (
+    ATTENTION,
+    FEED_FORWARD,
+    Build,
+    DecoderAdapter,
+    out_folder,
+    print_table,
+    progress,
+    read_json,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -33,23 +42,9 @@ was put in capitals.
 """
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """How one adapter is shaped and trained; `style` names a field of `styles.Texts`."""
-
-    style: str
-    r: int
-    lora_alpha: int
-    target_modules: tuple[str, ...]
-    steps: int
-    learning_rate: float
-
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 ADAPTERS = (
-    Adapter("shout", 8, 16, (*ATTENTION, *FEED_FORWARD), 150, 5e-3),
-    Adapter("legal", 16, 32, ("q_proj", "v_proj", *FEED_FORWARD), 150, 5e-3),
+    DecoderAdapter("shout", 8, 16, (*ATTENTION, *FEED_FORWARD), 150, 5e-3),
+    DecoderAdapter("legal", 16, 32, ("q_proj", "v_proj", *FEED_FORWARD), 150, 5e-3),
 )
 
 
@@ -58,7 +53,7 @@ def main() -> None:
     build = Build(
         name="tiny_decoder",
         out=out_folder(__doc__ or ""),
-        outputs=("tiny-llama", *(f"decoder-adapters/{a.style}" for a in ADAPTERS), "decoder.json"),
+        outputs=("tiny-llama", *(f"decoder-adapters/{a.name}" for a in ADAPTERS), "decoder.json"),
         sources=("tiny_decoder.py", "styles.py", "corpus.py", "training.py", "common.py"),
         packages=("torch", "transformers", "peft", "tokenizers", "scikit-learn", "scipy"),
     )
@@ -81,7 +76,7 @@ def make(fresh: Path, out: Path) -> None:
         "prompts": list(PROMPTS),
         "new_tokens": NEW_TOKENS,
         "base": train_base(tokenizer, texts, base),
-        "adapters": {a.style: train_adapter(a, tokenizer, texts, base, fresh, out) for a in ADAPTERS},
+        "adapters": {a.name: train_adapter(a, tokenizer, texts, base, fresh, out) for a in ADAPTERS},
     }
     write_json(fresh / "decoder.json", results)
 
@@ -123,7 +118,7 @@ def train_base(tokenizer: PreTrainedTokenizerFast, texts: Texts, folder: Path) -
 
 
 def train_adapter(
-    adapter: Adapter, tokenizer: PreTrainedTokenizerFast, texts: Texts, base: Path, fresh: Path, out: Path
+    adapter: DecoderAdapter, tokenizer: PreTrainedTokenizerFast, texts: Texts, base: Path, fresh: Path, out: Path
 ) -> dict[str, Any]:
     """Train one adapter and save it; returns what decoder.json says of it.
 
@@ -133,15 +128,10 @@ def train_adapter(
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    split: Split = getattr(texts, adapter.style)
-    progress(f"{adapter.style}: {len(split.train):,} texts")
+    split: Split = getattr(texts, adapter.name)
+    progress(f"{adapter.name}: {len(split.train):,} texts")
     training.prepare(SEED)
-    options = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
-        target_modules=list(adapter.target_modules),
-    )
+    options = LoraConfig(**adapter.lora_options())
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), options)
     before = mean_loss(model, tokenizer, split)
     started = time.monotonic()
@@ -149,7 +139,7 @@ def train_adapter(
     training.fit(model, rows, training.adamw(model, adapter.learning_rate, adapter.learning_rate))
     seconds = time.monotonic() - started
     model.peft_config["default"].base_model_name_or_path = str(out / base.name)
-    folder = fresh / "decoder-adapters" / adapter.style
+    folder = fresh / "decoder-adapters" / adapter.name
     model.save_pretrained(folder, save_embedding_layers=False)
     saved = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
     return {"rank": adapter.r, "alpha": adapter.lora_alpha, **outcome(saved, tokenizer, split, before, seconds)}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+from gpu.peers import write_optimized
 from gpu.stage import Run
 from gpu.timing import Device
 from random_models import write_adapter
@@ -104,50 +105,24 @@ def _exported(encoder: Encoder, base: Path, adapters: Sequence[Path], out: Path)
     return out
 
 
-def write_optimized(encoder: Encoder, base: Path, contract_folder: Path, out: Path) -> Path:
-    """The checkpoint through PyTorch's older exporter and ONNX Runtime's optimizer, with our export's inputs."""
+def optimized(encoder: Encoder, base: Path, folder: Path, out: Path) -> Path:
+    """The optimizer's graph of the checkpoint, with the inputs and outputs of our export in `folder`."""
     import torch
     import transformers
-    from onnxruntime.transformers.fusion_options import FusionOptions
-    from onnxruntime.transformers.optimizer import optimize_model
 
     graph = out / "model.onnx"
-    if graph.exists():
-        return graph
-    config = transformers.AutoConfig.from_pretrained(base)
-    config._attn_implementation = "eager"
-    model = getattr(transformers, encoder.auto).from_pretrained(base, config=config).eval()
-    contract = read_manifest(contract_folder).contract
-    arrays = random_inputs(contract, 1000, (2, 8, 0))
-    names = [spec.name for spec in contract.inputs]
-
-    class Wrapped(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return tuple(self.model(**dict(zip(names, inputs, strict=True))).to_tuple())
-
-    out.mkdir(parents=True, exist_ok=True)
-    axes = {name: {0: "batch_size"} | ({1: "sequence_length"} if arrays[name].ndim == 2 else {}) for name in names}
-    outputs = [spec.name for spec in contract.outputs]
-    axes |= {name: {0: "batch_size"} for name in outputs}
-    raw = out / "raw.onnx"
-    torch.onnx.export(
-        Wrapped(), tuple(torch.tensor(arrays[name]) for name in names), str(raw), input_names=names,
-        output_names=outputs, dynamic_axes=axes, opset_version=17, dynamo=False,
-    )  # fmt: skip
-    optimized = optimize_model(
-        str(raw),
-        encoder.optimizer,
-        num_heads=config.num_attention_heads,
-        hidden_size=config.hidden_size,
-        optimization_options=FusionOptions(encoder.optimizer),
-        opt_level=0,
-    )
-    optimized.save_model_to_file(str(graph), use_external_data_format=True)
-    raw.unlink()
+    if not graph.exists():
+        config = transformers.AutoConfig.from_pretrained(base)
+        config._attn_implementation = "eager"
+        model = getattr(transformers, encoder.auto).from_pretrained(base, config=config).eval()
+        contract = read_manifest(folder).contract
+        arrays = random_inputs(contract, 1000, (2, 8, 0))
+        inputs = {spec.name: torch.tensor(arrays[spec.name]) for spec in contract.inputs}
+        axes = {
+            name: {0: "batch_size"} | ({1: "sequence_length"} if x.dim() == 2 else {}) for name, x in inputs.items()
+        }
+        axes |= {spec.name: {0: "batch_size"} for spec in contract.outputs}
+        write_optimized(model, inputs, axes, out, kind=encoder.optimizer)
     return graph
 
 

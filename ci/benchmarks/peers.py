@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from encoders import ENCODERS, checkpoint, peer_run, write_optimized
+from encoders import ENCODERS, checkpoint, optimized, peer_run
 from encoders import exports as encoder_exports
 from gpu.peers import builder_command, decoder_run, write_builder_graph
 from gpu.timing import Candidate, Device, adapter_arrays, candidate_runs, race, ratio_lines
@@ -119,7 +119,7 @@ def encode(given: Given) -> list[dict]:
     for encoder in ENCODERS:
         base = checkpoint(encoder, given.demo / "minilm", given.work)
         folders = encoder_exports(encoder, base, given.work)
-        graph = write_optimized(encoder, base, folders["base"], given.work / f"{encoder.name}-optimizer")
+        graph = optimized(encoder, base, folders["base"], given.work / f"{encoder.name}-optimizer")
         sessions: dict = {}
         peers = {name: open_session(graph, "cpu", stop_spinning=True) for name in ("peer", "again")}
         for rows, tokens in encoder.shapes:

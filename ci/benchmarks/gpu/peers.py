@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
@@ -16,6 +17,9 @@ from gpu.models import LLAMA, LLAMA_SMALL
 from gpu.stage import Run, Stage
 from gpu.timing import Device, bound, noted
 from lora_export.runtime.session import open_session
+
+if TYPE_CHECKING:
+    import torch
 
 # Positions that a shared cache holds.
 _SHARED_LENGTH = 4096
@@ -136,39 +140,63 @@ def encoder_run(session: ort.InferenceSession, provider: str, batch: int, sequen
 def write_optimized_bert(base: Path, out: Path, dtype: str) -> None:
     """The checkpoint's BERT encoder through PyTorch's exporter and ONNX Runtime's optimizer."""
     import torch
-    from onnxruntime.transformers.fusion_options import FusionOptions
-    from onnxruntime.transformers.optimizer import optimize_model
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(base)
     config._attn_implementation = "eager"
     model = AutoModel.from_pretrained(base, config=config, add_pooling_layer=False, dtype=torch.float32).eval()
-    out.mkdir(parents=True, exist_ok=True)
     ids = torch.ones(2, 8, dtype=torch.long)
+    inputs = {"input_ids": ids, "attention_mask": ids, "token_type_ids": ids * 0}
+    axes = {name: {0: "batch_size", 1: "sequence_length"} for name in [*inputs, "last_hidden_state"]}
+    write_optimized(model, inputs, axes, out, kind="bert", dtype=dtype, use_gpu=True)
 
-    class Encoder(torch.nn.Module):
+
+def write_optimized(
+    model: torch.nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    axes: Mapping[str, Mapping[int, str]],
+    out: Path,
+    *,
+    kind: str,
+    dtype: str = "float32",
+    use_gpu: bool = False,
+) -> None:
+    """`model`, of Transformers, through PyTorch's older exporter and ONNX Runtime's optimizer, into folder `out`.
+
+    Args:
+        inputs: Samples of its inputs by name.
+        axes: The symbolic axes of inputs and outputs; the outputs are those that are no input, in the model's order.
+        kind: The optimizer's name for such models.
+    """
+    import torch
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    outputs = [name for name in axes if name not in inputs]
+
+    class Wrapped(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, input_ids, attention_mask, token_type_ids):
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)[0]
+        def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            found = self.model(**dict(zip(inputs, given, strict=True))).to_tuple()
+            return found[: len(outputs)]
 
-    names = ["input_ids", "attention_mask", "token_type_ids"]
-    axes = {name: {0: "batch_size", 1: "sequence_length"} for name in [*names, "last_hidden_state"]}
+    out.mkdir(parents=True, exist_ok=True)
     raw = out / "raw.onnx"
     torch.onnx.export(
-        Encoder(), (ids, ids, ids * 0), str(raw), input_names=names, output_names=["last_hidden_state"],
-        dynamic_axes=axes, opset_version=17, dynamo=False,
+        Wrapped(), tuple(inputs.values()), str(raw), input_names=list(inputs), output_names=outputs,
+        dynamic_axes={name: dict(found) for name, found in axes.items()}, opset_version=17, dynamo=False,
     )  # fmt: skip
     optimized = optimize_model(
         str(raw),
-        "bert",
-        num_heads=config.num_attention_heads,
-        hidden_size=config.hidden_size,
-        optimization_options=FusionOptions("bert"),
+        kind,
+        num_heads=model.config.num_attention_heads,
+        hidden_size=model.config.hidden_size,
+        optimization_options=FusionOptions(kind),
         opt_level=0,
-        use_gpu=True,
+        use_gpu=use_gpu,
     )
     if dtype == "float16":
         optimized.convert_float_to_float16()

@@ -60,7 +60,7 @@ class Amount:
 
 def amount_of(folder: Path, manifest: Manifest) -> Amount:
     """What a check of the export in `folder` compares."""
-    n_bytes = weights_bytes(folder, manifest)
+    n_bytes = manifest.weights_bytes(folder)
     by_vocabulary = Task(manifest.task) in _SCORES_BY_TOKEN
     n_tokens = _MOST_WORK / max(n_bytes, 1)
     if by_vocabulary:
@@ -70,11 +70,6 @@ def amount_of(folder: Path, manifest: Manifest) -> Amount:
     n_rows = BUILT_IN_ROWS if n_tokens >= BUILT_IN_ROWS * MOST_TOKENS / 3 else _FEWEST_ROWS
     longest = min(MOST_TOKENS, max(_FEWEST_TOKENS, int(n_tokens / n_rows)))
     return Amount(n_rows, longest, is_bounded=True, is_by_vocabulary=by_vocabulary)
-
-
-def weights_bytes(folder: Path, manifest: Manifest) -> int:
-    """Bytes of the graphs and their weights."""
-    return sum((folder / name).stat().st_size for name in manifest.graph_files)
 
 
 def _vocabulary(manifest: Manifest) -> int:

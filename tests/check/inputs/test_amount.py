@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from lora_export.artifact import read_manifest
+from lora_export.artifact import Manifest, read_manifest
 from lora_export.check import run
 from lora_export.check.context import CheckOptions
 from lora_export.check.inputs import amount
@@ -34,7 +34,7 @@ SMOL = (538e6, 49_152)
     ],
 )
 def test_rows_and_tokens_follow_from_bytes_and_vocabulary(export, n_bytes, vocabulary, expected, exports, monkeypatch):
-    monkeypatch.setattr(amount, "weights_bytes", lambda folder, manifest: int(n_bytes))
+    monkeypatch.setattr(Manifest, "weights_bytes", lambda manifest, folder: int(n_bytes))
     monkeypatch.setattr(amount, "_vocabulary", lambda manifest: vocabulary)
     found = amount_of(exports[export], read_manifest(exports[export]))
     assert (found.n_rows, found.n_tokens) == expected
@@ -55,7 +55,7 @@ def test_a_file_is_cut_where_every_token_has_a_vocabulary_of_scores():
 
 
 def test_a_large_base_is_checked_on_less_and_says_so_beforehand(exports, own, monkeypatch):
-    monkeypatch.setattr(amount, "weights_bytes", lambda folder, manifest: 10**9)
+    monkeypatch.setattr(Manifest, "weights_bytes", lambda manifest, folder: 10**9)
     told = []
     monkeypatch.setattr(run, "_dynamic_cases", lambda *args: told.append("compared"))
     report, _ = check(own(exports["llama-dynamic"]), options=CheckOptions(provider="cpu"), remark=told.append)
