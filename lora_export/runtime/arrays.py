@@ -45,6 +45,17 @@ def to_array(value: ort.OrtValue) -> np.ndarray:
     return raw.reshape(shape).view(numpy_dtype("bfloat16")).copy()
 
 
+def memory_of(value: ort.OrtValue) -> np.ndarray:
+    """The memory of a CPU value, which must outlive what is returned, as an array of bytes in its shape.
+
+    The last axis holds the bytes of the value's last axis.
+    """
+    shape = value.shape()
+    itemsize = value.tensor_size_in_bytes() // max(1, math.prod(shape))
+    raw = (ctypes.c_uint8 * value.tensor_size_in_bytes()).from_address(value.data_ptr())
+    return np.frombuffer(raw, np.uint8).reshape(*shape[:-1], shape[-1] * itemsize)
+
+
 def run_arrays(
     session: ort.InferenceSession, device: str, feeds: Mapping[str, np.ndarray], names: Sequence[str]
 ) -> dict[str, np.ndarray]:

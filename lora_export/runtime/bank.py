@@ -1,7 +1,7 @@
 """`Bank`: the adapters of a graph at one moment; `Shelf`: the banks that an export's graphs run with now.
 
-A bank does not change, and what it stacks it keeps in a cache of its own. So a bank that was replaced cannot leave
-what it stacked to its successor, whichever thread comes first.
+A bank does not change. What is stacked is kept by the adapters themselves, not by their names. So a bank that was
+replaced cannot leave what it stacked of an old adapter to a new one of that name, whichever thread comes first.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import onnxruntime as ort
 from lora_export.contract import GATE_INPUT, AdapterInputKind, GraphContract
 from lora_export.errors import UsageProblem, nearest
 from lora_export.runtime.arrays import numpy_dtype, to_ort_value
+from lora_export.runtime.held_adapter import HeldAdapter
 from lora_export.runtime.invocation import gate_of, invocation_of, refuse_unknown_past
 from lora_export.runtime.stacking import RowSpec, Tensors, classes_by_row, default_inputs, stack_rows
 
@@ -65,26 +66,21 @@ class Bank:
         provider: "cpu" or "cuda", where `values` are.
         defaults: The stored defaults of replaced Linears, by input name.
         merged: The adapters in the graph's own weights, which cannot be chosen.
-        adapters: Each adapter's tensors by input name, `[1, …]`; none if it leaves the graph as its base is.
-        invocations: What an activated LoRA waits for, by the adapter's name.
+        adapters: By name.
     """
 
     contract: GraphContract
     provider: str
     defaults: Tensors
     merged: tuple[str, ...] = ()
-    adapters: Mapping[str, Tensors] = field(default_factory=_nothing)
-    invocations: Mapping[str, tuple[int, ...]] = field(default_factory=_nothing)
-    # `replace` makes a new one, so no bank has another's.
-    _compositions: _Compositions = field(default_factory=_Compositions, init=False, repr=False)
+    adapters: Mapping[str, HeldAdapter] = field(default_factory=_nothing)
+    # The banks that are made of this one have it too.
+    compositions: _Compositions = field(default_factory=_Compositions, repr=False)
 
     def with_adapter(self, name: str, tensors: Tensors, invocation_tokens: Sequence[int] | None = None) -> Bank:
         """This bank and adapter `name`, in place of the one that has that name, if any."""
-        adapters = {**self.adapters, name: MappingProxyType(dict(tensors))}
-        invocations = _without(self.invocations, name)
-        if invocation_tokens:
-            invocations[name] = tuple(invocation_tokens)
-        return replace(self, adapters=MappingProxyType(adapters), invocations=MappingProxyType(invocations))
+        adapters = {**self.adapters, name: HeldAdapter(name, tensors, invocation_tokens)}
+        return replace(self, adapters=MappingProxyType(adapters))
 
     def without(self, name: str) -> Bank:
         """This bank without adapter `name`.
@@ -93,8 +89,7 @@ class Bank:
             UsageProblem: It has no such adapter.
         """
         self._require(name)
-        adapters, invocations = _without(self.adapters, name), _without(self.invocations, name)
-        return replace(self, adapters=MappingProxyType(adapters), invocations=MappingProxyType(invocations))
+        return replace(self, adapters=MappingProxyType(_without(self.adapters, name)))
 
     def rows(self, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> tuple[RowSpec, ...]:
         """What the rows of a batch run; a single entry where all run the same.
@@ -115,7 +110,7 @@ class Bank:
 
     def stacked(self, rows: Sequence[RowSpec]) -> dict[str, np.ndarray]:
         """The adapter inputs of `rows` as arrays; inputs that equal their default are left out."""
-        return stack_rows(self.contract, self.adapters, rows, self.defaults)
+        return stack_rows(self.contract, _tensors_of(rows), rows, self.defaults)
 
     def values(self, rows: tuple[RowSpec, ...], *, whole: bool = False) -> _Values:
         """As `stacked`, on the device; those last asked for are kept there.
@@ -123,11 +118,11 @@ class Bank:
         Args:
             whole: Also those that equal their default, for a binding in which another adapter's may be left.
         """
-        return self._compositions.get((rows, whole), lambda: self._on_device(rows, whole))
+        return self.compositions.get((rows, whole), lambda: self._on_device(rows, whole))
 
     def gate(self, ids: np.ndarray, rows: Sequence[RowSpec]) -> np.ndarray:
         """The gate of prompts `[batch, sequence]` in the contract's dtype, `[batch, sequence, 1]`."""
-        invocations = [invocation_of(row, self.invocations) for row in rows] * (len(ids) if len(rows) == 1 else 1)
+        invocations = [invocation_of(row) for row in rows] * (len(ids) if len(rows) == 1 else 1)
         return gate_of(np.asarray(ids), invocations).astype(numpy_dtype(self.contract.gate.dtype))
 
     def with_gate(
@@ -141,7 +136,7 @@ class Bank:
         Raises:
             UsageProblem: An activated LoRA continues a cache, or is blended with another adapter.
         """
-        if GATE_INPUT in inputs or not any(invocation_of(row, self.invocations) for row in rows):
+        if GATE_INPUT in inputs or not any(invocation_of(row) for row in rows):
             return inputs
         refuse_unknown_past(inputs, n_past)
         return {**inputs, GATE_INPUT: self.gate(inputs["input_ids"], rows)}
@@ -150,7 +145,7 @@ class Bank:
         """The number of each row's classes by the name of their size; empty where all rows have as many."""
         if len(rows) == 1 or not any(entry.kind is AdapterInputKind.WEIGHT for entry in self.contract.adapter_inputs):
             return {}
-        return classes_by_row(self.contract, self.adapters, rows, self.defaults)
+        return classes_by_row(self.contract, _tensors_of(rows), rows, self.defaults)
 
     def _on_device(self, rows: Sequence[RowSpec], whole: bool) -> _Values:
         arrays = (default_inputs(self.contract, self.defaults) if whole else {}) | self.stacked(rows)
@@ -160,7 +155,7 @@ class Bank:
         blend = {} if entry is None else {entry: 1.0} if isinstance(entry, str) else entry
         for name in blend:
             self._require(name)
-        return tuple((name, float(weight)) for name, weight in blend.items() if weight != 0)
+        return tuple((self.adapters[name], float(weight)) for name, weight in blend.items() if weight != 0)
 
     def _require(self, name: str) -> None:
         if name not in self.adapters:
@@ -207,6 +202,10 @@ class Shelf:
         with self._changing:
             changed = {graph: change(graph, self._banks[graph]) for graph in graphs}
             self._banks = MappingProxyType({**self._banks, **changed})
+
+
+def _tensors_of(rows: Sequence[RowSpec]) -> dict[HeldAdapter, Tensors]:
+    return {adapter: adapter.tensors for row in rows for adapter, _ in row}
 
 
 def _without(mapping: Mapping, name: str) -> dict:

@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from lora_export.contract import CacheLayout, GraphContract, TensorSpec
 from lora_export.errors import UsageProblem
-from lora_export.runtime.arrays import numpy_dtype, onnx_element_type, run_bound
+from lora_export.runtime.arrays import memory_of, numpy_dtype, onnx_element_type, run_bound
 
 _PAST, _PRESENT = "past_key_values", "present"
 
@@ -43,12 +43,19 @@ class Cache:
 
     def by_row(self) -> list[Cache]:
         """Each row's part of a shared buffer, as a cache that goes on in it."""
-        return [self._row(row) for row in range(self.batch)]
+        return [self.part(row, 1, self.length) for row in range(self.batch)]
 
-    def _row(self, row: int) -> Cache:
+    def part(self, first_row: int, n_rows: int, length: int) -> Cache:
+        """Some rows of a shared buffer, as a cache of `length` tokens that goes on in it."""
         part = copy.copy(self)
-        part.batch, part._first_row = 1, self._first_row + row
+        part.batch, part._first_row, part.length = n_rows, self._first_row + first_row, length
         return part
+
+    def copy_row(self, source: int, target: int, n_tokens: int) -> None:
+        """Copy the first `n_tokens` of row `source` of a shared buffer on the CPU to row `target`."""
+        for value in self._values.values():
+            rows = memory_of(value)
+            rows[target, :, :n_tokens] = rows[source, :, :n_tokens]
 
     def run(
         self, session: ort.InferenceSession, values: Mapping[str, ort.OrtValue], names: Sequence[str], n_new: int

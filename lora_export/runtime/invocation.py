@@ -40,17 +40,17 @@ def gate_of(ids: np.ndarray, invocations: Sequence[Sequence[int] | None]) -> np.
     return gate
 
 
-def invocation_of(row: RowSpec, invocations: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+def invocation_of(row: RowSpec) -> tuple[int, ...] | None:
     """The invocation that a row waits for; None for adapters that are always active.
 
     Raises:
         UsageProblem: The row blends an activated LoRA with another adapter.
     """
-    found = [invocations[name] for name, _ in row if name in invocations]
+    found = [adapter.invocation for adapter, _ in row if adapter.invocation]
     if found and len(row) > 1:
         raise UsageProblem(
             "A row blends an activated LoRA with another adapter, but a row has one gate",
-            found=", ".join(f"{name} × {weight}" for name, weight in row),
+            found=", ".join(f"{adapter} × {weight}" for adapter, weight in row),
             next_step="run it alone in its row",
         )
     return found[0] if found else None

@@ -8,7 +8,7 @@ changed tokens along tokens, as what is added to a token twice adds up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import assert_never
 
 import numpy as np
@@ -17,13 +17,13 @@ from lora_export.contract import LOWEST, AdapterInput, AdapterInputKind, Blend, 
 from lora_export.errors import UsageProblem
 from lora_export.runtime.arrays import lowest, numpy_dtype
 
-# What one row runs: adapter names with their weights, in a fixed order; empty for the base.
-RowSpec = tuple[tuple[str, float], ...]
+# What one row runs: adapters with their weights, in a fixed order; empty for the base.
+RowSpec = tuple[tuple[Hashable, float], ...]
 Tensors = Mapping[str, np.ndarray]
 
 
 def stack_rows(
-    contract: GraphContract, adapters: Mapping[str, Tensors], rows: Sequence[RowSpec], defaults: Tensors
+    contract: GraphContract, adapters: Mapping[Hashable, Tensors], rows: Sequence[RowSpec], defaults: Tensors
 ) -> dict[str, np.ndarray]:
     """The inputs for a batch, by name; an input that would equal its default is left out.
 
@@ -71,7 +71,9 @@ def _is_task_vector(entry: AdapterInput) -> bool:
     return entry.spec.blend is Blend.TASK_VECTORS
 
 
-def _blended(entry: AdapterInput, adapters: Mapping[str, Tensors], row: RowSpec, default: np.ndarray) -> np.ndarray:
+def _blended(
+    entry: AdapterInput, adapters: Mapping[Hashable, Tensors], row: RowSpec, default: np.ndarray
+) -> np.ndarray:
     """What `row` is fed, `[1, …]`, of its own size."""
     brought = [(adapters[name][entry.name], weight) for name, weight in row if entry.name in adapters[name]]
     blend, axis = entry.spec.blend, entry.spec.axis
@@ -124,7 +126,7 @@ def _padded(entry: AdapterInput, values: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def classes_by_row(
-    contract: GraphContract, adapters: Mapping[str, Tensors], rows: Sequence[RowSpec], defaults: Tensors
+    contract: GraphContract, adapters: Mapping[Hashable, Tensors], rows: Sequence[RowSpec], defaults: Tensors
 ) -> dict[str, list[int]]:
     """For every size that heads decide (`<module>.out_features`), the number of real classes of each row."""
     found = {}

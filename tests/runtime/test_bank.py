@@ -71,13 +71,14 @@ def test_a_bank_does_not_follow_the_mapping_that_it_was_given():
     assert served(bank, "chat") == 1
 
 
-def test_what_one_bank_stacked_no_other_serves(stackings):
+def test_what_was_stacked_of_an_adapter_no_other_of_its_name_is_served(stackings):
     old = bank_of(chat=1)
     served(old, "chat")
-    for changed in (old.with_adapter("code", tensors(2)), old.with_adapter("chat", tensors(1))):
-        before = len(stackings)
-        served(changed, "chat")
-        assert len(stackings) == before + 1
+    served(old.with_adapter("code", tensors(2)), "chat")
+    assert len(stackings) == 1, "the same adapter is stacked again"
+    assert served(old.with_adapter("chat", tensors(5)), "chat") == 5
+    assert served(old.without("chat").with_adapter("chat", tensors(6)), "chat") == 6
+    assert served(old, "chat") == 1
 
 
 def test_the_last_eight_compositions_are_kept(stackings):
@@ -96,10 +97,9 @@ def test_the_last_eight_compositions_are_kept(stackings):
 
 def test_an_invocation_goes_with_its_adapter():
     late = bank_of().with_adapter("late", tensors(1), [7, 8])
-    assert late.invocations == {"late": (7, 8)}
-    assert late.with_adapter("late", tensors(1)).invocations == {}
-    assert late.without("late").invocations == {}
-    assert late.without("late").with_adapter("late", tensors(2)).invocations == {}
+    assert late.adapters["late"].invocation == (7, 8)
+    assert late.with_adapter("late", tensors(1)).adapters["late"].invocation is None
+    assert late.without("late").with_adapter("late", tensors(2)).adapters["late"].invocation is None
 
 
 def test_an_unknown_adapter_is_refused_with_those_there_are():
@@ -119,7 +119,7 @@ def test_a_shelf_changes_the_banks_that_it_is_told_to():
     assert [served(bank, "chat") for bank in shelf.banks.values()] == [2, 1]
     shelf.put("chat", {"encoder": tensors(3), "decoder": tensors(4)}, [7])
     assert [served(bank, "chat") for bank in shelf.banks.values()] == [3, 4]
-    assert [bank.invocations["chat"] for bank in shelf.banks.values()] == [(7,), (7,)]
+    assert [bank.adapters["chat"].invocation for bank in shelf.banks.values()] == [(7,), (7,)]
     assert [served(bank, "chat") for bank in before.values()] == [1, 1]
 
 
