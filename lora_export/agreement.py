@@ -34,6 +34,7 @@ def require_agreement(
     for part, said, found in (
         ("inputs", contract.inputs, inputs),
         ("outputs", contract.outputs, outputs),
+        ("optional_inputs", contract.optional_inputs, inputs),
         ("adapter_inputs", contract.adapter_inputs, inputs),
     ):
         declared = {spec.name: spec for spec in found}
@@ -48,7 +49,7 @@ def require_agreement(
                 _refuse(f"{field}.dims", list(spec.dims), list(entry.dims))
             if isinstance(entry, AdapterInput):
                 _require_kind(entry, field, data_bytes or 0)
-    known = {entry.name for entry in (*contract.inputs, *contract.adapter_inputs)}
+    known = {entry.name for entry in (*contract.inputs, *contract.optional_inputs, *contract.adapter_inputs)}
     for spec in inputs:
         if spec.name not in known:
             _refuse(f"{where}.inputs", spec.name, "no such entry")

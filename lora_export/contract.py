@@ -139,6 +139,8 @@ ADAPTER_INPUT_KINDS = (
     KindSpec(_K.GATE, "lora_gate", (ROWS, GATE_LENGTH, 1), _D.ONES, _B.FROM_PROMPT),
 )  # fmt: skip
 GATE_INPUT = str(AdapterInputKind.GATE)
+# For how many of the last tokens a decoder gives logits, int64, a scalar; 0, the default, for all.
+LOGITS_TO_KEEP = "num_logits_to_keep"
 
 
 def spec_of(kind: AdapterInputKind) -> KindSpec:
@@ -226,12 +228,14 @@ class GraphContract:
     Attributes:
         cache_layout: Of a decoder with a cache; None for other graphs, and in manifests from before there were two,
             which means COLUMNS.
+        optional_inputs: Inputs that are no adapter's and have a default: LOGITS_TO_KEEP.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     adapter_inputs: tuple[AdapterInput, ...] = ()
     cache_layout: CacheLayout | None = None
+    optional_inputs: tuple[TensorSpec, ...] = ()
 
     @property
     def past(self) -> tuple[TensorSpec, ...]:
@@ -271,4 +275,5 @@ class GraphContract:
             tuple(map(spec, fields["outputs"])),
             tuple(map(adapter_input, fields["adapter_inputs"])),
             CacheLayout(fields["cache_layout"]) if fields.get("cache_layout") else None,
+            tuple(map(spec, fields.get("optional_inputs", ()))),
         )

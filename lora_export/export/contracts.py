@@ -15,10 +15,12 @@ from lora_export.graph.grouped_attention import cache_layout
 
 def contract_of(model: ir.Model, adapter_inputs: Sequence[AdapterInput]) -> GraphContract:
     """The contract of a graph: its own inputs and outputs, and the adapter inputs."""
-    optional = {entry.name for entry in adapter_inputs}
+    of_adapters = {entry.name for entry in adapter_inputs}
     inputs, outputs = _specs(model)
-    own = tuple(spec for spec in inputs if spec.name not in optional)
-    return GraphContract(own, outputs, tuple(adapter_inputs), cache_layout(model))
+    own = [spec for spec in inputs if spec.name not in of_adapters]
+    optional = tuple(spec for spec in own if spec.name in model.graph.initializers)
+    needed = tuple(spec for spec in own if spec not in optional)
+    return GraphContract(needed, outputs, tuple(adapter_inputs), cache_layout(model), optional)
 
 
 def _specs(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

@@ -29,6 +29,7 @@ from lora_export.export.weights import digest
 from lora_export.graph.adapter_inputs import add_adapter_inputs, attach_defaults, present_in
 from lora_export.graph.cache import cache_key, cached_graph
 from lora_export.graph.fuse import fuse
+from lora_export.graph.head import keep_last_logits
 from lora_export.graph.layer_names import is_uniform, stamped_inputs, stand_ins, traced_choice
 from lora_export.graph.runnable import refuse_bfloat16
 from lora_export.graph.sites import find_sites, refuse_unlinked, sites_in
@@ -209,6 +210,8 @@ def _trace_and_fuse(
     model, inputs = add_adapter_inputs(model, choice)
     with _refused(plan, "fuse", f"its fusions for {plan.request.provider}"):
         model = fuse(model, plan.request.provider, sliding_windows(plan.config))
+    if plan.task is Task.TEXT_GENERATION:
+        model = keep_last_logits(model)
     refuse_bfloat16(model, plan.request.provider)
     return model, inputs
 

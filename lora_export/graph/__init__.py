@@ -14,6 +14,7 @@
     heads.py                 heads merged, and taken apart
     mask.py                  what an attention mask lets through
     key_mask.py              masks that are of keys alone
+    head.py                  a decoder's head, for the last tokens only
     token_order.py           a cache's order of tokens
     grouped_attention.py     one attention operator a layer, the cache in place
     pack.py                  projections of one input, packed

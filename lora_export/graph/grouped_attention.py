@@ -24,6 +24,7 @@ from onnx_ir.passes import common as common_passes
 
 from lora_export.contract import CacheLayout
 from lora_export.graph.attention_node import attended, is_plain
+from lora_export.graph.head import last_hidden
 from lora_export.graph.heads import merged_heads, read_instead
 from lora_export.graph.mask import CausalMask, causal_mask, is_false_for_real_tokens
 from lora_export.graph.token_order import TokenOrder
@@ -61,7 +62,7 @@ def group_attention(model: ir.Model, provider: str, windows: tuple[int, ...] = (
     """
     graph = model.graph
     layers = _layers(graph, provider)
-    hidden = _last_hidden(graph)
+    hidden = last_hidden(graph)
     if not layers or hidden is None or not _is_free_of_slots(graph, layers):
         return model
     masks = {mask: causal_mask(graph, mask, windows) for mask in {layer.node.inputs[3] for layer in layers}}
@@ -158,18 +159,6 @@ def _is_of_slots(node: ir.Node, value: ir.Value) -> bool:
     slots = 1 if is_mask else 2
     axes = range(len(value.shape))[node.attributes.get_int("start", 0) : node.attributes.get_int("end", 4)]
     return node.op_type != "Shape" or slots in axes
-
-
-def _last_hidden(graph: ir.Graph) -> ir.Value | None:
-    """What the head reads: the input of the last multiplication by a weight before `logits`."""
-    value = next((each for each in graph.outputs if each.name == "logits"), None)
-    while value is not None and value.producer() is not None:
-        node = value.producer()
-        if node.op_type in ("MatMul", "FusedMatMul", "Gemm") and node.inputs[1].producer() is None:
-            hidden = node.inputs[0]
-            return hidden if hidden.shape is not None and len(hidden.shape) == 3 and hidden.producer() else None
-        value = next((each for each in node.inputs if each is not None and each.const_value is None), None)
-    return None
 
 
 def _attend(graph: ir.Graph, layer: _Layer, order: TokenOrder, mask: CausalMask) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.graph.head import dependents
+
 # The inputs by token, `[batch, sequence, …]`.
 _BY_TOKEN = ("input_ids", "position_ids", "lora_gate")
 _INT64, _INT32 = ir.DataType.INT64, ir.DataType.INT32
@@ -29,7 +31,7 @@ class TokenOrder:
 
     def __init__(self, graph: ir.Graph, hidden: ir.Value) -> None:
         self._graph, self._nodes = graph, []
-        given_order = _computed_of(hidden)
+        given_order = dependents(hidden)
         inputs = {value.name: value for value in graph.inputs}
         mask, ids = inputs["attention_mask"], inputs["input_ids"]
         self._batch_sequence = list(ids.shape)
@@ -112,15 +114,3 @@ class TokenOrder:
 
     def _constant(self, array: np.ndarray) -> ir.Value:
         return self._op("Constant", [], list(array.shape), _INT64, value=ir.tensor(array))
-
-
-def _computed_of(value: ir.Value) -> set[ir.Node]:
-    """All nodes that depend on `value`."""
-    found: set[ir.Node] = set()
-    waiting = [node for node, _ in value.uses()]
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += [user for output in node.outputs for user, _ in output.uses()]
-    return found

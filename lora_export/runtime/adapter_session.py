@@ -257,7 +257,7 @@ def _read_defaults(data: Path, contract: GraphContract) -> dict[str, np.ndarray]
 
 def _require_equal_rows(inputs: Mapping[str, np.ndarray], rows: Sequence[RowSpec]) -> None:
     """A dual encoder's texts and images may differ in number, but not where each row has an adapter of its own."""
-    sizes = {name: len(array) for name, array in inputs.items()}
+    sizes = {name: len(array) for name, array in inputs.items() if array.ndim}
     if len(rows) > 1 and len(set(sizes.values())) > 1:
         raise UsageProblem(
             "Adapters that differ by row need as many rows in every input",

@@ -35,7 +35,10 @@ def run_batch(
     parts = [None] * n_rows if cache is None else cache.by_row()
     found = []
     for row, part in enumerate(parts):
-        own = {name: array[row : row + 1] if len(array) == n_rows else array for name, array in inputs.items()}
+        own = {
+            name: array[row : row + 1] if array.ndim and len(array) == n_rows else array
+            for name, array in inputs.items()
+        }
         found.append(_run(session, bank, own, (rows[row % len(rows)],), names, part))
     if cache is not None:
         cache.length = parts[0].length

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_export.contract import GATE_INPUT
+from lora_export.contract import GATE_INPUT, LOGITS_TO_KEEP
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.host_inputs import empty
 
@@ -49,10 +49,11 @@ def generate(
     ids, mask = left_pad(prompts, pad_id)
     cache = session.cache(len(prompts), ids.shape[1] + max_new_tokens)
     gate = session.gate(ids, adapters)
+    last = {spec.name: np.array(1) for spec in session.contract.optional_inputs if spec.name == LOGITS_TO_KEEP}
     generated: list[list[int]] = [[] for _ in prompts]
     finished = np.zeros(len(prompts), bool)
     for _ in range(max_new_tokens):
-        feeds = {"input_ids": ids, "attention_mask": mask}
+        feeds = {"input_ids": ids, "attention_mask": mask} | last
         if gate is not None:
             feeds[GATE_INPUT] = gate
         results = session.run(feeds, adapters, cache=cache)

@@ -6,6 +6,8 @@ A tokenizer gives token ids and a mask. The rest of a text model's inputs follow
 2. `position_ids`: from the mask, each real token's index among the real ones, cache included.
 3. `past_key_values.…`: a cache of length 0, if none of it is given.
 
+A decoder gives all tokens' logits, unless `num_logits_to_keep` says for how many of the last.
+
 Token types that a tokenizer gives and the model has no table for are left out.
 """
 
@@ -15,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lora_export.contract import GraphContract, TensorSpec
+from lora_export.contract import LOGITS_TO_KEEP, GraphContract, TensorSpec
 from lora_export.errors import UsageProblem
 from lora_export.runtime.arrays import numpy_dtype
 
@@ -47,7 +49,20 @@ def completed_inputs(
         if POSITIONS in own and POSITIONS not in given and MASK in given:
             given[POSITIONS] = _positions(ids, given[MASK], _past_length(given) if n_cached is None else n_cached)
     _require(given, contract, held=() if n_cached is None else contract.past)
+    if LOGITS_TO_KEEP in given:  # last: the others tell the number of rows
+        given[LOGITS_TO_KEEP] = _n_kept(given.pop(LOGITS_TO_KEEP))
     return given
+
+
+def _n_kept(given: np.ndarray) -> np.ndarray:
+    if given.size != 1 or given.dtype.kind not in "iu" or given.min() < 0:
+        raise UsageProblem(
+            "The number of logits to keep is no number of tokens",
+            where=LOGITS_TO_KEEP,
+            expected="an integer from 0, which is for all tokens",
+            found=f"{given.tolist()} of {given.dtype}",
+        )
+    return given.astype(np.int64).reshape(())
 
 
 def empty(spec: TensorSpec, batch: int) -> np.ndarray:
@@ -80,7 +95,9 @@ def _positions(ids: np.ndarray, mask: np.ndarray, n_past: int) -> np.ndarray:
 def _require(given: Mapping[str, np.ndarray], contract: GraphContract, held: Sequence[TensorSpec]) -> None:
     own = [spec.name for spec in contract.inputs if spec not in held]
     missing = [name for name in own if name not in given]
-    unknown = sorted(set(given) - set(own) - {entry.name for entry in contract.adapter_inputs})
+    unknown = sorted(
+        set(given) - set(own) - {entry.name for entry in (*contract.adapter_inputs, *contract.optional_inputs)}
+    )
     if missing or unknown:
         raise UsageProblem(
             "The inputs are not those of the graph",

@@ -106,3 +106,10 @@ def test_roberta_takes_what_its_tokenizer_gives(tmp_path):
         expected = model.eval()(**{name: torch.from_numpy(array) for name, array in given.items()}).last_hidden_state
     real = given["attention_mask"] == 1
     assert error(found[real], expected.numpy()[real]) < 1e-5
+
+
+@pytest.mark.parametrize("given", [-1, 1.0, [1, 2], "1"])
+def test_a_number_of_logits_that_is_none_is_a_usage_error(given, exports):
+    session, ids = AdapterSession(exports["llama-dynamic"], "cpu"), np.array([[20, 30]])
+    with pytest.raises(UsageProblem, match="number of logits to keep is no number of tokens"):
+        session.run({"input_ids": ids, "attention_mask": np.ones_like(ids), "num_logits_to_keep": given})
