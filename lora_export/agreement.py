@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lora_export.artifact import MANIFEST
@@ -18,6 +18,7 @@ def require_agreement(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     *,
+    optional: Collection[str],
     where: str,
     data_bytes: int | None = None,
 ) -> None:
@@ -25,6 +26,7 @@ def require_agreement(
 
     Args:
         inputs: All inputs of the graph, adapter inputs included, as the graph declares them.
+        optional: The names among them that the graph has a default for.
         where: The manifest, and the place of the contract in it.
         data_bytes: The size of the graph's data file; None where it holds none.
 
@@ -49,6 +51,10 @@ def require_agreement(
                 _refuse(f"{field}.dims", list(spec.dims), list(entry.dims))
             if isinstance(entry, AdapterInput):
                 _require_kind(entry, field, data_bytes or 0)
+                said_required = contract.adapter_inputs_required
+                if said_required is (entry.name in optional):
+                    has = f"{entry.name} has {'a default' if said_required else 'no default'}"
+                    _refuse(f"{where}.adapter_inputs_required", has, said_required)
     known = {entry.name for entry in (*contract.inputs, *contract.optional_inputs, *contract.adapter_inputs)}
     for spec in inputs:
         if spec.name not in known:
@@ -56,7 +62,13 @@ def require_agreement(
 
 
 def require_agreement_in(
-    folder: Path, graph: str, contract: GraphContract, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+    folder: Path,
+    graph: str,
+    contract: GraphContract,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    *,
+    optional: Collection[str],
 ) -> None:
     """`require_agreement` for the graph `graph` of the export in `folder`, by its manifest and its data file.
 
@@ -66,7 +78,7 @@ def require_agreement_in(
     data = folder / data_file(graph)
     where = f"{folder / MANIFEST}: {'contract' if graph == SINGLE else f'graphs.{graph}'}"
     n_bytes = data.stat().st_size if data.is_file() else None
-    require_agreement(contract, inputs, outputs, where=where, data_bytes=n_bytes)
+    require_agreement(contract, inputs, outputs, optional=optional, where=where, data_bytes=n_bytes)
 
 
 def _some(declared: dict[str, TensorSpec]) -> str:

@@ -189,7 +189,7 @@ class StoredDefault:
 
 @dataclass(frozen=True)
 class AdapterInput:
-    """One optional input `[rows, …]` of a dynamic graph; `rows` is 1 or the batch size.
+    """One input `[rows, …]` of a dynamic graph, optional unless its contract says otherwise; `rows`: 1 or the batch.
 
     Attributes:
         module: The path of the module in the base model, the name that PEFT uses; empty for the gate, which is for all.
@@ -229,6 +229,8 @@ class GraphContract:
         cache_layout: Of a decoder with a cache; None for other graphs, and in manifests from before there were two,
             which means COLUMNS.
         optional_inputs: Inputs that are no adapter's and have a default: LOGITS_TO_KEEP.
+        adapter_inputs_required: The graph has no defaults of its own: a host feeds every adapter input in every run,
+            its default where no adapter is. For hosts that cannot feed optional inputs.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -236,6 +238,7 @@ class GraphContract:
     adapter_inputs: tuple[AdapterInput, ...] = ()
     cache_layout: CacheLayout | None = None
     optional_inputs: tuple[TensorSpec, ...] = ()
+    adapter_inputs_required: bool = False
 
     @property
     def past(self) -> tuple[TensorSpec, ...]:
@@ -276,4 +279,5 @@ class GraphContract:
             tuple(map(adapter_input, fields["adapter_inputs"])),
             CacheLayout(fields["cache_layout"]) if fields.get("cache_layout") else None,
             tuple(map(spec, fields.get("optional_inputs", ()))),
+            fields.get("adapter_inputs_required", False),
         )

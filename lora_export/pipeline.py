@@ -66,6 +66,7 @@ class ExportOptions:
         targets: Modules to give LoRA inputs besides those that the adapters touch: paths, or their last parts.
         zeros_for_missing_head: Export a head that the checkpoint lacks as zeros (a benchmark's base).
         sign_key: Private key (PEM) to sign the folder with.
+        required_inputs: Adapter inputs have no defaults in the graph, for hosts that cannot feed optional inputs.
     """
 
     out: Path
@@ -74,6 +75,7 @@ class ExportOptions:
     targets: tuple[str, ...] = ()
     zeros_for_missing_head: bool = False
     sign_key: Path | None = None
+    required_inputs: bool = False
 
 
 def export(request: Request, options: ExportOptions, *, progress: Progress = silent, remark: Remark = mute) -> Manifest:
@@ -97,16 +99,20 @@ def export(request: Request, options: ExportOptions, *, progress: Progress = sil
         progress("building the graph", 0, 1)
         graphs = finished_graphs(plan, resolved, choice, use_cache=options.use_cache, remark=remark)
         models = {name: graph.model for name, graph in graphs.items()}
-        optional = {name: graph.adapter_inputs for name, graph in graphs.items()}
+        adapter_inputs = {name: graph.adapter_inputs for name, graph in graphs.items()}
         with staging(options.out, overwrite=options.overwrite, n_bytes=n_bytes) as folder:
             meter = _Meter(progress, n_bytes)
-            written = write_graphs(models, folder, resolved.parameters.make_weight, optional, meter)
-            contracts = {name: contract_of(model, written.adapter_inputs[name]) for name, model in models.items()}
+            make, required = resolved.parameters.make_weight, options.required_inputs
+            written = write_graphs(models, folder, make, adapter_inputs, meter, required=required)
+            contracts = {
+                name: contract_of(model, written.adapter_inputs[name], required=required)
+                for name, model in models.items()
+            }
             sources = sources_when_hashed()
             records = adapter_records(plan, resolved, sources, contracts, folder)
             files = written.sha256 | hashes_of(records, folder)
             files |= write_config(plan, folder) | copy_carried(plan.carried, folder)
-            if plan.task is Task.TEXT_GENERATION:
+            if plan.task is Task.TEXT_GENERATION and not required:  # GenAI feeds no adapter inputs
                 files |= write_genai_config(folder, plan.config, contracts[SINGLE])
             kind = ExportKind.DYNAMIC if request.mode == "dynamic" else ExportKind.MERGED
             how = (kind, plan.task, plan.dtype, request.provider)

@@ -81,12 +81,17 @@ def make_base(name: str, folder: Path, bases: Mapping[str, Path]) -> None:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """How an adapter is trained: on which base, with which Transformers class, with which `LoraConfig`."""
+    """How an adapter is trained: on which base, with which Transformers class, with which `LoraConfig`.
+
+    Attributes:
+        is_moved: All that is trainable is moved from its start (`tiny.trained`), not only pairs and saved modules.
+    """
 
     base: str
     model_class: str
     options: Mapping[str, object]
     n_labels: int | None = None
+    is_moved: bool = False
 
 
 ADAPTERS: dict[str, AdapterSpec] = {
@@ -110,6 +115,25 @@ ADAPTERS: dict[str, AdapterSpec] = {
     "words": AdapterSpec(
         "llama", "LlamaForCausalLM",
         {"task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ),
+    "gains": AdapterSpec(
+        "llama", "LlamaForCausalLM",
+        {"task_type": "CAUSAL_LM", "r": 3, "use_dora": True, "target_modules": ["q_proj", "down_proj"]}, is_moved=True,
+    ),
+    "biases": AdapterSpec(
+        "llama", "LlamaForCausalLM",
+        {"task_type": "CAUSAL_LM", "r": 4, "lora_bias": True, "target_modules": ["q_proj", "v_proj"]}, is_moved=True,
+    ),
+    "tokens": AdapterSpec(
+        "llama", "LlamaForCausalLM",
+        {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["v_proj"], "trainable_token_indices": [5, 9, 70]},
+        is_moved=True,
+    ),
+    "activated": AdapterSpec(
+        "llama", "LlamaForCausalLM",
+        {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"],
+         "alora_invocation_tokens": [70, 71]},
+        is_moved=True,
     ),
     "poet": AdapterSpec(
         "gpt2", "GPT2LMHeadModel",
@@ -201,8 +225,12 @@ ADAPTERS: dict[str, AdapterSpec] = {
 
 def make_adapter(name: str, folder: Path, bases: Mapping[str, Path]) -> None:
     import tiny
+    from peft import LoraConfig
 
     spec = ADAPTERS[name]
+    if spec.is_moved:
+        tiny.trained(bases[spec.base], folder, spec.model_class, LoraConfig(**spec.options), spec.n_labels)
+        return
     tiny.adapter(
         bases[spec.base], folder, spec.model_class, n_labels=spec.n_labels,
         save_embedding_layers=False, **spec.options,
@@ -219,8 +247,11 @@ class ExportSpec:
     dtype: str | None = None
     targets: tuple[str, ...] = ()
     provider: str = "cpu"
+    required_inputs: bool = False
 
 
+# On one base, adapters of all kinds of input: pairs, gains, biases, tokens, a head, a gate.
+KINDS = ("chat", "gains", "biases", "tokens", "voice", "activated")
 EXPORTS: dict[str, ExportSpec] = {
     "llama-base": ExportSpec("llama", (), "merge"),
     "llama-dynamic": ExportSpec("llama", ("chat", "code"), "dynamic"),
@@ -238,6 +269,9 @@ EXPORTS: dict[str, ExportSpec] = {
     "gpt2-dynamic": ExportSpec("gpt2", ("poet",), "dynamic"),
     "gpt2-merged": ExportSpec("gpt2", ("poet",), "merge"),
     "bert-dynamic": ExportSpec("bert", ("topic", "kind"), "dynamic"),
+    "bert-required": ExportSpec("bert", ("topic", "kind"), "dynamic", required_inputs=True),
+    "llama-kinds": ExportSpec("llama", KINDS, "dynamic"),
+    "llama-kinds-required": ExportSpec("llama", KINDS, "dynamic", required_inputs=True),
     "bert-merged": ExportSpec("bert", ("kind",), "merge"),
     "classifier-dynamic": ExportSpec("classifier", ("plain", "shades"), "dynamic"),
     "classifier-merged": ExportSpec("classifier", ("plain",), "merge"),
@@ -274,4 +308,5 @@ def export_to(
 
     chosen = tuple((str(adapters[name]), name) for name in spec.adapters)
     request = Request(str(bases[spec.base]), chosen, spec.mode, dtype=spec.dtype, provider=spec.provider)
-    return export(request, ExportOptions(folder, targets=spec.targets, **options))
+    how = {"targets": spec.targets, "required_inputs": spec.required_inputs}
+    return export(request, ExportOptions(folder, **how, **options))

@@ -27,6 +27,7 @@ import numpy as np
 from lora_export.bench.intervals import paired_ratio
 from lora_export.bench.results import Variant, WarmUp, Workload
 from lora_export.bench.warm_up import warm_up
+from lora_export.contract import GATE_INPUT
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.arrays import to_ort_value
 from lora_export.runtime.cache import with_room, written_in_place
@@ -108,6 +109,8 @@ def bound_run(
     contract = adapter_session.contract
     names = {value.name for value in session.get_inputs()}
     own = {name: array for name, array in with_room(inputs, contract).items() if name in names}
+    if (gate := adapter_session.bank.required_gate) is not None:
+        own.setdefault(GATE_INPUT, gate)
     held = {name: to_ort_value(array, device) for name, array in own.items()}
     binding = session.io_binding()
     for name, value in held.items():

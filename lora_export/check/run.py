@@ -237,15 +237,16 @@ def _body_case(examination: Examination, examined: Examined, record: AdapterReco
     kinds = (AdapterInputKind.WEIGHT, AdapterInputKind.BIAS)
     inputs = session.manifest.contract.adapter_inputs
     heads = {entry.name for entry in inputs if entry.kind in kinds and entry.name in record.replaced}
+    others = session.stacked(None, 1)  # none, but where a graph wants all of its inputs
 
     def feeds(batch: Batch) -> dict[str, np.ndarray]:
         stacked = session.stacked(record.name, len(batch.labels))
-        return batch.inputs | {key: value for key, value in stacked.items() if key in heads}
+        return others | batch.inputs | {key: value for key, value in stacked.items() if key in heads}
 
     def probes() -> list[Probe]:
         probe = next(worst_probes(session, record.name, reference, batches=batches, expected=expected, found=found))
         only_head = {key: array for key, array in probe.runs[0].feeds.items() if key in heads | probe.inputs.keys()}
-        return [with_feeds(probe, only_head)]
+        return [with_feeds(probe, others | only_head)]
 
     with reference.without_pairs():
         expected = run_reference(reference, batches, precisely=True)

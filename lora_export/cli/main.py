@@ -93,6 +93,7 @@ def _export(mode: str, paths: Sequence[str], flags: options.ExportFlags, how: Ex
             use_cache=not flags.no_cache,
             targets=how.targets,
             sign_key=flags.sign_key,
+            required_inputs=how.inputs == options.REQUIRED,
         )
         manifest = pipeline.export(request, choice, progress=display.progress, remark=display.say)
         display.result(describe.describe_export(flags.out, manifest), text.export_text)
@@ -105,6 +106,7 @@ class ExportHow:
     weights: tuple[float, ...] = ()
     targets: tuple[str, ...] = ()
     convert_rank: float | None = None
+    inputs: str = options.OPTIONAL
 
 
 @main.command()
@@ -135,17 +137,23 @@ def merge(paths: tuple[str, ...], weights: tuple[float, ...], flags: options.Exp
     help="Also give this module adapter inputs: a path, its last parts, or all-linear; repeat.",
 )
 @options.convert_rank
+@options.inputs
 @options.export_options
 def dynamic(
-    paths: tuple[str, ...], targets: tuple[str, ...], convert_rank: float | None, flags: options.ExportFlags
+    paths: tuple[str, ...],
+    targets: tuple[str, ...],
+    convert_rank: float | None,
+    inputs: str,
+    flags: options.ExportFlags,
 ) -> None:
-    """Write one graph whose adapters are optional inputs, and each adapter as a file beside it.
+    """Write one graph whose adapters are inputs, and each adapter as a file beside it.
 
     \b
-    Example:
+    Examples:
       lora-export dynamic all-MiniLM-L6-v2/ adapters/topic adapters/kind -o served
+      lora-export dynamic all-MiniLM-L6-v2/ adapters/topic --inputs required -o served-in-a-browser
     """
-    _export("dynamic", paths, flags, ExportHow(targets=targets, convert_rank=convert_rank))
+    _export("dynamic", paths, flags, ExportHow(targets=targets, convert_rank=convert_rank, inputs=inputs))
 
 
 @main.command()

@@ -141,6 +141,16 @@ convert_rank = click.option(
 )
 
 
+OPTIONAL, REQUIRED = "optional", "required"
+inputs = click.option(
+    "--inputs",
+    type=click.Choice((OPTIONAL, REQUIRED)),
+    default=OPTIONAL,
+    show_default=True,
+    help="Adapter inputs: with defaults in the graph, or fed in every run (JavaScript cannot feed optional ones).",
+)
+
+
 residual_base = click.option(
     "--residual-base",
     is_flag=True,

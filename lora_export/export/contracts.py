@@ -13,14 +13,14 @@ from lora_export.contract import AdapterInput, GraphContract, TensorSpec, graph_
 from lora_export.graph.grouped_attention import cache_layout
 
 
-def contract_of(model: ir.Model, adapter_inputs: Sequence[AdapterInput]) -> GraphContract:
-    """The contract of a graph: its own inputs and outputs, and the adapter inputs."""
+def contract_of(model: ir.Model, adapter_inputs: Sequence[AdapterInput], *, required: bool = False) -> GraphContract:
+    """The contract of a graph: its own inputs and outputs, and the adapter inputs, which may be `required`."""
     of_adapters = {entry.name for entry in adapter_inputs}
     inputs, outputs = _specs(model)
     own = [spec for spec in inputs if spec.name not in of_adapters]
     optional = tuple(spec for spec in own if spec.name in model.graph.initializers)
     needed = tuple(spec for spec in own if spec not in optional)
-    return GraphContract(needed, outputs, tuple(adapter_inputs), cache_layout(model), optional)
+    return GraphContract(needed, outputs, tuple(adapter_inputs), cache_layout(model), optional, required)
 
 
 def _specs(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
@@ -40,4 +40,5 @@ def require_described(manifest: Manifest, folder: Path) -> None:
         InputRefused: A field of the manifest says otherwise than its graph.
     """
     for graph, contract in manifest.graphs.items():
-        require_agreement_in(folder, graph, contract, *_specs(ir.load(folder / graph_file(graph))))
+        model = ir.load(folder / graph_file(graph))
+        require_agreement_in(folder, graph, contract, *_specs(model), optional=model.graph.initializers.keys())

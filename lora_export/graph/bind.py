@@ -45,6 +45,8 @@ def write_graphs(
     make_weight: Callable[[Recipe, str], np.ndarray],
     adapter_inputs: Mapping[str, Sequence[AdapterInput]],
     on_weight: Callable[[str, int], None] = lambda name, n_bytes: None,
+    *,
+    required: bool = False,
 ) -> WrittenGraphs:
     """Bind and write the graphs of an export into `folder`; graphs that share a data file share equal weights in it.
 
@@ -53,6 +55,7 @@ def write_graphs(
         make_weight: Makes a weight from its recipe in a dtype (NumPy's name), C-contiguous.
         adapter_inputs: Those of each graph; a replaced Linear's default is stored `[1, …]`.
         on_weight: Called after each weight with its name and size in bytes, for progress.
+        required: Adapter inputs are without defaults in the graph; what is stored of them is in the data file only.
 
     Raises:
         OSError: The disk is full or the folder cannot be written.
@@ -66,6 +69,8 @@ def write_graphs(
             for graph in sharing:
                 binding = _Binding(folder, data_name, writer, make_weight, on_weight, stored)
                 described[graph] = binding.bind(models[graph].graph, adapter_inputs[graph])
+                if required:
+                    _drop_defaults(models[graph].graph, described[graph])
         sha256[data_name] = writer.sha256
         n_bytes += writer.n_bytes
     for graph, model in models.items():
@@ -123,6 +128,11 @@ class _Binding:
         stored = StoredDefault(array.shape, self.writer.write(array), array.nbytes)
         self.on_weight(value.name, array.nbytes)
         return stored
+
+
+def _drop_defaults(graph: ir.Graph, adapter_inputs: Sequence[AdapterInput]) -> None:
+    for entry in adapter_inputs:
+        graph.initializers.pop(entry.name).const_value = None
 
 
 def _require_size(value: ir.Value, array: np.ndarray) -> None:

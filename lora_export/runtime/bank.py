@@ -20,7 +20,7 @@ from lora_export.errors import UsageProblem, nearest
 from lora_export.runtime.arrays import numpy_dtype, to_ort_value
 from lora_export.runtime.held_adapter import HeldAdapter
 from lora_export.runtime.invocation import gate_of, invocation_of, refuse_unknown_past
-from lora_export.runtime.stacking import RowSpec, Tensors, classes_by_row, default_inputs, stack_rows
+from lora_export.runtime.stacking import RowSpec, Tensors, classes_by_row, default_inputs, default_of, stack_rows
 
 # One entry of `adapters`: a name, nothing (the base), or a blend of names with weights.
 RowAdapter = str | None | Mapping[str, float]
@@ -109,8 +109,8 @@ class Bank:
         return rows[:1] if len(set(rows)) == 1 else rows
 
     def stacked(self, rows: Sequence[RowSpec]) -> dict[str, np.ndarray]:
-        """The adapter inputs of `rows` as arrays; inputs that equal their default are left out."""
-        return stack_rows(self.contract, _tensors_of(rows), rows, self.defaults)
+        """The adapter inputs of `rows` as arrays; inputs that equal their default are left out, where they may be."""
+        return self._stacked(rows, whole=self.contract.adapter_inputs_required)
 
     def values(self, rows: tuple[RowSpec, ...], *, whole: bool = False) -> _Values:
         """As `stacked`, on the device; those last asked for are kept there.
@@ -136,10 +136,18 @@ class Bank:
         Raises:
             UsageProblem: An activated LoRA continues a cache, or is blended with another adapter.
         """
-        if GATE_INPUT in inputs or not any(invocation_of(row) for row in rows):
+        if GATE_INPUT in inputs:
             return inputs
+        if not any(invocation_of(row) for row in rows):
+            return inputs if self.required_gate is None else {**inputs, GATE_INPUT: self.required_gate}
         refuse_unknown_past(inputs, n_past)
         return {**inputs, GATE_INPUT: self.gate(inputs["input_ids"], rows)}
+
+    @property
+    def required_gate(self) -> np.ndarray | None:
+        """The gate that leaves every adapter active, `[1, 1, 1]`; None where the graph has that itself, or no gate."""
+        gate = self.contract.gate
+        return default_of(gate, {}) if gate is not None and self.contract.adapter_inputs_required else None
 
     def classes(self, rows: Sequence[RowSpec]) -> dict[str, list[int]]:
         """The number of each row's classes by the name of their size; empty where all rows have as many."""
@@ -147,8 +155,12 @@ class Bank:
             return {}
         return classes_by_row(self.contract, _tensors_of(rows), rows, self.defaults)
 
+    def _stacked(self, rows: Sequence[RowSpec], *, whole: bool) -> dict[str, np.ndarray]:
+        defaults = default_inputs(self.contract, self.defaults) if whole else {}
+        return defaults | stack_rows(self.contract, _tensors_of(rows), rows, self.defaults)
+
     def _on_device(self, rows: Sequence[RowSpec], whole: bool) -> _Values:
-        arrays = (default_inputs(self.contract, self.defaults) if whole else {}) | self.stacked(rows)
+        arrays = self._stacked(rows, whole=whole or self.contract.adapter_inputs_required)
         return {name: to_ort_value(array, self.provider) for name, array in arrays.items()}
 
     def _row(self, entry: RowAdapter) -> RowSpec:

@@ -61,7 +61,8 @@ def _run(
     cache: Cache | None,
 ) -> dict[str, np.ndarray]:
     # Held until the run is over: on the CPU a binding reads the arrays' own memory.
-    values = {name: to_ort_value(array, bank.provider) for name, array in inputs.items()} | dict(bank.values(rows))
+    given = {name: to_ort_value(array, bank.provider) for name, array in inputs.items()}
+    values = {**bank.values(rows), **given}  # a host may feed an adapter input itself
     if cache is None:
         return run_values(session, values, names)
     return cache.run(session, values, names, inputs["input_ids"].shape[1])

@@ -18,8 +18,11 @@ def require_described(session: ort.InferenceSession, contract: GraphContract, fo
     Raises:
         InputRefused: A field of the manifest says otherwise than the graph; it is named.
     """
-    inputs = [_spec(value) for value in (*session.get_inputs(), *session.get_overridable_initializers())]
-    require_agreement_in(folder, graph, contract, inputs, [_spec(value) for value in session.get_outputs()])
+    optional = session.get_overridable_initializers()
+    inputs = [_spec(value) for value in (*session.get_inputs(), *optional)]
+    outputs = [_spec(value) for value in session.get_outputs()]
+    names = {value.name for value in optional}
+    require_agreement_in(folder, graph, contract, inputs, outputs, optional=names)
 
 
 def _spec(value: ort.NodeArg) -> TensorSpec:
