@@ -5,6 +5,7 @@
     answers.py      what its outputs say
 
     cli/            all of Click; the only room that exits (a verdict's exit code: cli/output.py)
+    serve/          an export over HTTP, in the form of OpenAI's API
     export/         from a request to all that an export holds
     check/          is the export what was trained?
     bench/          what does it cost?

@@ -8,6 +8,8 @@ import numpy as np
 
 _MOST_ANSWER_TOKENS = 30
 _MOST_WORDS = 5
+# A configuration's `problem_type`.
+REGRESSION, MULTI_LABEL = "regression", "multi_label_classification"
 
 
 def class_answer(logits: np.ndarray, labels: Mapping[int, str], problem_type: str | None = None) -> dict:
@@ -18,15 +20,22 @@ def class_answer(logits: np.ndarray, labels: Mapping[int, str], problem_type: st
     3. A regression, or one score (a reranker): the numbers as they are.
     """
     names = [labels.get(index, f"LABEL_{index}") for index in range(len(logits))]
-    values = logits.astype(np.float64)
-    order = np.argsort(-values)
-    if problem_type == "regression" or len(logits) == 1:
-        return {"values": {names[i]: float(values[i]) for i in order}}
-    if problem_type == "multi_label_classification":
-        scores = {names[i]: float(1 / (1 + np.exp(-values[i]))) for i in order}
+    order = np.argsort(-logits.astype(np.float64))
+    values = class_values(logits, problem_type)
+    scores = {names[i]: float(values[i]) for i in order}
+    if problem_type == REGRESSION or len(logits) == 1:
+        return {"values": scores}
+    if problem_type == MULTI_LABEL:
         return {"labels": [name for name, score in scores.items() if score >= 0.5], "scores": scores}
-    scores = {names[i]: float(_softmax(values)[i]) for i in order}
     return {"label": next(iter(scores)), "scores": scores}
+
+
+def class_values(logits: np.ndarray, problem_type: str | None = None) -> np.ndarray:
+    """A probability for each class of `logits` `[n]`, in their order; the numbers as they are where they are scores."""
+    values = logits.astype(np.float64)
+    if problem_type == REGRESSION or len(values) == 1:
+        return values
+    return 1 / (1 + np.exp(-values)) if problem_type == MULTI_LABEL else _softmax(values)
 
 
 def answer_span(start: np.ndarray, end: np.ndarray, first: int, last: int) -> tuple[int, int, float]:

@@ -4,11 +4,12 @@
     examine.py  check and bench
     verify.py   verify
     extract.py  extract
+    serve.py    serve
     options.py  options that several commands share, each written once
     names.py    paths and names, looked at before anything is loaded
     output.py   results, errors, progress, exit codes
     text.py     values of inspect, --dry-run, exports and run as text
 
-Imports artifact, base, bench, check, compat, errors, export, extract, integrity, named, pipeline, report, trial,
-verdict.
+Imports artifact, base, bench, check, compat, errors, export, extract, integrity, named, pipeline, report, serve,
+trial, verdict.
 """

@@ -17,6 +17,7 @@ from lora_export.cli.examine import bench, check
 from lora_export.cli.extract import extract
 from lora_export.cli.names import base_and_adapters, named
 from lora_export.cli.output import Display, guarded
+from lora_export.cli.serve import serve_command
 from lora_export.cli.verify import verify_command
 from lora_export.errors import UsageProblem
 from lora_export.named import refuse_missing
@@ -279,6 +280,7 @@ def run(
         display.result(trial.run_trial(out, inputs, blend, provider, max_new_tokens), text.trial_text)
 
 
+main.add_command(serve_command)
 main.add_command(extract)
 
 

@@ -1,0 +1,20 @@
+"""`lora-export serve`: an export over HTTP, in the form of OpenAI's API and vLLM's; needs `lora-export[serve]`.
+
+    server.py            from an export to a process that answers until it is told to end
+    api.py               the routes
+    schema.py            the bodies of requests
+    guard.py             what stands before every request: key, size, time; its line of the log
+    service.py           how a request waits for its answer
+    batching.py          rows of different requests and adapters in one run
+    encoders.py          a run of an encoder's rows
+    models.py            the export's session, and the names that it is served under
+    names.py             the field `model`: base, adapter, blend
+    runtime_adapters.py  adapters that are loaded while it runs
+    texts.py             tokenizers
+    metrics.py           for Prometheus and the Kubernetes gateway
+    logs.py              JSON lines without texts
+    problems.py          errors in the form of OpenAI's API
+    options.py           what a server is started with
+
+Imports answers, artifact, contract, errors, runtime.
+"""

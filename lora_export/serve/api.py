@@ -1,0 +1,213 @@
+"""The routes, as OpenAI's API and vLLM's name them, and the page that describes them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+import uuid
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from lora_export import __version__
+from lora_export.answers import class_values
+from lora_export.errors import LoraExportError
+from lora_export.serve.encoders import Answer
+from lora_export.serve.guard import Guard, Seen
+from lora_export.serve.logs import log
+from lora_export.serve.models import CLASSIFICATION, FEATURES, GENERATION, Target
+from lora_export.serve.problems import Problem, problem_of
+from lora_export.serve.schema import Body, ClassifyBody, EmbeddingBody, LoadBody, UnloadBody
+from lora_export.serve.service import Service
+
+_OWNER = "lora-export"
+# The path that answers for an export's task.
+_PATH_OF_TASK = {
+    GENERATION: "/v1/completions and /v1/chat/completions",
+    CLASSIFICATION: "/v1/classify",
+    FEATURES: "/v1/embeddings",
+}
+
+
+def build(service: Service) -> Guard:
+    """The application that answers for `service`."""
+    api = FastAPI(
+        title="lora-export", version=__version__, redoc_url=None,
+        description="An export with many adapters: `model` names the base, an adapter, or a blend like `a:0.7+b:0.3`.",
+    )  # fmt: skip
+    _add_errors(api)
+    _add_state(api, service)
+    _add_models(api, service)
+    _add_encoders(api, service)
+    return Guard(api, service.options, service.metrics)
+
+
+def _add_errors(api: FastAPI) -> None:
+    """Every error in the form of OpenAI's API."""
+
+    @api.exception_handler(Problem)
+    @api.exception_handler(LoraExportError)
+    @api.exception_handler(Exception)  # after it the error is raised again, for the log
+    async def of_request(request: Request, error: Exception) -> Response:
+        problem = problem_of(error)
+        return JSONResponse(problem.body, problem.status, problem.headers)
+
+    @api.exception_handler(RequestValidationError)
+    async def of_body(request: Request, error: RequestValidationError) -> Response:
+        problem = _problem_of_body(error)
+        return JSONResponse(problem.body, problem.status)
+
+    @api.exception_handler(HTTPException)
+    async def of_path(request: Request, error: HTTPException) -> Response:
+        problem = Problem(error.status_code, str(error.detail))
+        return JSONResponse(problem.body, problem.status, error.headers)
+
+
+def _problem_of_body(error: RequestValidationError) -> Problem:
+    """The first field that is wrong, by its name."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"][1:])
+    if first["type"] == "extra_forbidden":
+        return Problem(400, f"The field {field!r} is not supported", param=field, code="unsupported_field")
+    if first["type"] == "json_invalid":
+        return Problem(400, "The request is no JSON", code="bad_json")
+    return Problem(400, f"{field or 'The request'}: {first['msg']}", param=field or None, code="bad_value")
+
+
+def _add_state(api: FastAPI, service: Service) -> None:
+    @api.get("/health", tags=["state"])
+    async def health() -> Response:
+        """200 while the process works; restart it otherwise."""
+        return PlainTextResponse("ok" if service.is_alive else "dead", 200 if service.is_alive else 500)
+
+    @api.get("/ready", tags=["state"])
+    async def ready() -> Response:
+        """200 while new requests are taken: not while the queue is full, nor while the server shuts down."""
+        return PlainTextResponse("ready" if service.is_ready else "not ready", 200 if service.is_ready else 503)
+
+    @api.get("/metrics", tags=["state"])
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_models(api: FastAPI, service: Service) -> None:
+    @api.get("/v1/models", tags=["models"])
+    async def models() -> Response:
+        """The base, and the adapters with it as their parent."""
+        return JSONResponse({"object": "list", "data": _cards(service)})
+
+    @api.get("/v1/models/{model}", tags=["models"])
+    async def model(model: str) -> Response:
+        """One of them; a blend is none of them."""
+        card = next((card for card in _cards(service) if card["id"] == model), None)
+        if card is None:
+            raise Problem(404, f"The model {model[:200]!r} is not served", param="model", code="model_not_found")
+        return JSONResponse(card)
+
+    @api.post("/v1/load_lora_adapter", tags=["models"])
+    async def load(body: LoadBody) -> Response:
+        """Serve an adapter from a file; off without --allow-runtime-adapters."""
+        runtime = _runtime(service)
+        sha256 = await asyncio.to_thread(runtime.load, body.lora_name, body.lora_path, in_place=body.load_inplace)
+        log("adapter loaded", name=body.lora_name, sha256=sha256)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @api.post("/v1/unload_lora_adapter", tags=["models"])
+    async def unload(body: UnloadBody) -> Response:
+        """Serve an adapter no longer; off without --allow-runtime-adapters."""
+        _runtime(service)
+        service.models.remove(body.lora_name)
+        service.metrics.forget(body.lora_name)
+        log("adapter unloaded", name=body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _runtime(service: Service):
+    if service.runtime_adapters is None:
+        raise Problem(
+            403, "Adapters are not loaded at run time: the server was started without --allow-runtime-adapters",
+            code="runtime_adapters_off",
+        )  # fmt: skip
+    return service.runtime_adapters
+
+
+def _cards(service: Service) -> list[dict]:
+    view, models = service.models.view, service.models
+    common = {"object": "model", "owned_by": _OWNER, "max_model_len": models.longest}
+    base = {"id": view.base, "created": models.started, "root": view.base, "parent": None, **common}
+    return [base] * view.has_base + [
+        {"id": name, "created": each.created, "root": each.root, "parent": view.base, **common}
+        for name, each in view.adapters.items()
+    ]
+
+
+def _add_encoders(api: FastAPI, service: Service) -> None:
+    @api.post("/v1/embeddings", tags=["encoders"])
+    async def embeddings(body: EmbeddingBody, request: Request) -> Response:
+        """An embedding of each input."""
+        target = _target(service, body, request, FEATURES)
+        rows = await service.rows(body.input, target)
+        found: list[Answer] = await service.answers(request, target, rows)
+        data = [
+            {"object": "embedding", "index": index, "embedding": _encoded(answer.values, body.encoding_format)}
+            for index, answer in enumerate(found)
+        ]
+        return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": _usage(rows)})
+
+    @api.post("/v1/classify", tags=["encoders"])
+    async def classify(body: ClassifyBody, request: Request) -> Response:
+        """The class of each input: its label, and the probability of each class."""
+        target = _target(service, body, request, CLASSIFICATION)
+        rows = await service.rows(body.input, target)
+        found: list[Answer] = await service.answers(request, target, rows)
+        data = [{"index": index, **_classes(answer, service)} for index, answer in enumerate(found)]
+        return JSONResponse(
+            {
+                "id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()),
+                "model": body.model, "data": data, "usage": _usage(rows),
+            }
+        )  # fmt: skip
+
+
+def _target(service: Service, body: Body, request: Request, *tasks: str) -> Target:
+    """What a request's model is; notes it for the log.
+
+    Raises:
+        Problem: The export is for another task, or the model is not served.
+    """
+    seen: Seen = request.state.seen
+    if service.models.task not in tasks:
+        raise Problem(
+            400, f"The export is for {service.models.task}: {_PATH_OF_TASK[service.models.task]} answers",
+            code="other_task",
+        )  # fmt: skip
+    target = service.models.view.target(body.model)
+    seen.model = target.label
+    if service.options.log_prompts:
+        seen.fields |= {"request": body.model_dump(exclude_unset=True)}
+    return target
+
+
+def _usage(rows: list[list[int]]) -> dict:
+    n_tokens = sum(map(len, rows))
+    return {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+
+
+def _encoded(values: np.ndarray, form: str) -> list[float] | str:
+    return base64.b64encode(values.astype("<f4").tobytes()).decode() if form == "base64" else values.tolist()
+
+
+def _classes(answer: Answer, service: Service) -> dict:
+    labels, values = answer.target.labels, answer.values
+    probabilities = class_values(values, service.models.problem_type(answer.target.place)).tolist()
+    best = int(values.argmax())
+    return {
+        "label": labels.get(best, f"LABEL_{best}"), "probs": probabilities, "num_classes": len(values),
+        "labels": [labels.get(index, f"LABEL_{index}") for index in range(len(values))],
+    }  # fmt: skip

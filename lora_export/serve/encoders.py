@@ -1,0 +1,104 @@
+"""A run of an encoder's rows: padded to one batch, each with its own adapter, an answer for each. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_export.contract import GraphContract
+from lora_export.errors import UsageProblem
+from lora_export.runtime.arrays import lowest
+from lora_export.serve.batching import Row
+from lora_export.serve.models import CLASSIFICATION, Models, Target
+from lora_export.serve.options import Pooling
+from lora_export.serve.problems import Problem
+
+_LOGITS, _STATES, _POOLED = "logits", "last_hidden_state", "pooler_output"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a row's model says: an embedding, or the scores of its own classes; `target` is what it was asked of."""
+
+    values: np.ndarray
+    target: Target
+
+
+class Encoder:
+    """Answers rows with the models of the moment in which their run begins."""
+
+    def __init__(self, models: Models, pooling: Pooling, *, normalize: bool) -> None:
+        self._models, self._pooling, self._normalize = models, pooling, normalize
+        self._contract: GraphContract = models.manifest.contract
+        outputs = {spec.name for spec in self._contract.outputs}
+        wanted = _LOGITS if models.task == CLASSIFICATION else _POOLED if pooling is Pooling.POOLER else _STATES
+        if wanted not in outputs:
+            raise _no_output(wanted, outputs)
+        self._output = wanted
+        pad = models.manifest.pad_token_id
+        self._pad = pad if pad is not None else models.config.get("pad_token_id") or 0
+
+    def run(self, rows: Sequence[Row]) -> list[Answer | Problem]:
+        """An answer for each row, or why there is none: its model is served no longer."""
+        view = self._models.view
+        found: list[Answer | Problem | None] = [None] * len(rows)
+        targets: dict[int, Target] = {}
+        for index, row in enumerate(rows):
+            try:
+                targets[index] = view.target(row.model)
+            except Problem as problem:
+                found[index] = problem
+        if targets:
+            inputs = self._inputs([rows[index].ids for index in targets])
+            adapters = [target.adapter for target in targets.values()]
+            outputs = view.session.run(inputs, adapters, [self._output])[self._output]
+            values = self._values(outputs, inputs["attention_mask"])
+            for index, value in zip(targets, values, strict=True):
+                found[index] = _answer(value, targets[index])
+        return found
+
+    def _inputs(self, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        """Token ids and their mask, `[rows, longest]`, padded on the right."""
+        longest = max(map(len, rows))
+        ids = np.full((len(rows), longest), self._pad, np.int64)
+        mask = np.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)], mask[index, : len(row)] = row, 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def _values(self, outputs: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
+        if self._output == _LOGITS:
+            # Beyond a row's own classes are the lowest finite numbers.
+            return [row[row > lowest(row.dtype)].astype(np.float32) for row in outputs]
+        vectors = outputs.astype(np.float32) if self._output == _POOLED else self._pooled(outputs, mask)
+        return list(normalized(vectors) if self._normalize else vectors)
+
+    def _pooled(self, states: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        states = states.astype(np.float32)
+        if self._pooling is Pooling.MEAN:
+            weights = mask[:, :, None].astype(np.float32)
+            return (states * weights).sum(axis=1) / weights.sum(axis=1)
+        place = 0 if self._pooling is Pooling.FIRST else mask.sum(axis=1) - 1
+        return states[np.arange(len(states)), place]
+
+
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    """`[rows, size]`, each of length 1."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def _answer(values: np.ndarray, target: Target) -> Answer | Problem:
+    if not len(values) or not np.isfinite(values).all():
+        return Problem(500, f"The answer of {target.model!r} is not finite", code="not_finite")
+    return Answer(values, target)
+
+
+def _no_output(wanted: str, outputs: set[str]) -> UsageProblem:
+    return UsageProblem(
+        "The graph does not give what the answers are made of",
+        where=f"output {wanted}",
+        found=", ".join(sorted(outputs)),
+        next_step="choose another --pooling" if wanted == _POOLED else None,
+    )

@@ -1,0 +1,241 @@
+"""`Models`: an export's session and the names that it is served under; what a request sees is one `View`."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from lora_export.artifact import AdapterRecord, Manifest, read_manifest
+from lora_export.contract import SINGLE
+from lora_export.errors import InputRefused, UsageProblem
+from lora_export.runtime.adapter_session import AdapterSession
+from lora_export.serve.names import parse_model, unknown_model
+from lora_export.serve.options import ServeOptions
+from lora_export.serve.problems import Problem
+from lora_export.serve.texts import Texts
+
+GENERATION, CLASSIFICATION, FEATURES = "text-generation", "text-classification", "feature-extraction"
+TASKS = (GENERATION, CLASSIFICATION, FEATURES)
+# Names of sizes in a model's configuration that limit a text.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+# Position tables of these begin behind the padding token's place.
+_OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text", "esm"})
+
+
+@dataclass(frozen=True)
+class Served:
+    """An adapter under its name.
+
+    Attributes:
+        place: The folder of the tokenizer, template and settings that it was trained with.
+        root: Where its file is, relative to the export or to the folder of adapters loaded at run time.
+    """
+
+    record: AdapterRecord
+    place: Path
+    root: str
+    created: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a request's `model` means.
+
+    Attributes:
+        label: Its name in metrics and logs: a blend's is "blend", as clients make up any number of them.
+        adapter: As `AdapterSession.run` takes a row's.
+        labels: The names of classes, by number.
+    """
+
+    model: str
+    label: str
+    adapter: Mapping[str, float] | None
+    place: Path
+    labels: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class View:
+    """The session and the adapters of one moment, which no later change reaches.
+
+    Attributes:
+        has_base: Whether the base answers by itself: an encoder without a head is no classifier.
+    """
+
+    session: AdapterSession
+    base: str
+    base_labels: Mapping[int, str]
+    has_base: bool
+    adapters: Mapping[str, Served]
+
+    def target(self, model: str) -> Target:
+        """What `model` means now.
+
+        Raises:
+            Problem: It is not served (404), or it is no blend (400).
+        """
+        blend = parse_model(model, self.base, list(self.adapters))
+        if not blend and not self.has_base:
+            raise Problem(
+                404, f"The base {model!r} has no head of its own, so it answers with an adapter only", param="model",
+                code="model_not_found",
+            )  # fmt: skip
+        folder = self.session.folder
+        parts = [self.adapters[name] for name in blend]
+        places = {part.place for part in parts} or {folder}
+        if len(places) > 1:
+            raise Problem(
+                400, "The blend's adapters were trained with different tokenizers", param="model", code="bad_blend"
+            )
+        named = [part.record.labels or {} for part in parts] or [self.base_labels]
+        labels = named[0] if all(each == named[0] for each in named) else {}
+        label = "blend" if len(blend) > 1 or (blend and model not in blend) else model
+        return Target(model, label, blend or None, places.pop(), labels)
+
+
+class Models:
+    """An export that is served, and its adapters.
+
+    Raises:
+        InputRefused: The export's task is not served, or its tokenizer cannot be read.
+        UsageProblem: The base and an adapter would have the same name.
+    """
+
+    def __init__(self, folder: Path, options: ServeOptions) -> None:
+        manifest = read_manifest(folder)
+        _require_task(manifest, folder)
+        self.folder, self.manifest, self.task = folder, manifest, manifest.task
+        self.base = options.model_name or _base_name(manifest, folder)
+        self.started = int(time.time())
+        self._texts: dict[Path, Texts] = {}
+        self._problem_types: dict[Path, str | None] = {}
+        self._changing = threading.Lock()
+        self.session = AdapterSession(folder, options.provider, n_threads=options.n_threads)
+        served = [record for record in manifest.adapters if record.files]
+        _require_free_base(self.base, [record.name for record in served])
+        adapters = {record.name: self._served(record, folder, record.files[SINGLE]) for record in served}
+        self.config = _config(folder)
+        has_base = all(entry.base_has_default for entry in manifest.contract.adapter_inputs)
+        labels = _labels_of(manifest, self.config)
+        self.view = View(self.session.snapshot(), self.base, labels, has_base, MappingProxyType(adapters))
+        self.longest = self._longest(options.max_length)
+        for place in {folder, *(each.place for each in adapters.values())}:
+            self.texts(place)
+
+    def texts(self, place: Path) -> Texts:
+        """The tokenizer in `place`, read once."""
+        if place not in self._texts:
+            self._texts[place] = Texts(place)
+        return self._texts[place]
+
+    def problem_type(self, place: Path) -> str | None:
+        """The kind of classification of an adapter with its settings in `place`: its own, or else the base's."""
+        if place not in self._problem_types:
+            self._problem_types[place] = (_config(place) or self.config).get("problem_type")
+        return self._problem_types[place]
+
+    def put(self, name: str, served: Served, tensors: Mapping[str, np.ndarray], *, in_place: bool) -> None:
+        """Serve an adapter from now on.
+
+        Raises:
+            Problem: 400 if the name is taken and it is not `in_place`.
+        """
+        if served.place != self.folder:  # it may have changed since an adapter of that place was loaded
+            self._texts[served.place] = Texts(served.place)
+            self._problem_types.pop(served.place, None)
+        with self._changing:
+            if name in self.view.adapters and not in_place:
+                raise Problem(
+                    400, f"The adapter {name!r} is loaded already; load_inplace replaces it", param="lora_name",
+                    code="already_loaded",
+                )  # fmt: skip
+            self.session.hold(name, tensors, served.record.invocation_tokens)
+            self._show({**self.view.adapters, name: served})
+
+    def remove(self, name: str) -> None:
+        """Serve an adapter no longer; rows that wait for it are refused.
+
+        Raises:
+            Problem: 404 if there is none.
+        """
+        with self._changing:
+            if name not in self.view.adapters:
+                raise unknown_model(name, self.base, list(self.view.adapters))
+            self.session.unload(name)
+            self._show({key: value for key, value in self.view.adapters.items() if key != name})
+
+    def _show(self, adapters: Mapping[str, Served]) -> None:
+        self.view = replace(self.view, session=self.session.snapshot(), adapters=MappingProxyType(dict(adapters)))
+        used = {self.folder, *(each.place for each in adapters.values())}
+        self._texts = {place: texts for place, texts in self._texts.items() if place in used}
+        self._problem_types = {place: kind for place, kind in self._problem_types.items() if place in used}
+        used = {self.folder, *(each.place for each in self.view.adapters.values())}
+        self._texts = {place: texts for place, texts in self._texts.items() if place in used}
+        self._problem_types = {place: kind for place, kind in self._problem_types.items() if place in used}
+
+    def _served(self, record: AdapterRecord, folder: Path, root: str) -> Served:
+        place = folder if record.preprocessing in (None, ".") else folder / record.preprocessing
+        return Served(record, place, root, self.started)
+
+    def _longest(self, asked: int | None) -> int:
+        """The most tokens of a row: what positions there are, what the tokenizer was made for, what was asked."""
+        positions = next((self.config[name] for name in _POSITIONS if isinstance(self.config.get(name), int)), None)
+        if positions and self.config.get("model_type") in _OFFSET_POSITIONS:
+            positions -= (self.config.get("pad_token_id") or 0) + 1
+        limits = [limit for limit in (positions, self.texts(self.folder).longest) if limit]
+        if asked is not None and limits and asked > min(limits):
+            raise UsageProblem("The model takes no rows of that length", where="--max-length", expected=f"at most "
+                               f"{min(limits)}", found=str(asked))  # fmt: skip
+        found = [*limits, *([asked] if asked else [])]
+        if not found:
+            raise UsageProblem(
+                "Neither the model nor its tokenizer says how long a text may be", next_step="give --max-length"
+            )
+        return min(found)
+
+
+def _require_task(manifest: Manifest, folder: Path) -> None:
+    if manifest.task not in TASKS:
+        raise InputRefused(
+            "The server does not serve this task",
+            where=str(folder),
+            expected=", ".join(TASKS),
+            found=str(manifest.task),
+            next_step="run it from Python, with AdapterSession or Seq2SeqSession",
+        )
+
+
+def _require_free_base(base: str, adapters: Sequence[str]) -> None:
+    if base in adapters:
+        raise UsageProblem(
+            f"The base and an adapter would both be called {base!r}", next_step="give the base another: --model-name"
+        )
+
+
+def _base_name(manifest: Manifest, folder: Path) -> str:
+    """A hub id as it is, a folder's last part; a merged export with adapters is no base, and has its folder's name."""
+    if any(not record.files for record in manifest.adapters):
+        return folder.resolve().name
+    given = manifest.base.given
+    return given if given.count("/") == 1 and not given.startswith((".", "/", "~")) else Path(given).name
+
+
+def _labels_of(manifest: Manifest, config: dict) -> Mapping[int, str]:
+    """The classes of a run without an adapter: of the one adapter that is folded in, or else the configuration's."""
+    folded = [record.labels for record in manifest.adapters if not record.files and record.labels]
+    if folded:
+        return folded[0] if len(folded) == 1 else {}
+    return {int(index): label for index, label in (config.get("id2label") or {}).items()}
+
+
+def _config(folder: Path) -> dict:
+    path = folder / "config.json"
+    whole = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return whole | (whole["text_config"] if isinstance(whole.get("text_config"), dict) else {})

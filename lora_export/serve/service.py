@@ -1,0 +1,132 @@
+"""`Service`: an export that is served: its models, its queue, its metrics, and how a request waits for its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from starlette.requests import Request
+
+from lora_export.serve.batching import Batcher, Limits, Row, Ticket
+from lora_export.serve.encoders import Encoder
+from lora_export.serve.guard import Seen
+from lora_export.serve.metrics import Load, Metrics
+from lora_export.serve.models import Models, Target
+from lora_export.serve.options import ServeOptions
+from lora_export.serve.problems import Problem
+from lora_export.serve.runtime_adapters import RuntimeAdapters
+
+# Above it, tokens are made on another thread: the event loop has other clients to answer.
+_LONG_TEXT = 20_000
+
+
+class Service:
+    """What the routes call.
+
+    Raises:
+        LoraExportError: The export cannot be served.
+    """
+
+    def __init__(self, folder: Path, options: ServeOptions) -> None:
+        self.options = options
+        self.models = models = Models(folder, options)
+        encoder = Encoder(models, options.pooling, normalize=options.normalize)
+        limits = Limits(options.max_batch, options.max_batch_tokens, options.max_queue, options.max_wait_ms / 1000)
+        self.batcher = Batcher(encoder.run, limits, self)
+        self.metrics = Metrics(self.load, lambda: self.models.view.adapters)
+        self.is_draining = False
+        self.runtime_adapters = None
+        if options.runtime_adapters is not None:
+            place = options.runtime_adapters.resolve(strict=True)
+            self.runtime_adapters = RuntimeAdapters(models, place, options.max_adapter_bytes)
+
+    @property
+    def is_alive(self) -> bool:
+        return self.batcher.is_alive
+
+    @property
+    def is_ready(self) -> bool:
+        return self.is_alive and not self.is_draining and self.batcher.n_waiting < self.options.max_queue
+
+    def load(self) -> Load:
+        """What runs and waits now."""
+        running, waiting = self.batcher.models()
+        return Load(running, waiting, self.options.max_batch, self.is_ready)
+
+    def ran(self, rows: Sequence[Row], seconds: float) -> None:
+        """Of the batcher: a run is over."""
+        self.metrics.ran([row.model for row in rows], seconds)
+
+    async def rows(self, given: str | Sequence, target: Target) -> list[list[int]]:
+        """The tokens of a request's texts, or its token ids.
+
+        Raises:
+            Problem: There is nothing, or a row is longer than the model takes.
+        """
+        if isinstance(given, str) or (given and isinstance(given[0], int)):
+            given = [given]
+        if not given or not all(map(len, given)):
+            raise Problem(400, "An input is empty", param="input", code="empty")
+        if isinstance(given[0], str):
+            texts = self.models.texts(target.place)
+            is_long = sum(map(len, given)) > _LONG_TEXT
+            found = await asyncio.to_thread(texts.encode_all, given) if is_long else texts.encode_all(given)
+        else:
+            found = [list(ids) for ids in given]
+            self._require_tokens(found)
+        longest = max(map(len, found))
+        if longest > self.models.longest:
+            raise Problem(
+                400, f"An input has {longest} tokens; the model takes {self.models.longest}", param="input",
+                code="context_length_exceeded",
+            )  # fmt: skip
+        return found
+
+    async def answers(self, request: Request, target: Target, rows: Sequence[Sequence[int]]) -> list:
+        """The answers of an encoder to `rows`.
+
+        Raises:
+            Problem: They are not answered.
+        """
+        seen: Seen = request.state.seen
+        n_tokens = sum(map(len, rows))
+        seen.fields |= {"rows": len(rows), "prompt_tokens": n_tokens}
+        ticket = self.batcher.submit(target.model, rows, seen.deadline)
+        found = await self._wait(request, ticket, seen)
+        self.metrics.tokens.labels(target.label, "prompt").inc(n_tokens)
+        return found
+
+    async def _wait(self, request: Request, ticket: Ticket, seen: Seen) -> list:
+        answer = asyncio.wrap_future(ticket.future)
+        gone = asyncio.ensure_future(disconnected(request))
+        left = max(0, seen.deadline - time.monotonic())
+        try:
+            done, _ = await asyncio.wait({answer, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not answer.done():
+                self.batcher.cancel(ticket)
+        if answer in done:
+            return answer.result()
+        if gone in done:
+            raise Problem(499, "The client has gone")
+        raise Problem(504, f"There was no answer within {self.options.timeout_s:g} s", code="deadline")
+
+    def _require_tokens(self, rows: Sequence[Sequence[int]]) -> None:
+        vocabulary = self.models.config.get("vocab_size")
+        most = vocabulary if isinstance(vocabulary, int) else 2**31
+        wrong = next((token for row in rows for token in row if not 0 <= token < most), None)
+        if wrong is not None:
+            raise Problem(400, f"{wrong} is no token of this model", param="input", code="bad_token")
+
+    def close(self) -> None:
+        """Finish what waits, and end the threads."""
+        self.batcher.close()
+
+
+async def disconnected(request: Request) -> None:
+    """Returns when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
