@@ -1,24 +1,28 @@
 """Run an export with onnxruntime and numpy only; nothing else need be installed.
 
-    session.py          an ONNX Runtime session on a provider that is really used
-    adapter_session.py  `AdapterSession`
-    seq2seq_session.py  `Seq2SeqSession`
-    described.py        whether the manifest describes the graph that was opened
-    host_inputs.py      a text model's inputs, completed from what a tokenizer gives
-    held_adapter.py     an adapter that is loaded
-    bank.py             the adapters of a graph at one moment
-    stacking.py         the adapters of a batch's rows as inputs
-    cache.py            a decoder's cache between runs
-    batch.py            one batch: at once, or row by row
-    adapter_file.py     an .onnx_adapter file
-    invocation.py       where an activated LoRA is active
-    generate.py         greedy generation
-    sampling.py         how the next token is chosen
-    row_cache.py        the caches of rows that come and go one by one
-    decoder_limits.py   what a decoder can be asked for
-    scheduler.py        many texts on one decoder, which join and leave between steps
-    arrays.py           NumPy arrays to ONNX Runtime values
-    intermediates.py    values inside a graph
+    session.py            an ONNX Runtime session on a provider that is really used
+    adapter_session.py    `AdapterSession`
+    seq2seq_session.py    `Seq2SeqSession`
+    described.py          whether the manifest describes the graph that was opened
+    host_inputs.py        a text model's inputs, completed from what a tokenizer gives
+    held_adapter.py       an adapter that is loaded
+    bank.py               the adapters of a graph at one moment
+    stacking.py           the adapters of a batch's rows as inputs
+    cache.py              a decoder's cache between runs
+    batch.py              one batch: at once, or row by row
+    adapter_file.py       an .onnx_adapter file
+    invocation.py         where an activated LoRA is active
+    sampling.py           how the next token is chosen
+    row_cache.py          the caches of rows that come and go one by one
+    decoder_limits.py     what a decoder can be asked for
+    scheduler.py          many texts on one decoder, which join and leave between steps
+    chat_template.py      messages as a prompt
+    tokenizer.py          texts to token ids and back
+    text_stream.py        a text token by token
+    generation_config.py  what the configuration says of generating
+    generate.py           texts, ids or messages to texts
+    arrays.py             NumPy arrays to ONNX Runtime values
+    intermediates.py      values inside a graph
 
 Imports agreement, artifact, contract, errors.
 """

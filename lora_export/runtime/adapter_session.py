@@ -6,24 +6,29 @@ Needs onnxruntime and numpy only; torch, transformers and PEFT need not be insta
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
 
 from lora_export.artifact import Manifest, read_manifest
-from lora_export.contract import SINGLE, GraphContract, data_file, graph_file
-from lora_export.errors import UsageProblem
+from lora_export.contract import SINGLE, data_file, graph_file
 from lora_export.runtime.adapter_file import read_adapter, require_fit, require_unchanged
-from lora_export.runtime.arrays import lowest, numpy_dtype
+from lora_export.runtime.arrays import lowest
 from lora_export.runtime.bank import Bank, RowAdapter, Shelf
-from lora_export.runtime.batch import run_batch
+from lora_export.runtime.batch import require_equal_rows, run_batch
 from lora_export.runtime.cache import Cache, present_of
 from lora_export.runtime.described import require_described
 from lora_export.runtime.host_inputs import completed_inputs
 from lora_export.runtime.session import choose_provider, open_session
-from lora_export.runtime.stacking import RowSpec
+from lora_export.runtime.stacking import stored_defaults
+from lora_export.runtime.tokenizer import TextTokenizer, open_tokenizer
+
+if TYPE_CHECKING:
+    from lora_export.runtime.generate import Generated, Piece, Prompt
+    from lora_export.runtime.sampling import Sampling
 
 
 class AdapterSession:
@@ -68,8 +73,9 @@ class AdapterSession:
         self.session = open_session(path, self.provider, n_threads=n_threads, stop_spinning=stop_spinning)
         require_described(self.session, self.contract, self.folder, self.graph)
         merged = tuple(record.name for record in self.manifest.adapters if not record.files)
-        defaults = _read_defaults(self.folder / data_file(self.graph), self.contract)
+        defaults = stored_defaults(self.folder / data_file(self.graph), self.contract)
         self._shelf = Shelf({self.graph: Bank(self.contract, self.provider, defaults, merged)})
+        self._tokenizers: dict[Path, TextTokenizer] = {}
         for record in self.manifest.adapters:
             file = record.files.get(self.graph)
             if file is not None:
@@ -128,10 +134,7 @@ class AdapterSession:
     def hold(
         self, name: str, tensors: Mapping[str, np.ndarray], invocation_tokens: Sequence[int] | None = None
     ) -> None:
-        """Load what `read` gave as adapter `name`; with no tensors, the adapter leaves this graph as its base is.
-
-        The arrays are not copied: they must not change afterwards.
-        """
+        """Load what `read` gave as `name`: arrays that must not change any more; none is as the base."""
         self._shelf.put(name, {self.graph: tensors}, invocation_tokens)
 
     def unload(self, name: str) -> None:
@@ -173,11 +176,59 @@ class AdapterSession:
         inputs = completed_inputs(inputs, self.contract, n_cached)
         bank = self.bank
         rows = bank.rows(adapters, _n_rows(inputs))
-        _require_equal_rows(inputs, rows)
+        require_equal_rows(inputs, rows)
         names = list(outputs or self._output_names(cache))
         fed = bank.with_gate(inputs, rows, n_past=n_cached or 0)
         results = run_batch(self.session, bank, fed, rows, names, cache=cache)
         return self._mask_padded_classes(results, bank.classes(rows))
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        adapters: Sequence[RowAdapter] | RowAdapter = None,
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] | str = (),
+        eos_ids: Collection[int] | None = None,
+        max_rows: int = 16,
+        stream: Callable[[Piece], None] | None = None,
+    ) -> list[Generated]:
+        """Go on with prompts, each with its own adapter; a decoder only.
+
+        A text goes on with the adapters that are loaded when the call starts.
+
+        Args:
+            prompts: Texts, token ids, or messages for the chat template, also mixed. Ids need no tokenizer.
+            adapters: As in `run`.
+            sampling: How tokens are chosen; greedily by default.
+            stop: Texts that end a text, in which they are left out.
+            eos_ids: Tokens that end a text; by default those of `generation_config.json`, or else of the tokenizer.
+            max_rows: The most texts at a time; others follow as rows become free.
+            stream: Called with each piece of a text as it is written.
+
+        Raises:
+            UsageProblem: An adapter is not loaded, a prompt is empty or too long, or the graph is no decoder.
+            InputRefused, EnvironmentUnusable: A text is to be read or written, and the tokenizer cannot be used.
+        """
+        from lora_export.runtime.generate import TextOptions, write_texts
+
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        options = TextOptions(max_new_tokens, sampling, stops, eos_ids, max_rows)
+        return write_texts(self, prompts, adapters, options, stream)
+
+    def tokenizer(self, adapter: RowAdapter = None) -> TextTokenizer:
+        """The tokenizer of a decoder's texts, in `preprocessing(adapter)`; see `open_tokenizer` for what it refuses."""
+        folder = self.preprocessing(adapter)
+        if folder not in self._tokenizers:
+            self._tokenizers[folder] = open_tokenizer(folder)
+        return self._tokenizers[folder]
+
+    def preprocessing(self, adapter: RowAdapter = None) -> Path:
+        """The folder with the tokenizer or processor of `adapter`; of the base and of a blend, the export's."""
+        names = [adapter] if isinstance(adapter, str) else list(adapter or ())
+        records = [record for record in self.manifest.adapters if len(names) == 1 and record.name == names[0]]
+        return self.folder / (records[0].preprocessing or ".") if records else self.folder
 
     def cache(self, batch: int, longest: int) -> Cache:
         """An empty cache for `batch` rows of at most `longest` tokens, padding included, to give to `run`.
@@ -242,25 +293,3 @@ class AdapterSession:
 
 def _n_rows(inputs: Mapping[str, np.ndarray]) -> int:
     return len(next(iter(inputs.values())))
-
-
-def _read_defaults(data: Path, contract: GraphContract) -> dict[str, np.ndarray]:
-    """What the graph's data file holds for adapter inputs that are not fed."""
-    found = {}
-    for entry in contract.adapter_inputs:
-        if entry.default is not None:
-            dtype = numpy_dtype(entry.dtype)
-            values = np.fromfile(data, dtype, entry.default.length // dtype.itemsize, offset=entry.default.offset)
-            found[entry.name] = values.reshape(entry.default.shape)
-    return found
-
-
-def _require_equal_rows(inputs: Mapping[str, np.ndarray], rows: Sequence[RowSpec]) -> None:
-    """A dual encoder's texts and images may differ in number, but not where each row has an adapter of its own."""
-    sizes = {name: len(array) for name, array in inputs.items() if array.ndim}
-    if len(rows) > 1 and len(set(sizes.values())) > 1:
-        raise UsageProblem(
-            "Adapters that differ by row need as many rows in every input",
-            found=", ".join(f"{name}: {size}" for name, size in sizes.items()),
-            next_step="name one adapter for the whole batch, or repeat the shorter input",
-        )

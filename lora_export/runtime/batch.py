@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime as ort
 
 from lora_export.contract import CacheLayout, GraphContract
+from lora_export.errors import UsageProblem
 from lora_export.runtime.arrays import run_values, to_ort_value
 from lora_export.runtime.bank import Bank
 from lora_export.runtime.cache import Cache
@@ -66,3 +67,14 @@ def _run(
     if cache is None:
         return run_values(session, values, names)
     return cache.run(session, values, names, inputs["input_ids"].shape[1])
+
+
+def require_equal_rows(inputs: Mapping[str, np.ndarray], rows: Sequence[RowSpec]) -> None:
+    """A dual encoder's texts and images may differ in number, but not where each row has an adapter of its own."""
+    sizes = {name: len(array) for name, array in inputs.items() if array.ndim}
+    if len(rows) > 1 and len(set(sizes.values())) > 1:
+        raise UsageProblem(
+            "Adapters that differ by row need as many rows in every input",
+            found=", ".join(f"{name}: {size}" for name, size in sizes.items()),
+            next_step="name one adapter for the whole batch, or repeat the shorter input",
+        )

@@ -11,18 +11,21 @@ Two ways, by where a graph keeps a token (`CacheLayout`):
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
-from lora_export.contract import GATE_INPUT, CacheLayout
+from lora_export.contract import GATE_INPUT, LOGITS_TO_KEEP, CacheLayout, GraphContract
 from lora_export.runtime.adapter_session import AdapterSession
-from lora_export.runtime.arrays import lowest
+from lora_export.runtime.arrays import lowest, numpy_dtype
 from lora_export.runtime.batch import run_batch
-from lora_export.runtime.cache import present_of
+from lora_export.runtime.cache import Cache, present_of
 from lora_export.runtime.host_inputs import completed_inputs, empty
 from lora_export.runtime.stacking import RowSpec
+
+_NO_ARRAYS: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,29 @@ class RowCache(ABC):
     def free(self, row: int) -> None:
         self.lengths[row] = 0
 
-    def _scores(self, inputs: dict[str, np.ndarray], rows: tuple[RowSpec, ...], names: Sequence[str], cache=None):
-        """What the graph gives for `inputs`; scores beyond a row's own classes are the lowest number."""
+    def _scores(
+        self,
+        new: Sequence[NewTokens | None],
+        lengths: Sequence[int],
+        rows: Sequence[RowSpec],
+        *,
+        cache: Cache | None = None,
+        arrays: Mapping[str, np.ndarray] = _NO_ARRAYS,
+    ) -> dict[str, np.ndarray]:
+        """What the graph gives for one row for each of `new`; scores beyond a row's own classes are the lowest number.
+
+        Args:
+            new: None for a row that is run for its neighbours' sake.
+            lengths: The tokens that each row has.
+            cache: Their past; or else
+            arrays: their past by input name, whose present is among the results.
+        """
         session, bank = self._session, self._session.bank
-        results = run_batch(session.session, bank, inputs, rows, names, cache=cache)
-        for sizes in bank.classes(rows).values():
+        same = (rows[0],) if len(set(rows)) == 1 else tuple(rows)
+        inputs = _inputs(session.contract, new, lengths, arrays)
+        names = ["logits", *map(present_of, arrays)]
+        results = run_batch(session.session, bank, inputs, same, names, cache=cache)
+        for sizes in bank.classes(same).values():
             for row, n_classes in enumerate(sizes):
                 results["logits"][row, :, n_classes:] = lowest(results["logits"].dtype)
         return results
@@ -97,26 +118,13 @@ class SharedRows(RowCache):
         span = range(new[0].row, new[-1].row + 1)
         for each in new:
             self._adapters[each.row] = each.adapters
-        n_past = max(self.lengths[row] for row in span)
-        n_new = max(len(each.ids) for each in new)
-        ids = np.zeros((len(span), n_new), np.int64)
-        mask = np.zeros((len(span), n_past + n_new), np.int64)
-        gate = np.ones((len(span), n_new, 1), np.float32)
-        for index, row in enumerate(span):
-            tokens = given[row].ids if row in given else [0]
-            ids[index, : len(tokens)] = tokens
-            mask[index, : self.lengths[row]] = 1
-            mask[index, n_past : n_past + len(tokens)] = 1
-            if row in given and given[row].gate is not None:
-                gate[index, : len(tokens)] = given[row].gate
-        inputs = _own_inputs(self._session, {"input_ids": ids, "attention_mask": mask}, gate, n_past)
-        rows = _one_if_equal([self._adapters[row] for row in span])
-        part = self._buffer.part(span[0], len(span), n_past)
-        logits = self._scores(inputs, rows, ["logits"], part)["logits"]
+        lengths = [self.lengths[row] for row in span]
+        part = self._buffer.part(span[0], len(span), max(lengths))
+        adapters = [self._adapters[row] for row in span]
+        logits = self._scores([given.get(row) for row in span], lengths, adapters, cache=part)["logits"]
         for each in new:
             self.lengths[each.row] += len(each.ids)
-        last = [logits[each.row - span[0], len(each.ids) - 1] for each in new]
-        return np.stack(last).astype(np.float32)
+        return logits[[each.row - span[0] for each in new], -1].astype(np.float32)
 
     def move(self, source: int, target: int) -> None:
         self._buffer.copy_row(source, target, self.lengths[source])
@@ -147,20 +155,8 @@ class LooseRows(RowCache):
 
     def run(self, new: Sequence[NewTokens]) -> np.ndarray:
         past = self._past([each.row for each in new])
-        n_past = next(iter(past.values())).shape[2]
-        n_new = max(len(each.ids) for each in new)
-        ids = np.zeros((len(new), n_new), np.int64)
-        mask = np.zeros((len(new), n_past + n_new), np.int64)
-        gate = np.ones((len(new), n_new, 1), np.float32)
-        for index, each in enumerate(new):
-            ids[index, n_new - len(each.ids) :] = each.ids
-            mask[index, n_past - self.lengths[each.row] : n_past] = 1
-            mask[index, n_past + n_new - len(each.ids) :] = 1
-            if each.gate is not None:
-                gate[index, n_new - len(each.ids) :] = each.gate
-        inputs = _own_inputs(self._session, {"input_ids": ids, "attention_mask": mask, **past}, gate)
-        names = ["logits", *map(present_of, past)]
-        results = self._scores(inputs, _one_if_equal([each.adapters for each in new]), names)
+        lengths = [self.lengths[each.row] for each in new]
+        results = self._scores(new, lengths, [each.adapters for each in new], arrays=past)
         present = {name: results[present_of(name)] for name in past}
         for index, each in enumerate(new):
             self.lengths[each.row] += len(each.ids)
@@ -197,14 +193,24 @@ def rows_for(session: AdapterSession, n_rows: int, longest: int) -> RowCache:
     return (SharedRows if shared else LooseRows)(session, n_rows, longest)
 
 
-def _own_inputs(
-    session: AdapterSession, given: dict[str, np.ndarray], gate: np.ndarray, n_cached: int | None = None
+def _inputs(
+    contract: GraphContract, new: Sequence[NewTokens | None], lengths: Sequence[int], past: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    inputs = completed_inputs(given, session.contract, n_cached)
-    if session.contract.gate is not None:
-        inputs[GATE_INPUT] = gate.astype(session.contract.gate.dtype)
+    """The graph's own inputs: what a row has, and its new tokens, at the right of its columns."""
+    n_past, n_new = max(lengths), max(len(each.ids) for each in new if each is not None)
+    ids = np.zeros((len(new), n_new), np.int64)
+    mask = np.zeros((len(new), n_past + n_new), np.int64)
+    gate = np.ones((len(new), n_new, 1), np.float32)
+    for row, (each, length) in enumerate(zip(new, lengths, strict=True)):
+        tokens = [0] if each is None else each.ids
+        mask[row, n_past - length : n_past] = mask[row, n_past + n_new - len(tokens) :] = 1
+        ids[row, n_new - len(tokens) :] = tokens
+        if each is not None and each.gate is not None:
+            gate[row, n_new - len(tokens) :] = each.gate
+    given = {"input_ids": ids, "attention_mask": mask, **past}
+    if any(spec.name == LOGITS_TO_KEEP for spec in contract.optional_inputs):
+        given[LOGITS_TO_KEEP] = np.array(1)
+    inputs = completed_inputs(given, contract, None if past else n_past)
+    if contract.gate is not None:
+        inputs[GATE_INPUT] = gate.astype(numpy_dtype(contract.gate.dtype))
     return inputs
-
-
-def _one_if_equal(rows: Sequence[RowSpec]) -> tuple[RowSpec, ...]:
-    return (rows[0],) if len(set(rows)) == 1 else tuple(rows)

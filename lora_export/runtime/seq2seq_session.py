@@ -6,7 +6,6 @@ Needs onnxruntime and numpy only; torch, transformers and PEFT need not be insta
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from lora_export.contract import DECODER, DECODER_WITH_PAST, ENCODER, adapter_fi
 from lora_export.errors import InputRefused, UsageProblem, some_of
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.bank import RowAdapter, Shelf
+from lora_export.runtime.generation_config import eos_ids_of, generation_defaults
 
 _GRAPHS = (ENCODER, DECODER, DECODER_WITH_PAST)
 RowAdapters = Sequence[RowAdapter] | RowAdapter
@@ -76,7 +76,7 @@ class Seq2SeqSession:
         self.folder, self.manifest = encoder.folder, encoder.manifest
         self.provider, self.provider_reason = encoder.provider, encoder.provider_reason
         self._encoder_inputs = [spec.name for spec in self.manifest.graphs[ENCODER].inputs]
-        self._defaults = _generation_defaults(self.folder)
+        self._defaults = generation_defaults(self.folder)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -99,8 +99,7 @@ class Seq2SeqSession:
     @property
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end a text."""
-        found = self._defaults.get("eos_token_id")
-        return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+        return eos_ids_of(self._defaults)
 
     def load(self, prefix: str | Path, name: str | None = None) -> str:
         """Load the files `<prefix>.<graph>.onnx_adapter` made for this export and return the adapter's name.
@@ -250,17 +249,6 @@ class Seq2SeqSession:
         states = self.sessions[ENCODER].run(source, adapters)["last_hidden_state"]
         mask = {"encoder_attention_mask": source["attention_mask"]} if "attention_mask" in source else {}
         return {"encoder_hidden_states": states, **mask}
-
-
-def _generation_defaults(folder: Path) -> dict:
-    """What the export's configuration says of generating; `generation_config.json` goes before `config.json`."""
-    found: dict = {}
-    for name in ("config.json", "generation_config.json"):
-        path = folder / name
-        if path.is_file():
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            found |= {key: value for key, value in fields.items() if value is not None}
-    return found
 
 
 def open_export(folder: Path, provider: str | None, *, stop_spinning: bool = False) -> AdapterSession | Seq2SeqSession:

@@ -9,6 +9,7 @@ changed tokens along tokens, as what is added to a token twice adds up.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import assert_never
 
 import numpy as np
@@ -61,6 +62,17 @@ def default_of(entry: AdapterInput, defaults: Tensors) -> np.ndarray:
     if entry.name in defaults:
         return defaults[entry.name]
     return np.full(*entry.spec.constant(entry.dims), numpy_dtype(entry.dtype))
+
+
+def stored_defaults(data: Path, contract: GraphContract) -> dict[str, np.ndarray]:
+    """What the graph's data file holds for adapter inputs that are not fed."""
+    found = {}
+    for entry in contract.adapter_inputs:
+        if entry.default is not None:
+            dtype = numpy_dtype(entry.dtype)
+            values = np.fromfile(data, dtype, entry.default.length // dtype.itemsize, offset=entry.default.offset)
+            found[entry.name] = values.reshape(entry.default.shape)
+    return found
 
 
 def _brought_by_adapters(contract: GraphContract) -> list[AdapterInput]:

@@ -1,0 +1,155 @@
+"""`TextTokenizer`: a decoder's texts to token ids and back, as Transformers' fast tokenizers do it.
+
+Needs `tokenizers`, a package of its own, for an export with a `tokenizer.json`; Transformers for one without.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_export.errors import EnvironmentUnusable, InputRefused, UsageProblem
+from lora_export.runtime.chat_template import Messages, read_template, render
+
+_TOKENIZER, _CONFIG, _SPECIALS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """The tokenizer in a folder of an export.
+
+    Attributes:
+        folder: Where it lies.
+        special_tokens: By name, such as `eos_token`.
+        eos_id: The id of `eos_token`; None without one.
+        chat_template: Jinja; None where the export has none.
+    """
+
+    folder: Path
+    special_tokens: Mapping[str, str]
+    eos_id: int | None
+    chat_template: str | None
+    _encode: Callable[[str, bool], list[int]]
+    _decode: Callable[[Sequence[int]], str]
+
+    def encode(self, text: str) -> list[int]:
+        """The prompt `text`, with the special tokens that begin every text, and without an end token."""
+        ids = self._encode(text, True)
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.eos_id else ids
+
+    def encode_chat(self, messages: Messages, options: Mapping[str, object] | None = None) -> list[int]:
+        """`messages` as the prompt of the assistant's answer.
+
+        Args:
+            options: Further variables of the template, such as `tools`.
+
+        Raises:
+            UsageProblem: There is no chat template, or it refuses these messages.
+            EnvironmentUnusable: jinja2 is not installed.
+        """
+        # The template has the special tokens.
+        return self._encode(self.chat_text(messages, options), False)
+
+    def chat_text(self, messages: Messages, options: Mapping[str, object] | None = None) -> str:
+        """As `encode_chat`, the text of the prompt."""
+        if self.chat_template is None:
+            raise UsageProblem(
+                "The export has no chat template",
+                where=str(self.folder),
+                expected="chat_template.jinja, or chat_template in tokenizer_config.json",
+                next_step="give the prompt's text",
+            )
+        return render(self.chat_template, messages, self.special_tokens, str(self.folder), options or {})
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, without special tokens."""
+        return self._decode(list(ids))
+
+
+def open_tokenizer(folder: Path) -> TextTokenizer:
+    """The tokenizer in `folder`.
+
+    Raises:
+        InputRefused: There is none, or it cannot be read.
+        EnvironmentUnusable: The package that reads it is not installed.
+    """
+    config = _read(folder / _CONFIG)
+    specials = _special_tokens(_read(folder / _SPECIALS) | config)
+    opened = _fast if (folder / _TOKENIZER).is_file() else _of_transformers
+    encode, decode, id_of = opened(folder)
+    eos = specials.get("eos_token")
+    return TextTokenizer(
+        folder, specials, None if eos is None else id_of(eos), read_template(folder, config), encode, decode
+    )
+
+
+def _fast(folder: Path) -> tuple[Callable, Callable, Callable]:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise EnvironmentUnusable(
+            "Texts need the package `tokenizers`", next_step="pip install tokenizers, or give token ids"
+        ) from error
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / _TOKENIZER))
+    except Exception as error:  # the package raises no other
+        raise InputRefused("The tokenizer cannot be read", where=str(folder / _TOKENIZER), found=str(error)) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+
+    def encode(text: str, is_whole: bool) -> list[int]:
+        # tokenizer.json has what begins and ends a text; `add_bos_token` beside it does nothing, as in Transformers 5.
+        return tokenizer.encode(text, add_special_tokens=is_whole).ids
+
+    return encode, tokenizer.decode, tokenizer.token_to_id
+
+
+def _of_transformers(folder: Path) -> tuple[Callable, Callable, Callable]:
+    """Vocabularies that Transformers makes a tokenizer of."""
+    known = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+    if not any((folder / name).is_file() for name in known):
+        raise InputRefused(
+            "The export has no tokenizer, so texts cannot be turned into tokens",
+            where=str(folder),
+            expected=_TOKENIZER,
+            next_step="give token ids, or export from a base folder that holds its tokenizer files",
+        )
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise EnvironmentUnusable(
+            "This tokenizer has no tokenizer.json, so it needs Transformers",
+            where=str(folder),
+            next_step="pip install transformers, or save it with a fast tokenizer's save_pretrained",
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        found = " ".join(str(error).split())[:300]
+        raise InputRefused("The tokenizer cannot be read", where=str(folder), found=found) from error
+
+    def encode(text: str, is_whole: bool) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=is_whole)
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    return encode, decode, tokenizer.convert_tokens_to_ids
+
+
+def _special_tokens(fields: Mapping[str, object]) -> dict[str, str]:
+    found = {name: fields[name] for name in _NAMES if fields.get(name) is not None}
+    return {name: token["content"] if isinstance(token, dict) else str(token) for name, token in found.items()}
+
+
+def _read(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputRefused("The tokenizer cannot be read", where=str(path), found=str(error)) from error
+    return found if isinstance(found, dict) else {}

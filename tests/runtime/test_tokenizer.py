@@ -1,0 +1,158 @@
+"""The tokenizer and the chat template of an export, against Transformers' own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from tokenizers import processors
+
+from lora_export.errors import EnvironmentUnusable, InputRefused, UsageProblem
+from lora_export.runtime import chat_template
+from lora_export.runtime.tokenizer import open_tokenizer
+
+TEXT = "def f(x):\n    return Größe + 語  # 🙂"
+CHATML = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}\n{{ message['content'] | trim }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ bos_token }}{% endif %}"
+)
+LOOPS = (
+    "{%- for m in messages %}\n    {%- if m.role == 'system' %}{% continue %}{% endif %}\n{{ m | tojson }}\n"
+    "  {%- if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}\n{%- endfor %}"
+    "{{ tools is none }}{{ namespace(n=1).n }}{{ dict(a=1) }}"
+)
+MESSAGES = [
+    {"role": "system", "content": "be <brief>"},
+    {"role": "user", "content": " Größe? "},
+    {"role": "assistant", "content": "1", "name": None},
+]
+
+
+@pytest.fixture
+def folder(bases, own) -> Path:
+    copy = own(bases["llama"])
+    change(copy, bos_token="[CLS]", eos_token="[SEP]")
+    return copy
+
+
+def change(folder: Path, **fields: object) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_texts_are_those_of_transformers(folder):
+    found, expected = open_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    ids = expected(TEXT)["input_ids"]
+    assert found.encode(TEXT) == ids and len(ids) > 20
+    assert found.decode([1, *ids, 2]) == expected.decode([1, *ids, 2], skip_special_tokens=True) == TEXT
+    assert found.eos_id == expected.eos_token_id == 2
+
+
+@pytest.mark.parametrize("explicit", [{"add_bos_token": True}, {"add_bos_token": False, "add_eos_token": False}, {}])
+def test_what_begins_a_text_is_that_of_transformers(explicit, folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="[SEP] $A", special_tokens=[("[SEP]", 2)]
+    )
+    tokenizer.save_pretrained(folder)
+    change(folder, **explicit)
+    expected = transformers.AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
+    assert open_tokenizer(folder).encode(TEXT) == expected
+
+
+def test_a_prompt_is_not_ended(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [SEP]", special_tokens=[("[SEP]", 2)]
+    )
+    tokenizer.save_pretrained(folder)
+    assert tokenizer("ab")["input_ids"] == [*open_tokenizer(folder).encode("ab"), 2]
+
+
+@pytest.mark.parametrize("template", [CHATML, LOOPS], ids=["chatml", "loops"])
+@pytest.mark.parametrize("place", ["file", "configuration"])
+def test_a_chat_is_that_of_transformers(template, place, folder):
+    if place == "file":
+        (folder / "chat_template.jinja").write_text(template)
+    else:
+        change(folder, chat_template=template)
+    expected = transformers.AutoTokenizer.from_pretrained(folder)
+    found = open_tokenizer(folder)
+    text = expected.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert found.chat_text(MESSAGES) == text and "Größe" in text
+    assert found.encode_chat(MESSAGES) == expected(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_template_s_own_refusal_is_said(folder):
+    change(folder, chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(UsageProblem, match="The chat template refuses these messages") as refused:
+        open_tokenizer(folder).encode_chat(MESSAGES)
+    assert refused.value.found == "roles must alternate"
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% for %}"],
+    ids=["class", "change", "syntax"],
+)
+def test_a_template_stays_in_its_sandbox(template, folder):
+    change(folder, chat_template=template)
+    with pytest.raises(InputRefused, match="The chat template cannot be used"):
+        open_tokenizer(folder).encode_chat(MESSAGES)
+
+
+def test_without_a_template_or_a_tokenizer_that_is_said(folder):
+    with pytest.raises(UsageProblem, match="The export has no chat template"):
+        open_tokenizer(folder).encode_chat(MESSAGES)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(InputRefused, match="The tokenizer cannot be read"):
+        open_tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputRefused, match="The export has no tokenizer"):
+        open_tokenizer(folder)
+
+
+def test_packages_that_are_missing_are_named(folder, monkeypatch):
+    change(folder, chat_template=CHATML)
+    tokenizer = open_tokenizer(folder)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setitem(sys.modules, "jinja2.ext", None)
+    with pytest.raises(EnvironmentUnusable, match="needs jinja2"):
+        tokenizer.encode_chat(MESSAGES)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(EnvironmentUnusable, match="need the package `tokenizers`"):
+        open_tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(EnvironmentUnusable, match="it needs Transformers"):
+        open_tokenizer(folder)
+
+
+def test_an_old_jinja_is_refused(folder, monkeypatch):
+    import jinja2
+
+    change(folder, chat_template=CHATML)
+    monkeypatch.setattr(jinja2, "__version__", "3.1.5")
+    with pytest.raises(EnvironmentUnusable, match="known ways out"):
+        open_tokenizer(folder).encode_chat(MESSAGES)
+
+
+def test_a_chat_is_read_without_transformers(folder):
+    change(folder, chat_template=CHATML)
+    code = (
+        "import sys; from pathlib import Path; from lora_export.runtime.tokenizer import open_tokenizer\n"
+        f"open_tokenizer(Path({str(folder)!r})).encode_chat([{{'role': 'user', 'content': 'a'}}])\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_template_by_name(tmp_path):
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    assert chat_template.read_template(tmp_path, {"chat_template": named}) == "d"
+    assert chat_template.read_template(tmp_path, {}) is None
