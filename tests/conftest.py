@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def _silent_libraries() -> None:
+    # As the command line does: PEFT imports it for layers that nothing uses. A test that wants it takes this out.
+    sys.modules.setdefault("bitsandbytes", None)
     import torch
     import transformers
 

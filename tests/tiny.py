@@ -179,8 +179,8 @@ def clip(folder: Path) -> Path:
     return folder
 
 
-def t5(folder: Path, *, untied: bool = False, layers: tuple[int, int] = (2, 3)) -> Path:
-    """Two encoder and three decoder layers, relative positions, a head tied to the embedding and scaled.
+def t5(folder: Path, *, untied: bool = False, layers: tuple[int, int] = (1, 2)) -> Path:
+    """One encoder and two decoder layers, relative positions, a head tied to the embedding and scaled.
 
     Args:
         untied: As T5 1.1 and FLAN-T5: a head of its own, not scaled, and gated activations.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +52,20 @@ def main() -> None:
     if not os.environ.get("LORA_EXPORT_DEBUG"):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # Transformers' bars too; `Display` has its own
     collect_rarely()
+    leave_quantized_layers_out()
 
 
 def collect_rarely() -> None:
     """Let Python look for garbage cycles seldom: importing torch and Transformers makes millions of objects that stay,
     and looking through them again and again takes a tenth of an export."""
     gc.set_threshold(200_000, 20, 20)
+
+
+def leave_quantized_layers_out() -> None:
+    """Let PEFT find no bitsandbytes: it imports it for layers that no command uses, which takes 1.5 s and prints on
+    stderr. Once PEFT is loaded, it is too late."""
+    if "peft" not in sys.modules:
+        sys.modules.setdefault("bitsandbytes", None)
 
 
 def _export(mode: str, paths: Sequence[str], flags: options.ExportFlags, how: ExportHow) -> None:

@@ -31,7 +31,7 @@ ROUNDING = 2e-5
 GRAPHS = ("encoder_model", "decoder_model", "decoder_with_past_model")
 DYNAMIC = [n for n, spec in EXPORTS.items() if spec.base in SEQ2SEQ_BASES and spec.mode == "dynamic"]
 MERGED = [n for n, spec in EXPORTS.items() if spec.base in SEQ2SEQ_BASES and spec.mode == "merge"]
-N_LAYERS = {"t5": 3, "bart": 2, "whisper": 2}  # of the decoder
+N_LAYERS = {"t5": 2, "bart": 2, "whisper": 2}  # of the decoder
 
 
 def inputs_of(base: str, rows: int = 4, source: int = 13, target: int = 9, seed: int = 0) -> dict[str, np.ndarray]:
@@ -163,10 +163,10 @@ def test_axes_have_optimums_names(exports):
     }  # fmt: skip
     later = dims["decoder_with_past_model"]
     assert later["input_ids"] == ("batch_size", "decoder_sequence_length")
-    assert later["past_key_values.2.decoder.key"] == ("batch_size", 4, "past_decoder_sequence_length", 12)
-    assert later["past_key_values.2.encoder.value"] == ("batch_size", 4, "encoder_sequence_length", 12)
+    assert later["past_key_values.1.decoder.key"] == ("batch_size", 4, "past_decoder_sequence_length", 12)
+    assert later["past_key_values.1.encoder.value"] == ("batch_size", 4, "encoder_sequence_length", 12)
     both = "past_decoder_sequence_length + decoder_sequence_length"
-    assert later["present.2.decoder.key"] == ("batch_size", 4, both, 12)
+    assert later["present.1.decoder.key"] == ("batch_size", 4, both, 12)
     assert dims["decoder_model"]["present.0.decoder.key"] == ("batch_size", 4, "decoder_sequence_length", 12)
     assert dims["decoder_model"]["logits"] == ("batch_size", "decoder_sequence_length", VOCABULARY)
 

@@ -259,9 +259,9 @@ DAMAGES = {
         "clip-merged", other_scores, "pairs: texts for an image", "", "Mul", "", between=None,
     ),
     "T5, encoder": Damage(
-        "t5-dynamic", dropped("encoder.block.1.layer.0.SelfAttention.q", "t5-attention.encoder_model.onnx_adapter"),
-        "t5-attention", "encoder.block.1.layer.0.SelfAttention.q", "MatMul",
-        "encoder.block.1.layer.0.SelfAttention.q.lora_A.weight", "encoder_model",
+        "t5-dynamic", dropped("encoder.block.0.layer.0.SelfAttention.q", "t5-attention.encoder_model.onnx_adapter"),
+        "t5-attention", "encoder.block.0.layer.0.SelfAttention.q", "MatMul",
+        "encoder.block.0.layer.0.SelfAttention.q.lora_A.weight", "encoder_model",
     ),
     "T5, first step": Damage(
         "t5-dynamic", dropped("decoder.block.1.layer.1.EncDecAttention.v", "t5-attention.decoder_model.onnx_adapter"),
@@ -270,9 +270,9 @@ DAMAGES = {
     ),
     "T5, later steps": Damage(
         "t5-dynamic",
-        dropped("decoder.block.2.layer.0.SelfAttention.v", "t5-attention.decoder_with_past_model.onnx_adapter"),
-        "t5-attention: cached steps", "decoder.block.2.layer.0.SelfAttention.v", "MatMul",
-        "decoder.block.2.layer.0.SelfAttention.v.lora_A.weight", "decoder_with_past_model",
+        dropped("decoder.block.1.layer.0.SelfAttention.v", "t5-attention.decoder_with_past_model.onnx_adapter"),
+        "t5-attention: cached steps", "decoder.block.1.layer.0.SelfAttention.v", "MatMul",
+        "decoder.block.1.layer.0.SelfAttention.v.lora_A.weight", "decoder_with_past_model",
     ),
 }  # fmt: skip
 
