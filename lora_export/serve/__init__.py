@@ -7,6 +7,10 @@
     service.py           how a request waits for its answer
     batching.py          rows of different requests and adapters in one run
     encoders.py          a run of an encoder's rows
+    writing_api.py       the routes of decoders: completions and chats
+    writing.py           texts of many requests on one scheduler
+    pieces.py            their tokens as pieces of text
+    events.py            a stream of them
     models.py            the export's session, and the names that it is served under
     names.py             the field `model`: base, adapter, blend
     runtime_adapters.py  adapters that are loaded while it runs

@@ -18,20 +18,15 @@ from lora_export import __version__
 from lora_export.answers import class_values
 from lora_export.errors import LoraExportError
 from lora_export.serve.encoders import Answer
-from lora_export.serve.guard import Guard, Seen
+from lora_export.serve.guard import Guard
 from lora_export.serve.logs import log
-from lora_export.serve.models import CLASSIFICATION, FEATURES, GENERATION, Target
+from lora_export.serve.models import CLASSIFICATION, FEATURES
 from lora_export.serve.problems import Problem, problem_of
-from lora_export.serve.schema import Body, ClassifyBody, EmbeddingBody, LoadBody, UnloadBody
+from lora_export.serve.schema import ClassifyBody, EmbeddingBody, LoadBody, UnloadBody
 from lora_export.serve.service import Service
+from lora_export.serve.writing_api import add_writing
 
 _OWNER = "lora-export"
-# The path that answers for an export's task.
-_PATH_OF_TASK = {
-    GENERATION: "/v1/completions and /v1/chat/completions",
-    CLASSIFICATION: "/v1/classify",
-    FEATURES: "/v1/embeddings",
-}
 
 
 def build(service: Service) -> Guard:
@@ -44,6 +39,7 @@ def build(service: Service) -> Guard:
     _add_state(api, service)
     _add_models(api, service)
     _add_encoders(api, service)
+    add_writing(api, service)
     return Guard(api, service.options, service.metrics)
 
 
@@ -151,7 +147,7 @@ def _add_encoders(api: FastAPI, service: Service) -> None:
     @api.post("/v1/embeddings", tags=["encoders"])
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
         """An embedding of each input."""
-        target = _target(service, body, request, FEATURES)
+        target = service.target(body, request, FEATURES)
         rows = await service.rows(body.input, target)
         found: list[Answer] = await service.answers(request, target, rows)
         data = [
@@ -163,7 +159,7 @@ def _add_encoders(api: FastAPI, service: Service) -> None:
     @api.post("/v1/classify", tags=["encoders"])
     async def classify(body: ClassifyBody, request: Request) -> Response:
         """The class of each input: its label, and the probability of each class."""
-        target = _target(service, body, request, CLASSIFICATION)
+        target = service.target(body, request, CLASSIFICATION)
         rows = await service.rows(body.input, target)
         found: list[Answer] = await service.answers(request, target, rows)
         data = [{"index": index, **_classes(answer, service)} for index, answer in enumerate(found)]
@@ -173,25 +169,6 @@ def _add_encoders(api: FastAPI, service: Service) -> None:
                 "model": body.model, "data": data, "usage": _usage(rows),
             }
         )  # fmt: skip
-
-
-def _target(service: Service, body: Body, request: Request, *tasks: str) -> Target:
-    """What a request's model is; notes it for the log.
-
-    Raises:
-        Problem: The export is for another task, or the model is not served.
-    """
-    seen: Seen = request.state.seen
-    if service.models.task not in tasks:
-        raise Problem(
-            400, f"The export is for {service.models.task}: {_PATH_OF_TASK[service.models.task]} answers",
-            code="other_task",
-        )  # fmt: skip
-    target = service.models.view.target(body.model)
-    seen.model = target.label
-    if service.options.log_prompts:
-        seen.fields |= {"request": body.model_dump(exclude_unset=True)}
-    return target
 
 
 def _usage(rows: list[list[int]]) -> dict:

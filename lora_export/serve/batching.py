@@ -21,7 +21,7 @@ from typing import Protocol
 from lora_export.serve.problems import Problem
 
 # What a client that was turned away is told to wait, in seconds.
-_LEAST_RETRY, _MOST_RETRY = 1, 60
+LEAST_RETRY, MOST_RETRY = 1, 60
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Batcher:
         ticket.rows = tuple(Row(model, ids, ticket) for ids in rows)
         with self._changed:
             if not self._is_open:
-                raise Problem(503, "The server is shutting down", code="draining", retry_after_s=_LEAST_RETRY)
+                raise Problem(503, "The server is shutting down", code="draining", retry_after_s=LEAST_RETRY)
             if len(self._waiting) + len(rows) > self._limits.max_queue:
                 raise Problem(
                     429, f"{len(self._waiting)} inputs are waiting; the queue is full", code="queue_full",
@@ -153,7 +153,7 @@ class Batcher:
 
     def _retry_after(self) -> int:
         seconds = math.ceil(len(self._waiting) * self._seconds_a_row)
-        return min(_MOST_RETRY, max(_LEAST_RETRY, seconds))
+        return min(MOST_RETRY, max(LEAST_RETRY, seconds))
 
     def _work(self) -> None:
         while rows := self._next():

@@ -16,10 +16,11 @@ from lora_export.artifact import AdapterRecord, Manifest, read_manifest
 from lora_export.contract import SINGLE
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.runtime.adapter_session import AdapterSession
+from lora_export.runtime.arrays import numpy_dtype
 from lora_export.serve.names import parse_model, unknown_model
 from lora_export.serve.options import ServeOptions
 from lora_export.serve.problems import Problem
-from lora_export.serve.texts import Texts
+from lora_export.serve.texts import Texts, Voice, open_voice
 
 GENERATION, CLASSIFICATION, FEATURES = "text-generation", "text-classification", "feature-extraction"
 TASKS = (GENERATION, CLASSIFICATION, FEATURES)
@@ -115,6 +116,7 @@ class Models:
         self.base = options.model_name or _base_name(manifest, folder)
         self.started = int(time.time())
         self._texts: dict[Path, Texts] = {}
+        self._voices: dict[Path, Voice] = {}
         self._problem_types: dict[Path, str | None] = {}
         self._changing = threading.Lock()
         self.session = AdapterSession(folder, options.provider, n_threads=options.n_threads)
@@ -125,15 +127,32 @@ class Models:
         has_base = all(entry.base_has_default for entry in manifest.contract.adapter_inputs)
         labels = _labels_of(manifest, self.config)
         self.view = View(self.session.snapshot(), self.base, labels, has_base, MappingProxyType(adapters))
-        self.longest = self._longest(options.max_length)
         for place in {folder, *(each.place for each in adapters.values())}:
-            self.texts(place)
+            self._open(place)
+        self.longest = self._longest(options)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the models write texts."""
+        return self.task == GENERATION
 
     def texts(self, place: Path) -> Texts:
-        """The tokenizer in `place`, read once."""
+        """The tokenizer of an encoder in `place`."""
         if place not in self._texts:
-            self._texts[place] = Texts(place)
+            self._open(place)
         return self._texts[place]
+
+    def voice(self, place: Path) -> Voice:
+        """The tokenizer and the settings of a decoder in `place`."""
+        if place not in self._voices:
+            self._open(place)
+        return self._voices[place]
+
+    def _open(self, place: Path) -> None:
+        if self.writes:
+            self._voices[place] = open_voice(place, self.folder)
+        else:
+            self._texts[place] = Texts(place)
 
     def problem_type(self, place: Path) -> str | None:
         """The kind of classification of an adapter with its settings in `place`: its own, or else the base's."""
@@ -148,7 +167,7 @@ class Models:
             Problem: 400 if the name is taken and it is not `in_place`.
         """
         if served.place != self.folder:  # it may have changed since an adapter of that place was loaded
-            self._texts[served.place] = Texts(served.place)
+            self._open(served.place)
             self._problem_types.pop(served.place, None)
         with self._changing:
             if name in self.view.adapters and not in_place:
@@ -174,31 +193,46 @@ class Models:
     def _show(self, adapters: Mapping[str, Served]) -> None:
         self.view = replace(self.view, session=self.session.snapshot(), adapters=MappingProxyType(dict(adapters)))
         used = {self.folder, *(each.place for each in adapters.values())}
-        self._texts = {place: texts for place, texts in self._texts.items() if place in used}
-        self._problem_types = {place: kind for place, kind in self._problem_types.items() if place in used}
+        for kept in (self._texts, self._voices, self._problem_types):
+            for place in set(kept) - used:
+                kept.pop(place, None)
         used = {self.folder, *(each.place for each in self.view.adapters.values())}
-        self._texts = {place: texts for place, texts in self._texts.items() if place in used}
-        self._problem_types = {place: kind for place, kind in self._problem_types.items() if place in used}
+        for kept in (self._texts, self._voices, self._problem_types):
+            for place in set(kept) - used:
+                kept.pop(place, None)
 
     def _served(self, record: AdapterRecord, folder: Path, root: str) -> Served:
         place = folder if record.preprocessing in (None, ".") else folder / record.preprocessing
         return Served(record, place, root, self.started)
 
-    def _longest(self, asked: int | None) -> int:
-        """The most tokens of a row: what positions there are, what the tokenizer was made for, what was asked."""
+    def _longest(self, options: ServeOptions) -> int:
+        """The most tokens of a row: what positions there are, what the tokenizer was made for, what was asked.
+
+        Of texts that are written, what the cache has room for, unless more is asked for.
+        """
+        asked = options.max_length
         positions = next((self.config[name] for name in _POSITIONS if isinstance(self.config.get(name), int)), None)
         if positions and self.config.get("model_type") in _OFFSET_POSITIONS:
             positions -= (self.config.get("pad_token_id") or 0) + 1
-        limits = [limit for limit in (positions, self.texts(self.folder).longest) if limit]
+        made_for = None if self.writes else self.texts(self.folder).longest
+        limits = [limit for limit in (positions, made_for) if limit]
         if asked is not None and limits and asked > min(limits):
             raise UsageProblem("The model takes no rows of that length", where="--max-length", expected=f"at most "
                                f"{min(limits)}", found=str(asked))  # fmt: skip
         found = [*limits, *([asked] if asked else [])]
+        if self.writes and asked is None:
+            found.append(options.max_cache_bytes // (options.max_batch * _bytes_a_token(self.manifest)))
         if not found:
             raise UsageProblem(
                 "Neither the model nor its tokenizer says how long a text may be", next_step="give --max-length"
             )
         return min(found)
+
+
+def _bytes_a_token(manifest: Manifest) -> int:
+    """Of a decoder's cache, for one token of one row."""
+    past = manifest.contract.past
+    return max(1, sum(spec.dims[1] * spec.dims[3] * numpy_dtype(spec.dtype).itemsize for spec in past))
 
 
 def _require_task(manifest: Manifest, folder: Path) -> None:

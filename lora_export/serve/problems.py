@@ -57,6 +57,7 @@ def problem_of(error: BaseException) -> Problem:
 
 def one_line(error: LoraExportError) -> str:
     """An error of this package as one sentence: what, where, expected, found, next."""
-    rows = ((None, error.what), ("where", error.where), ("expected", error.expected), ("found", error.found),
+    where = error.where if "/" not in (error.where or "") else None  # a place on this machine is not the client's
+    rows = ((None, error.what), ("where", where), ("expected", error.expected), ("found", error.found),
             ("next", error.next_step))  # fmt: skip
     return "; ".join(f"{label}: {text}" if label else text for label, text in rows if text)

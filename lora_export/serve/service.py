@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from starlette.requests import Request
 
-from lora_export.serve.batching import Batcher, Limits, Row, Ticket
+from lora_export.serve.batching import Batcher, Limits, Row
 from lora_export.serve.encoders import Encoder
 from lora_export.serve.guard import Seen
 from lora_export.serve.metrics import Load, Metrics
-from lora_export.serve.models import Models, Target
+from lora_export.serve.models import CLASSIFICATION, FEATURES, GENERATION, Models, Target
 from lora_export.serve.options import ServeOptions
 from lora_export.serve.problems import Problem
 from lora_export.serve.runtime_adapters import RuntimeAdapters
+from lora_export.serve.schema import Body
+from lora_export.serve.writing import Writer
 
 # Above it, tokens are made on another thread: the event loop has other clients to answer.
-_LONG_TEXT = 20_000
+LONG_TEXT = 20_000
+# The path that answers for an export's task.
+PATH_OF_TASK = {
+    GENERATION: "/v1/completions and /v1/chat/completions",
+    CLASSIFICATION: "/v1/classify",
+    FEATURES: "/v1/embeddings",
+}
 
 
 class Service:
@@ -32,10 +40,18 @@ class Service:
     def __init__(self, folder: Path, options: ServeOptions) -> None:
         self.options = options
         self.models = models = Models(folder, options)
-        encoder = Encoder(models, options.pooling, normalize=options.normalize)
-        limits = Limits(options.max_batch, options.max_batch_tokens, options.max_queue, options.max_wait_ms / 1000)
-        self.batcher = Batcher(encoder.run, limits, self)
         self.metrics = Metrics(self.load, lambda: self.models.view.adapters)
+        self.batcher, self.writer = None, None
+        if models.writes:
+            self.writer = Writer(
+                models, most=options.max_batch, longest=models.longest, max_queue=options.max_queue,
+                metrics=self.metrics,
+            )  # fmt: skip
+        else:
+            encoder = Encoder(models, options.pooling, normalize=options.normalize)
+            limits = Limits(options.max_batch, options.max_batch_tokens, options.max_queue, options.max_wait_ms / 1000)
+            self.batcher = Batcher(encoder.run, limits, self)
+        self._engine = self.writer or self.batcher
         self.is_draining = False
         self.runtime_adapters = None
         if options.runtime_adapters is not None:
@@ -44,20 +60,38 @@ class Service:
 
     @property
     def is_alive(self) -> bool:
-        return self.batcher.is_alive
+        return self._engine.is_alive
 
     @property
     def is_ready(self) -> bool:
-        return self.is_alive and not self.is_draining and self.batcher.n_waiting < self.options.max_queue
+        return self.is_alive and not self.is_draining and self._engine.n_waiting < self.options.max_queue
 
     def load(self) -> Load:
         """What runs and waits now."""
-        running, waiting = self.batcher.models()
+        running, waiting = self._engine.models()
         return Load(running, waiting, self.options.max_batch, self.is_ready)
 
     def ran(self, rows: Sequence[Row], seconds: float) -> None:
         """Of the batcher: a run is over."""
         self.metrics.ran([row.model for row in rows], seconds)
+
+    def target(self, body: Body, request: Request, task: str) -> Target:
+        """What a request's model is; notes it for the log.
+
+        Raises:
+            Problem: The export is for another task than `task`, or the model is not served.
+        """
+        seen: Seen = request.state.seen
+        if self.models.task != task:
+            raise Problem(
+                400, f"The export is for {self.models.task}: {PATH_OF_TASK[self.models.task]} answers",
+                code="other_task",
+            )  # fmt: skip
+        target = self.models.view.target(body.model)
+        seen.model = target.label
+        if self.options.log_prompts:
+            seen.fields |= {"request": body.model_dump(exclude_unset=True)}
+        return target
 
     async def rows(self, given: str | Sequence, target: Target) -> list[list[int]]:
         """The tokens of a request's texts, or its token ids.
@@ -71,8 +105,8 @@ class Service:
             raise Problem(400, "An input is empty", param="input", code="empty")
         if isinstance(given[0], str):
             texts = self.models.texts(target.place)
-            is_long = sum(map(len, given)) > _LONG_TEXT
-            found = await asyncio.to_thread(texts.encode_all, given) if is_long else texts.encode_all(given)
+            is_long = sum(map(len, given)) > LONG_TEXT
+            found = await asyncio.to_thread(texts.encode, given) if is_long else texts.encode(given)
         else:
             found = [list(ids) for ids in given]
             self._require_tokens(found)
@@ -94,12 +128,21 @@ class Service:
         n_tokens = sum(map(len, rows))
         seen.fields |= {"rows": len(rows), "prompt_tokens": n_tokens}
         ticket = self.batcher.submit(target.model, rows, seen.deadline)
-        found = await self._wait(request, ticket, seen)
+        answer = asyncio.wrap_future(ticket.future)
+        found = await self.answered(request, answer, cancel=lambda: self.batcher.cancel(ticket))
         self.metrics.tokens.labels(target.label, "prompt").inc(n_tokens)
         return found
 
-    async def _wait(self, request: Request, ticket: Ticket, seen: Seen) -> list:
-        answer = asyncio.wrap_future(ticket.future)
+    async def answered(self, request: Request, answer: asyncio.Future, cancel: Callable[[], None]) -> list:
+        """What `answer` gives before the deadline, while the client is there.
+
+        Args:
+            cancel: Called if nobody waits for it any more.
+
+        Raises:
+            Problem: The deadline has come, or the client has gone.
+        """
+        seen: Seen = request.state.seen
         gone = asyncio.ensure_future(disconnected(request))
         left = max(0, seen.deadline - time.monotonic())
         try:
@@ -107,7 +150,8 @@ class Service:
         finally:
             gone.cancel()
             if not answer.done():
-                self.batcher.cancel(ticket)
+                answer.cancel()
+                cancel()
         if answer in done:
             return answer.result()
         if gone in done:
@@ -123,7 +167,7 @@ class Service:
 
     def close(self) -> None:
         """Finish what waits, and end the threads."""
-        self.batcher.close()
+        self._engine.close()
 
 
 async def disconnected(request: Request) -> None:

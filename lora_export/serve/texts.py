@@ -1,12 +1,15 @@
-"""Texts to tokens and back with the tokenizer of an export, by the package `tokenizers` alone."""
+"""The tokenizers of an export: an encoder's, by the package `tokenizers` alone, and a decoder's with its settings."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lora_export.errors import InputRefused
+from lora_export.runtime.generation_config import eos_ids_of, generation_defaults
+from lora_export.runtime.tokenizer import TextTokenizer, open_tokenizer
 
 _FILE = "tokenizer.json"
 # What configurations write for "no limit".
@@ -42,26 +45,33 @@ class Texts:
         # What the last call before the save left behind: it would cut texts in silence.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.config = _json(folder / "tokenizer_config.json")
-        longest = self.config.get("model_max_length")
+        longest = _json(folder / "tokenizer_config.json").get("model_max_length")
         self.longest = int(longest) if isinstance(longest, int | float) and 0 < longest < _NO_LIMIT else None
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """The tokens of a text.
-
-        Args:
-            special: With the tokens that the tokenizer puts around a text.
-        """
-        return self.tokenizer.encode(text, add_special_tokens=special).ids
-
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """As `encode`, of several texts."""
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text, with those that the tokenizer puts around it."""
         return [each.ids for each in self.tokenizer.encode_batch(list(texts))]
 
-    def id_of(self, token: object) -> int | None:
-        """The id of a token as a configuration names it: a text, or a dict with its `content`."""
-        text = token.get("content") if isinstance(token, dict) else token
-        return self.tokenizer.token_to_id(text) if isinstance(text, str) else None
+
+@dataclass(frozen=True)
+class Voice:
+    """What a decoder's texts are made with.
+
+    Attributes:
+        defaults: What the configuration says of generating.
+        eos_ids: The tokens that end a text.
+    """
+
+    tokenizer: TextTokenizer
+    defaults: Mapping[str, object]
+    eos_ids: frozenset[int]
+
+
+def open_voice(place: Path, folder: Path) -> Voice:
+    """What is in `place`, and what is not there in the export's `folder`."""
+    tokenizer, defaults = open_tokenizer(place), generation_defaults(*dict.fromkeys([place, folder]))
+    of_tokenizer = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
+    return Voice(tokenizer, defaults, eos_ids_of(defaults) or of_tokenizer)
 
 
 def _json(path: Path) -> dict:

@@ -144,7 +144,7 @@ def test_pooling(exports, alone, pooling, normalize, expected):
 
     models = Models(exports["features-dynamic"], ServeOptions(provider="cpu", n_threads=1))
     texts = models.texts(models.folder)
-    rows = [Row("features", texts.encode(text), Ticket(0)) for text in TEXTS]
+    rows = [Row("features", ids, Ticket(0)) for ids in texts.encode(TEXTS)]
     for found, text in zip(Encoder(models, Pooling(pooling), normalize=normalize).run(rows), TEXTS, strict=True):
         np.testing.assert_allclose(found.values, expected(alone("features-dynamic", "features", text)), atol=1e-5)
 

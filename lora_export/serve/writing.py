@@ -1,0 +1,201 @@
+"""`Writer`: texts of many requests on one scheduler; a thread steps it, and gives each request its tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lora_export.errors import UsageProblem
+from lora_export.runtime.sampling import Sampling
+from lora_export.runtime.scheduler import Request, Scheduler, Token
+from lora_export.serve.batching import LEAST_RETRY, MOST_RETRY
+from lora_export.serve.metrics import Metrics
+from lora_export.serve.models import Models, Target
+from lora_export.serve.problems import Problem
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a text is to be written by.
+
+    Attributes:
+        prompt: Token ids.
+        stop: Texts that end it.
+    """
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    max_new_tokens: int
+    eos_ids: frozenset[int]
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class Job:
+    """A text that is written for a client's request.
+
+    Attributes:
+        index: Its place in the request.
+        tokens: Where its tokens come, on `loop`; a request's texts have it in common. An exception in a token's place
+            is why there is no text.
+    """
+
+    index: int
+    target: Target
+    wish: Wish
+    loop: asyncio.AbstractEventLoop
+    tokens: asyncio.Queue[tuple[Job, Token | Exception]]
+    request: Request | None = None
+    started: float = field(default_factory=time.monotonic)
+
+
+class Writer:
+    """Writes texts until it is closed.
+
+    Args:
+        models: Of an export for text generation.
+        most: The most texts at a time; others wait.
+        longest: The most tokens of a text, prompt included.
+        max_queue: The most texts that wait.
+    """
+
+    def __init__(self, models: Models, *, most: int, longest: int, max_queue: int, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._models, self._most, self._max_queue = models, most, max_queue
+        self._scheduler = Scheduler(models.session, max_rows=most, max_length=longest)
+        self._changed = threading.Condition()
+        self._jobs: dict[Request, Job] = {}
+        self._seconds_a_text = 0.0
+        self._is_open = True
+        self._thread = threading.Thread(target=self._work, name="lora-export-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def n_waiting(self) -> int:
+        return self._scheduler.n_waiting
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def models(self) -> tuple[list[str], list[str]]:
+        """The models of the texts that are written and of those that wait, as often as they are."""
+        with self._changed:
+            asked = [job.target.model for job in self._jobs.values()]
+            n_running = max(0, len(asked) - self._scheduler.n_waiting)
+        return asked[:n_running], asked[n_running:]
+
+    def submit(self, target: Target, wishes: Sequence[Wish]) -> list[Job]:
+        """Queue the texts of a request: all of them or none.
+
+        Raises:
+            Problem: 429 if the queue is full, 503 if the server ends, 404 if the adapter is served no longer.
+            UsageProblem: A prompt or a blend cannot be run.
+        """
+        blend = target.adapter or {}
+        if len(blend) > 1 or any(weight != 1 for weight in blend.values()):
+            self._models.session.stacked(target.adapter, 1)  # refuses heads of different sizes before others wait
+        loop, tokens = asyncio.get_running_loop(), asyncio.Queue()
+        jobs = [Job(index, target, wish, loop, tokens) for index, wish in enumerate(wishes)]
+        with self._changed:
+            if not self._is_open:
+                raise Problem(503, "The server is shutting down", code="draining", retry_after_s=LEAST_RETRY)
+            n_waiting = self._scheduler.n_waiting
+            if n_waiting + len(jobs) > self._max_queue:
+                raise Problem(
+                    429, f"{n_waiting} texts are waiting; the queue is full", code="queue_full",
+                    retry_after_s=self._retry_after(n_waiting),
+                )  # fmt: skip
+            try:
+                for job in jobs:
+                    self._submit(job)
+            except UsageProblem:
+                self._cancel(jobs)
+                self._models.view.target(target.model)  # 404 if it has been unloaded meanwhile
+                raise
+            self._changed.notify()
+        return jobs
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """End texts that nobody waits for; those that are over are left alone."""
+        with self._changed:
+            self._cancel(jobs)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Take nothing more, write what there is, and end the thread."""
+        with self._changed:
+            self._is_open = False
+            self._changed.notify()
+        self._thread.join()
+
+    def _submit(self, job: Job) -> None:
+        wish = job.wish
+        job.request = self._scheduler.submit(
+            wish.prompt, job.target.adapter, sampling=wish.sampling, max_new_tokens=wish.max_new_tokens,
+            eos_ids=wish.eos_ids,
+        )  # fmt: skip
+        self._jobs[job.request] = job
+
+    def _cancel(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if job.request in self._jobs:
+                self._scheduler.cancel(job.request)
+
+    def _retry_after(self, n_waiting: int) -> int:
+        seconds = math.ceil(n_waiting * self._seconds_a_text / self._most)
+        return min(MOST_RETRY, max(LEAST_RETRY, seconds))
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or not self._is_open)
+                if not self._jobs:
+                    return
+            started = time.monotonic()
+            try:
+                tokens = self._scheduler.step()
+            except Exception as error:  # of a run, which is of all texts: none of them goes on
+                self._fail(error)
+                continue
+            self._give(tokens, time.monotonic() - started)
+
+    def _give(self, tokens: Sequence[Token], seconds: float) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Token]]] = {}
+        models = []
+        with self._changed:
+            for token in tokens:
+                job = self._jobs.pop(token.request, None) if token.finish else self._jobs[token.request]
+                if job is None:  # of a run that failed
+                    continue
+                by_loop.setdefault(job.loop, []).append((job, token))
+                models.append(job.target.model)
+                if token.finish:
+                    self._seconds_a_text += 0.2 * (time.monotonic() - job.started - self._seconds_a_text)
+        if models:
+            self._metrics.ran(models, seconds)
+        for loop, given in by_loop.items():
+            _on(loop, given)
+
+    def _fail(self, error: Exception) -> None:
+        with self._changed:
+            failed = list(self._jobs.values())
+            self._cancel(failed)  # the next step frees their rows
+            self._jobs.clear()
+        for job in failed:
+            _on(job.loop, [(job, error)])
+
+
+def _on(loop: asyncio.AbstractEventLoop, given: Sequence[tuple[Job, Token | Exception]]) -> None:
+    """Put tokens into their jobs' queues, on their loop."""
+
+    def put() -> None:
+        for job, token in given:
+            job.tokens.put_nowait((job, token))
+
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(put)

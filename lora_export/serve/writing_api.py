@@ -1,0 +1,239 @@
+"""`/v1/completions` and `/v1/chat/completions`: a body as wishes, and the pieces of texts as OpenAI's answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from lora_export.runtime.sampling import Sampling
+from lora_export.serve.events import EventStream
+from lora_export.serve.guard import Seen
+from lora_export.serve.models import GENERATION, Target
+from lora_export.serve.pieces import Piece, Pieces
+from lora_export.serve.problems import Problem
+from lora_export.serve.schema import ChatBody, CompletionBody, WritingBody
+from lora_export.serve.service import LONG_TEXT, Service
+from lora_export.serve.texts import Voice
+from lora_export.serve.writing import Wish
+
+# OpenAI's.
+_TOKENS_OF_A_COMPLETION = 16
+# Transformers' where a configuration samples and says no number.
+_TOP_K = 50
+
+
+def add_writing(api: FastAPI, service: Service) -> None:
+    """The routes of decoders."""
+
+    @api.post("/v1/completions", tags=["decoders"])
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """How each prompt goes on."""
+        target = service.target(body, request, GENERATION)
+        voice = service.models.voice(target.place)
+        prompts = await _prompts(body.prompt, voice)
+        wishes = [
+            _wish(
+                body, ids, voice, longest=service.models.longest, asked=body.max_tokens, default=_TOKENS_OF_A_COMPLETION
+            )
+            for ids in prompts
+        ]
+        return await _written(service, request, target, wishes, Form.of_completions(body))
+
+    @api.post("/v1/chat/completions", tags=["decoders"])
+    async def chat(body: ChatBody, request: Request) -> Response:
+        """The assistant's answer, by the export's chat template."""
+        target = service.target(body, request, GENERATION)
+        voice = service.models.voice(target.place)
+        messages = [{"role": message.role, "content": message.text} for message in body.messages]
+        is_long = sum(len(message["content"]) for message in messages) > LONG_TEXT
+        encode = voice.tokenizer.encode_chat
+        ids = await asyncio.to_thread(encode, messages) if is_long else encode(messages)
+        if body.max_tokens is not None and body.max_completion_tokens is not None:
+            raise Problem(400, "max_tokens is the older name of max_completion_tokens: give one", param="max_tokens")
+        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        wish = _wish(body, ids, voice, longest=service.models.longest, asked=asked, default=None)
+        return await _written(service, request, target, [wish], Form.of_chat(body))
+
+
+async def _prompts(given: str | list, voice: Voice) -> list[list[int]]:
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
+    if not given or not all(map(len, given)):
+        raise Problem(400, "A prompt is empty", param="prompt", code="empty")
+    if not isinstance(given[0], str):
+        return [list(ids) for ids in given]
+
+    def encode() -> list[list[int]]:
+        return [voice.tokenizer.encode(text) for text in given]
+
+    return await asyncio.to_thread(encode) if sum(map(len, given)) > LONG_TEXT else encode()
+
+
+def _wish(
+    body: WritingBody, ids: list[int], voice: Voice, *, longest: int, asked: int | None, default: int | None
+) -> Wish:
+    room = longest - len(ids)
+    if room < 1 or (asked or 0) > room:
+        wanted = f" and {asked} new ones" if asked else ""
+        raise Problem(
+            400,
+            f"The prompt has {len(ids)} tokens{wanted}; a text has at most {longest}",
+            code="context_length_exceeded",
+        )
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    return Wish(
+        ids, sampling_of(body, voice.defaults), asked or min(default or room, room),
+        frozenset() if body.ignore_eos else voice.eos_ids, stop,
+    )  # fmt: skip
+
+
+def sampling_of(body: WritingBody, defaults: Mapping[str, object]) -> Sampling:
+    """How a request's tokens are chosen.
+
+    1. A field that is given holds.
+    2. The others are the configuration's, where it samples, and Transformers' where that says no number.
+    3. Where it does not sample: greedy, unless the request asks for `top_p`, `top_k` or a seed, which mean nothing
+       without a temperature: 1 then, as in OpenAI's API.
+    """
+    samples = bool(defaults.get("do_sample"))
+    asks = any(value is not None for value in (body.top_p, body.top_k, body.seed))
+    own = {"temperature": 1.0, "top_k": _TOP_K, "top_p": 1.0} | {
+        name: defaults[name] for name in ("temperature", "top_k", "top_p") if defaults.get(name) is not None
+    }
+    if not samples:
+        own = {"temperature": 1.0 if asks else 0.0, "top_k": 0, "top_p": 1.0}
+    own["repetition_penalty"] = defaults.get("repetition_penalty") or 1.0
+    given = {name: getattr(body, name) for name in (*own, "seed")}
+    return Sampling(**own | {name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Form:
+    """How OpenAI's API writes texts: of completions or of a chat.
+
+    Attributes:
+        choice: A whole text's choice, by its text.
+        delta: A piece's choice, by its text.
+    """
+
+    body: WritingBody
+    prefix: str
+    object: str
+    object_of_chunks: str
+    choice: Callable[[str], dict]
+    delta: Callable[[str], dict]
+    starts: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @classmethod
+    def of_completions(cls, body: WritingBody) -> Form:
+        def text(value: str) -> dict:
+            return {"text": value}
+
+        return cls(body, "cmpl", "text_completion", "text_completion", text, text, starts=False)
+
+    @classmethod
+    def of_chat(cls, body: WritingBody) -> Form:
+        def message(value: str) -> dict:
+            return {"message": {"role": "assistant", "content": value}}
+
+        def delta(value: str) -> dict:
+            return {"delta": {"content": value} if value else {}}
+
+        return cls(body, "chatcmpl", "chat.completion", "chat.completion.chunk", message, delta, starts=True)
+
+    def whole(self, texts: Sequence[str], finishes: Sequence[str], usage: dict) -> dict:
+        choices = [
+            {"index": index, **self.choice(text), "logprobs": None, "finish_reason": finish}
+            for index, (text, finish) in enumerate(zip(texts, finishes, strict=True))
+        ]
+        return self._head(self.object) | {"choices": choices, "usage": usage}
+
+    def chunk(self, choices: list[dict]) -> dict:
+        usage = {"usage": None} if self.wants_usage else {}
+        return self._head(self.object_of_chunks) | {"choices": choices} | usage
+
+    def piece(self, piece: Piece) -> dict:
+        return self.chunk(
+            [{"index": piece.index, **self.delta(piece.text), "logprobs": None, "finish_reason": piece.finish}]
+        )
+
+    def start(self, index: int) -> dict:
+        delta = {"role": "assistant", "content": ""}
+        return self.chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.body.stream_options is not None and self.body.stream_options.include_usage
+
+    def _head(self, kind: str) -> dict:
+        return {"id": f"{self.prefix}-{self.id}", "object": kind, "created": self.created, "model": self.body.model}
+
+
+async def _written(service: Service, request: Request, target: Target, wishes: Sequence[Wish], form: Form) -> Response:
+    """The texts of `wishes`, whole or as a stream."""
+    if form.body.stream_options is not None and not form.body.stream:
+        raise Problem(400, "stream_options go with stream: true", param="stream_options")
+    pieces = Pieces(service.writer, service.writer.submit(target, wishes), service.models.voice(target.place).tokenizer)
+    count = _Count(service, request.state.seen, target, sum(len(wish.prompt) for wish in wishes))
+    watched = count.of(pieces)
+    if form.body.stream:
+        return EventStream(_events(watched, form, count, len(wishes)), request.state.seen, pieces.cancel)
+    parts: list[list[str]] = [[] for _ in wishes]
+    finishes = [""] * len(wishes)
+
+    async def collect() -> None:
+        async for piece in watched:
+            parts[piece.index].append(piece.text)
+            finishes[piece.index] = piece.finish or ""
+
+    await service.answered(request, asyncio.ensure_future(collect()), cancel=pieces.cancel)
+    return JSONResponse(form.whole(["".join(each) for each in parts], finishes, count.usage))
+
+
+async def _events(pieces: AsyncIterator[Piece], form: Form, count: _Count, n_texts: int) -> AsyncIterator[dict]:
+    if form.starts:
+        for index in range(n_texts):
+            yield form.start(index)
+    async for piece in pieces:
+        if piece.text or piece.finish:
+            yield form.piece(piece)
+    if form.wants_usage:
+        yield form.chunk([]) | {"usage": count.usage}
+
+
+class _Count:
+    """The tokens of a request, for its answer, the log and the metrics."""
+
+    def __init__(self, service: Service, seen: Seen, target: Target, n_prompt: int) -> None:
+        self._metrics, self._seen, self._label = service.metrics, seen, target.label
+        self._n_prompt, self._n_written = n_prompt, 0
+        self._metrics.tokens.labels(self._label, "prompt").inc(n_prompt)
+        seen.fields["prompt_tokens"] = n_prompt
+
+    async def of(self, pieces: Pieces) -> AsyncIterator[Piece]:
+        """`pieces`, counted as they come, also where they are not read to their end."""
+        try:
+            async for piece in pieces:
+                if not self._n_written:
+                    seconds = time.monotonic() - self._seen.started
+                    self._metrics.first_token_seconds.labels(self._label).observe(seconds)
+                self._n_written = pieces.n_tokens
+                yield piece
+        finally:
+            self._metrics.tokens.labels(self._label, "completion").inc(pieces.n_tokens)
+            self._seen.fields["completion_tokens"] = pieces.n_tokens
+
+    @property
+    def usage(self) -> dict:
+        return {
+            "prompt_tokens": self._n_prompt, "completion_tokens": self._n_written,
+            "total_tokens": self._n_prompt + self._n_written,
+        }  # fmt: skip
