@@ -8,6 +8,7 @@
     held_adapter.py       an adapter that is loaded
     bank.py               the adapters of a graph at one moment
     stacking.py           the adapters of a batch's rows as inputs
+    composition.py        the same on the device, kept from run to run
     cache.py              a decoder's cache between runs
     batch.py              one batch: at once, or row by row
     adapter_file.py       an .onnx_adapter file

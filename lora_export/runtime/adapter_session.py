@@ -248,7 +248,7 @@ class AdapterSession:
         Every adapter input but the gate (see `gate`) is bound, so nothing is left of an adapter that was bound before.
         """
         bank = self.bank
-        for name, value in bank.values(bank.rows(adapters, batch), whole=True).items():
+        for name, value in bank.values(bank.rows(adapters, batch)).items():
             binding.bind_ortvalue_input(name, value)
 
     def gate(self, input_ids: np.ndarray, adapters: Sequence[RowAdapter] | RowAdapter) -> np.ndarray | None:

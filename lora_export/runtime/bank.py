@@ -6,51 +6,25 @@ replaced cannot leave what it stacked of an old adapter to a new one of that nam
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
-import onnxruntime as ort
 
 from lora_export.contract import GATE_INPUT, AdapterInputKind, GraphContract
 from lora_export.errors import UsageProblem, nearest
 from lora_export.runtime.arrays import numpy_dtype, to_ort_value
+from lora_export.runtime.composition import Compositions, Values
 from lora_export.runtime.held_adapter import HeldAdapter
 from lora_export.runtime.invocation import gate_of, invocation_of, refuse_unknown_past
 from lora_export.runtime.stacking import RowSpec, Tensors, classes_by_row, default_inputs, default_of, stack_rows
 
 # One entry of `adapters`: a name, nothing (the base), or a blend of names with weights.
 RowAdapter = str | None | Mapping[str, float]
-
-# What a composition binds: its inputs on the device.
-_Values = Mapping[str, ort.OrtValue]
-
-# Stacked compositions kept on the device: enough for the few that a host alternates between.
-_KEPT_COMPOSITIONS = 8
-
-
-class _Compositions:
-    """The stacked compositions that were last asked for, by what was asked; any thread may ask."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple, _Values] = OrderedDict()
-        self._changing = threading.Lock()
-
-    def get(self, asked: tuple, stack: Callable[[], _Values]) -> _Values:
-        """What is kept for `asked`, or what `stack` makes. Threads that ask at once may stack the same rows twice."""
-        with self._changing:
-            if asked in self._kept:
-                self._kept.move_to_end(asked)
-                return self._kept[asked]
-        values = stack()
-        with self._changing:
-            self._kept[asked] = values
-            if len(self._kept) > _KEPT_COMPOSITIONS:
-                self._kept.popitem(last=False)
-        return values
 
 
 def _nothing() -> Mapping:
@@ -75,7 +49,11 @@ class Bank:
     merged: tuple[str, ...] = ()
     adapters: Mapping[str, HeldAdapter] = field(default_factory=_nothing)
     # The banks that are made of this one have it too.
-    compositions: _Compositions = field(default_factory=_Compositions, repr=False)
+    compositions: Compositions | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.compositions is None:
+            object.__setattr__(self, "compositions", Compositions(self.contract, self.provider, self.defaults))
 
     def with_adapter(self, name: str, tensors: Tensors, invocation_tokens: Sequence[int] | None = None) -> Bank:
         """This bank and adapter `name`, in place of the one that has that name, if any."""
@@ -110,15 +88,23 @@ class Bank:
 
     def stacked(self, rows: Sequence[RowSpec]) -> dict[str, np.ndarray]:
         """The adapter inputs of `rows` as arrays; inputs that equal their default are left out, where they may be."""
-        return self._stacked(rows, whole=self.contract.adapter_inputs_required)
+        defaults = default_inputs(self.contract, self.defaults) if self.contract.adapter_inputs_required else {}
+        return defaults | stack_rows(self.contract, _tensors_of(rows), rows, self.defaults)
 
-    def values(self, rows: tuple[RowSpec, ...], *, whole: bool = False) -> _Values:
-        """As `stacked`, on the device; those last asked for are kept there.
+    @contextlib.contextmanager
+    def lent(self, rows: tuple[RowSpec, ...]) -> Iterator[Values]:
+        """As `stacked`, on the device, for one run: they stay as they are until it is over."""
+        with self.compositions.of(rows) as values:
+            yield {**self._on_device_defaults, **values} if self.contract.adapter_inputs_required else values
 
-        Args:
-            whole: Also those that equal their default, for a binding in which another adapter's may be left.
-        """
-        return self.compositions.get((rows, whole), lambda: self._on_device(rows, whole))
+    def values(self, rows: tuple[RowSpec, ...]) -> Values:
+        """Every adapter input but the gate on the device, at its default too, in memory that nobody changes."""
+        return {**self._on_device_defaults, **self.compositions.alone(rows)}
+
+    @functools.cached_property
+    def _on_device_defaults(self) -> Values:
+        arrays = default_inputs(self.contract, self.defaults)
+        return {name: to_ort_value(array, self.provider) for name, array in arrays.items()}
 
     def gate(self, ids: np.ndarray, rows: Sequence[RowSpec]) -> np.ndarray:
         """The gate of prompts `[batch, sequence]` in the contract's dtype, `[batch, sequence, 1]`."""
@@ -154,14 +140,6 @@ class Bank:
         if len(rows) == 1 or not any(entry.kind is AdapterInputKind.WEIGHT for entry in self.contract.adapter_inputs):
             return {}
         return classes_by_row(self.contract, _tensors_of(rows), rows, self.defaults)
-
-    def _stacked(self, rows: Sequence[RowSpec], *, whole: bool) -> dict[str, np.ndarray]:
-        defaults = default_inputs(self.contract, self.defaults) if whole else {}
-        return defaults | stack_rows(self.contract, _tensors_of(rows), rows, self.defaults)
-
-    def _on_device(self, rows: Sequence[RowSpec], whole: bool) -> _Values:
-        arrays = self._stacked(rows, whole=whole or self.contract.adapter_inputs_required)
-        return {name: to_ort_value(array, self.provider) for name, array in arrays.items()}
 
     def _row(self, entry: RowAdapter) -> RowSpec:
         blend = {} if entry is None else {entry: 1.0} if isinstance(entry, str) else entry

@@ -63,10 +63,11 @@ def _run(
 ) -> dict[str, np.ndarray]:
     # Held until the run is over: on the CPU a binding reads the arrays' own memory.
     given = {name: to_ort_value(array, bank.provider) for name, array in inputs.items()}
-    values = {**bank.values(rows), **given}  # a host may feed an adapter input itself
-    if cache is None:
-        return run_values(session, values, names)
-    return cache.run(session, values, names, inputs["input_ids"].shape[1])
+    with bank.lent(rows) as lent:
+        values = {**lent, **given}  # a host may feed an adapter input itself
+        if cache is None:
+            return run_values(session, values, names)
+        return cache.run(session, values, names, inputs["input_ids"].shape[1])
 
 
 def require_equal_rows(inputs: Mapping[str, np.ndarray], rows: Sequence[RowSpec]) -> None:

@@ -8,7 +8,7 @@ changed tokens along tokens, as what is added to a token twice adds up.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import assert_never
 
@@ -40,16 +40,24 @@ def stack_rows(
         UsageProblem: A blend mixes heads of different sizes.
     """
     brought = {name for row in rows for adapter, _ in row for name in adapters[adapter]}
-    # Where one of a module's differs from the base, all do: a head's bias has the size of its weight.
-    changed = {e.module for e in contract.adapter_inputs if _is_task_vector(e) and e.name in brought}
     stacked = {}
-    for entry in _brought_by_adapters(contract):
-        if entry.module in changed if _is_task_vector(entry) else entry.name in brought:
-            default = default_of(entry, defaults)
-            array = _padded(entry, [_blended(entry, adapters, row, default) for row in rows])
-            if array.size:  # rank 0 and no tokens are the default
-                stacked[entry.name] = array
+    for entry in fed_entries(contract, brought):
+        default = default_of(entry, defaults)
+        array = _padded(entry, [blended(entry, adapters, row, default) for row in rows])
+        if array.size:  # rank 0 and no tokens are the default
+            stacked[entry.name] = array
     return stacked
+
+
+def fed_entries(contract: GraphContract, brought: Collection[str]) -> list[AdapterInput]:
+    """The inputs that are fed where adapters bring those named; all others keep their default."""
+    # Where one of a module's differs from the base, all do: a head's bias has the size of its weight.
+    changed = {e.module for e in contract.adapter_inputs if is_task_vector(e) and e.name in brought}
+    return [
+        entry
+        for entry in _brought_by_adapters(contract)
+        if (entry.module in changed if is_task_vector(entry) else entry.name in brought)
+    ]
 
 
 def default_inputs(contract: GraphContract, defaults: Tensors) -> dict[str, np.ndarray]:
@@ -79,13 +87,12 @@ def _brought_by_adapters(contract: GraphContract) -> list[AdapterInput]:
     return [entry for entry in contract.adapter_inputs if entry.spec.blend is not Blend.FROM_PROMPT]
 
 
-def _is_task_vector(entry: AdapterInput) -> bool:
+def is_task_vector(entry: AdapterInput) -> bool:
+    """Whether it takes the place of a tensor of the base, and so has its size or another head's."""
     return entry.spec.blend is Blend.TASK_VECTORS
 
 
-def _blended(
-    entry: AdapterInput, adapters: Mapping[Hashable, Tensors], row: RowSpec, default: np.ndarray
-) -> np.ndarray:
+def blended(entry: AdapterInput, adapters: Mapping[Hashable, Tensors], row: RowSpec, default: np.ndarray) -> np.ndarray:
     """What `row` is fed, `[1, …]`, of its own size."""
     brought = [(adapters[name][entry.name], weight) for name, weight in row if entry.name in adapters[name]]
     blend, axis = entry.spec.blend, entry.spec.axis
@@ -129,12 +136,17 @@ def _padded(entry: AdapterInput, values: Sequence[np.ndarray]) -> np.ndarray:
     """The rows' `values`, `[1, …]` each, as one array `[rows, …]`, filled up to the largest along the kind's axis."""
     if len({value.shape for value in values}) == 1:
         return np.concatenate(values)
-    dtype, fill = values[0].dtype, entry.spec.fill
+    dtype = values[0].dtype
     shape = np.max([value.shape for value in values], axis=0)
-    stacked = np.full((len(values), *shape[1:]), lowest(dtype) if fill == LOWEST else fill, dtype)
+    stacked = np.full((len(values), *shape[1:]), filler_of(entry, dtype), dtype)
     for row, value in enumerate(values):
         stacked[(row, *map(slice, value.shape[1:]))] = value[0]
     return stacked
+
+
+def filler_of(entry: AdapterInput, dtype: np.dtype) -> float:
+    """What a smaller row is filled up with."""
+    return lowest(dtype) if entry.spec.fill == LOWEST else entry.spec.fill
 
 
 def classes_by_row(
@@ -145,5 +157,5 @@ def classes_by_row(
     for entry in contract.adapter_inputs:
         if entry.kind is AdapterInputKind.WEIGHT:
             default = default_of(entry, defaults)
-            found[str(entry.dims[2])] = [_blended(entry, adapters, row, default).shape[-1] for row in rows]
+            found[str(entry.dims[2])] = [blended(entry, adapters, row, default).shape[-1] for row in rows]
     return found

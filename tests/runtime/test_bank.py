@@ -9,7 +9,6 @@ import pytest
 
 from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract
 from lora_export.errors import UsageProblem
-from lora_export.runtime import bank as bank_module
 from lora_export.runtime.bank import Bank, Shelf
 
 A, B = "q.lora_A.weight", "q.lora_B.weight"
@@ -36,20 +35,8 @@ def bank_of(**values: float) -> Bank:
 
 def served(bank: Bank, name: str) -> float:
     """The number that fills the adapter's tensors on the device."""
-    return float(bank.values(bank.rows(name, 1))[A].numpy().flat[0])
-
-
-@pytest.fixture
-def stackings(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The rows of every stacking that is done."""
-    found, stack = [], bank_module.stack_rows
-
-    def counted(contract, adapters, rows, defaults):
-        found.append(rows)
-        return stack(contract, adapters, rows, defaults)
-
-    monkeypatch.setattr(bank_module, "stack_rows", counted)
-    return found
+    with bank.lent(bank.rows(name, 1)) as lent:
+        return float(lent[A].numpy().flat[0])
 
 
 def test_a_bank_stays_as_it_is():
@@ -71,28 +58,14 @@ def test_a_bank_does_not_follow_the_mapping_that_it_was_given():
     assert served(bank, "chat") == 1
 
 
-def test_what_was_stacked_of_an_adapter_no_other_of_its_name_is_served(stackings):
+def test_what_was_stacked_of_an_adapter_no_other_of_its_name_is_served():
     old = bank_of(chat=1)
-    served(old, "chat")
-    served(old.with_adapter("code", tensors(2)), "chat")
-    assert len(stackings) == 1, "the same adapter is stacked again"
-    assert served(old.with_adapter("chat", tensors(5)), "chat") == 5
-    assert served(old.without("chat").with_adapter("chat", tensors(6)), "chat") == 6
-    assert served(old, "chat") == 1
-
-
-def test_the_last_eight_compositions_are_kept(stackings):
-    bank = bank_of(chat=1)
-    for weight in range(1, 9):
-        bank.values(bank.rows({"chat": weight}, 1))
-    for weight in (2, 3, 4, 5, 6, 7, 8, 1):
-        bank.values(bank.rows({"chat": weight}, 1))
-    assert len(stackings) == 8
-    bank.values(bank.rows({"chat": 9}, 1))
-    bank.values(bank.rows({"chat": 1}, 1))
-    assert len(stackings) == 9, "one that was asked for a moment ago was dropped"
-    bank.values(bank.rows({"chat": 2}, 1))
-    assert len(stackings) == 10, "the one not asked for the longest was kept"
+    new, back = old.with_adapter("chat", tensors(5)), old.without("chat").with_adapter("chat", tensors(6))
+    for chosen in ("chat", {"chat": 1, "code": 0}, ["chat", None]):
+        for bank, value in ((old, 1), (new, 5), (back, 6), (old, 1)):
+            bank = bank.with_adapter("code", tensors(2))
+            with bank.lent(bank.rows(chosen, 2)) as lent:
+                assert lent[A].numpy()[0].flat[0] == value
 
 
 def test_an_invocation_goes_with_its_adapter():

@@ -14,6 +14,7 @@ from references import inputs_for
 
 from lora_export.errors import UsageProblem
 from lora_export.runtime import bank as bank_module
+from lora_export.runtime import composition
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.bank import Bank
 from lora_export.runtime.generate import generate
@@ -38,12 +39,12 @@ def replace_topic(session: AdapterSession) -> None:
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
-    ("function", "chosen"),
-    [("stack_rows", "topic"), ("stack_rows", MIXED), ("classes_by_row", MIXED)],
-    ids=["stacks one adapter", "stacks several", "counts classes"],
+    ("place", "function", "chosen"),
+    [(composition, "blended", "topic"), (composition, "blended", MIXED), (bank_module, "classes_by_row", MIXED)],
+    ids=["takes one adapter", "stacks several", "counts classes"],
 )
 @pytest.mark.parametrize("change", ["load", "unload"])
-def test_a_change_in_the_middle_of_a_run(change, function, chosen, after, bert, monkeypatch):
+def test_a_change_in_the_middle_of_a_run(change, place, function, chosen, after, bert, monkeypatch):
     """The run ends with the old adapter, and the next one goes by the change: nothing of the old one was kept."""
     session, changed = bert(), bert()
     old = session.run(INPUTS, chosen)["logits"]
@@ -52,8 +53,8 @@ def test_a_change_in_the_middle_of_a_run(change, function, chosen, after, bert, 
     assert old.shape != new.shape or np.abs(old - new).max() > 0.01
 
     session = bert()
-    pause = Pause(getattr(bank_module, function), after=after)
-    monkeypatch.setattr(bank_module, function, pause)
+    pause = Pause(getattr(place, function), after=after)
+    monkeypatch.setattr(place, function, pause)
     act = {"load": lambda: replace_topic(session), "unload": lambda: session.unload("topic")}[change]
     np.testing.assert_array_equal(during(pause, lambda: session.run(INPUTS, chosen)["logits"], act), old)
     if change == "load":
@@ -68,8 +69,8 @@ def test_a_run_in_the_middle_of_another_sees_what_was_loaded(bert, monkeypatch):
     session, changed, found = bert(), bert(), []
     replace_topic(changed)
     new = changed.run(INPUTS, "topic")["logits"]
-    pause = Pause(bank_module.stack_rows, after=True)
-    monkeypatch.setattr(bank_module, "stack_rows", pause)
+    pause = Pause(composition.blended, after=True)
+    monkeypatch.setattr(composition, "blended", pause)
 
     def load_and_run() -> None:
         replace_topic(session)
