@@ -18,6 +18,7 @@
     base/           a base checkpoint: reading, tasks, the weightless model, its trace with the KV cache
 
     contract.py     the exported graph's contract: inputs, outputs, and the table of adapter-input kinds
+    quantization.py how an export stores linear maps as integers
     agreement.py    whether a contract is that of its graph
     named.py        what a user names: a path, or a hub id
     json_schema.py  whether a JSON value follows a schema of ours

@@ -24,6 +24,7 @@ from lora_export.contract import (
 )
 from lora_export.errors import InputRefused, UsageProblem, nearest
 from lora_export.json_schema import violations
+from lora_export.quantization import Quantization
 
 MANIFEST = "lora_export.json"
 ADAPTERS, REPORTS = "adapters", "reports"
@@ -100,6 +101,7 @@ class Manifest:
         graphs: The contract of each graph, in the order they run. The file of an export of one graph has that
             graph's `contract` instead, and each adapter's only `file` instead of its `files`.
         pad_token_id: Of a classifier on a decoder, which reads a text at its last token that is not this one.
+        quantization: How the base's linear maps are stored as integers; None where all weights are floats.
     """
 
     kind: ExportKind
@@ -113,6 +115,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=lambda: versions())
     schema: int = SCHEMA_VERSION
     pad_token_id: int | None = None
+    quantization: Quantization | None = None
 
     @property
     def contract(self) -> GraphContract:
@@ -276,6 +279,8 @@ def _manifest_from(fields: dict) -> Manifest:
         "graphs": {graph: GraphContract.from_dict(contract) for graph, contract in graphs.items()},
         "files": dict(fields["files"]),
     }
+    if fields.get("quantization"):
+        changed["quantization"] = Quantization.from_dict(fields["quantization"])
     return Manifest(**(fields | changed))
 
 

@@ -166,11 +166,27 @@ BORROWED = (
         "peft.utils.other:get_pattern_key", "peft", "0.21",
         "which pattern of ranks and alphas a module takes", Without.REFUSED,
     ),
+    Borrowed(
+        "onnxruntime.capi._pybind_state:quantize_matmul_4bits", "onnxruntime", "1.30",
+        "ONNX Runtime's own rounding of weights to 4 bits", Without.REFUSED,
+    ),
+    Borrowed(
+        "onnxruntime.capi._pybind_state:quantize_matmul_8bits", "onnxruntime", "1.30",
+        "the same, to 8 bits", Without.REFUSED,
+    ),
 )  # fmt: skip
 # torch.isfinite is public and replaced for the trace of encoder-decoders (base.seq2seq); tensors are marked with
 # Transformers' `_is_hf_initialized`, without which weightless parameters would be initialized (base.weightless).
 
 _BY_NAME = {entry.name: entry for entry in BORROWED}
+
+
+def version_of(distribution: str) -> str:
+    """The installed version; ONNX Runtime's with CUDA has another name."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.metadata.version(f"{distribution}-gpu")
 
 
 def borrow(name: str) -> object:
@@ -184,7 +200,7 @@ def borrow(name: str) -> object:
         entry = _BY_NAME[name]
         raise EnvironmentUnusable(
             f"This release of {entry.distribution} lacks something that lora-export uses: {entry.why}",
-            where=f"{entry.distribution} {importlib.metadata.version(entry.distribution)}",
+            where=f"{entry.distribution} {version_of(entry.distribution)}",
             expected=f"{entry.place.replace(':', '.')}, as release {entry.since} has it",
             next_step="install a release that was tested: see `dependencies` in pyproject.toml",
         )

@@ -29,9 +29,11 @@ from lora_export.contract import SINGLE
 from lora_export.export.contracts import contract_of
 from lora_export.export.genai import write_genai_config
 from lora_export.export.graphs import finished_graphs, target_modules
+from lora_export.export.integers import Maker
 from lora_export.export.lifecycle import AddOptions, add_to, remove_from
 from lora_export.export.outputs import planned_bytes
 from lora_export.export.plan import Request, make_plan
+from lora_export.export.quantizing import quantize_graphs, require_kept
 from lora_export.export.records import adapter_records, hashed_sources, hashes_of, write_config
 from lora_export.export.resolve import resolve
 from lora_export.extract.results import ExtractReport
@@ -39,6 +41,7 @@ from lora_export.extract.run import ExtractRequest, run_extract
 from lora_export.graph.bind import write_graphs
 from lora_export.integrity.signature import sign, signer_with
 from lora_export.integrity.sources import SourceOverrides, locate_sources
+from lora_export.quantization import requested_of
 from lora_export.report.extract_html import write_extract_reports
 from lora_export.report.write import write_reports, write_reproduction, written_if_stopped
 from lora_export.staging import refuse_existing, require_disk, staging
@@ -93,16 +96,19 @@ def export(request: Request, options: ExportOptions, *, progress: Progress = sil
     with hashed_sources(plan) as sources_when_hashed:
         progress("reading adapters", 0, 1)
         resolved = resolve(plan, zeros_for_missing_head=options.zeros_for_missing_head)
+        require_kept(request.quantization, resolved.model)
         targets = target_modules(options.targets, resolved.model)
         choice = choose_sites(resolved.adapters if request.mode == "dynamic" else (), targets)
         n_bytes = planned_bytes(plan, resolved, choice)
         progress("building the graph", 0, 1)
         graphs = finished_graphs(plan, resolved, choice, use_cache=options.use_cache, remark=remark)
         models = {name: graph.model for name, graph in graphs.items()}
+        quantization = quantize_graphs(models, plan, resolved, remark)
+        resolved = resolved.quantized(quantization)
         adapter_inputs = {name: graph.adapter_inputs for name, graph in graphs.items()}
         with staging(options.out, overwrite=options.overwrite, n_bytes=n_bytes) as folder:
             meter = _Meter(progress, n_bytes)
-            make, required = resolved.parameters.make_weight, options.required_inputs
+            make, required = Maker(resolved.parameters.make_weight), options.required_inputs
             written = write_graphs(models, folder, make, adapter_inputs, meter, required=required)
             contracts = {
                 name: contract_of(model, written.adapter_inputs[name], required=required)
@@ -117,7 +123,8 @@ def export(request: Request, options: ExportOptions, *, progress: Progress = sil
             kind = ExportKind.DYNAMIC if request.mode == "dynamic" else ExportKind.MERGED
             how = (kind, plan.task, plan.dtype, request.provider)
             files = dict(sorted(files.items()))
-            manifest = Manifest(*how, sources.base, records, contracts, files, pad_token_id=plan.pad_token_id)
+            stored = {"pad_token_id": plan.pad_token_id, "quantization": quantization}
+            manifest = Manifest(*how, sources.base, records, contracts, files, **stored)
             write_manifest(folder, manifest)
             if signer is not None:
                 sign(folder, signer)
@@ -270,6 +277,7 @@ def export_compared(
     for done, (label, folded) in enumerate(chosen.items()):
         progress("exporting what to compare with", done, len(chosen))
         same = {"residual_base": residual, "pad_token_id": manifest.pad_token_id}
+        same["quantization"] = requested_of(manifest.quantization)
         request = Request(str(base), folded, "merge", *how, **same)
         export(request, ExportOptions(out / label, zeros_for_missing_head=True))
     return {label: out / label for label in chosen}

@@ -7,9 +7,11 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+
+from lora_export.quantization import Quantization
 
 
 class Lazy(Mapping):
@@ -248,10 +250,12 @@ class ExportSpec:
     targets: tuple[str, ...] = ()
     provider: str = "cpu"
     required_inputs: bool = False
+    quantization: Quantization | None = None
 
 
 # On one base, adapters of all kinds of input: pairs, gains, biases, tokens, a head, a gate.
 KINDS = ("chat", "gains", "biases", "tokens", "voice", "activated")
+INT4 = Quantization(bits=4, block_size=32)
 EXPORTS: dict[str, ExportSpec] = {
     "llama-base": ExportSpec("llama", (), "merge"),
     "llama-dynamic": ExportSpec("llama", ("chat", "code"), "dynamic"),
@@ -266,6 +270,10 @@ EXPORTS: dict[str, ExportSpec] = {
     "llama-cuda": ExportSpec("llama", ("chat",), "dynamic", provider="cuda"),
     "llama-f16": ExportSpec("llama-f16", ("chat",), "dynamic"),
     "llama-f16-merged": ExportSpec("llama-f16", ("chat",), "merge"),
+    "llama-int4": ExportSpec("llama", ("chat", "code"), "dynamic", quantization=INT4),
+    "llama-int4-merged": ExportSpec("llama", ("chat",), "merge", quantization=replace(INT4, symmetric=False)),
+    "llama-f16-int8": ExportSpec("llama-f16", ("chat",), "dynamic", quantization=replace(INT4, bits=8)),
+    "gpt2-int8-merged": ExportSpec("gpt2", ("poet",), "merge", quantization=replace(INT4, bits=8, keep=("lm_head",))),
     "gpt2-dynamic": ExportSpec("gpt2", ("poet",), "dynamic"),
     "gpt2-merged": ExportSpec("gpt2", ("poet",), "merge"),
     "bert-dynamic": ExportSpec("bert", ("topic", "kind"), "dynamic"),
@@ -307,6 +315,7 @@ def export_to(
     from lora_export.pipeline import ExportOptions, export
 
     chosen = tuple((str(adapters[name]), name) for name in spec.adapters)
-    request = Request(str(bases[spec.base]), chosen, spec.mode, dtype=spec.dtype, provider=spec.provider)
+    given = {"dtype": spec.dtype, "provider": spec.provider, "quantization": spec.quantization}
+    request = Request(str(bases[spec.base]), chosen, spec.mode, **given)
     how = {"targets": spec.targets, "required_inputs": spec.required_inputs}
     return export(request, ExportOptions(folder, **how, **options))

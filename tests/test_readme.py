@@ -14,6 +14,7 @@ import click
 import pytest
 from command_line import SHORT_TIMING
 
+from lora_export.adapters.on_quantized import markdown_table as quantized_table
 from lora_export.adapters.support import markdown_table
 from lora_export.check.judge.tolerances import markdown_table as gates_table
 from lora_export.cli.main import main
@@ -56,6 +57,12 @@ def test_support_table_is_the_one_that_drives_the_refusals():
     page = PAGES["docs/supported.md"]
     between = page.split("support, held by a test -->\n")[1].split("<!-- end of support table -->")[0]
     assert between == markdown_table()
+
+
+def test_the_table_of_quantized_bases_is_the_one_that_drives_the_refusals():
+    page = PAGES["docs/quantize.md"]
+    between = page.split("on_quantized, held by a test -->\n")[1].split("<!-- end of quantized table -->")[0]
+    assert between == quantized_table()
 
 
 def test_gates_are_those_that_check_uses():

@@ -1,6 +1,7 @@
 """A trained adapter on its base: reading, mathematics, packing, what is supported. No ONNX graph.
 
     support.py         the one table: each option merged, served as inputs, or refused
+    on_quantized.py    the few combinations that a quantized base does not take
     folder.py          an adapter's folder, headers only
     header.py          rank and scale in a safetensors header
     factors.py         a trained adapter as values, and the mathematics of LoRA and DoRA

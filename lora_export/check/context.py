@@ -8,16 +8,21 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_export.artifact import AdapterRecord
+from lora_export.artifact import AdapterRecord, ExportKind
 from lora_export.base.tasks import Task
 from lora_export.check.inputs.examples import Batch, Examples
 from lora_export.check.judge.compare import Outputs
 from lora_export.check.judge.tolerances import Tolerances
+from lora_export.check.reference.on_integers import IntegerBase
 from lora_export.check.reference.trained import TrainedAdapter
 from lora_export.check.reference.unmerged import Reference
+from lora_export.contract import graph_file
+from lora_export.graph.module_values import WrittenGraph
+from lora_export.graph.stored_integers import rounds_activations, stored_integers
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.generate import empty_cache
-from lora_export.runtime.seq2seq_session import Seq2SeqSession
+from lora_export.runtime.seq2seq_session import Seq2SeqSession, open_export
+from lora_export.runtime.session import open_session
 
 # Rounding is as large in so many batches as in all.
 _PRECISE_BATCHES = 8
@@ -73,6 +78,9 @@ class CheckContext:
         with_precise: Whether references also run at a wider dtype.
         own: Batches by adapter name; the key None serves all others.
         mixed: One batch whose rows get another adapter each.
+        integers: The quantized weights of the export; None where it has none.
+        as_it_is: The session of the file as it is, where that lets activations be rounded and `session` leaves them;
+            else None.
     """
 
     request: CheckRequest
@@ -82,6 +90,18 @@ class CheckContext:
     with_precise: bool
     own: Mapping[str | None, Sequence[Batch]]
     mixed: Batch
+    as_it_is: AnySession | None = None
+    integers: IntegerBase | None = None
+
+    @property
+    def deployed(self) -> AnySession:
+        """What a host runs."""
+        return self.as_it_is or self.session
+
+    @property
+    def is_merged_integers(self) -> bool:
+        """Whether adapters were folded in and the sums quantized."""
+        return self.integers is not None and self.integers.is_merged
 
     def run(self, batches: Sequence[Batch], adapters: RowAdapter | Sequence[RowAdapter]) -> Outputs:
         return run_export(self.session, batches, adapters)
@@ -95,8 +115,48 @@ class CheckContext:
             TrainedAdapter(self.request.adapters[r.name], r.weight, r.convert_rank, r.residual_base) for r in records
         ]
         manifest = self.session.manifest
-        how = {"with_precise": self.with_precise, "pad_token_id": manifest.pad_token_id}
+        how = {"with_precise": self.with_precise, "pad_token_id": manifest.pad_token_id, "integers": self.integers}
+        how["merged"] = self.is_merged_integers
         return Reference(self.task, self.request.base, adapters, dtype=manifest.dtype, n_labels=n_labels, **how)
+
+    def float_reference(self, records: Sequence[AdapterRecord], *, merged: bool = False) -> Reference:
+        """As `reference_of` on the base's own floats, at the export's dtype alone; `merged`, PEFT's merge."""
+        adapters = [
+            TrainedAdapter(self.request.adapters[r.name], r.weight, r.convert_rank, r.residual_base) for r in records
+        ]
+        manifest, n_labels = self.session.manifest, next((r.n_labels for r in records if r.n_labels), None)
+        how = {"pad_token_id": manifest.pad_token_id, "merged": merged}
+        return Reference(self.task, self.request.base, adapters, dtype=manifest.dtype, n_labels=n_labels, **how)
+
+    def fresh_session(self) -> AnySession:
+        """Another session that computes as `session` does."""
+        opened = open_export(self.request.folder, self.session.provider)
+        return opened if self.as_it_is is None else with_float_activations(opened)
+
+
+def integer_base(session: AnySession) -> IntegerBase | None:
+    """The quantized weights of an export; None where its graphs have none, whatever the manifest says."""
+    graphs = tuple(session.folder / graph_file(graph) for graph in session.manifest.graphs)
+    if not any(next(stored_integers(graph), None) for graph in graphs):
+        return None
+    return IntegerBase(graphs, session.manifest.kind is ExportKind.MERGED)
+
+
+def rounds(session: AnySession) -> bool:
+    """Whether the CPU's products of this export round activations to 8-bit integers."""
+    graphs = [session.folder / graph_file(graph) for graph in session.manifest.graphs]
+    return session.provider == "cpu" and any(map(rounds_activations, graphs))
+
+
+def with_float_activations(session: AnySession) -> AnySession:
+    """The same adapters on the same graphs and weights, with products that round no activations."""
+    view = session.snapshot()
+    if isinstance(view, Seq2SeqSession):
+        view.sessions = {graph: with_float_activations(each) for graph, each in view.sessions.items()}
+        return view
+    model = WrittenGraph(session.folder / graph_file(session.graph)).with_outputs(())
+    view.session = open_session(model, session.provider, weights=session.folder, prepack=True)
+    return view
 
 
 # What the rows of a batch are compared by: the first of these that a model gives; of a dual encoder, two embeddings; of

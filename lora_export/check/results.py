@@ -73,13 +73,18 @@ class BothSides:
     exported: float
 
 
+# The group of what quantization costs against the base's floats.
+COST = "cost"
+
+
 @dataclass(frozen=True)
 class ParityCase:
     """One comparison of ONNX Runtime with its reference.
 
     Attributes:
         name: What was compared, e.g. "topic", "base", "8 mixed rows", "topic → kind → topic → none".
-        group: "base", "adapter", "rows", "sequence", "decoding" or "merged-dynamic".
+        group: "base", "adapter", "rows", "sequence", "decoding", "merged-dynamic"; of a quantized export also
+            "weights", "deployed" and "cost".
         reference: What it was compared with, in words.
         n_rows: Rows (examples) compared.
         measures: What was measured, each with its limit.

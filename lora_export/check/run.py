@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lora_export.artifact import AdapterRecord, ExportKind, Manifest, read_manifest
 from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.check.cases.decoding import decoding_cases
-from lora_export.check.cases.examination import Examination, Examined
+from lora_export.check.cases.examination import ON_IT, Examination, Examined
 from lora_export.check.cases.mixed_rows import (
     merged_against_dynamic,
     require_same_adapters,
     row_cases,
     sequence_case,
 )
+from lora_export.check.cases.quantized import cost_cases, deployed_case, weight_cases
 from lora_export.check.cases.seq2seq import seq2seq_decoding_cases
 from lora_export.check.cases.side_outputs import side_output_cases
-from lora_export.check.context import CheckContext, CheckRequest, main_of, main_outputs, run_reference
+from lora_export.check.context import (
+    CheckContext,
+    CheckRequest,
+    integer_base,
+    main_of,
+    main_outputs,
+    rounds,
+    run_reference,
+    with_float_activations,
+)
 from lora_export.check.inputs.examples import Batch, Examples
 from lora_export.check.inputs.invoked import with_invocation
 from lora_export.check.inputs.prepared import AnyBatcher, prepare
 from lora_export.check.judge.compare import Comparison, Outputs
-from lora_export.check.judge.tolerances import tolerances
+from lora_export.check.judge.tolerances import INT8, Limit, tolerances
 from lora_export.check.locate.probe import Probe
 from lora_export.check.locate.probes import with_feeds, worst_probes
 from lora_export.check.locate.where import Where
@@ -70,10 +80,11 @@ class Check:
         context = self.examination.context
         names = [record.name for record in context.session.manifest.adapters]
         inputs = [f"on {examples.description}" + (f" ({name})" if name else "") for name, examples in self.data.items()]
+        on = "" if context.integers is None else ON_IT
         wider = "and a wider dtype " if context.with_precise else ""
         positions = sum(_n_positions(batch) for batches in context.own.values() for batch in batches)
         return (
-            f"compares {', '.join(names) or 'the base'} with unmerged PEFT at {context.session.manifest.dtype} "
+            f"compares {', '.join(names) or 'the base'} with unmerged PEFT{on} at {context.session.manifest.dtype} "
             f"{wider}on {context.session.provider}",
             *(inputs or [f"on {self.batcher.noise_description}"]),
             f"{positions} positions; about {self.n_bytes / 1e9:.1f} GB beside the libraries",
@@ -89,13 +100,20 @@ class Check:
             environment=self.environment,
             data=tuple(inputs or [self.batcher.noise_description]),
             cases=tuple(found.cases),
-            limits=context.limits.recorded,
+            limits=(*context.limits.recorded, *_limits_as_deployed(context)),
             skipped=tuple(found.skipped),
             seconds=time.monotonic() - self.started,
             layers=tuple(found.where.layers),
             divergence=found.where.divergence,
             stopped=stopped,
         )
+
+
+def _limits_as_deployed(context: CheckContext) -> list[Limit]:
+    if context.as_it_is is None:
+        return []
+    recorded = tolerances(INT8, context.session.provider).recorded
+    return [replace(each, reason=f"as deployed: {each.reason}") for each in recorded if each.limit is not None]
 
 
 def _n_positions(batch: Batch) -> int:
@@ -120,10 +138,16 @@ def begin_check(request: CheckRequest) -> Check:
     if request.merged is not None:
         require_same_adapters(manifest, read_manifest(request.merged), request.merged)
     prepared = prepare(request.folder, manifest, request.data)
-    limits = tolerances(manifest.dtype, session.provider, request.tolerances)
+    integers = integer_base(session)
+    is_quantized = integers is not None
+    limits = tolerances(manifest.dtype, session.provider, request.tolerances, quantized=is_quantized)
     lack = lack_of_memory(manifest, request.folder)
     mixed = _mixed_batch(prepared.batcher, prepared.data, manifest)
-    context = CheckContext(request, session, Task(manifest.task), limits, lack is None, prepared.batches, mixed)
+    exact = with_float_activations(session) if rounds(session) else session
+    context = CheckContext(
+        request, exact, Task(manifest.task), limits, lack is None, prepared.batches, mixed,
+        as_it_is=session if exact is not session else None, integers=integers,
+    )  # fmt: skip
     where = Where(limits, request.folder)
     unknown = [
         f"Whether {record.name!r} was trained on this base: it records {record.other_base}, and the export was made "
@@ -164,10 +188,16 @@ def _merged_cases(check: Check, progress: Progress) -> None:
     names = [record.name for record in records]
     progress("checking", 0, 1)
     n_labels = next((record.n_labels for record in records if record.n_labels), None)
-    examined = Examined(" + ".join(names) or "base", None, context.reference(names, n_labels), records)
+    is_in_weights = context.is_merged_integers and bool(names)
+    reference = context.reference(names, n_labels)
+    examined = Examined(" + ".join(names) or "base", None, reference, records, is_in_weights)
     batches = context.own.get(names[0] if names else None) or context.own[None]
     check.examination.judge_alone(examined, batches)
     _further_cases(check, examined)
+    if context.integers is not None:
+        deployed_case(check.examination, examined, batches)
+        weight_cases(check.examination)
+        cost_cases(check.examination)
 
 
 def _further_cases(check: Check, examined: Examined) -> None:
@@ -194,6 +224,7 @@ def _dynamic_cases(check: Check, progress: Progress) -> None:
     if has_own_head:
         base = Examined("base", None, context.reference([], None))
         expected = examination.judge_alone(base, context.own[None])
+        deployed_case(examination, base, context.own[None])
         alone[None] = _mixed_of(context, base, context.own[None], expected=expected)
         side_output_cases(examination, base)
     else:
@@ -202,7 +233,11 @@ def _dynamic_cases(check: Check, progress: Progress) -> None:
         )
     row_cases(examination, alone)
     sequence_case(examination)
-    if context.request.merged is not None:
+    if context.integers is not None:
+        weight_cases(examination)
+        merged = context.request.merged
+        cost_cases(examination, merged=merged and open_export(merged, context.session.provider))
+    elif context.request.merged is not None:
         merged_against_dynamic(examination)
     else:
         examination.skipped.append("Merged against dynamic: no merged export was named (--merged).")
@@ -216,6 +251,7 @@ def _adapter_cases(check: Check, record: AdapterRecord, *, with_body: bool) -> O
     batches = [with_invocation(batch, record.invocation_tokens) for batch in batches]
     expected = examination.judge_alone(examined, batches)
     alone = _mixed_of(context, examined, batches, expected=expected)
+    deployed_case(examination, examined, batches)
     _further_cases(check, examined)
     if with_body:
         _body_case(examination, examined, record)

@@ -18,6 +18,7 @@ from lora_export.cli.examine import bench, check
 from lora_export.cli.extract import extract
 from lora_export.cli.names import base_and_adapters, named
 from lora_export.cli.output import Display, guarded
+from lora_export.cli.quantize_options import quantization_of
 from lora_export.cli.serve import serve_command
 from lora_export.cli.verify import verify_command
 from lora_export.errors import UsageProblem
@@ -92,6 +93,7 @@ def _export(mode: str, paths: Sequence[str], flags: options.ExportFlags, how: Ex
             convert_rank=how.convert_rank,
             residual_base=flags.residual_base,
             pad_token_id=flags.pad_token_id,
+            quantization=quantization_of(flags, provider),
         )
         if flags.dry_run:
             found = describe.describe_plan(request, flags.out, how.targets, flags.sign_key)

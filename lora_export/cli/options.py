@@ -12,6 +12,7 @@ import click
 
 from lora_export.base.tasks import Task
 from lora_export.bench.shapes import Shape, parse_shape
+from lora_export.cli.quantize_options import accuracy_level, asymmetric, block_size, keep, quantize
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -115,7 +116,8 @@ tolerances = click.option(
     multiple=True,
     metavar="MEASURE=LIMIT",
     callback=parse_limits,
-    help="Limit to use instead: of error, features, rounding, kl, top1, perplexity, effect or effect_share; repeat.",
+    help="Limit to use instead: of error, features, rounding, kl, top1, perplexity, effect or effect_share; of a "
+    "quantized export also of weights, scales, cost_kl, cost_top1, cost_perplexity or cost_effect; repeat.",
 )
 
 
@@ -191,6 +193,11 @@ class ExportFlags:
     names: tuple[str, ...]
     residual_base: bool
     pad_token_id: int | None
+    quantize: str | None
+    block_size: str | None
+    asymmetric: bool
+    accuracy_level: str | None
+    keep: tuple[str, ...]
     no_cache: bool
     sign_key: Path | None
     dry_run: bool
@@ -261,6 +268,11 @@ export_options = as_flags(
         names,
         residual_base,
         pad_token_id,
+        quantize,
+        block_size,
+        asymmetric,
+        accuracy_level,
+        keep,
         no_cache,
         sign_key,
         dry_run,

@@ -17,6 +17,8 @@ def export_text(value: dict) -> str:
     what = f"{value['task']} in {value['dtype']}, fused for {value['provider']}"
     head = f"{value['kind']} export of {value['base']} for {what}"
     lines = [head]
+    if value["quantization"] is not None:
+        lines.append(f"  {value['quantized_weights']} linear weights in {value['quantization']}; adapters in floats")
     for graph in [f"{name}.onnx" for name in value.get("graphs", ("model",))]:
         n_bytes = sum(n for file, n in sizes.items() if file in (graph, f"{graph}.data"))
         lines.append(f"  {value['path']}/{graph}  {_megabytes(n_bytes)}")
@@ -59,6 +61,7 @@ def plan_text(value: dict) -> str:
     lines = [
         f"would {_WOULD[value['mode']]} for {value['task']} in {value['dtype']}, fused for {value['provider']}; "
         "wrote nothing",
+        *([f"linear weights in {value['quantization']}; adapters in floats"] if value["quantization"] else []),
         *value["remarks"],
         f"read    {read['path']}: {read['tensors']} tensors, {parameters:,} parameters",
     ]

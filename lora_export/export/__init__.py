@@ -6,8 +6,10 @@
     padding.py     the padding token of a classifier on a decoder
     resolve.py     the adapters, read, and the source of every parameter
     weights.py     the numbers: checkpoint tensors with adapters folded in, one at a time
+    integers.py    those as small integers, by ONNX Runtime's quantizer
     completion.py  what an adapter needs of the base, and what of it a mode cannot export
     graphs.py      the finished weightless graphs of a plan, cached
+    quantizing.py  the graphs with their linear maps quantized
     contracts.py   what a written graph takes and gives
     outputs.py     the files of an export, and the bytes of its weights
     records.py     adapter files, config, and the entries of the manifest
@@ -15,5 +17,6 @@
     genai.py       genai_config.json
     describe.py    inspect and --dry-run, as values
 
-Imports adapters, agreement, artifact, base, carried, contract, errors, graph, integrity, runtime, staging.
+Imports adapters, agreement, artifact, base, carried, compat, contract, errors, graph, integrity, quantization,
+runtime, staging.
 """

@@ -12,6 +12,7 @@ import torch
 
 from lora_export.adapters.factors import Adapter, LoraFactors, delta
 from lora_export.adapters.initialization import changes_base, with_initial_pair
+from lora_export.adapters.on_quantized import HEAD_ROWS, refuse
 from lora_export.adapters.pack import choose_sites
 from lora_export.adapters.peft_layer import PeftLayer
 from lora_export.contract import ADAPTER_INPUT_KINDS
@@ -78,6 +79,8 @@ def _with_head_rows_as_pairs(adapter: Adapter, base: Parameters, model: torch.nn
         if not isinstance(model.get_submodule(module), torch.nn.Linear):
             kept[path] = rows
             continue
+        if base.quantization is not None and not base.quantization.keeps(path):
+            refuse(HEAD_ROWS, adapter.name, path)
         weight = base.base(path)
         change = rows.rows.float() - weight[rows.indices].float()
         places = torch.zeros(len(weight), len(rows.indices))

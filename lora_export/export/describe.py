@@ -18,6 +18,7 @@ from lora_export.errors import InputRefused, LoraExportError, some_of
 from lora_export.export.graphs import target_modules
 from lora_export.export.outputs import planned_bytes, planned_files
 from lora_export.export.plan import Request, make_plan
+from lora_export.export.quantizing import require_kept
 from lora_export.export.resolve import resolve
 from lora_export.integrity.signature import signer_with
 from lora_export.runtime.session import choose_provider
@@ -44,6 +45,7 @@ def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), si
     signed = sign_key is not None and bool(signer_with(sign_key))
     plan = make_plan(request)
     resolved = resolve(plan)
+    require_kept(request.quantization, resolved.model)
     served = resolved.adapters if request.mode == "dynamic" else ()
     sites = choose_sites(served, target_modules(targets, resolved.model))
     item = 4 if plan.dtype == "float32" else 2
@@ -74,6 +76,7 @@ def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), si
         "task": plan.task,
         "dtype": plan.dtype,
         "provider": request.provider,
+        "quantization": None if request.quantization is None else request.quantization.described,
         "remarks": list(plan.remarks),
         "read": _base_fields(plan.checkpoint),
         "adapters": adapters,
@@ -193,6 +196,8 @@ def describe_export(folder: Path, manifest: Manifest) -> dict:
         "task": manifest.task,
         "dtype": manifest.dtype,
         "provider": manifest.provider,
+        "quantization": None if manifest.quantization is None else manifest.quantization.described,
+        "quantized_weights": 0 if manifest.quantization is None else len(manifest.quantization.weights),
         "base": manifest.base.given,
         "adapters": [
             {

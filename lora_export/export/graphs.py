@@ -154,6 +154,9 @@ def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str) -> _F
         "sites": asdict(choice),
         "unbound": sorted(replaced),
     }
+    # Of a decoder, whose attention holds no weights, the graph is the same one.
+    if plan.request.quantization is not None and plan.task is not Task.TEXT_GENERATION:
+        finished_from["holds_weights"] = False
     return _Facts(graph, choice, traced_from, finished_from, small, untied)
 
 
@@ -209,7 +212,8 @@ def _trace_and_fuse(
     choice = facts.choice if is_only_graph else present_in(model.graph, facts.choice)
     model, inputs = add_adapter_inputs(model, choice)
     with _refused(plan, "fuse", f"its fusions for {plan.request.provider}"):
-        model = fuse(model, plan.request.provider, sliding_windows(plan.config))
+        how = {"holds_weights": plan.request.quantization is None}
+        model = fuse(model, plan.request.provider, sliding_windows(plan.config), **how)
     if plan.task is Task.TEXT_GENERATION:
         model = keep_last_logits(model)
     refuse_bfloat16(model, plan.request.provider)

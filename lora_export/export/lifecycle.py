@@ -21,6 +21,7 @@ from lora_export.export.records import adapter_records, hashed_sources, hashes_o
 from lora_export.export.resolve import resolve
 from lora_export.integrity.signature import sign, signer_with
 from lora_export.integrity.sources import SourceOverrides, locate_sources
+from lora_export.quantization import requested_of
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ def add_to(
     base, _ = locate_sources(manifest, SourceOverrides(overrides.base), only_base=True)
     how = (manifest.task, manifest.dtype, manifest.provider)
     how_read = {"convert_rank": options.convert_rank, "residual_base": options.residual_base}
-    how_read |= {"pad_token_id": manifest.pad_token_id}
+    how_read |= {"pad_token_id": manifest.pad_token_id, "quantization": requested_of(manifest.quantization)}
     plan = make_plan(Request(str(base), tuple(adapters), "dynamic", *how, **how_read), added_to=folder)
     replaced = _replaced(plan, manifest, folder, may_replace=options.replace)
     for sentence in (*plan.remarks, *_staying(replaced)):
         remark(sentence)
     progress("reading adapters", 0, 1)
     with hashed_sources(plan) as sources_when_hashed, tempfile.TemporaryDirectory(prefix=".add-", dir=folder) as made:
-        resolved = resolve(plan)
+        resolved = resolve(plan).quantized(manifest.quantization)
         for adapter in resolved.adapters:
             require_gated(adapter, manifest)
         records = adapter_records(plan, resolved, sources_when_hashed(), manifest.graphs, Path(made))

@@ -12,6 +12,7 @@ from lora_export.contract import DECODER, ENCODER, SINGLE, SiteChoice, adapter_f
 from lora_export.export.genai import GENAI_CONFIG
 from lora_export.export.graphs import refuse_changed_embedding, untied_modules
 from lora_export.export.plan import Plan
+from lora_export.export.quantizing import planned_sizes
 from lora_export.export.resolve import Resolved
 
 # Modules of a decoder that only its first step computes: keys and values of the source.
@@ -50,6 +51,7 @@ def planned_bytes(plan: Plan, resolved: Resolved, choice: SiteChoice) -> int:
     1. Every parameter of the model, tied ones once.
     2. A head that is split off the embedding that it is tied to, as an adapter changes or replaces it alone.
     3. Of an encoder-decoder, the embedding that encoder and decoder share, which each has in its own file.
+    4. A linear map that is quantized, its integers and scales; of a head tied to an embedding, beside the floats.
 
     Raises:
         InputRefused: An adapter changes what several embeddings share.
@@ -59,6 +61,9 @@ def planned_bytes(plan: Plan, resolved: Resolved, choice: SiteChoice) -> int:
     item = 4 if plan.dtype == "float32" else 2
     shapes, aliases = resolved.parameters.shapes, resolved.parameters.aliases
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
+    stored = planned_sizes(plan, resolved, choice)
+    is_table = {path: any(other not in stored for other in aliases.get(path, (path,))) for path in stored}
+    sizes = {path: size for path, size in sizes.items() if path not in stored or is_table[path]}
     total = sum({aliases.get(path, (path,)): size for path, size in sizes.items()}.values())
     split = {f"{module}.weight" for module in untied_modules(resolved)}
     if plan.request.mode == "dynamic":
@@ -66,7 +71,8 @@ def planned_bytes(plan: Plan, resolved: Resolved, choice: SiteChoice) -> int:
     total += sum(sizes.get(path, 0) for path in split)
     if plan.task in SEQ2SEQ:
         total += max((size for path, size in sizes.items() if _is_shared(aliases.get(path, ()))), default=0)
-    return item * total
+    integers = {aliases.get(path, (path,)): size for path, size in stored.items()}
+    return item * total + sum(integers.values())
 
 
 def _is_shared(paths: Sequence[str]) -> bool:

@@ -13,6 +13,7 @@ import torch
 from lora_export.adapters.folder import AdapterFolder, open_adapter, usable_name
 from lora_export.adapters.foreign import peft_folder
 from lora_export.adapters.initialization import PLAIN_START
+from lora_export.adapters.on_quantized import require_taken
 from lora_export.adapters.renamed import with_todays_names
 from lora_export.adapters.support import require_supported
 from lora_export.base.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ from lora_export.errors import InputRefused, UsageProblem
 from lora_export.export.origin import another_base, locate_base, remark_on
 from lora_export.export.padding import choose_padding, reads_last_token, with_padding
 from lora_export.export.task_choice import choose_task
+from lora_export.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Request:
         residual_base: The base is the one that the adapters' start (PiSSA, CorDA, LoftQ, LoRA-GA) left, so their pairs
             are plain ones on it.
         pad_token_id: The padding token of a classifier on a decoder; None for the adapters', else the base's.
+        quantization: How to store the base's linear maps as integers; None for floats.
     """
 
     base: str | None
@@ -52,6 +55,7 @@ class Request:
     convert_rank: float | None = None
     residual_base: bool = False
     pad_token_id: int | None = None
+    quantization: Quantization | None = None
 
     @property
     def weight_of_each(self) -> tuple[float, ...]:
@@ -116,6 +120,8 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
         )
     for folder in folders:
         require_supported(folder.config, request.mode, folder.name, convert_rank=request.convert_rank)
+        if request.quantization is not None:
+            require_taken(folder.config, request.mode, folder.name)
     checkpoint = Checkpoint.open(locate_base(request.base, folders))
     chosen = choose_task(request.task, checkpoint, folders)
     task, model = chosen.task, chosen.model

@@ -101,7 +101,7 @@ def _pack(adapter: Adapter, graphs: Mapping[str, GraphContract], base: Parameter
     packed = {}
     for graph, contract in graphs.items():
         elsewhere = {module for other in graphs.values() if other is not contract for module in other.modules}
-        packed[graph] = pack(adapter, contract, base.base, elsewhere)
+        packed[graph] = pack(adapter, contract, base.served, elsewhere)
     (folder / ADAPTERS).mkdir(exist_ok=True)
     files = {}
     for graph, tensors in packed.items():

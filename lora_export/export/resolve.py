@@ -10,10 +10,11 @@ from lora_export.adapters.peft_reader import read_trained_adapter
 from lora_export.base.checkpoint import checkpoint_names, stored_apart
 from lora_export.base.computed import computed_parameters
 from lora_export.base.tasks import HEADED, Task
-from lora_export.base.weightless import build_weightless, parameter_aliases, untie
+from lora_export.base.weightless import build_weightless, is_conv1d, parameter_aliases, untie
 from lora_export.export.completion import completed
 from lora_export.export.plan import Plan
 from lora_export.export.weights import Parameters
+from lora_export.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Resolved:
     adapters: tuple[Adapter, ...]
     parameters: Parameters
     model: object
+
+    def quantized(self, how: Quantization | None) -> Resolved:
+        """The same, of a graph that stores linear maps as `how` says."""
+        return replace(self, parameters=replace(self.parameters, quantization=how))
 
 
 def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
@@ -46,7 +51,11 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
     untie(model, stored_apart(model, names, plan.checkpoint.files))
     aliases = parameter_aliases(model)
     computed = computed_parameters(model, (path for path in shapes if names.keys().isdisjoint(aliases[path])))
-    base = Parameters(plan.checkpoint, names, aliases, shapes, zeros_for=head, computed=computed)
+    in_out = frozenset(f"{name}.weight" for name, module in model.named_modules() if is_conv1d(module))
+    stored = {"quantization": plan.request.quantization, "dtype": plan.dtype}
+    base = Parameters(
+        plan.checkpoint, names, aliases, shapes, zeros_for=head, computed=computed, in_out=in_out, **stored
+    )
     adapters = tuple(completed(adapter, base, model, plan.request.mode, plan.request.convert_rank) for adapter in read)
     merged = tuple(zip(adapters, plan.request.weight_of_each, strict=True)) if plan.request.mode == "merge" else ()
     return Resolved(adapters, replace(base, adapters=merged), model)

@@ -15,9 +15,11 @@ from lora_export.adapters.factors import Adapter
 from lora_export.adapters.merging import apply_changes, change_of
 from lora_export.base.checkpoint import Checkpoint
 from lora_export.base.conversion import Converted
-from lora_export.base.recipe import Recipe
+from lora_export.base.recipe import Part, Quantized, Recipe
 from lora_export.base.weightless import TORCH_DTYPES
 from lora_export.errors import InputRefused
+from lora_export.export.integers import as_served
+from lora_export.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Parameters:
         adapters: Adapters to fold in, each with its weight in the sum.
         zeros_for: Paths that may be missing from the checkpoint: the default of a head that the base never had.
         computed: What no checkpoint need hold, such as sinusoidal positions, by path.
+        in_out: Paths of the linear maps that are stored `[in, out]` (`Conv1D` of GPT-2).
+        quantization: How a dynamic graph stores linear maps, and which; None for floats.
+        dtype: Of the graph.
     """
 
     checkpoint: Checkpoint
@@ -40,6 +45,9 @@ class Parameters:
     adapters: Sequence[tuple[Adapter, float]] = ()
     zeros_for: frozenset[str] = frozenset()
     computed: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    in_out: frozenset[str] = frozenset()
+    quantization: Quantization | None = None
+    dtype: str = "float32"
 
     def stored_name(self, path: str) -> str | Converted | None:
         """How the checkpoint holds `path` or a tensor it is tied to; None if it has neither."""
@@ -87,6 +95,20 @@ class Parameters:
             where=f"{self.checkpoint.path}: {path}",
             next_step="export the task the checkpoint was saved for (--task), or add the adapter with the head",
         )
+
+    def served(self, path: str) -> torch.Tensor:
+        """The base's parameter at `path` as the graph multiplies by it: where it is quantized, with its rounding.
+
+        Raises:
+            InputRefused: The checkpoint lacks it.
+        """
+        if self.quantization is None or path not in self.quantization.weights:
+            return self.base(path)
+        how = Quantized.of(self.quantization, Part.INTEGERS, self.dtype)
+        weight = self.base(path).to(TORCH_DTYPES[self.dtype])
+        is_in_out = path in self.in_out
+        found = torch.from_numpy(as_served(as_numpy((weight if is_in_out else weight.T).contiguous()), how))
+        return found if is_in_out else found.T
 
     def _refuse_not_finite(self, path: str, result: torch.Tensor) -> NoReturn:
         n_bad = int((~torch.isfinite(result)).sum())

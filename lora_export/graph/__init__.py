@@ -23,12 +23,14 @@
     shape_sums.py            no length is copied to the GPU
     batch_transposes.py      a fused transpose that ONNX Runtime refuses
     fuse.py                  optimize and fuse for a provider
+    quantize.py              linear maps by small integers
     runnable.py              whether a provider can run it
     layer_names.py           which layer a name is of
     stamp.py                 one layer of a finished graph, copied
     cache.py                 finished graphs, kept on disk
     bind.py                  write graphs with their weights
+    stored_integers.py       the quantized weights of a written graph, for check
     module_values.py         find modules in a written graph, and look into it
 
-Imports base, compat, contract, errors, quiet.
+Imports base, compat, contract, errors, quantization, quiet.
 """

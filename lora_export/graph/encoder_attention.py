@@ -35,12 +35,16 @@ _FLOAT, _BOOL, _INT32, _INT64 = ir.DataType.FLOAT, ir.DataType.BOOL, ir.DataType
 _MASKED = float(np.finfo(np.float32).min)
 
 
-def simplify_attention(model: ir.Model) -> ir.Model:
-    """Rewrite `model`, fused for the CPU (changed in place and returned), where the conditions hold."""
+def simplify_attention(model: ir.Model, *, holds_weights: bool = True) -> ir.Model:
+    """Rewrite `model`, fused for the CPU (changed in place and returned), where the conditions hold.
+
+    Args:
+        holds_weights: Whether step 3 is taken; a weight that the operator holds cannot be quantized.
+    """
     masks = _Masks(model.graph)
     for node in [each for each in model.graph if (each.op_type, each.domain) == ("Attention", "")]:
         if len(node.inputs) <= 4 and len(node.outputs) == 1 and is_plain(node):
-            _simplify(model.graph, node, masks)
+            _simplify(model.graph, node, masks, holds_weights=holds_weights)
     model.graph.opset_imports.setdefault("com.microsoft", 1)
     common_passes.RemoveUnusedNodesPass()(model)
     common_passes.TopologicalSortPass()(model)
@@ -91,7 +95,7 @@ class _Masks:
         return self._tape.op("Shape", [value], [1], _INT64, start=axis, end=axis + 1)
 
 
-def _simplify(graph: ir.Graph, node: ir.Node, masks: _Masks) -> None:
+def _simplify(graph: ir.Graph, node: ir.Node, masks: _Masks, *, holds_weights: bool) -> None:
     traced_mask = node.inputs[3] if len(node.inputs) > 3 else None
     of_keys = masks.keys(traced_mask)
     merged = [before_heads(states) for states in node.inputs[:3]]
@@ -100,7 +104,7 @@ def _simplify(graph: ir.Graph, node: ir.Node, masks: _Masks) -> None:
             _attend(graph, node, merged, traced_mask, node.outputs[0])
         return
     result = attended(node, masks.is_of_empty_rows)
-    packed = None if None in merged else _packed(graph, node, merged, of_keys, masks)
+    packed = None if None in merged or not holds_weights else _packed(graph, node, merged, of_keys, masks)
     if packed is not None:
         read_instead(result, packed)
         return

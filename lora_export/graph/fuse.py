@@ -25,11 +25,12 @@ from lora_export.graph.unbound import is_matrix_transpose, prepare_weights, reci
 from lora_export.quiet import quiet
 
 
-def fuse(model: ir.Model, provider: str, windows: tuple[int, ...] = ()) -> ir.Model:
+def fuse(model: ir.Model, provider: str, windows: tuple[int, ...] = (), *, holds_weights: bool = True) -> ir.Model:
     """`model` (changed in place and returned) optimized and fused for `provider`, "cpu" or "cuda".
 
     Args:
         windows: The sizes of sliding windows that the base's config names.
+        holds_weights: Whether an attention may hold its projections' weights, which are then floats.
     """
     from onnxscript.optimizer import optimize_ir
 
@@ -45,7 +46,7 @@ def fuse(model: ir.Model, provider: str, windows: tuple[int, ...] = ()) -> ir.Mo
     take_batch_transposes_apart(model)
     group_attention(model, provider, windows)
     if provider == "cpu":
-        simplify_attention(model)
+        simplify_attention(model, holds_weights=holds_weights)
     drop_undone_reshapes(model)
     if provider == "cuda":
         pack_siblings(model)
@@ -97,8 +98,9 @@ def read_tied_weights_transposed(model: ir.Model) -> ir.Model:
         if transpose is None or not is_matrix_transpose(transpose) or recipe_of(transpose.inputs[0]) is None:
             continue
         fused = ir.node(
-            "FusedMatMul", [node.inputs[0], transpose.inputs[0]], attributes={"transB": 1}, domain="com.microsoft"
-        )
+            "FusedMatMul", [node.inputs[0], transpose.inputs[0]], attributes={"transB": 1}, domain="com.microsoft",
+            metadata_props=dict(node.metadata_props),
+        )  # fmt: skip
         replace_nodes_and_values(graph, node, [node], [fused], node.outputs, fused.outputs)
     model.graph.opset_imports.setdefault("com.microsoft", 1)
     return model

@@ -30,10 +30,11 @@ import onnx_ir as ir
 
 from lora_export.contract import ADAPTER_INPUT_KINDS, AdapterInputKind, spec_of
 from lora_export.graph.sites import NAME_SCOPES
+from lora_export.graph.stored_integers import without_rounded_activations
 
 # Operator → the input that is data; the weight is the other of the first two, or the third of skip normalizations.
 _ANCHORS = {
-    "MatMul": 0, "FusedMatMul": 0, "Gemm": 0, "FusedGemm": 0, "Conv": 0, "FusedConv": 0, "Gather": 1,
+    "MatMul": 0, "MatMulNBits": 0, "FusedMatMul": 0, "Gemm": 0, "FusedGemm": 0, "Conv": 0, "FusedConv": 0, "Gather": 1,
     "LayerNormalization": 0, "SimplifiedLayerNormalization": 0, "RMSNormalization": 0,
     "SkipLayerNormalization": None, "SkipSimplifiedLayerNormalization": None,
 }  # fmt: skip
@@ -43,6 +44,7 @@ _FOLLOWED = frozenset({"Add", "Mul", "Reshape", "Cast", "Unsqueeze", "Squeeze", 
 _PAIR = (AdapterInputKind.LORA_A, AdapterInputKind.LORA_B)
 # A name that two values would have had ends with a number; a pair's is not a weight of the base.
 _NOT_OF_BASE = "".join(rf"(?<!\.{kind})" for kind in _PAIR)
+_INTEGERS = re.compile(r"_Q[248]$")  # of a quantized weight, as ONNX Runtime's quantizer names them
 _WEIGHT = re.compile(rf"(?P<module>.+?){_NOT_OF_BASE}\.weight(_\d+)?")
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 
@@ -91,10 +93,11 @@ class ModuleSite:
 
 
 class WrittenGraph:
-    """A graph file as values by name; its weights are not read."""
+    """A graph file as values by name; its weights are not read. Its products leave activations as they are, where the
+    file lets them be rounded to integers: what they should be is then known to float rounding."""
 
     def __init__(self, path: Path) -> None:
-        self._model = ir.load(path)
+        self._model = without_rounded_activations(ir.load(path))
         graph = self._model.graph
         self.nodes = tuple(_node(node) for node in graph)
         self.inputs = frozenset(value.name for value in graph.inputs)
@@ -151,7 +154,8 @@ class WrittenGraph:
         if node.op_type not in _ANCHORS:
             return []
         data, weight = _operands(node)
-        owners = [_WEIGHT.fullmatch(part) for part in weight.split("+")]
+        whole = _INTEGERS.sub("", weight)
+        owners = [_WEIGHT.fullmatch(part) for part in whole.split("+")]
         if weight not in self.constants | self.inputs or not all(owners):
             return []
         if data is not None and data not in self.producers and node.op_type != "Gather" and data not in self.inputs:

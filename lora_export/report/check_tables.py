@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_export.check.judge.tolerances import MEASURES
-from lora_export.check.results import CheckReport, Measured, ParityCase
+from lora_export.check.results import COST, CheckReport, Measured, ParityCase
 from lora_export.report import format as fmt
 from lora_export.report.measure_words import (
     WORDS,
@@ -23,6 +23,9 @@ _GROUPS = {
     "sequence": "Adapters changed between runs",
     "decoding": "Decoding with a cache",
     "merged-dynamic": "Merged against dynamic",
+    "weights": "Quantized weights",
+    "deployed": "As deployed, activations rounded to 8 bits",
+    COST: "What quantization costs, a gate where a limit is given",
 }
 
 
@@ -102,7 +105,7 @@ def perplexity_table(report: CheckReport) -> Table:
     )  # fmt: skip
     rows = []
     for case in report.cases:
-        if case.perplexity is None:
+        if case.perplexity is None or case.group == COST:
             continue
         cells = (
             Cell(case.name),
@@ -113,6 +116,26 @@ def perplexity_table(report: CheckReport) -> Table:
         )
         rows.append(TableRow(cells))
     return Table("Perplexity", columns, tuple(rows)).filled()
+
+
+_COST_COLUMNS = (
+    ("KL, nats", "cost_kl"), ("Same first choice", "cost_top1"), ("Perplexity", "cost_perplexity"),
+    ("Effect kept", "cost_effect"),
+)  # fmt: skip
+
+
+def cost_table(report: CheckReport) -> Table:
+    """Of a quantized export as it runs, against PEFT on the base's floats; the perplexity of both."""
+    columns = (Column("Case", numeric=False), *(Column(title) for title, _ in _COST_COLUMNS))
+    rows = []
+    for case in report.cases:
+        if case.group == COST:
+            cells = {name: _measured_cell(case.measured(name)) for _, name in _COST_COLUMNS}
+            if (both := case.perplexity) is not None:
+                shown = f"{fmt.significant(both.reference)} → {fmt.significant(both.exported)}"
+                cells["cost_perplexity"] = Cell(shown, cells["cost_perplexity"].note)
+            rows.append(TableRow((Cell(case.name), *cells.values())))
+    return Table("What quantization costs, against PEFT on the base's floats", columns, tuple(rows)).filled()
 
 
 _ROUNDING_MEASURES = (

@@ -23,7 +23,14 @@ from lora_export.report.bench_tables import (
     swap_table,
 )
 from lora_export.report.check_plots import parity_plot
-from lora_export.report.check_tables import accuracy_table, case_table, limit_table, perplexity_table, rounding_table
+from lora_export.report.check_tables import (
+    accuracy_table,
+    case_table,
+    cost_table,
+    limit_table,
+    perplexity_table,
+    rounding_table,
+)
 from lora_export.report.provenance import (
     against_facts,
     environment_facts,
@@ -48,6 +55,7 @@ def render_check_html(report: CheckReport) -> str:
             cases=case_table(report, with_accuracy=False),
             accuracy=accuracy_table(report),
             perplexity=perplexity_table(report),
+            cost=cost_table(report),
             rounding=rounding_table(report),
             limits=limit_table(report),
             reproduction=layers.reproduction_sentences(report),

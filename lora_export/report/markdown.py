@@ -17,7 +17,7 @@ from lora_export.report.bench_tables import (
     ratio_table,
     variant_sentences,
 )
-from lora_export.report.check_tables import case_table, perplexity_table
+from lora_export.report.check_tables import case_table, cost_table, perplexity_table
 from lora_export.report.layer_tables import divergence_table, layer_summary, reproduction_sentences, unseen_sentences
 from lora_export.report.provenance import against_facts, environment_facts, subject_facts
 from lora_export.report.summary import MARKS, Finding
@@ -36,6 +36,7 @@ def render_check_markdown(report: CheckReport) -> str:
         _bullets("To see it", reproduction_sentences(report)),
         _table(case_table(report)),
         _table(perplexity_table(report)),
+        _table(cost_table(report)),
         _table(layer_summary(report)),
         _bullets("Without an error of their own", unseen_sentences(report)),
         _bullets("Not compared", report.skipped),

@@ -49,6 +49,12 @@ WORDS = {
         "Effect ÷ error", "effect over error", fmt.multiple, wide=True, figure="Smallest effect ÷ error"
     ),
     "effect_share": MeasureWords("Effect share", "share of the effect", fmt.share, fmt.scientific, wide=True),
+    "weights": MeasureWords("Weights", "distance of a stored weight", fmt.scientific, wide=True),
+    "scales": MeasureWords("Scales", "error of a scale", fmt.scientific, wide=True),
+    "cost_kl": MeasureWords("KL", "KL divergence", fmt.scientific, wide=True),
+    "cost_top1": MeasureWords("Top-1", "top-1 agreement", fmt.share, wide=True),
+    "cost_perplexity": MeasureWords("Perplexity", "rise of the perplexity", fmt.scientific, wide=True),
+    "cost_effect": MeasureWords("Effect share", "share of the effect kept", fmt.share, fmt.scientific, wide=True),
 }
 _SIGNS = {Bound.AT_MOST: "≤", Bound.AT_LEAST: "≥", Bound.SHARE_AT_LEAST: "≥", Bound.AROUND_ONE: "±"}
 

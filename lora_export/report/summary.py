@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lora_export.bench.results import BenchReport, Workload
-from lora_export.check.results import CheckReport, ParityCase
+from lora_export.check.results import COST, CheckReport, ParityCase
 from lora_export.report import format as fmt
 from lora_export.report.allowances import SWAP_NAMES, limited_figures
 from lora_export.report.layer_tables import where_sentences
@@ -33,8 +33,19 @@ class Finding:
     sentences: tuple[str, ...]
 
 
+# Cases whose errors are no rounding of the export's own dtype.
+_OF_QUANTIZATION = ("deployed", COST)
+
+
 def case_verdict(case: ParityCase) -> Verdict:
+    """What quantization costs is a gate only where the user gave a limit."""
+    if case.group == COST and case.passed and case.nearest is None:
+        return Verdict.NOT_GATED
     return Verdict.PASS if case.passed else Verdict.FAIL
+
+
+def _gated(report: CheckReport) -> list[ParityCase]:
+    return [case for case in report.cases if case_verdict(case) is not Verdict.NOT_GATED]
 
 
 def check_headline(report: CheckReport) -> str:
@@ -46,9 +57,10 @@ def check_summary(report: CheckReport) -> str:
         return "The check holds no comparison, so it says nothing about the export."
     n_failed = sum(not case.passed for case in report.cases)
     if n_failed:
-        compared = fmt.counted(len(report.cases), "comparison")
+        compared = fmt.counted(len(_gated(report)), "comparison")
         return f"{n_failed} of {compared} with the reference failed; the reasons follow."
-    passed = "The comparison" if len(report.cases) == 1 else f"All {len(report.cases)} comparisons"
+    n_gated = len(_gated(report))
+    passed = "The comparison" if n_gated == 1 else f"All {n_gated} comparisons"
     passed += " made before the check was stopped" if report.partial else " with the reference"
     sentence = f"{passed} stayed within the tolerances"
     limited = [(case.nearest, case) for case in report.cases if case.nearest is not None]
@@ -70,11 +82,12 @@ def partial_sentence(report: CheckReport | BenchReport) -> str:
 
 def check_figures(report: CheckReport) -> tuple[tuple[str, str], ...]:
     """Label and value of what the top of a report shows."""
-    n_passed = sum(case.passed for case in report.cases)
-    figures = [("Comparisons passed", f"{n_passed} of {len(report.cases)}")]
+    gated = _gated(report)
+    figures = [("Comparisons passed", f"{sum(case.passed for case in gated)} of {len(gated)}")]
+    of_graph = [case for case in report.cases if case.group not in _OF_QUANTIZATION]
     for names in measures_by_title().values():
         words = WORDS[names[0]]
-        values = [value for case in report.cases if (value := case.value(*names)) is not None]
+        values = [value for case in of_graph if (value := case.value(*names)) is not None]
         if words.figure and values:
             worst = _worst(min if must_be_large(names[0]) else max, values)
             figures.append((words.figure, words.text(worst)))

@@ -17,7 +17,7 @@ from lora_export.report.bench_tables import (
     swap_table,
     variant_sentences,
 )
-from lora_export.report.check_tables import case_table, perplexity_table
+from lora_export.report.check_tables import case_table, cost_table, perplexity_table
 from lora_export.report.layer_tables import divergence_table, layer_summary, reproduction_sentences, unseen_sentences
 from lora_export.report.provenance import against_facts, environment_facts, size_table, subject_facts
 from lora_export.report.summary import MARKS, Finding
@@ -35,6 +35,7 @@ def render_check_text(report: CheckReport) -> str:
         _opening(report, summary.check_headline(report), summary.check_summary(report)),
         _table(case_table(report)),
         _table(perplexity_table(report)),
+        _table(cost_table(report)),
         _findings(summary.check_findings(report)),
         _table(divergence_table(report.divergence)),
         _bullets("To see it", reproduction_sentences(report)),

@@ -102,6 +102,7 @@ def open_session(
     n_threads: int | None = None,
     stop_spinning: bool = False,
     weights: Path | None = None,
+    prepack: bool = False,
     cuda_graph: bool = False,
     optimized: Path | None = None,
 ) -> ort.InferenceSession:
@@ -109,7 +110,9 @@ def open_session(
 
     Args:
         graph: A file, or a serialized model.
-        weights: The folder with the external weights of a serialized model, which is run once or twice.
+        weights: The folder with the external weights of a serialized model.
+        prepack: Whether such a model's weights are put into the kernels' own layouts, which costs a copy and pays from
+            the third run on.
         cuda_graph: Capture the first run in a CUDA graph and replay it from then on: the inputs and outputs of every
             run must be bound, in the same shapes and at the same places. For "cuda" only.
         optimized: Where to write the graph as ONNX Runtime runs it, to look at.
@@ -131,8 +134,7 @@ def open_session(
         options.optimized_model_filepath = str(optimized)
     if weights is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-        # Run once: a copy of the weights in another layout would cost more than it gains.
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     wanted: list = [PROVIDERS["cpu"]]
     if provider == "cuda":
         wanted.insert(0, (PROVIDERS["cuda"], {"use_tf32": "0", "enable_cuda_graph": "1" if cuda_graph else "0"}))

@@ -75,8 +75,9 @@ def stored(folder: Path, name: str, change: Callable[[np.ndarray], np.ndarray], 
     offset, length = int(place["offset"]), int(place["length"])
     file = folder / place["location"]
     data = bytearray(file.read_bytes())
-    array = np.frombuffer(bytes(data[offset : offset + length]), np.float32).reshape(tuple(tensor.dims))
-    data[offset : offset + length] = change(array.copy()).astype(np.float32).tobytes()
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    array = np.frombuffer(bytes(data[offset : offset + length]), dtype).reshape(tuple(tensor.dims))
+    data[offset : offset + length] = change(array.copy()).astype(dtype).tobytes()
     file.write_bytes(bytes(data))
 
 

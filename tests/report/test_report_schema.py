@@ -16,7 +16,7 @@ from lora_export.check import divergence_results
 from lora_export.check import results as check_results
 from lora_export.check.context import CheckOptions
 from lora_export.check.judge import tolerances
-from lora_export.check.judge.formulas import FORMULAS
+from lora_export.check.judge.formulas import COST_FORMULAS, FORMULAS
 from lora_export.report import check_tables, measure_words
 from lora_export.report.as_json import json_value, render_json, report_schema
 
@@ -79,7 +79,7 @@ def test_every_field_is_described_and_required(definition: str, kind: type, deri
 
 
 def test_every_measure_has_words_and_a_formula() -> None:
-    assert list(measure_words.WORDS) == list(tolerances.MEASURES) == list(FORMULAS)
+    assert list(measure_words.WORDS) == list(tolerances.MEASURES) == [*FORMULAS, "weights", "scales", *COST_FORMULAS]
     for words in measure_words.WORDS.values():
         assert words.title and words.noun and words.text(1.0)
 

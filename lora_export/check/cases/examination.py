@@ -14,6 +14,7 @@ from lora_export.artifact import AdapterRecord
 from lora_export.check.context import AnySession, CheckContext, run_reference
 from lora_export.check.inputs.examples import Batch
 from lora_export.check.judge.compare import Comparison, Outputs, compare
+from lora_export.check.judge.tolerances import Tolerances
 from lora_export.check.locate.probe import Probe
 from lora_export.check.locate.probes import worst_probes
 from lora_export.check.locate.where import Where
@@ -21,6 +22,7 @@ from lora_export.check.reference.unmerged import Reference
 from lora_export.check.results import ParityCase
 from lora_export.runtime.adapter_session import RowAdapter
 
+ON_IT = ", on the dequantized base"
 # An effect that is not seen in so many batches is none.
 _EFFECT_BATCHES = 8
 
@@ -32,12 +34,14 @@ class Examined:
     Attributes:
         adapter: What the export's rows run with; None for the base, and for what is merged.
         records: The adapters that the reference runs with.
+        is_in_weights: Whether they are in quantized weights, so that there is no reference without them.
     """
 
     label: str
     adapter: RowAdapter
     reference: Reference
     records: tuple[AdapterRecord, ...] = ()
+    is_in_weights: bool = False
 
     @property
     def group(self) -> str:
@@ -62,15 +66,21 @@ class Examination:
         return self.context.session
 
     def judge(
-        self, comparison: Comparison, probes: Callable[[], Iterable[Probe]] | str, *, layers_of: str | None = None
+        self,
+        comparison: Comparison,
+        probes: Callable[[], Iterable[Probe]] | str,
+        *,
+        layers_of: str | None = None,
+        limits: Tolerances | None = None,
     ) -> ParityCase:
         """Add the case of a comparison, and where it fails the place.
 
         Args:
             probes: Ways to look at the worst row, the cheapest first; or why a failure is not looked into.
             layers_of: The adapter whose error by layer is taken on the first probe, whether or not the case fails.
+            limits: Others than the check's.
         """
-        case = compare(comparison, self.context.limits)
+        case = compare(comparison, limits or self.context.limits)
         self.cases.append(case)
         if isinstance(probes, str):
             self.where.cannot(case, probes)
@@ -98,16 +108,17 @@ class Examination:
         """
         expected = run_reference(examined.reference, batches, precisely=True)
         found = self.context.run(batches, examined.adapter)
-        without = _without(examined, batches) if examined.records else None
+        without = self.without(examined, batches) if examined.records and not examined.is_in_weights else None
         described = "PEFT, unmerged" if examined.records else "the base in PyTorch"
+        if self.context.integers is not None:
+            described = "PyTorch, its weights as the file has them" if examined.is_in_weights else described + ON_IT
         comparison = Comparison(examined.label, examined.group, described, expected, found, without)
         self.judge_rows(comparison, examined, batches, layers_of=examined.label)
         return expected
 
-
-def _without(examined: Examined, batches: Sequence[Batch]) -> Outputs:
-    """The reference without the adapter; with the head that it brings, so that only the pairs' effect counts."""
-    reference = examined.reference
-    brings_head = any(record.replaced for record in examined.records)
-    with reference.without_pairs() if brings_head else reference.without_adapter():
-        return run_reference(reference, batches[:_EFFECT_BATCHES])
+    def without(self, examined: Examined, batches: Sequence[Batch]) -> Outputs:
+        """The reference without the adapter; with the head that it brings, so that only the pairs' effect counts."""
+        reference = examined.reference
+        brings_head = any(record.replaced for record in examined.records)
+        with reference.without_pairs() if brings_head else reference.without_adapter():
+            return run_reference(reference, batches[:_EFFECT_BATCHES])

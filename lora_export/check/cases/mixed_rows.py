@@ -93,7 +93,7 @@ def sequence_case(examination: Examination) -> None:
 
 def _in_a_fresh_session(context: CheckContext, name: str | None) -> np.ndarray:
     """The mixed batch with one adapter, in a session that is gone afterwards."""
-    session = open_export(context.request.folder, context.session.provider)
+    session = context.fresh_session()
     return run_export(session, [context.mixed], name).values[0].reshape(1, -1)
 
 

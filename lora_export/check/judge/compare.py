@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_export.check.judge.formulas import FORMULAS, Sides
+from lora_export.check.judge.formulas import COST_FORMULAS, FORMULAS, Sides
 from lora_export.check.judge.tolerances import Tolerances
-from lora_export.check.results import BothSides, Measured, ParityCase
+from lora_export.check.results import COST, BothSides, Measured, ParityCase
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Outputs:
     @property
     def n_rows(self) -> int:
         return sum(len(value) for value in self.values)
+
+    def with_precise(self, values: Sequence[np.ndarray]) -> Outputs:
+        """The same, with others at the wider dtype."""
+        return replace(self, precise=tuple(values))
 
     def first(self) -> Outputs:
         """Those of the first batch."""
@@ -74,6 +79,7 @@ class Comparison:
         without: The reference without the adapter on the first batches, to see what effect it has; None where there
             is no adapter.
         n_rows: Rows compared, where `expected` has several flattened into one; else None.
+        found_without: The export without the adapter, of a comparison in the group "cost"; None where it has none.
     """
 
     name: str
@@ -83,6 +89,7 @@ class Comparison:
     found: Outputs
     without: Outputs | None = None
     n_rows: int | None = None
+    found_without: Outputs | None = None
 
 
 def compare(comparison: Comparison, limits: Tolerances) -> ParityCase:
@@ -104,8 +111,10 @@ def compare(comparison: Comparison, limits: Tolerances) -> ParityCase:
         n_precise=expected.n_flattened or 0,
         without=None if comparison.without is None else comparison.without.positions(),
         targets=expected.target_positions(),
+        found_without=None if comparison.found_without is None else comparison.found_without.positions(),
     )
-    figures = ((name, formula(sides)) for name, formula in FORMULAS.items())
+    formulas = COST_FORMULAS if comparison.group == COST else FORMULAS
+    figures = ((name, formula(sides)) for name, formula in formulas.items())
     measured = tuple(Measured.of(name, *figure) for name, figure in figures if figure is not None)
     return _case(
         comparison,

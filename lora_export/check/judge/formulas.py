@@ -30,6 +30,7 @@ class Sides:
         n_precise: How many positions those are, where several were flattened into one.
         without: The first positions in PyTorch without the adapter; None where there is no adapter.
         targets: Of a language model, the token that follows each position, `[positions]`, -1 for none.
+        found_without: The first positions in the export without the adapter, where what quantization costs is measured.
     """
 
     pytorch: np.ndarray
@@ -40,6 +41,7 @@ class Sides:
     n_precise: int = 0
     without: np.ndarray | None = None
     targets: np.ndarray | None = None
+    found_without: np.ndarray | None = None
 
     @cached_property
     def error(self) -> float:
@@ -174,4 +176,39 @@ FORMULAS: dict[str, Callable[[Sides], Figure]] = {
     "perplexity": _perplexity,
     "effect": _effect,
     "effect_share": _effect_share,
+}
+
+
+def _cost_kl(sides: Sides) -> Figure:
+    return (mean_kl(sides.pytorch, sides.exported), sides.limits.cost_kl) if sides.is_logits else None
+
+
+def _cost_top1(sides: Sides) -> Figure:
+    if not sides.is_logits:
+        return None
+    return top1_agreement(sides.pytorch, sides.exported, margin=0), sides.limits.cost_top1
+
+
+def _cost_perplexity(sides: Sides) -> Figure:
+    both = sides.perplexities
+    return None if both is None else (both.exported / both.reference - 1, sides.limits.cost_perplexity)
+
+
+def _cost_effect(sides: Sides) -> Figure:
+    """Of an export without the adapter, its own effect; else what it differs by from the floats without."""
+    if sides.without is None:
+        return None
+    found_without = sides.without if sides.found_without is None else sides.found_without
+    n = len(sides.without)
+    effect, arrived = sides.pytorch[:n] - sides.without, sides.exported[:n] - found_without[:n]
+    square = float((effect * effect).sum())
+    return (float((arrived * effect).sum()) / square if square else 0.0), sides.limits.cost_effect
+
+
+# What quantization costs: the same on the base's floats against the export as it runs.
+COST_FORMULAS: dict[str, Callable[[Sides], Figure]] = {
+    "cost_kl": _cost_kl,
+    "cost_top1": _cost_top1,
+    "cost_perplexity": _cost_perplexity,
+    "cost_effect": _cost_effect,
 }

@@ -88,10 +88,43 @@ MEASURES = {
         "{value:.2%} of the adapter's effect arrives; 100 % to within {limit:.2%} is expected",
         Bound.AROUND_ONE,
     ),
+    "weights": Measure(
+        "of quantized weights, how much farther a stored number is from the base's than the nearest of its block's "
+        "grid, over the grid's range; at most",
+        "a stored weight is {value:.2e} of its block's range farther from the base's than it need be; at most "
+        "{limit:.0e} is rounding",
+    ),
+    "scales": Measure(
+        "of quantized weights, how far a grid's range is from that of its block, relative; at most",
+        "a block's scale is off by {value:.2e} of it; at most {limit:.0e} is rounding",
+    ),
+    "cost_kl": Measure(
+        "what quantization costs: mean Kullback-Leibler divergence from the base's floats, nats; at most",
+        "quantization costs {value:.3g} nats; at most {limit:g} was asked for",
+    ),
+    "cost_top1": Measure(
+        "likewise, share of positions with the same best class; at least",
+        "{value:.2%} of positions keep their best class; {limit:.1%} was asked for",
+        Bound.SHARE_AT_LEAST,
+    ),
+    "cost_perplexity": Measure(
+        "likewise, by how much of it the perplexity rises; at most",
+        "the perplexity rises by {value:.2%}; at most {limit:.2%} was asked for",
+    ),
+    "cost_effect": Measure(
+        "likewise, distance from 1 of the share of the adapter's effect that is kept; at most",
+        "{value:.2%} of the adapter's effect is kept; 100 % to within {limit:.2%} was asked for",
+        Bound.AROUND_ONE,
+    ),
 }
+# PyTorch and the export multiply the same integers, and round what they multiply by to 8 bits.
+INT8 = "int8"
+COSTS = ("cost_kl", "cost_top1", "cost_perplexity", "cost_effect")
+# Measures of quantized exports alone.
+_OF_INTEGERS = ("weights", "scales", *COSTS)
 
-_ANY = ("float32", "float16", "bfloat16")
-_HALF = ("float16", "bfloat16")
+_ANY = ("float32", "float16", "bfloat16", INT8)
+_HALF = ("float16", "bfloat16", INT8)
 _BOTH = ("cpu", "cuda")
 # Measure, dtypes, providers, limit, reason; the first row that fits counts.
 _TABLE = (
@@ -102,7 +135,9 @@ _TABLE = (
     ("features", ("float32",), ("cuda",), 1e-3, "as the error of logits"),
     ("features", ("float16",), _BOTH, 2e-2, "11-bit significands: errors of 1e-3 a layer, over a dozen layers"),
     ("features", ("bfloat16",), _BOTH, 1e-1, "8-bit significands: eight times float16's rounding, less with depth"),
+    ("features", (INT8,), _BOTH, None, "as the error of logits"),
     ("rounding", ("float32",), _BOTH, 4.0, "seen on a CPU: 0.8 to 1.9; sums in another order, a coarser exp and erf"),
+    ("rounding", (INT8,), _BOTH, 1.5, "seen on a CPU: 1.00; both sides round the same operands"),
     ("rounding", _HALF, _BOTH, 2.0, "seen on a CPU: 0.6 to 1.1; as many roundings to the dtype, or fewer"),
     ("kl", ("float32",), _BOTH, None, "the error gates"),
     ("kl", ("float16",), _BOTH, 1e-3, "errors of up to 4e-2 in the logits, squared and halved"),
@@ -113,20 +148,33 @@ _TABLE = (
         1e-2,
         "8 times as coarse, and squared; ten times float16's, not 64",
     ),
+    ("kl", (INT8,), _BOTH, None, "the rounding gates, as it knows how much this model loses"),
     ("top1", ("float32",), _BOTH, 0.999, "a flip beyond the noise is an error; one in a thousand may sit at its edge"),
     ("top1", ("float16",), _BOTH, 0.99, "as float32, with a wider edge"),
     ("top1", ("bfloat16",), _BOTH, 0.98, "as float16, with a wider edge"),
+    ("top1", (INT8,), _BOTH, 0.98, "as bfloat16, whose significand is as short"),
     ("perplexity", ("float32",), _BOTH, 1e-4, "a mean over positions of errors near 1e-6"),
     ("perplexity", ("float16",), _BOTH, 1e-2, "a mean of errors of either sign of some 1e-2"),
     ("perplexity", ("bfloat16",), _BOTH, 5e-2, "five times float16's; the errors are eight times as large"),
+    ("perplexity", (INT8,), _BOTH, None, "as the divergence"),
     ("effect", ("float32",), _BOTH, 10.0, "an effect within a few errors cannot be told from none"),
     ("effect", _HALF, _BOTH, None, "a weak effect is a few roundings in one place, clear over all: effect_share gates"),
     ("effect_share", ("float32",), ("cpu",), 1e-4, "as the error"),
     ("effect_share", ("float32",), ("cuda",), 1e-3, "as the error"),
     ("effect_share", ("float16",), _BOTH, 1e-3, "two roundings of factors that were scaled, multiplied and stored"),
     ("effect_share", ("bfloat16",), _BOTH, 8e-3, "as float16, at eight times the rounding"),
+    ("effect_share", (INT8,), _BOTH, 2e-2, "as bfloat16, with a product's operand rounded once more at each layer"),
+    ("weights", ("float32",), _BOTH, 2e-6, "16 roundings of a sum that PEFT merges in another order"),
+    ("weights", ("float16",), _BOTH, 2e-3, "one rounding either way to the dtype before the integers"),
+    ("weights", ("bfloat16",), _BOTH, 1.6e-2, "as float16, at eight times the rounding"),
+    ("scales", ("float32",), _BOTH, 2e-6, "as the weights"),
+    ("scales", ("float16",), _BOTH, 2e-3, "as the weights, and a rounding of the scale"),
+    ("scales", ("bfloat16",), _BOTH, 1.6e-2, "as float16, at eight times the rounding"),
+    ("weights", (INT8,), _BOTH, None, "the same weights as without rounded activations"),
+    ("scales", (INT8,), _BOTH, None, "the same weights as without rounded activations"),
+    *((name, _ANY, _BOTH, None, "for the user to say") for name in COSTS),
 )
-_EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+_EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, INT8: 2.0**-7}
 
 
 @dataclass(frozen=True)
@@ -147,33 +195,46 @@ class Tolerances:
     perplexity: float | None
     effect: float | None
     effect_share: float | None
+    weights: float | None = None
+    scales: float | None = None
+    cost_kl: float | None = None
+    cost_top1: float | None = None
+    cost_perplexity: float | None = None
+    cost_effect: float | None = None
     epsilon: float = 2.0**-23
     noise: float = 2.0
     recorded: tuple[Limit, ...] = ()
 
 
-def tolerances(dtype: str, provider: str, overrides: Mapping[str, float] | None = None) -> Tolerances:
+def tolerances(
+    dtype: str, provider: str, overrides: Mapping[str, float] | None = None, *, quantized: bool = False
+) -> Tolerances:
     """The limits for an export of `dtype` run on `provider` ("cpu" or "cuda").
 
     Args:
         overrides: Limits to put in place of the table's, by measure.
+        quantized: Whether its weights are, which has measures of its own.
 
     Raises:
         UsageProblem: An override names no measure.
     """
     given = dict(overrides or {})
-    unknown = sorted(set(given) - set(MEASURES))
+    measures = [name for name in MEASURES if quantized or name not in _OF_INTEGERS]
+    unknown = sorted(set(given) - set(measures))
     if unknown:
         raise UsageProblem(
             "A tolerance is for a measure that there is not",
             where="--tolerance",
-            expected=", ".join(MEASURES),
+            expected=", ".join(measures),
             found=", ".join(unknown),
         )
     limits = tuple(_limit(measure, dtype, provider, given=given) for measure in MEASURES)
     noise = _limit("rounding", dtype, provider, given={}).limit
     return Tolerances(
-        **{each.measure: each.limit for each in limits}, epsilon=_EPSILON[dtype], noise=noise, recorded=limits
+        **{each.measure: each.limit for each in limits},
+        epsilon=_EPSILON[dtype],
+        noise=noise,
+        recorded=tuple(each for each in limits if each.measure in measures),
     )
 
 
@@ -226,7 +287,7 @@ def used(measure: str, value: float, limit: float) -> float:
 
 def markdown_table() -> str:
     """The limits on the CPU provider as Markdown, for the docs; kept equal to it by a test."""
-    by_dtype = {dtype: tolerances(dtype, "cpu").recorded for dtype in _ANY}
+    by_dtype = {dtype: tolerances(dtype, "cpu", quantized=True).recorded for dtype in _ANY}
     lines = ["| measure | " + " | ".join(by_dtype) + " | |", "|---|" + "---:|" * len(by_dtype) + "---|"]
     for number, (measure, measured) in enumerate(MEASURES.items()):
         shown = [_shown(of[number].limit).replace("none", "–") for of in by_dtype.values()]

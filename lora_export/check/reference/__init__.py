@@ -1,8 +1,9 @@
 """The reference: unmerged PEFT in PyTorch.
 
     unmerged.py      the model at the export's dtype and a wider one
+    on_integers.py   a quantized export's weights in the model
     trained.py       adapters as PEFT runs them
     module_calls.py  what every module is given and gives in one run
 
-Imports base, check.judge, compat, export, quiet.
+Imports base, check.judge, compat, errors, export, graph, quiet.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from peft import PeftType
 
 from lora_export.base.tasks import Task, model_class
 from lora_export.base.weightless import TORCH_DTYPES
+from lora_export.check.reference.on_integers import IntegerBase, Switch
 from lora_export.check.reference.trained import TrainedAdapter, adds_up, untied, vocabulary_of, with_one, with_several
 from lora_export.export.weights import as_numpy
 from lora_export.quiet import quiet
@@ -37,6 +39,8 @@ class Reference:
         n_labels: Size of the head to build; None for the base's own.
         with_precise: Whether to keep the same model at a wider dtype as well.
         pad_token_id: Of a classifier on a decoder; None for what the base's config says.
+        integers: The quantized weights to multiply by; None for those of the base. Of a merged export, what its
+            adapters do to all other weights is taken from PEFT, and `merged` tells that they are in the weights.
 
     Attributes:
         precise: The same at the wider dtype, whose distance from this one is PyTorch's rounding; None without.
@@ -52,16 +56,22 @@ class Reference:
         n_labels: int | None,
         with_precise: bool = False,
         pad_token_id: int | None = None,
+        integers: IntegerBase | None = None,
+        merged: bool = False,
     ) -> None:
+        self._integers = integers
         self._task, self._base, self._n_labels = task, base, n_labels
         self._dtype, self._pad_token_id = _DTYPES[dtype], pad_token_id
         self.precise = None
         if with_precise:
             self.precise = Reference(
-                task, base, adapters, dtype=WIDER[dtype], n_labels=n_labels, pad_token_id=pad_token_id
-            )
+                task, base, adapters, dtype=WIDER[dtype], n_labels=n_labels, pad_token_id=pad_token_id,
+                integers=integers and replace(integers, switch=Switch()), merged=merged,
+            )  # fmt: skip
         with quiet():
-            if not adapters:
+            if merged:
+                model = self._folded(adapters)
+            elif not adapters:
                 model = self._load(self._dtype)
             elif len(adapters) == 1 and adapters[0].weight == 1:
                 model = with_one(self._load_for(adapters[0], self._dtype), adapters[0])
@@ -86,7 +96,8 @@ class Reference:
         )
         if self._pad_token_id is not None:
             model.config.get_text_config().pad_token_id = self._pad_token_id
-        return model
+        is_of_base = self._integers is not None and not self._integers.is_merged
+        return self._integers.put_in(model) if is_of_base else model
 
     def _load_for(self, adapter: TrainedAdapter, dtype: torch.dtype) -> torch.nn.Module:
         """The base as the adapter was trained on it: with the vocabulary that its file has."""
@@ -95,6 +106,26 @@ class Reference:
         if n_tokens is not None:
             model.resize_token_embeddings(n_tokens, mean_resizing=False)
         return model
+
+    def _folded(self, adapters: Sequence[TrainedAdapter]) -> torch.nn.Module:
+        """The adapters in the weights, as PEFT merges them; then, where they are quantized, those of the export."""
+        if len(adapters) == 1 and adapters[0].weight == 1:
+            model = untied(self._load_for(adapters[0], torch.float32))
+            model = with_one(model, adapters[0]).merge_and_unload().to(self._dtype)
+        elif adapters:
+            model = self._summed(adapters)
+        else:
+            model = self._load(self._dtype)
+        return model if self._integers is None else self._integers.put_in(model)
+
+    @contextlib.contextmanager
+    def rounding_activations(self) -> Iterator[None]:
+        """Quantized products round what they multiply by to 8-bit integers, as the graph lets them."""
+        self._integers.switch.is_on = True
+        try:
+            yield
+        finally:
+            self._integers.switch.is_on = False
 
     def _summed(self, adapters: Sequence[TrainedAdapter]) -> torch.nn.Module:
         model = untied(self._load(torch.float32))
@@ -112,6 +143,11 @@ class Reference:
     def module(self) -> torch.nn.Module:
         """What a run calls."""
         return self._callable()
+
+    @property
+    def inner(self) -> torch.nn.Module:
+        """The base's own model, whose modules go by the base's paths."""
+        return self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
 
     @contextlib.contextmanager
     def eager_attention(self) -> Iterator[None]:

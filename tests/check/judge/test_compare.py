@@ -249,7 +249,8 @@ def test_accuracy_counts_labelled_rows():
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("provider", ["cpu", "cuda"])
 def test_every_dtype_and_provider_has_gates_that_gate(dtype, provider):
-    limits = tolerances(dtype, provider)
+    limits = tolerances(dtype, provider, quantized=True)
+    assert limits.weights < 0.02 and limits.scales < 0.02
     assert limits.error is not None or limits.kl is not None
     assert 0.9 < limits.top1 <= 1 and 0 < limits.effect_share < 0.01 and 1 < limits.rounding <= 4
     assert {limit.measure: limit.limit for limit in limits.recorded} == {

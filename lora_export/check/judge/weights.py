@@ -1,0 +1,97 @@
+"""Quantized weights against the floats that they stand for. NumPy only.
+
+Of a block with scale `s` and zero `z`, the stored number `q` stands for `s (q − z)`, one of a grid of `2**bits`. Two
+measures over all blocks of all weights:
+
+- *weights*: how much farther `s (q − z)` is from the float `w` than the nearest of the grid, over the grid's range
+  `2**bits |s|`. 0 where every `q` is the best there is; rounding of `w` moves it by as much.
+- *scales*: how far the grid's range is from the block's own, relative to it: `|s| 2**(bits − 1)` from the largest
+  `|w|`; where blocks have zeros, `s (2**bits − 1)` from the largest `w` less the smallest, zero being one of both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from lora_export.check.judge.tolerances import Tolerances
+from lora_export.check.results import Measured, ParityCase
+
+_TINY = float(np.finfo(np.float64).tiny)
+
+
+class Stored(Protocol):
+    """See `graph.stored_integers.StoredInteger`."""
+
+    bits: int
+    block_size: int
+    integers: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray
+    has_zeros: bool
+
+    def by_element(self, of_blocks: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass
+class WeightErrors:
+    """The worst of the weights seen.
+
+    Attributes:
+        off: The measure *weights*.
+        range_error: The measure *scales*.
+        worst: The weight that either is of.
+    """
+
+    n_weights: int = 0
+    off: float = 0.0
+    range_error: float = 0.0
+    worst: str = ""
+
+    def take(self, name: str, stored: Stored, expected: np.ndarray) -> None:
+        """Compare `stored` with the floats `expected` `[out, in]`."""
+        expected = expected.astype(np.float64)
+        off, range_error = _off(stored, expected), _range_error(stored, expected)
+        if not off <= self.off or not range_error <= self.range_error:
+            self.worst = name
+        self.off, self.range_error = _worse(self.off, off), _worse(self.range_error, range_error)
+        self.n_weights += 1
+
+
+def _worse(one: float, other: float) -> float:
+    return math.inf if math.isnan(other) else max(one, other)
+
+
+def _off(stored: Stored, expected: np.ndarray) -> float:
+    scales, zeros = stored.by_element(stored.scales), stored.by_element(stored.zeros)
+    levels = 1 << stored.bits
+    with np.errstate(divide="ignore", invalid="ignore"):
+        place = np.where(scales == 0, 0.0, expected / scales) + zeros
+    nearest = np.clip(np.round(place), 0, levels - 1)
+    best = np.abs(scales * (nearest - zeros) - expected)
+    farther = np.abs(scales * (stored.integers - zeros) - expected) - best
+    return float((farther / np.maximum(levels * np.abs(scales), _TINY)).max(initial=0))
+
+
+def _range_error(stored: Stored, expected: np.ndarray) -> float:
+    padding = -expected.shape[1] % stored.block_size
+    blocks = np.pad(expected, ((0, 0), (0, padding))).reshape(len(expected), -1, stored.block_size)
+    own, grid = np.abs(blocks).max(axis=2), np.abs(stored.scales) * (1 << (stored.bits - 1))
+    if stored.has_zeros:
+        own = np.maximum(blocks.max(axis=2), 0) - np.minimum(blocks.min(axis=2), 0)
+        grid = stored.scales * ((1 << stored.bits) - 1)
+    is_there = own > 0
+    return float(np.abs(grid[is_there] / own[is_there] - 1).max(initial=0))
+
+
+def weights_case(errors: WeightErrors, limits: Tolerances, against: str) -> ParityCase:
+    """What was seen, as a case."""
+    measured = (
+        Measured.of("weights", errors.off, limits.weights),
+        Measured.of("scales", errors.range_error, limits.scales),
+    )
+    failures = tuple(f"{each.failure} ({errors.worst})" for each in measured if each.failed)
+    return ParityCase("quantized weights", "weights", against, errors.n_weights, measured, failures)

@@ -1,0 +1,118 @@
+"""An export's linear maps stored as small integers: what cannot be, and the graphs so changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+
+import onnx_ir as ir
+import torch
+
+from lora_export.base.weightless import is_conv1d
+from lora_export.contract import SiteChoice
+from lora_export.errors import InputRefused, UsageProblem, some_of
+from lora_export.export.plan import Plan
+from lora_export.export.resolve import Resolved
+from lora_export.graph.quantize import quantize_weights
+from lora_export.graph.unbound import unbound
+from lora_export.quantization import Quantization
+
+# Floats that are worth a word: of what stays as it is, as a share of all.
+_WORTH_A_WORD = 0.05
+
+
+def require_kept(how: Quantization | None, model: torch.nn.Module) -> None:
+    """Refuse a name to keep that names nothing.
+
+    Raises:
+        UsageProblem: A name to keep names no linear module.
+    """
+    if how is None:
+        return
+    linear = linear_weights(model)
+    unknown = [name for name in how.keep if not any(replace(how, keep=(name,)).keeps(path) for path in linear)]
+    if unknown:
+        raise UsageProblem(
+            f"--keep {unknown[0]!r} names no linear module of the base",
+            expected="one of " + ", ".join(sorted({path.split(".")[-2] for path in linear})),
+        )
+
+
+def linear_weights(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """The weights of linear modules, by path: `(in_features, out_features)`."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            found[f"{name}.weight"] = (module.weight.shape[1], module.weight.shape[0])
+        elif is_conv1d(module):
+            found[f"{name}.weight"] = tuple(module.weight.shape)
+    return found
+
+
+def planned_sizes(plan: Plan, resolved: Resolved, choice: SiteChoice) -> dict[str, int]:
+    """Bytes of the weights that would be quantized, by path; empty without quantization."""
+    how, item = plan.request.quantization, 4 if plan.dtype == "float32" else 2
+    if how is None:
+        return {}
+    return {
+        path: how.n_bytes(*sizes, item)
+        for path, sizes in linear_weights(resolved.model).items()
+        if not how.keeps(path) and path not in choice.parameters
+    }
+
+
+def quantize_graphs(
+    models: Mapping[str, ir.Model], plan: Plan, resolved: Resolved, remark: Callable[[str], None]
+) -> Quantization | None:
+    """Let `models` (changed in place) read integers, and say what was done; None where nothing is quantized.
+
+    Raises:
+        InputRefused: No weight of the graphs is a linear map's.
+    """
+    how = plan.request.quantization
+    if how is None:
+        return None
+    weights = dict.fromkeys(path for model in models.values() for path in quantize_weights(model, how))
+    if not weights:
+        raise InputRefused(
+            f"The graph has no linear map to quantize to {how.name}",
+            where=str(plan.checkpoint.path),
+            next_step="export it without --quantize, or keep fewer modules",
+        )
+    if plan.request.mode == "merge" and plan.folders:
+        remark(f"adapters are folded into the floats first; the sums are quantized to {how.name} after")
+    for sentence in _left(models, how, resolved.parameters.aliases, weights):
+        remark(sentence)
+    quantizer = f"onnxruntime {_onnxruntime_version()}"
+    return replace(how, weights=tuple(weights), quantizer=quantizer)
+
+
+def _left(
+    models: Mapping[str, ir.Model],
+    how: Quantization,
+    aliases: Mapping[str, tuple[str, ...]],
+    weights: Collection[str],
+) -> list[str]:
+    """What stays in floats, if it is worth a word."""
+    floats: dict[str, int] = {}
+    total = 0
+    for model in models.values():
+        for value, recipe in unbound(model.graph):
+            n = math.prod(dim for dim in value.shape if isinstance(dim, int)) * value.dtype.itemsize
+            total += n
+            if recipe.quantized is None:
+                # A tensor that is quantized as a head's and looked up in goes by its other name.
+                names = [next((p for p in aliases.get(q, ()) if p not in weights), q) for q in recipe.parameters]
+                floats["+".join(names)] = int(n)
+    left = {name: n for name, n in sorted(floats.items(), key=lambda item: -item[1]) if n > _WORTH_A_WORD * total}
+    if not left:
+        return []
+    shown = some_of([f"{name} ({n / 1e6:,.1f} MB)" for name, n in left.items()], 4)
+    return [f"not quantized to {how.name}, as they are no linear maps or were to be kept: {shown}"]
+
+
+def _onnxruntime_version() -> str:
+    import onnxruntime
+
+    return onnxruntime.__version__

@@ -1,0 +1,116 @@
+"""The weights that a written graph multiplies by as small integers, read off its file as `MatMulNBits` is specified.
+
+`check` goes by what is read here. Nothing is shared with the code that quantizes, so that a mistake of one is not made
+by the other as well.
+
+    Y = A · Wᵀ,  W[n, k] = scales[n, k // block_size] · (B[n, k] − zero_points[n, k // block_size])
+
+`B` is `[N, blocks, block_size · bits / 8]` bytes, of which each holds 8 / bits numbers, the first in the lowest bits.
+Zeros are packed likewise, a row of blocks after the other, or are floats; where there are none, each is 2**(bits − 1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+_OPERATOR = ("MatMulNBits", "com.microsoft")
+_INTEGERS = re.compile(r"_Q[248]$")
+_LEVEL = "accuracy_level"
+# MatMulNBits may round its other operand to 8-bit integers.
+_INT8_LEVEL = 4
+
+
+@dataclass(frozen=True)
+class StoredInteger:
+    """One stored weight, `[out, in]`.
+
+    Attributes:
+        parameters: The paths in the base of what it is: one, or projections of one input below each other.
+        integers: `[out, in]`, unsigned.
+        scales, zeros: `[out, blocks]`, float64.
+        has_zeros: Whether the file has zeros.
+    """
+
+    parameters: tuple[str, ...]
+    bits: int
+    block_size: int
+    integers: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray
+    has_zeros: bool
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        """What it stands for, `[out, in]`, float32: one rounding."""
+        return (self.by_element(self.scales) * (self.integers - self.by_element(self.zeros))).astype(np.float32)
+
+    def apart(self, sizes: Sequence[int]) -> Iterator[StoredInteger]:
+        """One for each of its parameters, of `sizes` rows."""
+        ends = np.cumsum(sizes)
+        for parameter, start, end in zip(self.parameters, ends - np.array(sizes), ends, strict=True):
+            arrays = (each[start:end] for each in (self.integers, self.scales, self.zeros))
+            yield StoredInteger((parameter,), self.bits, self.block_size, *arrays, self.has_zeros)
+
+    def by_element(self, of_blocks: np.ndarray) -> np.ndarray:
+        """A number a block, `[out, blocks]`, as one an element, `[out, in]`."""
+        return np.repeat(of_blocks, self.block_size, axis=1)[:, : self.integers.shape[1]]
+
+
+def rounds_activations(graph: Path) -> bool:
+    """Whether any product of the graph in this file may round its other operand to 8-bit integers."""
+    nodes = ir.load(graph).graph.all_nodes()
+    return any(_is_quantized(node) and node.attributes.get_int(_LEVEL, 0) >= _INT8_LEVEL for node in nodes)
+
+
+def without_rounded_activations(model: ir.Model) -> ir.Model:
+    """`model` (changed in place) with products that leave their other operand as it is."""
+    for node in model.graph.all_nodes():
+        if _is_quantized(node):
+            node.attributes.pop(_LEVEL, None)
+    return model
+
+
+def stored_integers(graph: Path) -> Iterator[StoredInteger]:
+    """The quantized weights of the graph in this file, one at a time; of projections packed into one, that."""
+    seen = set()
+    for node in ir.load(graph).graph.all_nodes():
+        if _is_quantized(node):
+            read = tuple(value.name if value is not None else "" for value in node.inputs[1:4])
+            if read not in seen:
+                yield _read(node)
+            seen.add(read)
+
+
+def _is_quantized(node: ir.Node) -> bool:
+    return (node.op_type, node.domain) == _OPERATOR
+
+
+def _read(node: ir.Node) -> StoredInteger:
+    size = {name: node.attributes.get_int(name) for name in ("K", "N", "bits", "block_size")}
+    n_out, n_in, bits, block_size = size["N"], size["K"], size["bits"], size["block_size"]
+    blocks = -(-n_in // block_size)
+    packed, scales = (value.const_value.numpy() for value in node.inputs[1:3])
+    integers = _numbers(packed.reshape(n_out, -1), bits)[:, :n_in]
+    scales = scales.astype(np.float64).reshape(n_out, blocks)
+    zeros = np.full((n_out, blocks), float(1 << (bits - 1)))
+    given = node.inputs[3] if len(node.inputs) > 3 else None
+    if given is not None:
+        array = given.const_value.numpy()
+        is_packed = array.dtype == np.uint8
+        array = _numbers(array.reshape(n_out, -1), bits) if is_packed else array.reshape(n_out, -1)
+        zeros = array[:, :blocks].astype(np.float64)
+    parameters = tuple(_INTEGERS.sub("", node.inputs[1].name).split("+"))
+    return StoredInteger(parameters, bits, block_size, integers, scales, zeros, given is not None)
+
+
+def _numbers(rows: np.ndarray, bits: int) -> np.ndarray:
+    """`[rows, bytes]` as `[rows, numbers]`."""
+    mask = (1 << bits) - 1
+    return np.stack([(rows >> shift) & mask for shift in range(0, 8, bits)], axis=-1).reshape(len(rows), -1)

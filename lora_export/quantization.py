@@ -1,0 +1,78 @@
+"""How the weights of an export's linear maps are stored as small integers: what was asked for, and what was done.
+
+ONNX Runtime's `MatMulNBits` reads a weight `W` `[in, out]` in blocks of `block_size` along `in`, each with a scale:
+
+    W[k, n] ≈ scale[n, k // block_size] · (q[n, k] − zero)
+
+`q` has `bits` bits; `zero` is `2**(bits − 1)`, or one a block where blocks are not symmetric. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+# What MatMulNBits rounds its other operand to, at the least: 0 leaves it to the provider, 4 allows 8-bit integers.
+ACCURACY_LEVELS = (0, 1, 2, 3, 4)
+INT8_ACTIVATIONS = 4
+
+
+class Method(StrEnum):
+    """How scales are chosen."""
+
+    RTN = "rtn"  # round to nearest, a block's range over that of the integers
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How linear maps are stored.
+
+    Attributes:
+        accuracy_level: `MatMulNBits`' attribute of that name.
+        keep: Modules to leave in floats, by path or by its last parts.
+        weights: The parameters that are stored so; empty in a request.
+        quantizer: What computed it, with its version; empty in a request.
+    """
+
+    bits: int = 4
+    block_size: int = 32
+    symmetric: bool = True
+    accuracy_level: int = INT8_ACTIVATIONS
+    method: Method = Method.RTN
+    keep: tuple[str, ...] = ()
+    weights: tuple[str, ...] = field(default=())
+    quantizer: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}"
+
+    @property
+    def described(self) -> str:
+        """In words, such as "int4 (rtn, blocks of 32, symmetric, accuracy level 4)"."""
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        how = (self.method, f"blocks of {self.block_size}", kind, f"accuracy level {self.accuracy_level}")
+        return f"{self.name} ({', '.join(how)})"
+
+    def keeps(self, parameter: str) -> bool:
+        """Whether `keep` names the module of `parameter`."""
+        module = parameter.rpartition(".")[0]
+        return any(module == name or module.endswith(f".{name}") for name in self.keep)
+
+    def n_bytes(self, in_features: int, out_features: int, item: int) -> int:
+        """Bytes of a weight: its integers, a scale of `item` bytes a block, and where blocks have one, the zero."""
+        blocks = -(-in_features // self.block_size)
+        zeros = 0 if self.symmetric else -(-blocks * self.bits // 8)
+        return out_features * (blocks * (self.block_size * self.bits // 8 + item) + zeros)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping) -> Quantization:
+        lists = {name: tuple(fields[name]) for name in ("keep", "weights")}
+        return cls(**{**fields, **lists, "method": Method(fields["method"])})
+
+
+def requested_of(done: Quantization | None) -> Quantization | None:
+    """What was asked for, of what was done."""
+    return None if done is None else replace(done, weights=(), quantizer="")
