@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,14 +25,26 @@ from lora_export.check.inputs.examples import Batch, Example
 from lora_export.check.inputs.tokenizers import load_tokenizer
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.runtime.adapter_session import AdapterSession
-from lora_export.runtime.generate import generate
+from lora_export.runtime.generate import Generated, Piece
+from lora_export.runtime.scheduler import Finish
 from lora_export.runtime.seq2seq_session import Seq2SeqSession, open_export
 
 
 def run_trial(
-    folder: Path, inputs: Sequence[str], blend: Mapping[str, float], provider: str | None, max_new_tokens: int
+    folder: Path,
+    inputs: Sequence[str],
+    blend: Mapping[str, float],
+    provider: str | None,
+    max_new_tokens: int,
+    *,
+    is_raw: bool = False,
+    stream: Callable[[str], None] | None = None,
 ) -> dict:
     """Run the export on `inputs` (texts, image files, or sound files) with a blend of adapters (none: the base).
+
+    Args:
+        is_raw: Give a decoder the text as it is, also where the export has a chat template.
+        stream: Called with each piece of a decoder's first text as it is written, and first with a raw prompt.
 
     Raises:
         LoraExportError: The export, an adapter or an input cannot be used.
@@ -46,7 +58,7 @@ def run_trial(
     if task in SEQ2SEQ:
         return head | {"results": _write_targets(session, place, inputs, adapters, max_new_tokens)}
     if task is Task.TEXT_GENERATION:
-        return head | {"results": _generate(session, place, inputs, adapters, max_new_tokens)}
+        return head | _write(session, inputs, adapters, max_new_tokens, is_raw=is_raw, stream=stream)
     batcher = Batcher(place, task, manifest.contract, pad_token_id=manifest.pad_token_id)
     if {"input_ids", "pixel_values"} <= {spec.name for spec in manifest.contract.inputs}:
         raise UsageProblem(
@@ -171,16 +183,46 @@ def _config(place: Path, session: AdapterSession) -> dict:
     return next((json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()), {})
 
 
-def _generate(
-    session: AdapterSession, folder: Path, inputs: Sequence[str], adapters, max_new_tokens: int
-) -> list[dict]:
-    tokenizer = load_tokenizer(folder)
-    prompts = [tokenizer(text)["input_ids"] for text in inputs]
-    # A tokenizer that ends every text would end the prompt, too.
-    prompts = [p[:-1] if len(p) > 1 and p[-1] == tokenizer.eos_token_id else p for p in prompts]
-    eos = frozenset() if tokenizer.eos_token_id is None else frozenset({tokenizer.eos_token_id})
-    found = generate(session, prompts, adapters, max_new_tokens=max_new_tokens, eos_ids=eos)
-    return [{"continuation": tokenizer.decode(tokens), "tokens": tokens} for tokens in found]
+def _write(
+    session: AdapterSession,
+    texts: Sequence[str],
+    adapters: Mapping[str, float] | None,
+    max_new_tokens: int,
+    *,
+    is_raw: bool,
+    stream: Callable[[str], None] | None,
+) -> dict:
+    """What a decoder writes, each text as a chat's first message where there is a chat template."""
+    is_chat = session.tokenizer(adapters).chat_template is not None and not is_raw
+    prompts = [[{"role": "user", "content": text}] if is_chat else text for text in texts]
+
+    def show(piece: Piece) -> None:
+        if piece.index == 0:
+            stream(piece.text)
+
+    if stream is not None and not is_chat:
+        stream(texts[0])
+    each_piece = None if stream is None else show
+    found = session.generate(prompts, adapters, max_new_tokens=max_new_tokens, stream=each_piece)
+    return {"chat": is_chat, "results": [_written(each, is_chat) for each in found]}
+
+
+def _written(found: Generated, is_chat: bool) -> dict:
+    if found.finish is Finish.FAILED:
+        raise InputRefused(
+            "The scores of a token are not finite, so no token is the likeliest",
+            next_step="run `lora-export check`; a float16 export may overflow where a float32 one does not",
+        )
+    fields = {"continuation": found.text, "tokens": list(found.ids), "finish": str(found.finish)}
+    if found.text.strip():
+        return fields
+    if found.ids:
+        why = f"its {len(found.ids)} tokens are special tokens or spaces; more may follow with --max-new-tokens"
+    elif is_chat:
+        why = "the first token ends it; --raw gives the model the text without the chat template"
+    else:
+        why = "the first token ends it: to the model, the text is complete"
+    return fields | {"empty_because": why}
 
 
 def _write_targets(

@@ -1,9 +1,10 @@
 """The command line, and all of Click: parse, one call of the pipeline, render, exit code. The only room that exits.
 
-    main.py     the group of commands; merge, dynamic, add, remove, inspect, run
+    main.py     the group of commands; merge, dynamic, add, remove, inspect
     examine.py  check and bench
     verify.py   verify
     extract.py  extract
+    run.py      run
     serve.py    serve
     options.py  options that several commands share, each written once
     quantize_options.py  those of --quantize

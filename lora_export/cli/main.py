@@ -12,13 +12,13 @@ from pathlib import Path
 import click
 
 from lora_export import __version__
-from lora_export.artifact import read_manifest
 from lora_export.cli import options, text
 from lora_export.cli.examine import bench, check
 from lora_export.cli.extract import extract
 from lora_export.cli.names import base_and_adapters, named
 from lora_export.cli.output import Display, guarded
 from lora_export.cli.quantize_options import quantization_of
+from lora_export.cli.run import run
 from lora_export.cli.serve import serve_command
 from lora_export.cli.verify import verify_command
 from lora_export.errors import UsageProblem
@@ -253,44 +253,7 @@ def inspect_command(path: str, as_json: bool) -> None:
         display.result(describe.inspect_path(path), text.inspect_text)
 
 
-@main.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.argument("inputs", nargs=-1, required=True, metavar="TEXT...")
-@click.option(
-    "--adapter",
-    "blend",
-    multiple=True,
-    metavar="NAME[=WEIGHT]",
-    callback=options.parse_blend,
-    help="Adapter to run with; repeat with weights to blend.  [default: none]",
-)
-@click.option("--max-new-tokens", default=40, show_default=True, help="Tokens to generate (decoders).")
-@options.run_on
-@options.as_json
-def run(
-    out: Path,
-    inputs: tuple[str, ...],
-    blend: dict[str, float],
-    max_new_tokens: int,
-    provider: str | None,
-    as_json: bool,
-) -> None:
-    """Run the export OUT on TEXT (or image files, or WAV files) and print what it says.
-
-    \b
-    Example:
-      lora-export run served --adapter topic "Open a socket and listen for connections."
-    """
-    display = Display(as_json=as_json, quiet=False)
-    with guarded(display):
-        manifest = read_manifest(out)
-        for name in blend:
-            manifest.require_served(name)
-        from lora_export import trial
-
-        display.result(trial.run_trial(out, inputs, blend, provider, max_new_tokens), text.trial_text)
-
-
+main.add_command(run)
 main.add_command(serve_command)
 main.add_command(extract)
 

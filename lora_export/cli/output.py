@@ -91,6 +91,7 @@ class Display:
         self._started = time.monotonic()
         self._line_open = False
         self._stage = ""
+        self._streamed = ""
 
     def start(self, what: str) -> None:
         """Say at once that the command is alive, as its libraries take seconds to load, and which are untested."""
@@ -128,13 +129,19 @@ class Display:
             self.clear()
             print_to_reader(text, err=True)
 
+    def stream(self, part: str) -> None:
+        """A part of the result as it is made; `result` then adds what is left."""
+        self.clear()
+        self._streamed += part
+        print_to_reader(part, end="")
+
     def result(self, value: dict, render: Callable[[dict], str]) -> None:
         """The command's result, as JSON or text."""
         self.clear()
         if self.as_json:
             print_to_reader(json.dumps(value, indent=2, sort_keys=True, default=str, allow_nan=False))
         elif not self.quiet:
-            print_to_reader(render(value))
+            print_to_reader(render(value).removeprefix(self._streamed))
 
     def error(self, error: LoraExportError, raised: BaseException | None = None) -> None:
         """An error, on standard error; as JSON on standard output where that was asked for.

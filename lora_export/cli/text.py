@@ -141,7 +141,10 @@ def trial_text(value: dict) -> str:
     lines = []
     for given, result in zip(value["inputs"], value["results"], strict=True):
         if "continuation" in result:
-            lines.append(f"{given}{result['continuation']}")
+            written = result["continuation"] if value["chat"] else f"{given}{result['continuation']}"
+            lines.append(f"{given}  →  {written}" if value["chat"] and len(value["inputs"]) > 1 else written)
+            if "empty_because" in result:
+                lines.append(f"(an empty answer: {result['empty_because']})")
         elif "text" in result:
             lines.append(f"{given}  →  {result['text']}")
         elif "values" in result:

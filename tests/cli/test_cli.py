@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -16,7 +17,7 @@ from command_line import SCRIPT, call, fails
 from lora_export import __version__
 from lora_export.artifact import read_manifest
 from lora_export.cli.main import main
-from lora_export.cli.output import exit_code_of
+from lora_export.cli.output import Display, exit_code_of
 
 COMMANDS = ("merge", "dynamic", "add", "remove", "check", "bench", "verify", "extract", "inspect", "run")
 
@@ -380,6 +381,64 @@ def test_run_answers(exports):
     )
     assert text.exit_code == 0 and text.stdout.startswith("Once")
     assert "There is no such image file" in fails(3, "run", exports["vit-dynamic"], "nowhere.png", "--provider", "cpu")
+
+
+@pytest.fixture
+def assistant(exports, own) -> Path:
+    """A decoder with a chat template."""
+    folder = own(exports["llama-dynamic"])
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}:")
+    return folder
+
+
+def test_run_chats_where_there_is_a_template(assistant):
+    options = ("--adapter", "chat", "--max-new-tokens", "6", "--provider", "cpu")
+    found = json.loads(call("run", assistant, "Bind", *options, "--json").stdout)
+    raw = json.loads(call("run", assistant, "Bind", *options, "--raw", "--json").stdout)
+    whole = json.loads(call("run", assistant, "<user>Bind:", *options, "--raw", "--json").stdout)
+    assert (found["chat"], raw["chat"]) == (True, False)
+    assert found["results"] == whole["results"] != raw["results"]
+    answer, given = found["results"][0], raw["results"][0]["continuation"]
+    assert answer["finish"] == "length" and len(answer["tokens"]) == 6
+    assert call("run", assistant, "Bind", *options).stdout == f"{answer['continuation']}\n"
+    assert call("run", assistant, "Bind", *options, "--raw").stdout == f"Bind{given}\n"
+    two = call("run", assistant, "Bind", "Bind", *options).stdout
+    assert two == f"Bind  →  {answer['continuation']}\n" * 2
+
+
+def test_run_writes_as_the_model_writes(assistant, monkeypatch):
+    parts = []
+    monkeypatch.setattr(Display, "stream", lambda self, part: parts.append(part))
+    result = call("run", assistant, "Bind", "--adapter", "chat", "--max-new-tokens", "6", "--provider", "cpu", "--raw")
+    assert parts[0] == "Bind" and len(parts) == 7
+    assert "".join(parts) == result.stdout.removesuffix("\n")
+
+
+def test_an_empty_answer_says_why(assistant):
+    options = ("--max-new-tokens", "6", "--provider", "cpu")
+    first = json.loads(call("run", assistant, "Bind", *options, "--json").stdout)["results"][0]["tokens"][0]
+    (assistant / "generation_config.json").write_text(json.dumps({"eos_token_id": first}))
+    chat = call("run", assistant, "Bind", *options)
+    assert chat.exit_code == 0 and "an empty answer: the first token ends it; --raw gives the model" in chat.stdout
+    raw = call("run", assistant, "<user>Bind:", *options, "--raw").stdout
+    assert raw == "<user>Bind:\n(an empty answer: the first token ends it: to the model, the text is complete)\n"
+    (result,) = json.loads(call("run", assistant, "Bind", *options, "--json").stdout)["results"]
+    assert result["continuation"] == "" and result["finish"] == "stop" and "--raw" in result["empty_because"]
+
+
+def test_a_decoder_runs_without_torch_and_transformers(exports):
+    code = (
+        "import sys, lora_export.cli.main as m; sys.argv[1:] = ['run', sys.argv[1], 'Bind', '--adapter', 'chat',"
+        "'--max-new-tokens', '2', '--provider', 'cpu']\n"
+        "try: m.main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'transformers', 'peft', 'onnx', 'onnx_ir'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, exports["llama-dynamic"]], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Bind")
 
 
 def test_encoder_decoders_are_described_and_run(exports, bases, adapters, tmp_path):
