@@ -72,6 +72,8 @@ export class ExportedFolder {
   readonly manifest: Manifest;
   readonly contract: Contract;
   readonly defaults: Tensors;
+  /** 0; set it to 1 for WebGPU, whose kernels take no tensor without elements: a pair of zeros, a token that is none. */
+  leastRank: 0 | 1;
   readonly adapters: Map<string, { tensors: Tensors; invocationTokens: number[] | null }>;
   /** Load the bytes of an `.onnx_adapter` file under `name`. */
   load(name: string, bytes: Uint8Array, options?: { file?: string; invocationTokens?: number[] | null }): void;

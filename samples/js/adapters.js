@@ -270,6 +270,8 @@ export class ExportedFolder {
     this.contract = graph ? manifest.graphs[graph] : manifest.contract;
     this.defaults = defaults;
     this.adapters = new Map();
+    /** Set it to 1 for WebGPU, whose kernels take no tensor without elements: a pair of zeros, a token that is none. */
+    this.leastRank = 0;
   }
 
   /** Load an adapter's file under `name`. Its `invocation_tokens` are in the manifest, of an activated LoRA. */
@@ -373,8 +375,9 @@ export class ExportedFolder {
   /** What the graph is fed where no adapter is: stored, or a constant. */
   #default({ name, kind, dims, dtype }) {
     if (this.defaults[name]) return this.defaults[name];
-    const { axis, empty, constant = 0 } = KINDS[kind];
-    const sizes = dims.map((dim, i) => (empty && i === axis ? 0 : dim === "rows" || dim === "gate_length" ? 1 : dim));
+    const { axis, empty, fill, constant = fill } = KINDS[kind];
+    const size = (dim, i) => (empty && i === axis ? this.leastRank : dim === "rows" || dim === "gate_length" ? 1 : dim);
+    const sizes = dims.map(size);
     return { type: dtype, dims: sizes, data: new ARRAYS[dtype](product(sizes)).fill(setter(dtype)(constant)) };
   }
 

@@ -2,7 +2,7 @@
 //
 //   node feeds.mjs FOLDER CASES.json OUT PACKAGE
 //
-// CASES.json: [{ adapters, batch, ids?, inputs?: { name: { type, dims, data } }, outputs? }]. OUT.json and OUT.bin get the feeds of
+// CASES.json: [{ adapters, batch, ids?, inputs?: { name: { type, dims, data } }, outputs?, leastRank? }]. OUT.json and OUT.bin get the feeds of
 // each case, or its error, and its outputs.
 import { createRequire } from "node:module";
 import { open, readFile, stat, writeFile } from "node:fs/promises";
@@ -51,10 +51,11 @@ try {
   found.push(refusal(error));
 }
 const arrays = { int64: (data) => BigInt64Array.from(data, BigInt), float32: (data) => Float32Array.from(data) };
-for (const { adapters, batch, ids, inputs, outputs } of folder && !found.length
+for (const { adapters, batch, ids, inputs, outputs, leastRank = 0 } of folder && !found.length
   ? JSON.parse(await readFile(casesPath))
   : []) {
   try {
+    folder.leastRank = leastRank;
     const feeds = folder.feeds(adapters, batch, { ids });
     const own = Object.entries(inputs ?? {}).map(([key, { type, dims, data }]) => [
       key,

@@ -72,6 +72,21 @@ def test_the_feeds_are_those_of_python_and_so_are_the_outputs(name, package, exp
     assert kinds == (set(AdapterInputKind) if "llama" in name else {"lora_A", "lora_B", "weight", "bias"})
 
 
+def test_where_kernels_take_nothing_empty_zeros_do_the_same(exports, tmp_path):
+    """WebGPU: no tensor is without elements, and the outputs are those of rank 0."""
+    name = "llama-kinds-required"
+    inputs = inputs_of(AdapterSession(exports[name], "cpu"))
+    own = {key: described(array) for key, array in inputs.items()}
+    ids, rows = inputs["input_ids"].tolist(), (None, "voice", ["chat", "tokens", None, "activated"])
+    case = {"batch": BATCH, "ids": ids, "inputs": own, "outputs": ["logits"]}
+    cases = [case | {"adapters": chosen, "leastRank": least} for chosen in rows for least in (0, 1)]
+    found = run_cases(exports[name], cases, tmp_path / "found", "onnxruntime-node")
+    for empty, full in zip(found[::2], found[1::2], strict=True):
+        assert any(array.size == 0 for array in empty["feeds"].values())
+        assert all(array.size > 0 for array in full["feeds"].values())
+        np.testing.assert_allclose(full["outputs"]["logits"], empty["outputs"]["logits"], atol=1e-6)
+
+
 def _real(logits: np.ndarray) -> np.ndarray:
     """Classes that rows have: Python gives the lowest number for those that pad a smaller head."""
     return logits > np.finfo(logits.dtype).min
