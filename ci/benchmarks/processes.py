@@ -85,7 +85,7 @@ class _Sampler(threading.Thread):
 
     def run(self) -> None:
         while not self._stopped.wait(_PERIOD_SECONDS):
-            found = [size for pid in _tree(self._root) if (size := _anonymous_bytes(pid)) is not None]
+            found = [size for pid in _tree(self._root) if (size := anonymous_bytes(pid)) is not None]
             if found:
                 self.peak_bytes = max(self.peak_bytes, sum(found))
                 self.n_samples += 1
@@ -109,7 +109,7 @@ def _tree(root: int) -> list[int]:
     return found
 
 
-def _anonymous_bytes(pid: int) -> int | None:
+def anonymous_bytes(pid: int) -> int | None:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

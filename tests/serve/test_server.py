@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from live import WAIT_S, running, wait_until
 
 from lora_export.cli import serve as command
 from lora_export.errors import EnvironmentUnusable
+from lora_export.serve.server import listen
 
 ROOT = Path(__file__).parents[2]
 
@@ -140,6 +142,12 @@ def test_what_cannot_be_served_is_refused_before_it_listens(exports, tmp_path):
     assert "would both be called 'features'" in said
     said = fails(2, "serve", exports["features-dynamic"], "--max-length", 500)
     assert "The model takes no rows of that length" in said and "at most 160" in said
+
+
+def test_answers_do_not_wait_for_acknowledgements():
+    """asyncio turns Nagle's algorithm off for sockets that name TCP only: 40 ms a request otherwise."""
+    with listen("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
 
 
 def test_an_address_in_use_is_one_error(exports):
