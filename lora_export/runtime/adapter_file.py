@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,25 @@ def require_unchanged(path: Path, expected: str | None) -> None:
             found=found,
             next_step="export again, or pack the adapter with `lora-export add`",
         )
+
+
+def reader_of(path: Path) -> Callable[[], dict[str, np.ndarray]]:
+    """What reads the tensors of `path` again and refuses the file if it is not what it is now."""
+    expected = sha256_of(path)
+
+    def read_again() -> dict[str, np.ndarray]:
+        found = sha256_of(path) if path.is_file() else "no such file"
+        if found != expected:
+            raise InputRefused(
+                "An adapter's file changed after it was loaded, and its tensors were dropped from memory",
+                where=str(path),
+                expected=f"sha256 {expected}",
+                found=found,
+                next_step="load it again, or pin it where its file does not stay",
+            )
+        return read_adapter(path)
+
+    return read_again
 
 
 def require_fit(path: Path, tensors: Mapping[str, np.ndarray], contract: GraphContract) -> None:

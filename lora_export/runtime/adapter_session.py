@@ -15,13 +15,13 @@ import onnxruntime as ort
 
 from lora_export.artifact import Manifest, read_manifest
 from lora_export.contract import SINGLE, data_file, graph_file
-from lora_export.runtime.adapter_file import read_adapter, require_fit, require_unchanged
-from lora_export.runtime.arrays import lowest
+from lora_export.runtime.adapter_file import read_adapter, reader_of, require_fit, require_unchanged
 from lora_export.runtime.bank import Bank, RowAdapter, Shelf
-from lora_export.runtime.batch import require_equal_rows, run_batch
+from lora_export.runtime.batch import mask_padded_classes, require_equal_rows, run_batch
 from lora_export.runtime.cache import Cache, present_of
 from lora_export.runtime.described import require_described
 from lora_export.runtime.host_inputs import completed_inputs
+from lora_export.runtime.residency import Residency
 from lora_export.runtime.session import choose_provider, open_session
 from lora_export.runtime.stacking import stored_defaults
 from lora_export.runtime.tokenizer import TextTokenizer, open_tokenizer
@@ -46,6 +46,8 @@ class AdapterSession:
         stop_spinning: Let the CPU's threads rest as soon as a run is over. By default they wait for the next one on
             the core for a while, which is best for one session and takes the cores from a second one.
         graph: Which graph of an export of several; `Seq2SeqSession` runs all of an encoder-decoder.
+        max_bytes: The most bytes of adapters in memory: those not used the longest are dropped, and read from their
+            files again when a run needs them. A `Residency` bounds several sessions together. None for no bound.
 
     Raises:
         UsageProblem: The export has no such graph, or it has several and none is named.
@@ -62,6 +64,7 @@ class AdapterSession:
         n_threads: int | None = None,
         stop_spinning: bool = False,
         graph: str | None = None,
+        max_bytes: int | Residency | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
@@ -74,7 +77,9 @@ class AdapterSession:
         require_described(self.session, self.contract, self.folder, self.graph)
         merged = tuple(record.name for record in self.manifest.adapters if not record.files)
         defaults = stored_defaults(self.folder / data_file(self.graph), self.contract)
-        self._shelf = Shelf({self.graph: Bank(self.contract, self.provider, defaults, merged)})
+        self.residency = max_bytes if isinstance(max_bytes, Residency) else Residency(max_bytes)
+        bank = Bank(self.contract, self.provider, defaults, merged, residency=self.residency.or_none)
+        self._shelf = Shelf({self.graph: bank})
         self._tokenizers: dict[Path, TextTokenizer] = {}
         for record in self.manifest.adapters:
             file = record.files.get(self.graph)
@@ -118,7 +123,8 @@ class AdapterSession:
         """
         path = Path(path)
         name = name or path.stem
-        self.hold(name, self.read(path), invocation_tokens)
+        reader = {self.graph: reader_of(path)} if self.residency.or_none else {}
+        self._shelf.put(name, {self.graph: self.read(path)}, invocation_tokens, reader)
         return name
 
     def read(self, path: Path) -> dict[str, np.ndarray]:
@@ -180,7 +186,8 @@ class AdapterSession:
         names = list(outputs or self._output_names(cache))
         fed = bank.with_gate(inputs, rows, n_past=n_cached or 0)
         results = run_batch(self.session, bank, fed, rows, names, cache=cache)
-        return self._mask_padded_classes(results, bank.classes(rows))
+        mask_padded_classes(results, self.contract, bank.classes(rows))
+        return results
 
     def generate(
         self,
@@ -279,16 +286,6 @@ class AdapterSession:
         """The adapter inputs of a batch as arrays, for hosts with another runtime; absent inputs keep their default."""
         bank = self.bank
         return bank.stacked(bank.rows(adapters, batch))
-
-    def _mask_padded_classes(
-        self, results: dict[str, np.ndarray], sizes: Mapping[str, Sequence[int]]
-    ) -> dict[str, np.ndarray]:
-        for spec in self.contract.outputs:
-            if spec.name in results and spec.dims[-1] in sizes:
-                for row, n_classes in enumerate(sizes[spec.dims[-1]]):
-                    array = results[spec.name]
-                    array[row, ..., n_classes:] = lowest(array.dtype)
-        return results
 
 
 def _n_rows(inputs: Mapping[str, np.ndarray]) -> int:

@@ -21,6 +21,7 @@ from lora_export.runtime.arrays import numpy_dtype, to_ort_value
 from lora_export.runtime.composition import Compositions, Values
 from lora_export.runtime.held_adapter import HeldAdapter
 from lora_export.runtime.invocation import gate_of, invocation_of, refuse_unknown_past
+from lora_export.runtime.residency import Residency
 from lora_export.runtime.stacking import RowSpec, Tensors, classes_by_row, default_inputs, default_of, stack_rows
 
 # One entry of `adapters`: a name, nothing (the base), or a blend of names with weights.
@@ -41,6 +42,7 @@ class Bank:
         defaults: The stored defaults of replaced Linears, by input name.
         merged: The adapters in the graph's own weights, which cannot be chosen.
         adapters: By name.
+        residency: What bounds the memory of their tensors; None for no bound.
     """
 
     contract: GraphContract
@@ -48,6 +50,7 @@ class Bank:
     defaults: Tensors
     merged: tuple[str, ...] = ()
     adapters: Mapping[str, HeldAdapter] = field(default_factory=_nothing)
+    residency: Residency | None = None
     # The banks that are made of this one have it too.
     compositions: Compositions | None = field(default=None, repr=False)
 
@@ -55,10 +58,23 @@ class Bank:
         if self.compositions is None:
             object.__setattr__(self, "compositions", Compositions(self.contract, self.provider, self.defaults))
 
-    def with_adapter(self, name: str, tensors: Tensors, invocation_tokens: Sequence[int] | None = None) -> Bank:
-        """This bank and adapter `name`, in place of the one that has that name, if any."""
-        adapters = {**self.adapters, name: HeldAdapter(name, tensors, invocation_tokens)}
-        return replace(self, adapters=MappingProxyType(adapters))
+    def with_adapter(
+        self,
+        name: str,
+        tensors: Tensors,
+        invocation_tokens: Sequence[int] | None = None,
+        read_again: Callable[[], Tensors] | None = None,
+    ) -> Bank:
+        """This bank and adapter `name`, in place of the one that has that name, if any.
+
+        Args:
+            read_again: As in `HeldAdapter`.
+
+        Raises:
+            UsageProblem: The adapter does not fit into `residency`.
+        """
+        held = HeldAdapter(name, tensors, invocation_tokens, read_again=read_again, residency=self.residency)
+        return replace(self, adapters=MappingProxyType({**self.adapters, name: held}))
 
     def without(self, name: str) -> Bank:
         """This bank without adapter `name`.
@@ -176,9 +192,18 @@ class Shelf:
         """The banks as they are now; a later change makes another mapping."""
         return self._banks
 
-    def put(self, name: str, tensors: Mapping[str, Tensors], invocation_tokens: Sequence[int] | None = None) -> None:
-        """Put adapter `name` into the bank of every graph in `tensors`."""
-        self._change(tensors, lambda graph, bank: bank.with_adapter(name, tensors[graph], invocation_tokens))
+    def put(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensors],
+        invocation_tokens: Sequence[int] | None = None,
+        readers: Mapping[str, Callable[[], Tensors]] = MappingProxyType({}),
+    ) -> None:
+        """Put adapter `name` into the bank of every graph in `tensors`; `readers` read them again."""
+        self._change(
+            tensors,
+            lambda graph, bank: bank.with_adapter(name, tensors[graph], invocation_tokens, readers.get(graph)),
+        )
 
     def remove(self, name: str, graphs: Iterable[str]) -> None:
         """Take adapter `name` from the banks of `graphs`.
@@ -190,8 +215,23 @@ class Shelf:
 
     def _change(self, graphs: Iterable[str], change: Callable[[str, Bank], Bank]) -> None:
         with self._changing:
-            changed = {graph: change(graph, self._banks[graph]) for graph in graphs}
-            self._banks = MappingProxyType({**self._banks, **changed})
+            before, changed = self._banks, {}
+            try:
+                for graph in graphs:
+                    changed[graph] = change(graph, before[graph])
+            except BaseException:
+                _forget(changed, before)
+                raise
+            self._banks = MappingProxyType({**before, **changed})
+        _forget(before, changed)
+
+
+def _forget(banks: Mapping[str, Bank], others: Mapping[str, Bank]) -> None:
+    """Let the adapters of `banks` that `others` do not have count no longer."""
+    for graph in set(banks) & set(others):
+        if (residency := banks[graph].residency) is not None:
+            for gone in set(banks[graph].adapters.values()) - set(others[graph].adapters.values()):
+                residency.forget(gone)
 
 
 def _tensors_of(rows: Sequence[RowSpec]) -> dict[HeldAdapter, Tensors]:

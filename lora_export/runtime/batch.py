@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from lora_export.contract import CacheLayout, GraphContract
 from lora_export.errors import UsageProblem
-from lora_export.runtime.arrays import run_values, to_ort_value
+from lora_export.runtime.arrays import lowest, run_values, to_ort_value
 from lora_export.runtime.bank import Bank
 from lora_export.runtime.cache import Cache
 from lora_export.runtime.stacking import RowSpec
@@ -79,3 +79,14 @@ def require_equal_rows(inputs: Mapping[str, np.ndarray], rows: Sequence[RowSpec]
             found=", ".join(f"{name}: {size}" for name, size in sizes.items()),
             next_step="name one adapter for the whole batch, or repeat the shorter input",
         )
+
+
+def mask_padded_classes(
+    results: Mapping[str, np.ndarray], contract: GraphContract, sizes: Mapping[str, Sequence[int]]
+) -> None:
+    """Set scores beyond a row's own classes, of which `sizes` are by the name of the size, to the lowest number."""
+    for spec in contract.outputs:
+        if spec.name in results and spec.dims[-1] in sizes:
+            array = results[spec.name]
+            for row, n_classes in enumerate(sizes[spec.dims[-1]]):
+                array[row, ..., n_classes:] = lowest(array.dtype)

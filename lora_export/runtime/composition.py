@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -32,92 +32,94 @@ _PATIENCE = 64
 
 
 class _Buffer:
-    """The rows of one input, `[n, …]`, in memory that is kept.
+    """The rows of one input, `[n, …]`, in memory that is kept; it holds the first rows of the last batch and more.
 
-    Attributes:
-        held: What each row was made of; rows beyond a smaller batch keep theirs.
+    Args:
+        default: What a row without the input's adapters is fed, `[1, …]`.
     """
 
-    def __init__(self, entry: AdapterInput, provider: str) -> None:
-        self._entry, self._provider = entry, provider
+    def __init__(self, entry: AdapterInput, provider: str, default: np.ndarray) -> None:
+        self._entry, self._provider, self._default = entry, provider, default
+        self._name, self._axis, self._is_head = entry.name, entry.spec.axis, is_task_vector(entry)
+        self._memory = np.empty(0, numpy_dtype(entry.dtype))
+        self._filler = filler_of(entry, self._memory.dtype)
+        self._rows = self._memory  # as `[rows, …]`
+        self._held: list[RowAdapters | None] = []  # what each row was made of
+        self._sizes: list[int] = []  # of what each row was made of, along the axis
+        self._n_small = 0
         # A value on the CPU is the buffer itself; on another device it is a copy, made anew after every write.
         self._is_in_place = provider == "cpu"
-        self._dtype, self._axis = numpy_dtype(entry.dtype), entry.spec.axis
-        self._memory = np.empty(0, self._dtype)
-        self._shape: tuple[int, ...] | None = None  # of one row
-        self._sizes: list[int] = []  # of what each row holds, along the axis
-        self._n_small = 0
-        self.held: list[RowAdapters | None] = []
-        self._value: tuple[int, ort.OrtValue] | None = None
+        self._value: tuple[int, ort.OrtValue | None] | None = None
 
-    def write(
-        self,
-        n: int,
-        rows: Iterable[int],
-        made_of: Callable[[int], RowAdapters],
-        value_of: Callable[[int], np.ndarray],
-    ) -> None:
-        """Make the first `n` rows what `value_of` says; only `rows` may hold something else than `made_of` says."""
-        stale = [row for row in rows if row >= len(self.held) or self.held[row] != made_of(row)]
-        values = {row: value_of(row) for row in stale}
-        shape = self._shape_for(values, n)
-        if shape != self._shape or self._memory.size < n * math.prod(shape):
-            self._allocate(shape, n)
-            values = {row: values[row] if row in values else value_of(row) for row in range(n)}
-        for row, value in values.items():
-            self._write_row(row, value, made_of(row))
+    def write(self, rows: Sequence[RowAdapters], changed: Iterable[int]) -> None:
+        """Hold the input of `rows`; only those `changed` may be held otherwise."""
+        values: dict[int, tuple[RowAdapters, np.ndarray]] = {}
 
-    def _shape_for(self, values: Mapping[int, np.ndarray], n: int) -> tuple[int, ...]:
+        def make(row: int, made_of: RowAdapters) -> None:
+            values[row] = made_of, value_of(self._entry, made_of, self._default)
+
+        for row in changed:
+            made_of = self._made_of(rows[row])
+            if row >= len(self._held) or self._held[row] != made_of:
+                make(row, made_of)
+        shape = self._shape_for(values, len(rows))
+        if shape != self._rows.shape[1:] or len(rows) > len(self._rows):
+            self._allocate(shape, len(rows))
+            for row, adapters in enumerate(rows):
+                if row not in values:
+                    make(row, self._made_of(adapters))
+        for row, (made_of, value) in values.items():
+            self._write_row(row, made_of, value)
+
+    def _made_of(self, row: RowAdapters) -> RowAdapters:
+        if len(row) == 1:
+            return row if self._name in row[0][0].names else ()
+        return tuple(part for part in row if self._name in part[0].names)
+
+    def _shape_for(self, values: Mapping[int, tuple[RowAdapters, np.ndarray]], n: int) -> tuple[int, ...]:
         """The shape of every row of a batch; a rank that was larger stays for a while."""
-        shape = list(next((value.shape[1:] for value in values.values()), self._shape))
+        own = next((value.shape[1:] for _, value in values.values()), self._rows.shape[1:])
         if self._axis is None:
-            return tuple(shape)
-        place = self._axis - 1
-        need = max(values[row].shape[self._axis] if row in values else self._sizes[row] for row in range(n))
-        have = 0 if self._shape is None else self._shape[place]
-        shape[place] = need
-        if have > need and not is_task_vector(self._entry):  # the size of a head is seen in the outputs
+            return own
+        sizes = [values[row][1].shape[self._axis] if row in values else self._sizes[row] for row in range(n)]
+        place, need = self._axis - 1, max(sizes)
+        have = self._rows.shape[self._axis] if self._held else 0
+        if have > need and not self._is_head:  # the size of a head is seen in the outputs
             self._n_small = self._n_small + 1 if 2 * need <= have else 0
-            if self._n_small <= _PATIENCE:
-                shape[place] = have
-        return tuple(shape)
+            need = have if self._n_small <= _PATIENCE else need
+        return (*own[:place], need, *own[place + 1 :])
 
     def _allocate(self, shape: tuple[int, ...], n: int) -> None:
-        n_elements = n * math.prod(shape)
-        if self._memory.size < n_elements:  # with room for more: batches grow row by row
-            self._memory = np.empty(max(n_elements, 2 * self._memory.size), self._dtype)
-        self._shape, self._n_small = shape, 0
-        self.held, self._sizes, self._value = [], [], None
+        n_elements = math.prod(shape)
+        if self._memory.size < n * n_elements:  # with room for more: batches grow row by row
+            self._memory = np.empty(max(n * n_elements, 2 * self._memory.size), self._memory.dtype)
+        n_rows = self._memory.size // n_elements if n_elements else n
+        self._rows = self._memory[: n_rows * n_elements].reshape(n_rows, *shape)
+        self._held, self._sizes, self._value, self._n_small = [], [], None, 0
 
-    def _write_row(self, row: int, value: np.ndarray, made_of: RowAdapters) -> None:
-        if row >= len(self.held):
-            more = row + 1 - len(self.held)
-            self.held += [None] * more
-            self._sizes += [0] * more
-        target = self._rows(row + 1)[row]
-        is_known = self.held[row] is not None
-        self.held[row] = None  # until it is whole
+    def _write_row(self, row: int, made_of: RowAdapters, value: np.ndarray) -> None:
+        while row >= len(self._held):
+            self._held.append(None)
+            self._sizes.append(0)
+        target, is_known = self._rows[row], self._held[row] is not None
+        self._held[row] = None  # until it is whole
         if self._axis is None:
             target[...] = value[0]
         else:
-            place = self._axis - 1
-            size, end = value.shape[self._axis], self._sizes[row] if is_known else self._shape[place]
-            before = (slice(None),) * place
-            target[(*before, slice(size))] = value[0]
+            size, end = value.shape[self._axis], self._sizes[row] if is_known else target.shape[self._axis - 1]
+            along = target if self._axis == 1 else target.swapaxes(0, 1)
+            along[:size] = value[0] if self._axis == 1 else value[0].swapaxes(0, 1)
             if end > size:  # what another left there
-                target[(*before, slice(size, end))] = filler_of(self._entry, self._dtype)
+                along[size:end] = self._filler
             self._sizes[row] = size
-        self.held[row] = made_of
+        self._held[row] = made_of
         if not self._is_in_place:
             self._value = None
-
-    def _rows(self, n: int) -> np.ndarray:
-        return self._memory[: n * math.prod(self._shape)].reshape(n, *self._shape)
 
     def value(self, n: int) -> ort.OrtValue | None:
         """The first `n` rows on the device; None if they hold nothing."""
         if self._value is None or self._value[0] != n:
-            rows = self._rows(n)
+            rows = self._rows[:n]
             self._value = (n, to_ort_value(rows, self._provider) if rows.size else None)
         return self._value[1]
 
@@ -152,14 +154,11 @@ class Stack:
         values = {}
         entries = fed_entries(self._contract, brought)
         for entry in entries:
-            buffer = self._buffers.setdefault(entry.name, _Buffer(entry, self._provider))
-            default = default_of(entry, self._defaults)
-            buffer.write(
-                len(rows),
-                changed if entry.name in before else range(len(rows)),
-                lambda row, entry=entry: _brought(rows[row], entry),
-                lambda row, entry=entry, default=default: _value(entry, _brought(rows[row], entry), default),
-            )
+            if entry.name not in self._buffers:
+                default = default_of(entry, self._defaults)
+                self._buffers[entry.name] = _Buffer(entry, self._provider, default)
+            buffer = self._buffers[entry.name]
+            buffer.write(rows, changed if entry.name in before else range(len(rows)))
             value = buffer.value(len(rows))
             if value is not None:  # rank 0 and no tokens are the default
                 values[entry.name] = value
@@ -203,9 +202,10 @@ class Compositions:
 
         def make() -> Values:
             entries = fed_entries(self._contract, adapter.names)
-            arrays = {
-                entry.name: _value(entry, _brought(row, entry), default_of(entry, self._defaults)) for entry in entries
-            }
+            arrays = {}
+            for entry in entries:
+                made_of = row if entry.name in adapter.names else ()
+                arrays[entry.name] = value_of(entry, made_of, default_of(entry, self._defaults))
             return {name: to_ort_value(array, self._provider) for name, array in arrays.items() if array.size}
 
         return adapter.on_device(make)
@@ -252,10 +252,8 @@ def _only_adapter(rows: Sequence[RowAdapters]) -> HeldAdapter | None:
     return rows[0][0][0] if is_one else None
 
 
-def _brought(row: RowAdapters, entry: AdapterInput) -> RowAdapters:
-    return tuple(part for part in row if entry.name in part[0].names)
-
-
-def _value(entry: AdapterInput, row: RowAdapters, default: np.ndarray) -> np.ndarray:
-    """What a row of these adapters is fed, `[1, …]`."""
+def value_of(entry: AdapterInput, row: RowAdapters, default: np.ndarray) -> np.ndarray:
+    """What a row is fed of adapters that all bring the input, `[1, …]`."""
+    if len(row) == 1 and row[0][1] == 1:
+        return row[0][0].tensors[entry.name]
     return blended(entry, {adapter: adapter.tensors for adapter, _ in row}, row, default)

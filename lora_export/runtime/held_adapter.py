@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
 import onnxruntime as ort
+
+from lora_export.runtime.residency import Residency
 
 
 class HeldAdapter:
@@ -14,23 +17,79 @@ class HeldAdapter:
 
     Attributes:
         name: What `adapters` calls it.
-        tensors: By input name, `[1, …]`; none if it leaves the graph as its base is.
         names: Of the inputs that it brings.
+        n_bytes: Of its tensors.
         invocation: The tokens that an activated LoRA waits for; None for one that is always active.
+
+    Args:
+        tensors: By input name, `[1, …]`; none if it leaves the graph as its base is.
+        read_again: Reads the same tensors again; without it, they stay in memory.
+        residency: What bounds the memory; None for no bound.
     """
 
-    def __init__(self, name: str, tensors: Mapping[str, np.ndarray], invocation: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        tensors: Mapping[str, np.ndarray],
+        invocation: Sequence[int] | None = None,
+        *,
+        read_again: Callable[[], Mapping[str, np.ndarray]] | None = None,
+        residency: Residency | None = None,
+    ) -> None:
         self.name = name
-        self.tensors = MappingProxyType(dict(tensors))
-        self.names = frozenset(self.tensors)
+        self.names = frozenset(tensors)
+        self.n_bytes = sum(array.nbytes for array in tensors.values())
         self.invocation = tuple(invocation) if invocation else None
+        self._tensors: Mapping[str, np.ndarray] | None = MappingProxyType(dict(tensors))
         self._values: Mapping[str, ort.OrtValue] | None = None
+        self._read_again, self._residency = read_again, residency
+        self._reading = threading.Lock()
+        self._use()
+
+    @property
+    def tensors(self) -> Mapping[str, np.ndarray]:
+        """By input name, `[1, …]`; read again if they were dropped.
+
+        Raises:
+            InputRefused: The file is not what it was.
+            UsageProblem: They do not fit into the session's bound.
+        """
+        tensors = self._tensors
+        if tensors is None:
+            with self._reading:
+                tensors = self._tensors
+                if tensors is None:
+                    tensors = self._tensors = MappingProxyType(dict(self._read_again()))
+        self._use()
+        return tensors
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._tensors is not None
+
+    @property
+    def can_be_dropped(self) -> bool:
+        return self._read_again is not None
+
+    def drop(self) -> None:
+        """Let the tensors go; who has them keeps them."""
+        self._tensors = None
+        self._values = None
 
     def on_device(self, make: Callable[[], Mapping[str, ort.OrtValue]]) -> Mapping[str, ort.OrtValue]:
-        """What `make` gives: its inputs on the device where it serves a whole batch. Made once."""
-        if self._values is None:
-            self._values = make()
-        return self._values
+        """What `make` gives: its inputs on the device where it serves a whole batch. Kept while the tensors are."""
+        values = self._values
+        if values is None:
+            values = self._values = make()
+            if self._tensors is None:  # dropped meanwhile
+                self._values = None
+        else:
+            self._use()
+        return values
+
+    def _use(self) -> None:
+        if self._residency is not None:
+            self._residency.used(self)
 
     def __str__(self) -> str:
         return self.name

@@ -19,8 +19,8 @@ import numpy as np
 
 from lora_export.contract import GATE_INPUT, LOGITS_TO_KEEP, CacheLayout, GraphContract
 from lora_export.runtime.adapter_session import AdapterSession
-from lora_export.runtime.arrays import lowest, numpy_dtype
-from lora_export.runtime.batch import run_batch
+from lora_export.runtime.arrays import numpy_dtype
+from lora_export.runtime.batch import mask_padded_classes, run_batch
 from lora_export.runtime.cache import Cache, present_of
 from lora_export.runtime.host_inputs import completed_inputs, empty
 from lora_export.runtime.stacking import RowSpec
@@ -97,9 +97,7 @@ class RowCache(ABC):
         inputs = _inputs(session.contract, new, lengths, arrays)
         names = ["logits", *map(present_of, arrays)]
         results = run_batch(session.session, bank, inputs, same, names, cache=cache)
-        for sizes in bank.classes(same).values():
-            for row, n_classes in enumerate(sizes):
-                results["logits"][row, :, n_classes:] = lowest(results["logits"].dtype)
+        mask_padded_classes(results, session.contract, bank.classes(same))
         return results
 
 

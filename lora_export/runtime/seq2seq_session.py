@@ -15,9 +15,11 @@ import numpy as np
 from lora_export.artifact import read_manifest
 from lora_export.contract import DECODER, DECODER_WITH_PAST, ENCODER, adapter_file
 from lora_export.errors import InputRefused, UsageProblem, some_of
+from lora_export.runtime.adapter_file import reader_of
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.bank import RowAdapter, Shelf
 from lora_export.runtime.generation_config import eos_ids_of, generation_defaults
+from lora_export.runtime.residency import Residency
 
 _GRAPHS = (ENCODER, DECODER, DECODER_WITH_PAST)
 RowAdapters = Sequence[RowAdapter] | RowAdapter
@@ -50,7 +52,7 @@ class Seq2SeqSession:
         sessions: The sessions by graph. What one of them loads or unloads by itself changes its graph alone.
 
     Args:
-        folder, provider, n_threads, stop_spinning: As in `AdapterSession`.
+        folder, provider, n_threads, stop_spinning, max_bytes: As in `AdapterSession`.
 
     Raises:
         UsageProblem: The export is no encoder-decoder's.
@@ -65,11 +67,11 @@ class Seq2SeqSession:
         *,
         n_threads: int | None = None,
         stop_spinning: bool = False,
+        max_bytes: int | Residency | None = None,
     ) -> None:
-        opened = {
-            graph: AdapterSession(folder, provider, n_threads=n_threads, stop_spinning=stop_spinning, graph=graph)
-            for graph in _GRAPHS
-        }
+        self.residency = max_bytes if isinstance(max_bytes, Residency) else Residency(max_bytes)
+        how = {"n_threads": n_threads, "stop_spinning": stop_spinning, "max_bytes": self.residency}
+        opened = {graph: AdapterSession(folder, provider, graph=graph, **how) for graph in _GRAPHS}
         self._shelf = Shelf({graph: session.bank for graph, session in opened.items()})
         self.sessions = {graph: session.with_shelf(self._shelf) for graph, session in opened.items()}
         encoder = self.sessions[ENCODER]
@@ -123,7 +125,8 @@ class Seq2SeqSession:
             )
         brought = {graph: self.sessions[graph].read(path) for graph, path in paths.items() if path.is_file()}
         self._require_whole(prefix, brought)
-        self._shelf.put(name, {graph: brought.get(graph, {}) for graph in _GRAPHS})
+        readers = {graph: reader_of(paths[graph]) for graph in brought if self.residency.or_none}
+        self._shelf.put(name, {graph: brought.get(graph, {}) for graph in _GRAPHS}, None, readers)
         return name
 
     def _require_whole(self, prefix: Path, brought: Mapping[str, Mapping[str, np.ndarray]]) -> None:

@@ -126,13 +126,13 @@ def test_a_composition_that_is_read_is_not_written(batches, data):
 @pytest.fixture
 def blendings(monkeypatch) -> list:
     """The rows that are made, and for which input."""
-    found, blended = [], module.blended
+    found, value_of = [], module.value_of
 
-    def counted(entry, adapters, row, default):
+    def counted(entry, row, default):
         found.append((entry.name, row))
-        return blended(entry, adapters, row, default)
+        return value_of(entry, row, default)
 
-    monkeypatch.setattr(module, "blended", counted)
+    monkeypatch.setattr(module, "value_of", counted)
     return found
 
 

@@ -40,7 +40,7 @@ def replace_topic(session: AdapterSession) -> None:
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     ("place", "function", "chosen"),
-    [(composition, "blended", "topic"), (composition, "blended", MIXED), (bank_module, "classes_by_row", MIXED)],
+    [(composition, "value_of", "topic"), (composition, "value_of", MIXED), (bank_module, "classes_by_row", MIXED)],
     ids=["takes one adapter", "stacks several", "counts classes"],
 )
 @pytest.mark.parametrize("change", ["load", "unload"])
@@ -69,8 +69,8 @@ def test_a_run_in_the_middle_of_another_sees_what_was_loaded(bert, monkeypatch):
     session, changed, found = bert(), bert(), []
     replace_topic(changed)
     new = changed.run(INPUTS, "topic")["logits"]
-    pause = Pause(composition.blended, after=True)
-    monkeypatch.setattr(composition, "blended", pause)
+    pause = Pause(composition.value_of, after=True)
+    monkeypatch.setattr(composition, "value_of", pause)
 
     def load_and_run() -> None:
         replace_topic(session)
