@@ -253,19 +253,21 @@ def _damaged(path: Path, found: str) -> InputRefused:
     )
 
 
-def _manifest_from(fields: dict) -> Manifest:
-    def adapter(entry: dict) -> AdapterRecord:
-        labels = entry["labels"]
-        sequences = {name: tuple(entry[name]) for name in ("ranks", "scales", "targets", "replaced")}
-        labels = labels and {int(key): value for key, value in labels.items()}
-        known = sequences | {"labels": labels, "source": SourceRecord(**entry["source"])}
-        known["invocation_tokens"] = (tokens := entry.get("invocation_tokens")) and tuple(tokens)
-        if "file" in entry:
-            file = entry["file"]
-            entry = {key: value for key, value in entry.items() if key != "file"}
-            known["files"] = {} if file is None else {SINGLE: file}
-        return AdapterRecord(**(entry | known))
+def record_from(entry: Mapping) -> AdapterRecord:
+    """The adapter's record of which `entry`, of a manifest or of `dataclasses.asdict`, holds the fields."""
+    labels = entry["labels"]
+    sequences = {name: tuple(entry[name]) for name in ("ranks", "scales", "targets", "replaced")}
+    labels = labels and {int(key): value for key, value in labels.items()}
+    known = sequences | {"labels": labels, "source": SourceRecord(**entry["source"])}
+    known["invocation_tokens"] = (tokens := entry.get("invocation_tokens")) and tuple(tokens)
+    if "file" in entry:
+        file = entry["file"]
+        entry = {key: value for key, value in entry.items() if key != "file"}
+        known["files"] = {} if file is None else {SINGLE: file}
+    return AdapterRecord(**(dict(entry) | known))
 
+
+def _manifest_from(fields: dict) -> Manifest:
     if "contract" in fields:
         graphs = {SINGLE: fields["contract"]}
         fields = {key: value for key, value in fields.items() if key != "contract"}
@@ -275,7 +277,7 @@ def _manifest_from(fields: dict) -> Manifest:
     changed = {
         "kind": ExportKind(fields["kind"]),
         "base": SourceRecord(**fields["base"]),
-        "adapters": tuple(map(adapter, fields["adapters"])),
+        "adapters": tuple(map(record_from, fields["adapters"])),
         "graphs": {graph: GraphContract.from_dict(contract) for graph, contract in graphs.items()},
         "files": dict(fields["files"]),
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -264,3 +265,10 @@ def untested() -> Iterator[str]:
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
             yield f"untested: {requirement.name} {installed}; tested with {requirement.specifier}"
+
+
+def leave_quantized_layers_out() -> None:
+    """Let PEFT find no bitsandbytes: it imports it for layers that no command uses, which takes 1.5 s and prints on
+    stderr. Once PEFT is loaded, it is too late."""
+    if "peft" not in sys.modules:
+        sys.modules.setdefault("bitsandbytes", None)

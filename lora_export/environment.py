@@ -43,7 +43,7 @@ def memory_of_references(manifest: Manifest, folder: Path, *, precisely: bool) -
 
 def lack_of_memory(manifest: Manifest, folder: Path) -> str | None:
     """Why the reference cannot also run at a wider dtype, a sentence; None if the memory suffices or is unknown."""
-    needed, free = memory_of_references(manifest, folder, precisely=True), _available_memory()
+    needed, free = memory_of_references(manifest, folder, precisely=True), available_memory()
     if free is None or needed <= free:
         return None
     return (
@@ -52,7 +52,7 @@ def lack_of_memory(manifest: Manifest, folder: Path) -> str | None:
     )
 
 
-def _available_memory() -> int | None:
+def available_memory() -> int | None:
     """Bytes that new processes can have without swapping; None where the kernel does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()

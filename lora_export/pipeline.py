@@ -4,7 +4,7 @@
             ─► write, one weight at a time ─► side files ─► manifest ─► the folder appears
 
 and from the folder: check (unmerged PEFT against ONNX Runtime), bench (paired latencies), add_adapter and
-remove_adapters.
+remove_adapters. A fleet exports one graph and packs the adapters of a list for it.
 """
 
 from __future__ import annotations
@@ -38,11 +38,15 @@ from lora_export.export.records import adapter_records, hashed_sources, hashes_o
 from lora_export.export.resolve import resolve
 from lora_export.extract.results import ExtractReport
 from lora_export.extract.run import ExtractRequest, run_extract
+from lora_export.fleet.options import FleetOptions
+from lora_export.fleet.outcomes import FleetReport
+from lora_export.fleet.run import run_fleet
 from lora_export.graph.bind import write_graphs
 from lora_export.integrity.signature import sign, signer_with
 from lora_export.integrity.sources import SourceOverrides, locate_sources
 from lora_export.quantization import requested_of
 from lora_export.report.extract_html import write_extract_reports
+from lora_export.report.fleet import write_fleet_reports
 from lora_export.report.write import write_reports, write_reproduction, written_if_stopped
 from lora_export.staging import refuse_existing, require_disk, staging
 
@@ -292,3 +296,19 @@ def extract_adapter(
         LoraExportError: Refused or failed; nothing is left behind.
     """
     return run_extract(request, out, write_extract_reports, overwrite=overwrite, progress=progress)
+
+
+def fleet(
+    source: Path, base: str, options: FleetOptions, *, progress: Progress = silent
+) -> tuple[FleetReport, dict[str, Path]]:
+    """Make or renew the fleet of the adapters that `source` lists; the report, and the files it was written to.
+
+    Raises:
+        LoraExportError: As `run_fleet`; an adapter that is refused, differs or breaks its worker is a result.
+    """
+
+    def made(request: Request, out: Path, targets: tuple[str, ...]) -> Manifest:
+        return export(request, ExportOptions(out, targets=targets), progress=progress)
+
+    report = run_fleet(source, base, options, made, progress)
+    return report, write_fleet_reports(report, options.out / REPORTS)

@@ -4,6 +4,7 @@
     examine.py  check and bench
     verify.py   verify
     extract.py  extract
+    fleet.py    fleet
     run.py      run
     serve.py    serve
     options.py  options that several commands share, each written once
@@ -12,6 +13,6 @@
     output.py   results, errors, progress, exit codes
     text.py     values of inspect, --dry-run, exports and run as text
 
-Imports artifact, base, bench, check, compat, errors, export, extract, integrity, named, pipeline, quantization,
+Imports artifact, base, bench, check, compat, errors, export, extract, fleet, integrity, named, pipeline, quantization,
 report, serve, trial, verdict.
 """

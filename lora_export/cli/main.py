@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,14 @@ from lora_export import __version__
 from lora_export.cli import options, text
 from lora_export.cli.examine import bench, check
 from lora_export.cli.extract import extract
+from lora_export.cli.fleet import fleet
 from lora_export.cli.names import base_and_adapters, named
 from lora_export.cli.output import Display, guarded
 from lora_export.cli.quantize_options import quantization_of
 from lora_export.cli.run import run
 from lora_export.cli.serve import serve_command
 from lora_export.cli.verify import verify_command
+from lora_export.compat import leave_quantized_layers_out
 from lora_export.errors import UsageProblem
 from lora_export.named import refuse_missing
 
@@ -41,6 +42,7 @@ def main() -> None:
     bench     latency of base, merged, dynamic, mixed    (exit 1 if too slow, 5 if undecided)
     verify    compare an export with its manifest        (exit 1 if a file differs)
     extract   a full fine-tune of a base as an adapter
+    fleet     many adapters, each packed, checked, recorded
     inspect   what an adapter, base or export holds
     run       try an export
 
@@ -60,13 +62,6 @@ def collect_rarely() -> None:
     """Let Python look for garbage cycles seldom: importing torch and Transformers makes millions of objects that stay,
     and looking through them again and again takes a tenth of an export."""
     gc.set_threshold(200_000, 20, 20)
-
-
-def leave_quantized_layers_out() -> None:
-    """Let PEFT find no bitsandbytes: it imports it for layers that no command uses, which takes 1.5 s and prints on
-    stderr. Once PEFT is loaded, it is too late."""
-    if "peft" not in sys.modules:
-        sys.modules.setdefault("bitsandbytes", None)
 
 
 def _export(mode: str, paths: Sequence[str], flags: options.ExportFlags, how: ExportHow) -> None:
@@ -256,6 +251,7 @@ def inspect_command(path: str, as_json: bool) -> None:
 main.add_command(run)
 main.add_command(serve_command)
 main.add_command(extract)
+main.add_command(fleet)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@
     extract_html.py    the report of an extract
     extract_tables.py  its tables
     extract_text.py    it on a terminal
+    fleet.py           the report of a fleet
+    scatter.py         points on logarithmic axes
     format.py          numbers and names as text
 
-Imports bench, check, contract, extract, verdict.
+Imports bench, check, contract, extract, fleet, verdict.
 """

@@ -30,7 +30,7 @@ def write_reports(report: Report, folder: Path) -> dict[str, Path]:
         contents["junit.xml"] = render_bench_junit(report)
     contents["json"] = render_json(report)
     folder.mkdir(parents=True, exist_ok=True)
-    return {suffix: _write(folder / file_name(report, suffix), text) for suffix, text in contents.items()}
+    return {suffix: write_text(folder / file_name(report, suffix), text) for suffix, text in contents.items()}
 
 
 @contextlib.contextmanager
@@ -54,10 +54,11 @@ def write_reproduction(files: Mapping[str, bytes], folder: Path) -> dict[str, Pa
     """Write the files that reproduce a failure; the paths by name. Those of an earlier failure are removed."""
     for name in {SCRIPT, ARRAYS} - set(files):
         (folder / name).unlink(missing_ok=True)
-    return {name: _write(folder / name, content) for name, content in files.items()}
+    return {name: write_text(folder / name, content) for name, content in files.items()}
 
 
-def _write(path: Path, content: str | bytes) -> Path:
+def write_text(path: Path, content: str | bytes) -> Path:
+    """Write a file at once or not at all; its path."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +41,8 @@ class Reference:
         pad_token_id: Of a classifier on a decoder; None for what the base's config says.
         integers: The quantized weights to multiply by; None for those of the base. Of a merged export, what its
             adapters do to all other weights is taken from PEFT, and `merged` tells that they are in the weights.
+        shared: Called with a key and what loads the base of that key, for a caller that keeps loaded bases. The
+            adapters' start must not change the base.
 
     Attributes:
         precise: The same at the wider dtype, whose distance from this one is PyTorch's rounding; None without.
@@ -58,8 +60,9 @@ class Reference:
         pad_token_id: int | None = None,
         integers: IntegerBase | None = None,
         merged: bool = False,
+        shared: Callable[[object, Callable[[], torch.nn.Module]], torch.nn.Module] | None = None,
     ) -> None:
-        self._integers = integers
+        self._integers, self._shared = integers, shared
         self._task, self._base, self._n_labels = task, base, n_labels
         self._dtype, self._pad_token_id = _DTYPES[dtype], pad_token_id
         self.precise = None
@@ -84,6 +87,11 @@ class Reference:
         self._model = model.eval().requires_grad_(False)
 
     def _load(self, dtype: torch.dtype) -> torch.nn.Module:
+        if self._shared is None:
+            return self._loaded(dtype)
+        return self._shared((self._base, dtype, self._n_labels), lambda: self._loaded(dtype))
+
+    def _loaded(self, dtype: torch.dtype) -> torch.nn.Module:
         from transformers import AutoConfig
 
         options = {} if self._n_labels is None else {"num_labels": self._n_labels, "ignore_mismatched_sizes": True}

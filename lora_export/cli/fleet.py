@@ -1,0 +1,106 @@
+"""The command `fleet`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from lora_export.cli import options
+from lora_export.cli.output import Display, guarded
+
+
+@dataclass(frozen=True)
+class FleetFlags:
+    """The options of `fleet`."""
+
+    task: str | None
+    dtype: str | None
+    provider: str | None
+    targets: tuple[str, ...]
+    workers: int | None
+    rows: int
+    timeout: float
+    max_memory: float | None
+    limit: int | None
+    tolerances: dict[str, float]
+    dry_run: bool
+    as_json: bool
+    quiet: bool
+
+
+_options = options.as_flags(
+    FleetFlags,
+    options.task,
+    options.dtype,
+    options.run_on,
+    click.option(
+        "--targets", multiple=True, help="Modules to serve besides the adapters' own; repeat.  (or all-linear)"
+    ),
+    click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one on each core]"),
+    click.option("--rows", default=8, show_default=True, type=click.IntRange(min=1), help="Rows to compare each on."),
+    click.option("--timeout", default=600.0, show_default=True, type=click.FloatRange(1), help="Seconds an adapter."),
+    click.option(
+        "--max-memory",
+        type=click.FloatRange(0, min_open=True),
+        help="GB a worker.  [default: its part of what is free]",
+    ),
+    click.option("--limit", type=click.IntRange(min=1), help="Only so many adapters of the list."),
+    options.tolerances,
+    options.dry_run,
+    options.as_json,
+    options.quiet,
+)
+
+
+@click.command()
+@click.argument("source", metavar="LIST", type=click.Path(path_type=Path))
+@click.argument("base")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The export to make or to renew.")
+@_options
+def fleet(source: Path, base: str, out: Path, flags: FleetFlags) -> None:
+    """Pack, check and record every adapter of LIST for one dynamic graph of BASE.
+
+    LIST is a CSV, JSON lines or Parquet file with a column `path` (and `name`, `revision`, `data`), or a folder of
+    adapters. One that cannot be exported, differs from PEFT or breaks its worker is recorded and left out; the others
+    are served. Run again, it does what has changed. Writes OUT/reports/fleet.html, .json, .csv and .junit.xml.
+    Exit 1 if an adapter differs or broke its workers, 3 if all were refused.
+
+    \b
+    Example:
+      lora-export fleet customers.csv all-MiniLM-L6-v2/ -o served
+    """
+    display = Display(as_json=flags.as_json, quiet=flags.quiet)
+    with guarded(display):
+        display.start("lora-export fleet")
+        from lora_export import pipeline
+        from lora_export.fleet.options import FleetOptions
+        from lora_export.fleet.run import describe_fleet
+        from lora_export.report.as_json import json_value
+        from lora_export.report.fleet import render_fleet_text
+
+        how = FleetOptions(
+            out=out, task=flags.task, dtype=flags.dtype, provider=flags.provider, targets=flags.targets,
+            n_workers=flags.workers, n_rows=flags.rows, seconds=flags.timeout, limit=flags.limit,
+            n_bytes=None if flags.max_memory is None else int(flags.max_memory * 1e9), tolerances=flags.tolerances,
+        )  # fmt: skip
+        if flags.dry_run:
+            display.result(describe_fleet(source, base, how), _described)
+            return
+        report, files = pipeline.fleet(source, base, how, progress=display.progress)
+        written = "\n".join(f"wrote {path}" for path in files.values())
+        display.result(json_value(report), lambda _: render_fleet_text(report) + written)
+        sys.stdout.flush()
+        sys.exit(report.exit_code)
+
+
+def _described(value: dict) -> str:
+    lines = [
+        f"would make {value['folder']} of {value['adapters']} adapters of {value['kinds']} kinds; wrote nothing",
+        f"read     {value['bytes'] / 1e6:.1f} MB of adapters, {value['workers']} workers",
+        *(f"refused  {name}: {reason}" for name, reason in value["refused"].items()),
+        *(f"not here {name}" for name in value["not_here"]),
+    ]
+    return "\n".join(lines)

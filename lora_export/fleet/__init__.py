@@ -1,0 +1,18 @@
+"""Many adapters of one base: packed, checked and recorded one by one, so that none harms another.
+
+    roster.py       the list of adapters, and where each lies
+    outcomes.py     what became of each
+    survey.py       kinds of adapter
+    sources.py      the adapters, fetched and opened
+    pool.py         processes that may die, hang or swell
+    options.py      how to make a fleet
+    assignments.py  what a worker is given
+    state.py        what an earlier run found, and the lock
+    graph.py        the graph that serves all kinds
+    bases.py        a base loaded once, for one adapter after another
+    workbench.py    packs an adapter and compares it with PEFT
+    worker.py       a worker's process
+    run.py          the whole of it
+
+Imports adapters, artifact, base, carried, check, compat, environment, errors, export, integrity, runtime, verdict.
+"""

@@ -1,0 +1,190 @@
+"""A fleet: one graph for all adapters of a list, each packed, compared with PEFT and recorded.
+
+    list ─► headers ─► one export with an adapter of each kind ─► workers: pack, compare
+         ─► a folder with those that are served ─► OUT
+
+An adapter that cannot be exported, differs from PEFT or breaks its worker is recorded and left out. What an earlier run
+found of unchanged adapters is kept while the graph is the same.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lora_export.artifact import REPORTS, Manifest, record_from, sha256_of, write_manifest
+from lora_export.environment import environment
+from lora_export.errors import InputRefused, some_of
+from lora_export.fleet import state
+from lora_export.fleet.assignments import Job, Packing, broken
+from lora_export.fleet.graph import Export, FleetGraph, graph_for
+from lora_export.fleet.options import FleetOptions, n_cores
+from lora_export.fleet.outcomes import AdapterOutcome, FleetReport, Outcome
+from lora_export.fleet.pool import Pool
+from lora_export.fleet.roster import read_roster
+from lora_export.fleet.sources import Opened, open_all
+from lora_export.runtime.session import choose_provider
+
+Progress = Callable[[str, int, int], None]
+# What a worker runs.
+WORK = "lora_export.fleet.worker:work"
+
+
+def run_fleet(source: Path, base: str, options: FleetOptions, export: Export, progress: Progress) -> FleetReport:
+    """Make or renew the fleet of `source` in `options.out`.
+
+    Raises:
+        LoraExportError: The list, the base or the machine cannot be used, or all adapters are refused. An earlier fleet
+            is as it was.
+    """
+    started = time.monotonic()
+    entries = read_roster(source)[: options.limit]
+    _refuse_others(options.out)
+    provider = choose_provider(options.provider)
+    options = replace(options, provider=provider.name)
+    work = state.work_folder(options.out)
+    with state.locked(options.out):
+        state.take_up(options.out)
+        opened, refused = open_all(entries, base, options.task, work / "fetched", progress)
+        if not opened:
+            _refuse_all(refused)
+        n_workers = options.workers(len(opened))
+        with Pool(WORK, n_workers=n_workers, limits=options.limits(n_workers), broken=broken) as pool:
+            graph = graph_for(opened, base, options, pool, export)
+            packing = time.monotonic()
+            found = _outcomes(graph, base, opened, options, pool, progress)
+            seconds_packing = time.monotonic() - packing
+        by_name = {outcome.name: outcome for outcome in (*refused, *found)}
+        outcomes = tuple(by_name[entry.name] for entry in entries)
+        manifest = _publish(graph, options.out, outcomes)
+        return FleetReport(
+            folder=str(options.out),
+            source=str(source),
+            base=manifest.base.given,
+            task=manifest.task,
+            environment=environment(provider.name, provider.reason, {}),
+            n_workers=n_workers,
+            n_kinds=len({each.kind for each in opened}),
+            adapters=outcomes,
+            seconds=time.monotonic() - started,
+            seconds_packing=seconds_packing,
+        )
+
+
+def describe_fleet(source: Path, base: str, options: FleetOptions) -> dict:
+    """What `run_fleet` would do, by headers alone; nothing is fetched or written."""
+    entries = read_roster(source)[: options.limit]
+    _refuse_others(options.out)
+    here = [entry for entry in entries if not entry.is_address]
+    opened, refused = open_all(here, base, options.task, Path(), lambda *_: None)
+    return {
+        "folder": str(options.out),
+        "adapters": len(entries),
+        "kinds": len({each.kind for each in opened}),
+        "refused": {outcome.name: outcome.reason for outcome in refused},
+        "not_here": [entry.name for entry in entries if entry.is_address],
+        "bytes": sum(path.stat().st_size for each in opened for path in each.folder.path.glob("*.safetensors")),
+        "workers": options.workers(len(entries)),
+    }
+
+
+def _refuse_others(out: Path) -> None:
+    """A folder that holds something else than a fleet is not touched."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not state.kept_graph(out):
+        raise InputRefused(
+            "The output folder holds something that is no fleet",
+            where=str(out),
+            expected="a folder that `lora-export fleet` made, or none",
+            next_step="name another folder with -o",
+        )
+
+
+def _refuse_all(refused: Sequence[AdapterOutcome]) -> None:
+    raise InputRefused(
+        "No adapter of the list can be exported",
+        where=some_of([f"{outcome.name}: {outcome.reason}" for outcome in refused], 3),
+        next_step="see `lora-export inspect ADAPTER` for one of them",
+    )
+
+
+def _outcomes(
+    graph: FleetGraph,
+    base: str,
+    opened: Sequence[Opened],
+    options: FleetOptions,
+    pool: Pool,
+    progress: Progress,
+) -> list[AdapterOutcome]:
+    """What becomes of each adapter: kept from an earlier run, or found by the workers."""
+    work = state.work_folder(options.out)
+    places = ((options.out, state.kept_outcomes(options.out)), (work / "packed", state.kept_outcomes(work)))
+    n_threads = max(1, n_cores() // options.workers(len(opened)))
+    job = Job(graph.bare, base, options.provider, options.n_rows, n_threads, options.tolerances)
+    assignments, found = [], []
+    for each in opened:
+        facts = [graph.key, dict(each.hashes), each.data_sha256, options.n_rows, dict(options.tolerances)]
+        key, name = state.hash_of(facts), each.entry.name
+        kept = next((o for folder, old in places if (o := old.get(name)) and _still_holds(o, key, folder)), None)
+        if kept is not None:
+            found.append(replace(kept, given=each.entry.given, reused=True))
+            continue
+        what = (name, str(each.folder.path), each.entry.given, key, each.hashes, each.entry.data)
+        assignments.append(Packing(job, *what, into=work / "packed"))
+    for done, outcome in enumerate(pool.outcomes(assignments), 1):
+        state.add_outcome(work, outcome)
+        found.append(outcome)
+        progress("packing and comparing", done, len(assignments))
+    return found
+
+
+def _still_holds(outcome: AdapterOutcome, key: str, folder: Path) -> bool:
+    """Whether an earlier outcome is of the same inputs, and its files are still in `folder`."""
+    if outcome.key != key or outcome.outcome is Outcome.BROKEN:
+        return False
+    files = outcome.files if outcome.outcome is Outcome.SERVED else {}
+    return all((folder / file).is_file() and sha256_of(folder / file) == digest for file, digest in files.items())
+
+
+def _publish(graph: FleetGraph, out: Path, outcomes: Sequence[AdapterOutcome]) -> Manifest:
+    """Make the folder anew, of links to files that are there, and put it in the place of the one before it."""
+    if all(outcome.outcome is Outcome.REFUSED for outcome in outcomes):
+        _refuse_all(outcomes)
+    work = state.work_folder(out)
+    served = [outcome for outcome in outcomes if outcome.outcome is Outcome.SERVED]
+    own = {file for record in graph.manifest.adapters for file in record.files.values()}
+    files = {name: digest for name, digest in graph.manifest.files.items() if name not in own}
+    made = work / "next"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    if (out / REPORTS).is_dir():
+        shutil.copytree(out / REPORTS, made / REPORTS)
+    for name in files:
+        _link(graph.source / name, made / name)
+    for outcome in served:
+        for name in outcome.files.keys() - files.keys():
+            packed = work / "packed" / name
+            _link(packed if packed.is_file() else out / name, made / name)
+        files |= outcome.files
+    records = tuple(record_from(outcome.record) for outcome in served)
+    manifest = replace(graph.manifest, adapters=records, files=dict(sorted(files.items())))
+    write_manifest(made, manifest)
+    state.keep_graph(made, graph.facts)
+    state.keep_outcomes(made, outcomes)
+    if out.exists():
+        out.rename(state.before(out))
+    made.rename(out)
+    shutil.rmtree(work, ignore_errors=True)
+    return manifest
+
+
+def _link(file: Path, place: Path) -> None:
+    """`place` as another name of `file`, or as a copy where the file system has no such names."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copy2(file, place)

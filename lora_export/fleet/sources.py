@@ -1,0 +1,83 @@
+"""The adapters of a list, fetched and opened: headers and hashes, no tensors."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_export.adapters.folder import AdapterFolder, open_adapter
+from lora_export.adapters.foreign import peft_folder, source_hashes
+from lora_export.artifact import sha256_of
+from lora_export.errors import InputRefused, LoraExportError
+from lora_export.fleet.outcomes import AdapterOutcome, Outcome
+from lora_export.fleet.roster import Entry
+from lora_export.fleet.survey import kind_of
+
+_FETCHED = ("adapter_config.json", "adapter_model.safetensors", "config.json")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter whose headers were read.
+
+    Attributes:
+        kind: See `survey.kind_of`.
+        hashes: sha256 of its files by name.
+        data_sha256: Of the texts that it alone is compared on; None for the usual ones.
+    """
+
+    entry: Entry
+    folder: AdapterFolder
+    kind: str
+    hashes: Mapping[str, str]
+    data_sha256: str | None
+
+
+def open_all(
+    entries: Sequence[Entry], base: str, task: str | None, fetched: Path, progress: Callable[[str, int, int], None]
+) -> tuple[list[Opened], list[AdapterOutcome]]:
+    """Every adapter's headers and hashes, and the outcome of those that have none.
+
+    Args:
+        fetched: The folder for what lies at an address.
+    """
+    opened, refused = [], []
+    for done, entry in enumerate(entries):
+        progress("reading headers", done, len(entries))
+        try:
+            path = peft_folder(_fetch(entry, fetched / entry.name) if entry.is_address else entry.given, base, task)
+            folder = open_adapter(path, entry.given, entry.name)
+            data = None if entry.data is None else sha256_of(Path(entry.data))
+            opened.append(Opened(entry, folder, kind_of(folder), source_hashes(path), data))
+        except LoraExportError as error:
+            refused.append(refusal(entry.name, entry.given, error))
+        except OSError as error:
+            refused.append(AdapterOutcome(entry.name, entry.given, Outcome.REFUSED, reason=f"{entry.where}: {error}"))
+    return opened, refused
+
+
+def refusal(name: str, given: str, error: LoraExportError, **figures: object) -> AdapterOutcome:
+    """The outcome of an adapter that cannot be exported."""
+    detail = {field: value for field, value in error.to_dict().items() if value is not None}
+    reason = f"{error.what} ({error.where})" if error.where else error.what
+    return AdapterOutcome(name, given, Outcome.REFUSED, reason=reason, detail=detail, **figures)
+
+
+def _fetch(entry: Entry, target: Path) -> str:
+    """Copy an adapter's files from its address into folder `target`."""
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(entry.given)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for file in system.ls(path, detail=False):
+            if (name := file.rpartition("/")[2]) in _FETCHED:
+                system.get_file(file, str(target / name))
+    except (OSError, ImportError, ValueError) as error:
+        raise InputRefused(
+            "The adapter cannot be fetched", where=entry.given, found=f"{type(error).__name__}: {error}"
+        ) from error
+    return str(target)

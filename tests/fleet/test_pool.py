@@ -1,0 +1,71 @@
+"""A worker that dies, hangs or swells takes its own adapter with it and no other."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+from strange_worker import Order
+
+from lora_export.errors import EnvironmentUnusable
+from lora_export.fleet.outcomes import AdapterOutcome, Outcome
+from lora_export.fleet.pool import Limits, Pool
+
+
+def pool(n_workers: int = 2, seconds: float = 60, n_bytes: int | None = None) -> Pool:
+    def broken(order: Order, reason: str) -> AdapterOutcome:
+        return AdapterOutcome(order.name, "", Outcome.BROKEN, reason=reason)
+
+    return Pool("strange_worker:work", n_workers=n_workers, limits=Limits(seconds, n_bytes), broken=broken)
+
+
+def outcomes(orders: list[Order], **options) -> dict[str, AdapterOutcome]:
+    with pool(**options) as workers:
+        found = list(workers.outcomes(orders))
+    assert len(found) == len(orders)
+    return {outcome.name: outcome for outcome in found}
+
+
+def test_every_order_has_its_outcome_and_workers_go_on(tmp_path):
+    orders = [Order(f"good{i}", "answer") for i in range(6)]
+    strange = [
+        Order("dies", "die"),
+        Order("exits", "exit"),
+        Order("raises", "raise"),
+        Order("dies once", "answer", tmp_path / "x"),
+    ]
+    found = outcomes([*strange, *orders])
+    assert all(found[order.name].outcome is Outcome.SERVED for order in orders)
+    said = {
+        name: (found[name].outcome.value, found[name].reason, found[name].attempts)
+        for name in ("dies", "exits", "raises")
+    }
+    assert said == {
+        "dies": ("broken", "its worker died (killed by signal 9)", 2),
+        "exits": ("broken", "its worker died (exit code 7)", 2),
+        "raises": ("broken", "a defect: KeyError: 'a key'", 1),
+    }
+    assert (found["dies once"].outcome, found["dies once"].attempts) == (Outcome.SERVED, 2)
+
+
+def test_one_that_hangs_is_ended_in_time_and_not_tried_again():
+    started = time.monotonic()
+    found = outcomes([Order("hangs", "hang"), Order("good", "answer")], n_workers=1, seconds=1.5)
+    assert time.monotonic() - started < 30
+    assert (found["hangs"].reason, found["hangs"].attempts) == ("it took more than 1.5 s", 1)
+    assert found["good"].outcome is Outcome.SERVED
+
+
+def test_one_that_swells_is_ended():
+    found = outcomes([Order("swells", "swell"), Order("good", "answer")], n_workers=1, n_bytes=250_000_000)
+    assert (found["swells"].reason, found["swells"].attempts) == ("its worker took more than 0.2 GB of memory", 2)
+    assert found["good"].outcome is Outcome.SERVED
+
+
+def test_a_machine_without_disk_ends_everything_and_no_worker_stays():
+    with pytest.raises(EnvironmentUnusable, match="The disk is full"), pool() as workers:
+        served = next(workers.outcomes([Order("good", "answer")]))
+        list(workers.outcomes([Order("stops", "no disk"), Order("never", "hang")]))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(served.given), 0)

@@ -1,0 +1,189 @@
+"""A fleet of good and bad adapters: each becomes what it is alone, and a second run does what has changed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+import safetensors.torch
+from command_line import call, fails
+
+from lora_export.artifact import read_manifest
+from lora_export.errors import EnvironmentUnusable
+from lora_export.fleet import run as fleet_run
+from lora_export.fleet.outcomes import Outcome
+from lora_export.fleet.state import kept_outcomes, locked, work_folder
+from lora_export.integrity.verify import verify
+from lora_export.pipeline import add_adapter
+
+
+def changed(folder: Path, change) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+
+
+def silenced(tensors) -> None:
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            tensor.zero_()
+
+
+def spoiled(tensors) -> None:
+    next(iter(tensors.values()))[0, 0] = float("nan")
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory, adapters, bases) -> tuple[Path, Path]:
+    """A list of adapters and the fleet made of it."""
+    listed, out = tmp_path_factory.mktemp("fleet") / "list", tmp_path_factory.mktemp("out") / "served"
+    for name in ("chat", "code", "speak"):
+        shutil.copytree(adapters[name], listed / name)
+    for name, change in (("idle", silenced), ("nan", spoiled)):
+        shutil.copytree(adapters["chat"], listed / name)
+        changed(listed / name, change)
+    shutil.copytree(adapters["chat"], listed / "odd")
+    config = json.loads((listed / "odd/adapter_config.json").read_text())
+    (listed / "odd/adapter_config.json").write_text(json.dumps(config | {"layer_replication": [[0, 1]]}))
+    result = call("fleet", listed, bases["llama"], "-o", out, "--provider", "cpu", "--workers", 1, "--rows", 4)
+    assert result.exit_code == 1, result.output
+    assert "6 adapters: 3 served, 2 refused, 1 failed." in result.output
+    return listed, out
+
+
+def test_each_adapter_has_its_own_outcome(fleet):
+    found = json.loads((fleet[1] / "reports/fleet.json").read_text())
+    by_name = {entry["name"]: entry for entry in found["adapters"]}
+    assert found["counts"] == {"served": 3, "refused": 2, "failed": 1, "broken": 0} and found["exit_code"] == 1
+    assert {name: entry["outcome"] for name, entry in by_name.items()} == {
+        "chat": "served", "code": "served", "speak": "served", "idle": "failed", "nan": "refused", "odd": "refused",
+    }  # fmt: skip
+    assert "layer_replication" in by_name["odd"]["reason"] and "not finite" in by_name["nan"]["reason"]
+    assert "the adapter has no effect here" in by_name["idle"]["reason"]
+    for name in ("chat", "code", "speak"):
+        entry = by_name[name]
+        assert entry["largest_error"] < 1e-4 < entry["largest_effect"] and entry["n_rows"] == 4, entry
+
+
+def test_what_is_served_is_what_dynamic_and_add_make(fleet, bases, adapters, tmp_path):
+    out = fleet[1]
+    assert verify(out).passed
+    manifest = read_manifest(out)
+    assert [record.name for record in manifest.adapters] == ["chat", "code", "speak"]
+    alone = tmp_path / "alone"
+    call(
+        "dynamic",
+        bases["llama"],
+        fleet[0] / "chat",
+        "--provider",
+        "cpu",
+        "--targets",
+        "all-linear",
+        "--targets",
+        "lm_head",
+        "-o",
+        alone,
+    )
+    add_adapter(alone, [(str(fleet[0] / "code"), "code"), (str(fleet[0] / "speak"), "speak")])
+    for name in ("chat", "code", "speak"):
+        file = f"adapters/{name}.onnx_adapter"
+        read = [ort.AdapterFormat.read_adapter(str(folder / file)).get_parameters() for folder in (out, alone)]
+        assert read[0].keys() == read[1].keys()
+        assert all((read[0][key].numpy() == read[1][key].numpy()).all() for key in read[0])
+    report = json.loads(call("check", out, "--rows", 4, "--provider", "cpu", "--json").stdout)
+    assert report["verdict"] == "pass"
+
+
+def test_reports_name_all_and_filter_by_a_script_of_their_own(fleet):
+    reports = fleet[1] / "reports"
+    page = (reports / "fleet.html").read_text()
+    assert page.count("<script>") == 1 and "script-src 'sha256-" in page and "1 failed" in page
+    rows = (reports / "fleet.csv").read_text().splitlines()
+    assert rows[0].startswith("name,outcome,reason") and [row.split(",")[0] for row in rows[1:]] == [
+        "chat", "code", "idle", "nan", "odd", "speak",
+    ]  # fmt: skip
+    suite = (reports / "fleet.junit.xml").read_text()
+    assert suite.count("<skipped") == 2 and suite.count("<failure") == 1 and 'tests="6"' in suite
+
+
+def test_a_second_run_does_what_has_changed(fleet, bases, tmp_path, monkeypatch):
+    listed, out = tmp_path / "list", tmp_path / "served"
+    shutil.copytree(fleet[0], listed)
+    shutil.copytree(fleet[1], out)
+    given = []
+    original = fleet_run.Packing
+    monkeypatch.setattr(fleet_run, "Packing", lambda *a, **k: given.append(a[1]) or original(*a, **k))
+    shutil.rmtree(listed / "speak")
+    changed(listed / "code", lambda tensors: next(iter(tensors.values())).mul_(0.5))
+    options = ("-o", out, "--provider", "cpu", "--workers", 1, "--rows", 4)
+    result = call("fleet", listed, bases["llama"], *options)
+    assert given == ["code"]
+    assert result.exit_code == 1 and "5 adapters: 2 served, 2 refused, 1 failed. 4 were known" in result.output
+    assert [record.name for record in read_manifest(out).adapters] == ["chat", "code"]
+    assert not (out / "adapters/speak.onnx_adapter").exists() and verify(out).passed
+    assert (out / "adapters/code.onnx_adapter").read_bytes() != (fleet[1] / "adapters/code.onnx_adapter").read_bytes()
+    assert (out / "adapters/chat.onnx_adapter").read_bytes() == (fleet[1] / "adapters/chat.onnx_adapter").read_bytes()
+    assert not work_folder(out).exists()
+    assert kept_outcomes(out)["code"].outcome is Outcome.SERVED
+
+
+def test_a_dry_run_reads_headers_and_writes_nothing(fleet, bases, tmp_path):
+    found = json.loads(call("fleet", fleet[0], bases["llama"], "-o", tmp_path / "o", "--dry-run", "--json").stdout)
+    assert (found["adapters"], found["kinds"]) == (6, 4) and found["bytes"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_begun(fleet, bases, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").write_text("x")
+    assert "holds something that is no fleet" in fails(3, "fleet", fleet[0], bases["llama"], "-o", tmp_path / "mine")
+    shutil.copytree(fleet[0] / "odd", tmp_path / "list/odd")
+    (tmp_path / "list/odd/adapter_model.safetensors").unlink()
+    message = fails(3, "fleet", tmp_path / "list", bases["llama"], "-o", tmp_path / "out")
+    assert "No adapter of the list can be exported" in message and "odd: The adapter has no weights" in message
+    assert not (tmp_path / "out").exists()
+
+
+def _hold(out: Path, ready, done) -> None:
+    with locked(out):
+        ready.set()
+        done.wait(30)
+
+
+def test_two_fleets_of_one_folder_are_refused(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path / "out", ready, done))
+    other.start()
+    assert ready.wait(30)
+    with (
+        pytest.raises(EnvironmentUnusable, match="Another fleet is being made in this folder"),
+        locked(tmp_path / "out"),
+    ):
+        pass
+    done.set()
+    other.join()
+    with locked(tmp_path / "out"):
+        pass
+
+
+def test_an_address_is_fetched(fleet, adapters, tmp_path):
+    import fsspec
+
+    from lora_export.fleet.roster import Entry
+    from lora_export.fleet.sources import open_all
+
+    memory = fsspec.filesystem("memory")
+    for file in adapters["chat"].iterdir():
+        memory.pipe(f"/store/chat/{file.name}", file.read_bytes())
+    entries = [Entry("chat", "memory://store/chat", "here"), Entry("gone", "memory://store/gone", "here")]
+    opened, refused = open_all(entries, "base", None, tmp_path, lambda *_: None)
+    assert [each.folder.shapes.keys() for each in opened] and opened[0].folder.path == tmp_path / "chat"
+    assert [(outcome.name, outcome.reason) for outcome in refused] == [
+        ("gone", "The adapter cannot be fetched (memory://store/gone)")
+    ]
