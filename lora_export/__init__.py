@@ -1,6 +1,7 @@
 """lora-export: from a Transformers base and PEFT adapters to ONNX Runtime, with proof.
 
-    pipeline.py     the main path: export, add_adapter, remove_adapters, check, bench, extract_adapter
+    pipeline.py     the main path: export, add_adapter, remove_adapters, check, bench, extract_adapter,
+                    fleet
     trial.py        `run`: try an export
     answers.py      what its outputs say
 
@@ -9,6 +10,7 @@
     export/         from a request to all that an export holds
     check/          is the export what was trained?
     bench/          what does it cost?
+    fleet/          many adapters of one base, packed and checked one by one
     report/         what people and programs read of a result: pure functions
     extract/        a full fine-tune as an adapter
     integrity/      is the folder still what was exported?

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_export.adapters.pack import choose_sites
-from lora_export.artifact import REPORTS, ExportKind, Manifest, read_manifest, write_manifest
+from lora_export.artifact import REPORTS, ExportKind, Manifest, write_manifest
 from lora_export.base.tasks import Task
 from lora_export.bench.plan import BASE, MERGED, BenchOptions, BenchPlan, foldable, plan_bench
 from lora_export.bench.results import BenchReport
 from lora_export.bench.run import Bench, run_measurements
 from lora_export.carried import copy_carried
-from lora_export.check.context import CheckOptions, CheckRequest
-from lora_export.check.inputs.examples import read_examples
+from lora_export.check.context import CheckOptions
+from lora_export.check.opened import opened_check
 from lora_export.check.results import CheckReport
-from lora_export.check.run import Check, begin_check, run_cases
+from lora_export.check.run import run_cases
 from lora_export.contract import SINGLE
 from lora_export.export.contracts import contract_of
 from lora_export.export.genai import write_genai_config
@@ -196,7 +196,7 @@ def check(
         LoraExportError: The export, its base or an adapter cannot be used; a failed gate is a result, not an error.
             What was compared before anything is raised is written as a partial report.
     """
-    running = _begun(folder, overrides, options)
+    running = opened_check(folder, overrides, options)
     for sentence in running.described:
         remark(sentence)
 
@@ -219,25 +219,7 @@ def plan_check(
     Raises:
         LoraExportError: As `check`, before its first comparison.
     """
-    return _begun(folder, overrides, options).described
-
-
-def _begun(folder: Path, overrides: SourceOverrides, options: CheckOptions) -> Check:
-    manifest = read_manifest(folder)
-    base, adapters = locate_sources(manifest, overrides)
-    for name in filter(None, options.data):
-        manifest.adapter(name)
-    examples = {name: read_examples(path, options.n_rows) for name, path in options.data.items()}
-    request = CheckRequest(
-        folder=folder,
-        base=base,
-        adapters=adapters,
-        provider=options.provider,
-        data=examples,
-        merged=options.merged,
-        tolerances=options.tolerances,
-    )
-    return begin_check(request)
+    return opened_check(folder, overrides, options).described
 
 
 def bench(

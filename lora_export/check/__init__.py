@@ -1,5 +1,6 @@
 """Is the export what was trained? Unmerged PEFT against ONNX Runtime, case by case.
 
+    opened.py              a check whose sources are looked for
     run.py                 the order of the cases
     context.py             the options, and the two sides over the same batches
     results.py             what was found, as frozen values
@@ -10,5 +11,6 @@
     judge/                 how far apart, and how much is allowed
     locate/                where it went wrong
 
-Imports artifact, base, compat, contract, environment, errors, export, graph, quiet, runtime, verdict.
+Imports artifact, base, compat, contract, environment, errors, export, graph, integrity, quiet, runtime,
+verdict.
 """
