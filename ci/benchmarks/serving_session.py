@@ -2,9 +2,10 @@
 
     python ci/benchmarks/serving_session.py --work /tmp/serving  # writes results/serving-session-*.json
 
-A random Llama shape (8 layers, 1024 wide, 16 query and 4 key heads) with 16 adapters of all linears, whose ranks are 4,
-8, 16 and 32 in turn. Every row of a batch of 16 has another of them.
+A random Llama shape (8 layers, 1024 wide, 16 query and 4 key heads) with 16 adapters whose ranks are 4, 8, 16 and 32 in
+turn, on all linears. Every row of a batch of 16 has another of them.
 
+queries    the step beside the base's with adapters of queries and values only (as in the LoRA paper), ranks 2 to 16.
 decode     a step of 16 rows on 256 tokens each, as `AdapterSession.run` does it: with the adapters, without any, row by
            row, with another adapter in one row at every step, and in every row. Samples are taken in turn, forwards and
            backwards; ratios are of blocks.
@@ -40,7 +41,7 @@ from lora_export.runtime.generate import generate
 from lora_export.runtime.scheduler import Scheduler
 
 _SHAPE = LlamaShape(8, 1024, 2816, heads=16, kv_heads=4, head_dim=64, vocab=32000, dtype="float32")
-_RANKS = (4, 8, 16, 32)
+_RANKS, _QUERY_RANKS = (4, 8, 16, 32), (2, 4, 8, 16)
 _ROWS, _PAST = 16, 256
 _N_TEXTS, _N_RESIDENT = 64, 100
 _MOST_NEW, _MEAN_NEW = 128, 24
@@ -51,22 +52,30 @@ Steps = Mapping[str, Callable[[], object]]
 
 
 def prepare(work: Path) -> tuple[Path, tuple[Path, ...], dict[str, Path]]:
-    """The base, its adapters, and the exports of the base alone and with all adapters; what is there is reused."""
+    """The base, its adapters of all linears, and the exports: the base alone, with these, and with those of queries and
+    values. What is there is reused."""
     base = write_llama(work / "base", _SHAPE)
     linears = _SHAPE.linears()
-    adapters = tuple(
-        write_adapter(
-            work / f"task{i:02}", linears, rank=_RANKS[i % len(_RANKS)], base=base, task_type="CAUSAL_LM", seed=i
+    queries = {name: size for name, size in linears.items() if name.endswith(("q_proj", "v_proj"))}
+
+    def write(name: str, modules: Mapping[str, tuple[int, int]], ranks: Sequence[int]) -> tuple[Path, ...]:
+        options = {"base": base, "task_type": "CAUSAL_LM"}
+        return tuple(
+            write_adapter(work / f"{name}{i:02}", modules, rank=ranks[i % len(ranks)], seed=i, **options)
+            for i in range(_ROWS)
         )
-        for i in range(_ROWS)
-    )
+
+    adapters, of_queries = write("task", linears, _RANKS), write("query", queries, _QUERY_RANKS)
     folders = {}
-    for name, mode, given in (("alone", "merge", ()), ("served", "dynamic", adapters)):
+    for name, mode, given in (
+        ("alone", "merge", ()),
+        ("served", "dynamic", adapters),
+        ("queries", "dynamic", of_queries),
+    ):
         folders[name] = work / name
         if not (folders[name] / "lora_export.json").exists():
-            request = Request(
-                str(base), tuple((str(path), None) for path in given), mode, "text-generation", "float32", "cpu"
-            )
+            named = tuple((str(path), None) for path in given)
+            request = Request(str(base), named, mode, "text-generation", "float32", "cpu")
             export(request, ExportOptions(folders[name], overwrite=True))
     return base, adapters, folders
 
@@ -227,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="for models and exports; what is there is reused")
     parser.add_argument("--blocks", type=int, default=15)
-    parser.add_argument("--parts", nargs="*", default=["decode", "peft", "compose", "batching", "resident"])
+    parser.add_argument("--parts", nargs="*", default=["decode", "queries", "peft", "compose", "batching", "resident"])
     given = parser.parse_args()
     base, adapters, folders = prepare(given.work)
     result: dict = {"environment": provenance(), "shape": asdict(_SHAPE), "ranks": _RANKS, "rows": _ROWS, "past": _PAST}
@@ -242,6 +251,14 @@ def main() -> None:
             target("16 adapters in one batch ÷ row by row", ratio(taken, "mixed", "row by row"), 1 / 3),
             target("one row's adapter changes ÷ none changes", ratio(taken, "one row changes", "mixed"), 1.05),
         ]
+    if "queries" in given.parts:
+        alone = decode_steps(AdapterSession(folders["alone"], "cpu", stop_spinning=True), names)["base"]
+        narrow = AdapterSession(folders["queries"], "cpu", stop_spinning=True)
+        steps_of = {"base alone": alone, "mixed": decode_steps(narrow, list(narrow.adapters))["mixed"]}
+        taken = result["queries_seconds"] = paired(steps_of, given.blocks)
+        targets.append(
+            target("16 adapters of queries and values ÷ the base alone", ratio(taken, "mixed", "base alone"), 1.08)
+        )
     if "peft" in given.parts:
         theirs = {"mixed": steps["mixed"], "PEFT": peft_step(base, adapters)}
         taken = result["peft_seconds"] = paired(theirs, _PEFT_BLOCKS)

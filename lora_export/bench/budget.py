@@ -26,6 +26,7 @@ from lora_export.bench.shapes import Shape, parse_shape
 from lora_export.errors import InputRefused
 
 AGAINST = "against"
+CHANGING = "changing rows"
 SWAPS = ("bound", "loaded")
 _SECTIONS = ("ratio", "swap_us", "memory_mb", "device_memory_mb")
 
@@ -49,8 +50,11 @@ class Budget:
     memory_mb: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def ratio(self, shape: Shape, variant: str) -> float | None:
-        """The most specific allowance: this shape's, else the variant's, else `max_ratio`, for the base only."""
-        known = {AGAINST: None} if variant == AGAINST else {variant: self.max_ratio}
+        """The most specific allowance: this shape's, else the variant's, else `max_ratio`, for the base only.
+
+        A mix that changes in every run is the worst that a host can do: `max_ratio` is not meant for it.
+        """
+        known = {variant: None if variant in (AGAINST, CHANGING) else self.max_ratio}
         return (known | dict(self.ratios) | dict(self.shape_ratios.get(shape, {})))[variant]
 
     def memory(self, place: str, variant: str) -> float | None:

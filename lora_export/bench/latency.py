@@ -40,12 +40,19 @@ SAMPLE_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Candidate:
-    """One variant to time: its name, what runs, the session it runs in (a key) and the adapters of the rows."""
+    """One variant to time.
+
+    Attributes:
+        session: The session it runs in, a key.
+        adapters: Those of the rows.
+        is_changing: Whether each row's adapter is the next row's in the run after.
+    """
 
     name: str
     description: str
     session: str
     adapters: RowAdapter | Sequence[RowAdapter] = None
+    is_changing: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,9 +91,12 @@ def graph_session(session: Session, graph: str) -> AdapterSession:
     return session.sessions[graph] if isinstance(session, Seq2SeqSession) else session
 
 
-def bound_runs(session: Session, adapters: RowAdapter | Sequence[RowAdapter], inputs: Inputs) -> Callable[[], None]:
-    """One run of each graph in `inputs`, one after the other, everything bound."""
-    runs = [bound_run(graph_session(session, graph), adapters, feeds) for graph, feeds in inputs.items()]
+def bound_runs(
+    session: Session, adapters: RowAdapter | Sequence[RowAdapter], inputs: Inputs, *, is_changing: bool = False
+) -> Callable[[], None]:
+    """One run of each graph in `inputs`, one after the other, everything bound; as in `Candidate`."""
+    bind = changing_run if is_changing else bound_run
+    runs = [bind(graph_session(session, graph), adapters, feeds) for graph, feeds in inputs.items()]
     if len(runs) == 1:
         return runs[0]
 
@@ -133,6 +143,25 @@ def bound_run(
         binding.synchronize_outputs()
 
     run.held = held  # the arrays behind the CPU's bindings must outlive them
+    run.binding = binding
+    return run
+
+
+def changing_run(
+    session: AdapterSession, adapters: Sequence[RowAdapter], inputs: Mapping[str, np.ndarray]
+) -> Callable[[], None]:
+    """As `bound_run`, but every run puts another mix together first: each row has the next row's adapter."""
+    bound, bank = bound_run(session, adapters, inputs), session.bank
+    mixes = [bank.rows([*adapters[turn:], *adapters[:turn]], len(adapters)) for turn in range(len(adapters))]
+    turns = itertools.cycle(mixes)
+
+    def run() -> None:
+        with bank.lent(next(turns)) as lent:
+            for name, value in lent.items():
+                bound.binding.bind_ortvalue_input(name, value)
+            bound()
+
+    run.binding = bound.binding
     return run
 
 
@@ -184,7 +213,10 @@ def measure(
         turn = number % len(names)
         sessions = {name: openers[name]() for name in [*names[turn:], *names[:turn]]}
         for race, taken in timings.by_race:
-            runs = [bound_runs(sessions[c.session], c.adapters, race.inputs[c.session]) for c in race.candidates]
+            runs = [
+                bound_runs(sessions[c.session], c.adapters, race.inputs[c.session], is_changing=c.is_changing)
+                for c in race.candidates
+            ]
             for _ in take_blocks(runs, n_blocks, taken):
                 progress(next(done), blocks * len(races))
         sessions.clear()  # before the next round opens its own

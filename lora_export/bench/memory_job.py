@@ -28,13 +28,14 @@ class MemoryJob:
     """What the session is of, and what it runs.
 
     Attributes:
-        runs: (batch, sequence, past) with the adapters of the rows, one after the other.
+        runs: (batch, sequence, past) with the adapters of the rows, and whether these change from run to run, one after
+            the other.
     """
 
     folder: str
     provider: str
     vocabulary: int
-    runs: Sequence[tuple[Shape, str | Sequence[str | None] | None]]
+    runs: Sequence[tuple[Shape, str | Sequence[str | None] | None, bool]]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -45,11 +46,13 @@ def main() -> None:
     job = MemoryJob(**json.loads(sys.stdin.readline()))
     folder = Path(job.folder)
     graphs = read_manifest(folder).graphs
-    work = [(workload_inputs(graphs, job.vocabulary, shape), adapters) for shape, adapters in job.runs]
+    work = [(workload_inputs(graphs, job.vocabulary, shape), *how) for shape, *how in job.runs]
     _say(READY)
     session = open_export(folder, job.provider, stop_spinning=True)
-    for inputs, adapters in work:
-        bound_runs(session, adapters, inputs)()
+    for inputs, adapters, is_changing in work:
+        run = bound_runs(session, adapters, inputs, is_changing=is_changing)
+        for _ in range(1 + is_changing):
+            run()
     _say(DONE)
 
 

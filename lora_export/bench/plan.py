@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_export.artifact import ExportKind, Manifest, read_manifest
 from lora_export.base.tasks import Task
-from lora_export.bench.budget import AGAINST, Budget, read_budget
+from lora_export.bench.budget import AGAINST, CHANGING, Budget, read_budget
 from lora_export.bench.latency import Candidate, Comparison
 from lora_export.bench.shapes import Shape, shape_text
 from lora_export.bench.workloads import source_length
@@ -159,6 +159,8 @@ def candidates(manifest: Manifest, batch: int) -> list[Candidate]:
     if batch > 1 and len(names) > 1:
         rows = [names[row % len(names)] for row in range(batch)]
         found.append(Candidate("mixed rows", f"{len(set(rows))} adapters, another in each row", EXPORT, rows))
+        changing = "the same, but in every run each row has the next row's adapter of the run before"
+        found.append(Candidate(CHANGING, changing, EXPORT, rows, is_changing=True))
     return found
 
 

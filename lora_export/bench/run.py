@@ -141,7 +141,7 @@ def measure_memory(
         progress("measuring memory", done, len(variants))
         timed = [(race.shape, c) for race in plan.races for c in race.candidates if c.name == variant]
         session = timed[0][1].session
-        runs = [(shape, candidate.adapters) for shape, candidate in timed]
+        runs = [(shape, candidate.adapters, candidate.is_changing) for shape, candidate in timed]
         peaks = memory.peaks_mb(MemoryJob(str(folders[session]), provider, plan.vocabulary, runs))
         for place in places:
             allowance = plan.budget.memory(place, variant)

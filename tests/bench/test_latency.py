@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from functools import partial
 
+import numpy as np
 import pytest
 
 from lora_export.artifact import read_manifest
 from lora_export.bench import latency
 from lora_export.bench.budget import Budget
-from lora_export.bench.latency import ROUNDS, Candidate, Comparison, Race, bound_runs, measure
+from lora_export.bench.latency import ROUNDS, Candidate, Comparison, Race, bound_runs, changing_run, measure
 from lora_export.bench.plan import candidates
 from lora_export.bench.swap import measure_swap
 from lora_export.bench.workloads import source_length, workload_inputs
@@ -59,8 +60,10 @@ def test_one_adapter_is_nothing_to_change_between(exports):
 def test_mixed_rows_are_timed_where_there_are_rows_and_adapters_to_mix(session):
     manifest = session().manifest
     assert [c.name for c in candidates(manifest, 1)] == ["base", "merged", "dynamic, no adapter", "dynamic"]
-    *_, last = candidates(manifest, 4)
-    assert last.name == "mixed rows" and len(last.adapters) == 4 and len(set(last.adapters)) > 1
+    *_, mixed, changing = candidates(manifest, 4)
+    assert mixed.name == "mixed rows" and len(mixed.adapters) == 4 and len(set(mixed.adapters)) > 1
+    assert changing.name == "changing rows" and changing.adapters == mixed.adapters
+    assert (mixed.is_changing, changing.is_changing) == (False, True)
 
 
 def test_a_run_of_an_encoder_decoder_is_its_encoder_and_one_step(exports):
@@ -110,3 +113,17 @@ def test_a_slow_run_is_a_sample_of_its_own():
     n_runs = []
     latency._sample_ms(lambda: n_runs.append(1), 1)
     assert len(n_runs) == 1
+
+
+def test_changing_rows_run_another_mix_each_time(exports):
+    session = open_export(exports["bert-dynamic"], "cpu")
+    names = ["topic", "kind", None]
+    inputs = workload_inputs(session.manifest.graphs, 250, (3, 5, 0))["model"]
+    run = changing_run(session, names, inputs)
+    for turn in (0, 1, 2, 0):
+        run()
+        expected = session.run(inputs, [*names[turn:], *names[:turn]])["logits"]
+        found = run.binding.get_outputs()[0].numpy()
+        for row, scores in enumerate(expected):  # `run` masks the classes that a row does not have
+            real = scores > np.finfo(np.float32).min
+            np.testing.assert_allclose(found[row][real], scores[real], atol=1e-5)

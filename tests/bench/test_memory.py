@@ -31,7 +31,7 @@ def test_the_peak_grows_with_what_runs(exports):
     """Logits of a run of 32 × 32 tokens over 260 words, 4 bytes each, are what one of 1 × 1 does not have."""
 
     def peak(*shapes) -> float:
-        job = MemoryJob(str(exports["llama-base"]), "cpu", 100, [(shape, None) for shape in shapes])
+        job = MemoryJob(str(exports["llama-base"]), "cpu", 100, [(shape, None, False) for shape in shapes])
         found = peaks_mb(job)
         assert list(found) == ["process"]
         return found["process"]
@@ -49,7 +49,7 @@ def test_the_job_needs_neither_torch_nor_transformers():
 
 def test_a_process_that_ends_early_is_no_peak_of_zero(tmp_path):
     with pytest.raises(EnvironmentUnusable) as caught:
-        peaks_mb(MemoryJob(str(tmp_path), "cpu", 100, [((1, 1, 0), None)]))
+        peaks_mb(MemoryJob(str(tmp_path), "cpu", 100, [((1, 1, 0), None, False)]))
     assert "its process ended early" in str(caught.value) and "The folder holds no export" in str(caught.value)
     assert "exit status 1" in str(caught.value)
 
@@ -88,4 +88,4 @@ def test_without_the_driver_it_is_absent(nvidia_smi, tmp_path, monkeypatch):
 @LINUX
 def test_where_the_system_tells_nothing_there_is_no_figure(exports, monkeypatch):
     monkeypatch.setattr(memory, "anonymous_mb", lambda pid: None)
-    assert peaks_mb(MemoryJob(str(exports["llama-base"]), "cpu", 100, [((1, 1, 0), None)])) == {}
+    assert peaks_mb(MemoryJob(str(exports["llama-base"]), "cpu", 100, [((1, 1, 0), None, False)])) == {}

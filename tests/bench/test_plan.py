@@ -28,7 +28,7 @@ def ratios(plan: BenchPlan) -> list[tuple[str, str, float | None]]:
 def test_every_variant_is_compared_with_the_base(exports, tmp_path):
     plan = plan_of(exports["bert-dynamic"], tmp_path, max_ratio=1.1)
     names = ("merged", "dynamic, no adapter", "dynamic", "mixed rows")
-    assert ratios(plan) == [(name, "base", 1.1) for name in names]
+    assert ratios(plan) == [*((name, "base", 1.1) for name in names), ("changing rows", "base", None)]
 
 
 def test_a_base_alone_is_timed_too(exports, tmp_path):
@@ -81,7 +81,7 @@ def test_no_export_is_refused(exports, tmp_path):
 def test_the_budget_and_the_short_form(exports, tmp_path):
     budget = '[ratio]\ndynamic = 1.2\n[ratio."2x4"]\n"mixed rows" = 1.3'
     plan = plan_of(exports["bert-dynamic"], tmp_path, budget, max_ratio=1.1)
-    assert [allowance for *_, allowance in ratios(plan)] == [1.1, 1.1, 1.2, 1.3]
+    assert [allowance for *_, allowance in ratios(plan)] == [1.1, 1.1, 1.2, 1.3, None]
 
 
 def test_a_shape_is_named_as_it_was_asked_for(exports, tmp_path):

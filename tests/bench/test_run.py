@@ -49,10 +49,11 @@ def test_each_variant_has_a_process_that_runs_all_its_workloads(exports, tmp_pat
     plan = planned(folder, tmp_path, "[memory_mb]\nbase = 99\nmerged = 201\n[device_memory_mb]\ndynamic = 999")
     found: list[Memory] = []
     notes = measure_memory(plan, folders(folder), "cuda", progress=quiet, found=found)
-    ran = {Path(job.folder).name: [shape for shape, _ in job.runs] for job in jobs[:2]}
+    ran = {Path(job.folder).name: [shape for shape, _, _ in job.runs] for job in jobs[:2]}
     assert ran == {"base": [(1, 4, 0), (2, 8, 0)], "merged": [(1, 4, 0), (2, 8, 0)]}
-    assert jobs[3].runs == [((1, 4, 0), "topic"), ((2, 8, 0), "topic")]
-    assert jobs[4].runs == [((2, 8, 0), ["topic", "kind"])], "rows are mixed where there are two"
+    assert jobs[3].runs == [((1, 4, 0), "topic", False), ((2, 8, 0), "topic", False)]
+    assert jobs[4].runs == [((2, 8, 0), ["topic", "kind"], False)], "rows are mixed where there are two"
+    assert jobs[5].runs == [((2, 8, 0), ["topic", "kind"], True)]
     process = {m.variant: (m.peak_mb, m.verdict) for m in found if m.place == "process"}
     assert process["base"] == (100.0, Verdict.FAIL) and process["merged"] == (200.0, Verdict.PASS)
     assert process["dynamic"] == (400.0, Verdict.NOT_GATED)

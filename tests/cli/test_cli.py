@@ -271,7 +271,7 @@ def test_bench_reports_and_gates(exports, own, short_timing):
     found = json.loads(result.stdout)
     assert found["verdict"] == "not gated"
     names = [variant["name"] for variant in found["workloads"][0]["variants"]]
-    assert names == ["base", "merged", "dynamic, no adapter", "dynamic", "mixed rows"]
+    assert names == ["base", "merged", "dynamic, no adapter", "dynamic", "mixed rows", "changing rows"]
     assert all(len(v["samples_ms"]) == 12 for v in found["workloads"][0]["variants"])
     assert {path.name for path in (folder / "reports").iterdir()} == {
         "bench.html", "bench.json", "bench.junit.xml", "bench.md",
@@ -306,7 +306,8 @@ def test_bench_against_another_export_by_a_budget(exports, own, tmp_path, short_
     ratios = [(r["variant"], r["against"], r["allowance"], r["verdict"]) for r in found["workloads"][0]["ratios"]]
     assert ratios == [
         ("merged", "base", 2000, "pass"), ("dynamic, no adapter", "base", 2000, "pass"),
-        ("dynamic", "base", 1000, "pass"), ("mixed rows", "base", 2000, "pass"), ("dynamic", "against", 0.001, "fail"),
+        ("dynamic", "base", 1000, "pass"), ("mixed rows", "base", 2000, "pass"), ("changing rows", "base", None, "not gated"),
+        ("dynamic", "against", 0.001, "fail"),
     ]  # fmt: skip
     assert [(s["name"], s["allowance_us"], s["verdict"]) for s in found["swaps"]] == [
         ("bound", 0.001, "fail"), ("loaded", None, "not gated"),
@@ -358,7 +359,7 @@ def test_bench_times_encoder_decoders(exports, own, short_timing):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["workloads"][0]["name"] == "2 × 50 on 4 tokens"
-    assert [v["name"] for v in found["workloads"][0]["variants"]][-1] == "mixed rows"
+    assert [v["name"] for v in found["workloads"][0]["variants"]][-1] == "changing rows"
     assert any("one step of the decoder" in note for note in found["notes"])
 
 
