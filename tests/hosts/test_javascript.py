@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import FAULTS, Tensors, damage
 from javascript import SAMPLES, described, needs_node, node, run_cases
 from references import decoder_feeds, inputs_for
 
-from lora_export.adapters.pack import write_onnx_adapter
 from lora_export.artifact import MANIFEST, sha256_of
 from lora_export.contract import AdapterInputKind
 from lora_export.runtime.adapter_file import read_adapter
@@ -114,48 +113,19 @@ def test_float16_is_read_and_rounded_as_numpy_does(tmp_path):
     assert np.array_equal(np.array(found["scaled"], np.uint16)[~nan].view(np.float16), product[~nan])
 
 
-def of_another_graph(tensors: dict) -> dict:
-    return {name.replace("query.lora_A", "elsewhere.lora_A"): array for name, array in tensors.items()}
+def not_finite(tensors: Tensors) -> Tensors:
+    return {name: np.full_like(array, np.nan) if "lora_A" in name else array for name, array in tensors.items()}
 
 
-def without_a_tensor(tensors: dict) -> dict:
-    return {name: array for name, array in tensors.items() if name != next(n for n in tensors if "lora_B" in n)}
+OWN_FAULTS = FAULTS | {not_finite: ("The adapter holds numbers that are not finite", "lora_A")}
 
 
-def of_another_dtype(tensors: dict) -> dict:
-    first = next(name for name in tensors if "lora_A" in name)
-    return {name: array.astype(np.float16) if name == first else array for name, array in tensors.items()}
-
-
-def of_another_size(tensors: dict) -> dict:
-    first = next(name for name in tensors if "lora_A" in name)
-    return {name: array[:, 1:] if name == first else array for name, array in tensors.items()}
-
-
-def not_finite(tensors: dict) -> dict:
-    first = next(name for name in tensors if "lora_A" in name)
-    return {name: np.full_like(array, np.nan) if name == first else array for name, array in tensors.items()}
-
-
-FAULTS: dict[Callable, tuple[str, str]] = {
-    of_another_graph: ("The adapter was made for another graph", "elsewhere.lora_A"),
-    without_a_tensor: ("The adapter lacks a tensor", "lora_B"),
-    of_another_dtype: ("The adapter was made for another graph", "lora_A"),
-    of_another_size: ("The adapter was made for another graph", "lora_A"),
-    not_finite: ("The adapter holds numbers that are not finite", "lora_A"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", OWN_FAULTS)
 def test_an_adapter_that_does_not_fit_is_refused_by_file_and_tensor(fault, exports, own, tmp_path):
-    import torch
-
     folder = own(exports["bert-required"])
-    file = folder / "adapters" / "topic.onnx_adapter"
-    tensors = fault(read_adapter(file))
-    write_onnx_adapter(file, {name: torch.from_numpy(array.copy()) for name, array in tensors.items()})
+    damage(folder / "adapters" / "topic.onnx_adapter", fault)
     (found,) = run_cases(rehashed(folder), [], tmp_path / "found")
-    message, tensor = FAULTS[fault]
+    message, tensor = OWN_FAULTS[fault]
     assert found["error"]["name"] == "AdapterError", found
     assert found["error"]["message"].startswith(message)
     assert found["error"]["file"] == "adapters/topic.onnx_adapter"
