@@ -2,8 +2,8 @@
 
     .venv-genai/bin/python samples/genai.py FOLDER TEXT [--max-new-tokens 40]
 
-Needs onnxruntime-genai (`ci/setup genai`) and nothing of this package. GenAI runs one adapter at a time, on an export with
-optional inputs; it knows no gate, so an activated LoRA is active for all tokens.
+Needs onnxruntime-genai (`ci/setup genai`) and nothing of this package. GenAI runs one adapter at a time, on an export
+with optional inputs; it knows no gate, so an activated LoRA is active for all tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnxruntime_genai as og
+
+
+def start_tokens(folder: Path) -> list[int]:
+    """What the tokenizer puts before a text by its template, which GenAI's own tokenizer leaves out."""
+    processor = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("post_processor") or {}
+    steps = processor.get("processors", [processor])
+    template = next((step for step in steps if step.get("type") == "TemplateProcessing"), {"single": [{}]})
+    first = template["single"][0].get("SpecialToken")
+    return template["special_tokens"][first["id"]]["ids"] if first else []
 
 
 def tokens(
@@ -48,7 +57,11 @@ def main() -> None:
     for record in manifest["adapters"]:
         adapters.load(str(arguments.folder / record["file"]), record["name"])
     tokenizer = None if arguments.ids else og.Tokenizer(model)
-    prompt = [int(each) for each in arguments.text.split()] if arguments.ids else tokenizer.encode(arguments.text)
+    if arguments.ids:
+        prompt = [int(each) for each in arguments.text.split()]
+    else:
+        own, start = tokenizer.encode(arguments.text).tolist(), start_tokens(arguments.folder)
+        prompt = own if own[: len(start)] == start else [*start, *own]
     for name in (None, *(record["name"] for record in manifest["adapters"])):
         stream = None if arguments.ids else tokenizer.create_stream()
         print(f"[{name or 'base'}]", "" if arguments.ids else arguments.text, end="", flush=True)

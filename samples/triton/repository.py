@@ -5,7 +5,7 @@
 `OUT/python/lora`: Triton's Python backend with `AdapterSession`; a request names an adapter for each of its rows, and
 the rows of several requests run as one batch. `OUT/onnx/lora`, for an export of `--inputs required`: the ONNX Runtime
 backend, which is sent the adapters' tensors with each request (`client.py` does so). No Triton server has run these
-here: the settings are held to Triton's protobuf schema, and the Python backend's code runs in a test without the server.
+here: the settings are held to Triton's protobuf schema, and a test runs the Python backend's code without the server.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ import transformers
 
 from lora_export.export.plan import Request
 from lora_export.pipeline import ExportOptions, export
+from lora_export.runtime.adapter_session import AdapterSession
+from lora_export.runtime.generate import generate
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("LORA_EXPORT_GENAI_PYTHON", ROOT / ".venv-genai/bin/python"))
@@ -100,3 +102,24 @@ def test_merged_export_generates_what_the_adapter_does(trained, tmp_path):
     base, adapter, _, of_adapter = trained
     export(Request(str(base), ((str(adapter), "one"),), "merge"), ExportOptions(tmp_path / "out"))
     assert genai(tmp_path / "out", None) == of_adapter
+
+
+def test_the_sample_writes_what_python_does_for_the_base_and_two_adapters(exports):
+    """`samples/genai.py`, token for token."""
+    session = AdapterSession(exports["llama-dynamic"], "cpu")
+    command = [PYTHON, ROOT / "samples" / "genai.py", exports["llama-dynamic"], " ".join(map(str, PROMPT)), "--ids"]
+    done = subprocess.run([*command, "--max-new-tokens", "12"], capture_output=True, text=True, timeout=120, check=True)
+    found = {}
+    for line in done.stdout.splitlines():
+        name, *ids = line.split()
+        found[name] = list(map(int, ids))
+    assert list(found) == ["[base]", "[chat]", "[code]"]
+    for name, adapter in zip(found, (None, "chat", "code"), strict=True):
+        assert [found[name]] == generate(session, [PROMPT], adapter, max_new_tokens=12)
+    assert len({tuple(ids) for ids in found.values()}) == 3
+
+
+def test_the_sample_refuses_an_export_that_genai_cannot_run(exports):
+    command = [PYTHON, ROOT / "samples" / "genai.py", exports["llama-kinds-required"], "5 9", "--ids"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and "has no genai_config.json" in done.stderr
