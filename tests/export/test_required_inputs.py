@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from command_line import call, fails
@@ -18,6 +20,7 @@ from lora_export.errors import InputRefused
 from lora_export.integrity.sources import SourceOverrides
 from lora_export.pipeline import add_adapter, check
 from lora_export.runtime.adapter_session import AdapterSession
+from lora_export.runtime.session import open_session
 
 PAIRS = (("bert-dynamic", "bert-required"), ("llama-kinds", "llama-kinds-required"))
 COMPOSITIONS = {
@@ -68,6 +71,17 @@ def test_onnxruntime_wants_every_adapter_input(name, exports):
     left_out = session.contract.adapter_inputs[0].name
     with pytest.raises(ValueError, match="Required inputs"):
         session.session.run(["logits"], {key: array for key, array in fed.items() if key != left_out})
+
+
+@pytest.mark.parametrize(("optional", "required"), PAIRS)
+def test_onnxruntime_makes_the_same_operators_of_both(optional, required, exports, tmp_path):
+    """So one is as fast as the other: a default that a host may replace is no constant to fold."""
+    found = []
+    for name in (optional, required):
+        open_session(exports[name] / "model.onnx", "cpu", optimized=tmp_path / f"{name}.onnx")
+        nodes = onnx.load(tmp_path / f"{name}.onnx", load_external_data=False).graph.node
+        found.append(Counter((node.domain, node.op_type) for node in nodes))
+    assert found[0] == found[1] and found[0].total() > 20
 
 
 def test_an_active_adapter_of_onnxruntimes_own_fills_the_inputs_that_it_has(exports):
