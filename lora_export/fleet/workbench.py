@@ -73,8 +73,10 @@ class Workbench:
             raise
         except LoraExportError as error:
             return refusal(task.name, task.given, error, key=task.key, seconds=time.monotonic() - started)
+        seconds_packing = time.monotonic() - started
         case = self._compared(task, plan, record)
         packed = {
+            "seconds_packing": seconds_packing,
             "files": files,
             "record": asdict(record),
             "n_bytes": sum((task.into / file).stat().st_size for file in record.files.values()),

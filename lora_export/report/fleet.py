@@ -66,11 +66,16 @@ def fleet_summary(report: FleetReport) -> str:
 
 def reason_table(report: FleetReport) -> Table:
     """How often each reason was given."""
-    reasons = Counter((a.outcome, a.detail.get("what") or a.reason) for a in report.adapters if a.reason)
+    reasons = Counter((adapter.outcome, _why(adapter)) for adapter in report.adapters if adapter.reason)
     columns = (Column("Reason", numeric=False), Column("Adapters"))
     ordered = sorted(reasons.items(), key=lambda entry: (_ORDER.index(entry[0][0]), -entry[1]))
     rows = tuple(TableRow((Cell(str(why)), Cell(str(n))), str(outcome)) for (outcome, why), n in ordered)
     return Table("Reasons", columns, rows)
+
+
+def _why(adapter: AdapterOutcome) -> str:
+    """The reason without the adapter's own name, as others give it too."""
+    return str(adapter.detail.get("what") or adapter.reason).replace(f"Adapter {adapter.name!r}", "An adapter")
 
 
 def adapter_table(report: FleetReport) -> Table:

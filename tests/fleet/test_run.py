@@ -12,11 +12,13 @@ import pytest
 import safetensors.torch
 from command_line import call, fails
 
+from lora_export import pipeline
 from lora_export.artifact import read_manifest
 from lora_export.errors import EnvironmentUnusable
 from lora_export.fleet import run as fleet_run
+from lora_export.fleet.options import FleetOptions
 from lora_export.fleet.outcomes import Outcome
-from lora_export.fleet.state import kept_outcomes, locked, work_folder
+from lora_export.fleet.state import before, kept_outcomes, locked, take_up, work_folder
 from lora_export.integrity.verify import verify
 from lora_export.pipeline import add_adapter
 
@@ -111,6 +113,10 @@ def test_reports_name_all_and_filter_by_a_script_of_their_own(fleet):
     assert suite.count("<skipped") == 2 and suite.count("<failure") == 1 and 'tests="6"' in suite
 
 
+def interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_second_run_does_what_has_changed(fleet, bases, tmp_path, monkeypatch):
     listed, out = tmp_path / "list", tmp_path / "served"
     shutil.copytree(fleet[0], listed)
@@ -120,10 +126,13 @@ def test_a_second_run_does_what_has_changed(fleet, bases, tmp_path, monkeypatch)
     monkeypatch.setattr(fleet_run, "Packing", lambda *a, **k: given.append(a[1]) or original(*a, **k))
     shutil.rmtree(listed / "speak")
     changed(listed / "code", lambda tensors: next(iter(tensors.values())).mul_(0.5))
-    options = ("-o", out, "--provider", "cpu", "--workers", 1, "--rows", 4)
-    result = call("fleet", listed, bases["llama"], *options)
-    assert given == ["code"]
-    assert result.exit_code == 1 and "5 adapters: 2 served, 2 refused, 1 failed. 4 were known" in result.output
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(fleet_run, "write_manifest", interrupt)
+        pipeline.fleet(listed, str(bases["llama"]), FleetOptions(out, provider="cpu", n_workers=1, n_rows=4))
+    assert given == ["code"] and verify(out).passed and len(read_manifest(out).adapters) == 3, "the old fleet is there"
+    result = call("fleet", listed, bases["llama"], "-o", out, "--provider", "cpu", "--workers", 1, "--rows", 4)
+    assert given == ["code"], "what the stopped run found is not done again"
+    assert result.exit_code == 1 and "5 adapters: 2 served, 2 refused, 1 failed. 5 were known" in result.output
     assert [record.name for record in read_manifest(out).adapters] == ["chat", "code"]
     assert not (out / "adapters/speak.onnx_adapter").exists() and verify(out).passed
     assert (out / "adapters/code.onnx_adapter").read_bytes() != (fleet[1] / "adapters/code.onnx_adapter").read_bytes()
@@ -147,6 +156,17 @@ def test_what_cannot_be_begun(fleet, bases, tmp_path):
     message = fails(3, "fleet", tmp_path / "list", bases["llama"], "-o", tmp_path / "out")
     assert "No adapter of the list can be exported" in message and "odd: The adapter has no weights" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_fleet_that_was_being_replaced_is_put_back(tmp_path):
+    out = tmp_path / "out"
+    before(out).mkdir(parents=True)
+    (before(out) / "file").write_text("old")
+    take_up(out)
+    assert (out / "file").read_text() == "old"
+    before(out).mkdir()
+    take_up(out)
+    assert (out / "file").read_text() == "old" and before(out).is_dir(), "a fleet that is there stays"
 
 
 def _hold(out: Path, ready, done) -> None:
