@@ -139,3 +139,31 @@ def test_a_manifest_of_an_older_version_is_read(tmp_path):
     record = read_manifest(tmp_path).adapter("topic")
     assert (record.invocation_tokens, record.residual_base, record.preprocessing) == (None, False, None)
     assert record.files == {"model": "adapters/topic.onnx_adapter"} and record.labels == {0: "a", 1: "b", 2: "c"}
+
+
+OUTSIDE = ("../outside", "/etc/hostname", "adapters/../../outside", "..", "adapters/..", "a\\..\\b", "")
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("place", ["files", "file", "preprocessing", "source", "name"])
+def test_a_manifest_is_no_leave_to_read_elsewhere(place, name, exports, tmp_path):
+    fields = json.loads((exports["bert-dynamic"] / "lora_export.json").read_text(encoding="utf-8"))
+    adapter = fields["adapters"][0]
+    if place == "files":
+        fields["files"][name] = "0" * 64
+    elif place == "source":
+        adapter["source"]["files"][name] = "0" * 64
+    else:
+        adapter[place] = name
+    (tmp_path / "lora_export.json").write_text(json.dumps(fields), encoding="utf-8")
+    with pytest.raises(InputRefused, match="The export's manifest is damaged") as refused:
+        read_manifest(tmp_path)
+    assert repr(name) in refused.value.found
+
+
+@pytest.mark.parametrize("name", ["a..b", "adapters/..a", "a/.b", "model.onnx.data", "adapters/x/tokenizer.json", "."])
+def test_names_inside_the_folder_are_taken(name, exports, tmp_path):
+    fields = json.loads((exports["bert-dynamic"] / "lora_export.json").read_text(encoding="utf-8"))
+    fields["files"][name] = "0" * 64
+    (tmp_path / "lora_export.json").write_text(json.dumps(fields), encoding="utf-8")
+    assert name in read_manifest(tmp_path).files

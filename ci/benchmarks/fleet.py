@@ -17,13 +17,16 @@ import os
 import shutil
 import statistics
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 from processes import Usage, run_measured
 from random_models import LlamaShape, write_adapter, write_llama
+from readme_tables import write_into_readme
 from results import RESULTS, Target, heading, host_kind, provenance, target_table, write_json
 
+RESULT = RESULTS / "fleet-x86_64-2cores.json"
 _TINY = LlamaShape(2, 64, 128, 4, 2, 16, 259, "float32")
 _LARGE = LlamaShape(8, 1024, 2816, 16, 4, 64, 8000, "float32")
 _N_TINY, _N_LARGE, _N_CHANGED = 1000, 24, 10
@@ -119,6 +122,17 @@ def targets(figures: dict) -> list[Target]:
     ]
 
 
+def summary(result: dict) -> str:
+    """The page's table of a result."""
+    rows = target_table([Target(**target) for target in result["targets"]])
+    return f"{textwrap.fill(heading(result['environment']), 128)}\n\n{rows}\n"
+
+
+def read_result() -> dict:
+    """The recorded result."""
+    return json.loads((RESULT).read_text(encoding="utf-8"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
@@ -126,7 +140,8 @@ def main() -> None:
     figures = measured(parser.parse_args().work)
     result = {"environment": where, "figures": figures, "targets": [vars(target) for target in targets(figures)]}
     write_json(RESULTS / f"fleet-{host_kind()}.json", result)
-    print(heading(where), target_table(targets(figures)), sep="\n\n")
+    write_into_readme("fleet", summary(result))
+    print(summary(result))
 
 
 if __name__ == "__main__":

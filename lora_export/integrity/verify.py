@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export.artifact import MANIFEST, REPORTS, SIGNATURE, Manifest, read_manifest, sha256_of
@@ -83,7 +83,6 @@ def verify(
     """
     verifier = verifier_with(signature_key) if signature_key is not None else None
     manifest = read_manifest(folder)
-    _require_names_inside(folder, manifest)
     problems = list(_file_problems(folder, manifest))
     sources = {} if overrides is None else _source_problems(manifest, overrides)
     problems += [problem for problem in sources.values() if problem is not None]
@@ -95,18 +94,6 @@ def verify(
     present = [folder / name for name in manifest.files if (folder / name).is_file()]
     n_bytes = sum(path.stat().st_size for path in present)
     return Verification(str(folder), len(manifest.files), n_bytes, tuple(sources), signature, tuple(problems))
-
-
-def _require_names_inside(folder: Path, manifest: Manifest) -> None:
-    """A manifest is no leave to read elsewhere."""
-    for name in manifest.files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise InputRefused(
-                "The export's manifest is damaged",
-                where=str(folder / MANIFEST),
-                expected="names of files inside the folder",
-                found=name,
-            )
 
 
 def _file_problems(folder: Path, manifest: Manifest) -> Iterator[Problem]:
