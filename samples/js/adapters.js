@@ -471,6 +471,8 @@ export async function openExport(read, { graph = null, verify = true } = {}) {
         folder.adapters.set(record.name, { tensors: {}, invocationTokens: null }); // it touches other graphs only
       continue;
     }
+    if (/^\/|\\|(^|\/)\.\.(\/|$)/.test(file))
+      throw new AdapterError("The manifest names a file outside its folder", { file: MANIFEST, found: file });
     const bytes = await read(file);
     if (verify && (await sha256(bytes)) !== manifest.files[file])
       throw new AdapterError(

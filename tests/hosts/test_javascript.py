@@ -194,6 +194,16 @@ def test_a_damaged_folder_is_refused(change, message, exports, own, tmp_path):
     assert found["error"]["name"] == "AdapterError" and message in found["error"]["message"], found
 
 
+@pytest.mark.parametrize("file", ["../x.onnx_adapter", "/etc/x.onnx_adapter", "adapters/../../x", "adapters\\..\\x"])
+def test_a_manifest_names_nothing_outside_its_folder(file, exports, own, tmp_path):
+    folder = own(exports["bert-required"])
+    fields = json.loads((folder / MANIFEST).read_text())
+    fields["adapters"][0]["file"] = file
+    (folder / MANIFEST).write_text(json.dumps(fields))
+    (found,) = run_cases(folder, [], tmp_path / "found")
+    assert found["error"]["message"].startswith("The manifest names a file outside its folder"), found
+
+
 def test_a_folder_with_optional_inputs_is_refused_with_the_way_out(exports, tmp_path):
     (found,) = run_cases(exports["bert-dynamic"], [], tmp_path / "found")
     assert "lora-export dynamic --inputs required" in found["error"]["message"]
