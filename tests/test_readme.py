@@ -61,7 +61,7 @@ def test_support_table_is_the_one_that_drives_the_refusals():
 
 def test_the_table_of_quantized_bases_is_the_one_that_drives_the_refusals():
     page = PAGES["docs/quantize.md"]
-    between = page.split("on_quantized, held by a test -->\n")[1].split("<!-- end of quantized table -->")[0]
+    between = page.split("on_quantized, held by a test -->\n")[1].split("<!-- end of refusals -->")[0]
     assert between == quantized_table()
 
 
