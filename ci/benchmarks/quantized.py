@@ -38,7 +38,7 @@ _SMOLLM2 = LlamaShape(30, 576, 1536, heads=9, kv_heads=3, head_dim=64, vocab=491
 _SHAPES = {"llama": _LLAMA, "smollm2": _SMOLLM2}
 _RANK, _SHAPE = 8, (1, 1, 256)
 _INT4 = Quantization()
-# Limits: int4 ÷ float32, int4 ÷ builder, an adapter ÷ without, bytes but embeddings ÷ float32, memory of an export ÷ builder
+# Limits: int4 ÷ float32, ÷ builder; an adapter ÷ none; bytes but embeddings ÷ float32; memory of an export ÷ builder.
 _OF_FLOATS, _OF_BUILDER, _OF_ADAPTER, _OF_BYTES, _OF_MEMORY = 0.6, 1.0, 1.10, 0.2, 0.25
 
 

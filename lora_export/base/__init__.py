@@ -1,7 +1,8 @@
 """A base checkpoint: reading, tasks, the weightless model, its trace. The only room that calls torch.onnx.
 
     stored.py      JSON and safetensors of a folder
-    quantized.py   refuses quantized weights, by the name of their method
+    restored.py    weights of quantized checkpoints, in floats
+    quantized.py   which method a base's weights are quantized by; others than these refused by name
     config.py      its config.json, compared with the checkpoint's headers and read by Transformers
     checkpoint.py  a base's folder, and what it holds of a model
     conversion.py  which stored tensors make a parameter, and reading them

@@ -10,7 +10,7 @@ import torch
 
 from lora_export.base.config import read_config, refuse_unsafe_or_unknown, require_headers
 from lora_export.base.conversion import Converted, stored_parameters
-from lora_export.base.quantized import refuse_other_dtypes, refuse_quantized
+from lora_export.base.quantized import in_floats, refuse_other_dtypes, refuse_quantized
 from lora_export.base.stored import SAFETENSORS_DTYPES, SafetensorsFiles, read_json, weight_files
 from lora_export.errors import EnvironmentUnusable, InputRefused
 from lora_export.named import is_hub_id, near, refuse_no_folder
@@ -64,19 +64,26 @@ def locate(given: str, *, kind: str) -> Located:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base folder: `config.json`, safetensors (sharded or not), tokenizer and licence files."""
+    """A base folder: `config.json`, safetensors (sharded or not), tokenizer and licence files.
+
+    Attributes:
+        config: `config.json`, what it says of a quantization aside.
+        files: Its tensors, quantized weights in floats.
+        quantization: How weights are stored, in words; None for floats.
+    """
 
     located: Located
     config: dict
     files: SafetensorsFiles
+    quantization: str | None = None
 
     @classmethod
     def open(cls, located: Located) -> Checkpoint:
         """Open the base at `located`, reading headers only.
 
         Raises:
-            InputRefused: No config, only pickled weights, a truncated or missing shard, quantized weights, numbers in
-                the config that do not fit the headers, or a model that needs remote code.
+            InputRefused: No config, only pickled weights, a truncated or missing shard, weights quantized in a way that
+                is not read, numbers in the config that do not fit the headers, or a model that needs remote code.
         """
         if (located.path / "adapter_config.json").is_file() and not (located.path / "config.json").is_file():
             raise InputRefused(
@@ -89,9 +96,13 @@ class Checkpoint:
         config = read_json(located.path / "config.json")
         refuse_unsafe_or_unknown(config, located.path)
         files = SafetensorsFiles.open(weight_files(located.path))
-        refuse_quantized(config, files, located.path)
-        require_headers(config, files, located.path)
-        return cls(located, config, files)
+        plain, restored, method = in_floats(config, files)
+        if restored is None:
+            refuse_quantized(config, files, located.path)
+        else:
+            refuse_quantized(plain, restored, located.path)
+        require_headers(plain, restored or files, located.path)
+        return cls(located, plain, restored or files, method)
 
     @property
     def path(self) -> Path:

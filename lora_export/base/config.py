@@ -141,7 +141,10 @@ def read_config(fields: dict, folder: Path, **overrides: object):
 
     what = f"Transformers cannot read the config of this {fields['model_type']} base"
     with refused_if_it_fails(what, where=where, next_step=_MEND):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **overrides)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **overrides)
+    if "quantization_config" not in fields and hasattr(config, "quantization_config"):
+        del config.quantization_config  # of a base whose weights are read in floats
+    return config
 
 
 def field_at_fault(fields: Mapping[str, object], attempt: Callable[[dict], object]) -> str | None:

@@ -1,7 +1,8 @@
 """Whether a base's weights are quantized: read off its config, and off the names and dtypes of its tensors.
 
-The numbers that a quantized checkpoint stores are no weights without the scales beside them, so such a base is refused
-before its shapes are looked at.
+The numbers that a quantized checkpoint stores are no weights without the scales beside them. Where the config declares
+a method that `restored.py` knows, its weights are read in floats; any other base is refused before its shapes are
+looked at.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from lora_export.base.restored import RestoredFiles, restored_files
 from lora_export.base.stored import SAFETENSORS_DTYPES, SafetensorsFiles
 from lora_export.errors import InputRefused, some_of
 
@@ -55,6 +57,25 @@ def refuse_quantized(config: Mapping[str, object], files: SafetensorsFiles, fold
             expected="weights stored in float32, float16 or bfloat16",
             next_step=_WAY_OUT,
         )
+
+
+def in_floats(config: Mapping[str, object], files: SafetensorsFiles) -> tuple[dict, RestoredFiles | None, str | None]:
+    """The config without its quantization, the files with the weights in floats, and the method in words.
+
+    The files are None where the config declares none, or one that is not read.
+
+    Raises:
+        InputRefused: Tensors that belong to a weight are missing, or not of its size.
+    """
+    declared = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(declared, Mapping):
+        return dict(config), None, None
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    restored = restored_files(files, declared, dtype if isinstance(dtype, str) else None)
+    if restored is None:
+        return dict(config), None, None
+    plain = {name: value for name, value in config.items() if name not in ("quantization_config", "compression_config")}
+    return plain, restored, _described(declared)
 
 
 def refuse_other_dtypes(names: Iterable[str], files: SafetensorsFiles) -> None:

@@ -27,6 +27,7 @@ from lora_export.check.context import (
     integer_base,
     main_of,
     main_outputs,
+    read_in_floats,
     rounds,
     run_reference,
     with_float_activations,
@@ -155,6 +156,7 @@ def begin_check(request: CheckRequest) -> Check:
         for record in manifest.adapters
         if record.other_base is not None
     ]
+    unknown += read_in_floats(request.base)
     examination = Examination(context, where, skipped=unknown if lack is None else [*unknown, lack])
     n_bytes = memory_of_references(manifest, request.folder, precisely=lack is None)
     seen = environment(session.provider, session.provider_reason, {})

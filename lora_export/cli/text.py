@@ -63,7 +63,8 @@ def plan_text(value: dict) -> str:
         "wrote nothing",
         *([f"linear weights in {value['quantization']}; adapters in floats"] if value["quantization"] else []),
         *value["remarks"],
-        f"read    {read['path']}: {read['tensors']} tensors, {parameters:,} parameters",
+        f"read    {read['path']}: {read['tensors']} tensors, {parameters:,} parameters"
+        + (f", quantized: {read['quantization']}" if read["quantization"] else ""),
     ]
     for adapter in value["adapters"]:
         lines.append(
@@ -112,7 +113,8 @@ def inspect_text(value: dict) -> str:
         return "\n".join(lines)
     if value["what"] == "base":
         kinds = ", ".join(f"{n:,} in {dtype}" for dtype, n in value["parameters_by_dtype"].items())
-        return f"base {value['path']}: {', '.join(value['architectures'])}\n  {value['tensors']} tensors, {kinds}"
+        text = f"base {value['path']}: {', '.join(value['architectures'])}\n  {value['tensors']} tensors, {kinds}"
+        return text + (f"\n  quantized: {value['quantization']}; read as floats" if value["quantization"] else "")
     if "format" in value:
         return "\n".join(
             [
@@ -126,6 +128,7 @@ def inspect_text(value: dict) -> str:
     lines = [
         f"adapter {value['name']} ({value['path']}) of {value['base']}",
         f"  {value['tensors']} tensors, {value['parameters']:,} parameters, task type {value['task_type']}",
+        *([f"  trained on quantized weights: {value['trained_on']}"] if value["trained_on"] else []),
         f"  merge: {value['merge']}",
         f"  dynamic: {value['dynamic']}",
     ]

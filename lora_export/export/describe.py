@@ -16,6 +16,7 @@ from lora_export.base.stored import SAFETENSORS_DTYPES
 from lora_export.contract import SINGLE
 from lora_export.errors import InputRefused, LoraExportError, some_of
 from lora_export.export.graphs import target_modules
+from lora_export.export.origin import quantized_training
 from lora_export.export.outputs import planned_bytes, planned_files
 from lora_export.export.plan import Request, make_plan
 from lora_export.export.quantizing import require_kept
@@ -105,6 +106,7 @@ def _base_fields(checkpoint: Checkpoint) -> dict:
         "model_type": checkpoint.config.get("model_type"),
         "tensors": len(tensors),
         "parameters_by_dtype": by_dtype,
+        "quantization": checkpoint.quantization,
         "files": sorted({str(info.file.name) for info in tensors.values()}),
     }
 
@@ -116,6 +118,7 @@ def _adapter_fields(folder: AdapterFolder) -> dict:
         "path": str(folder.path),
         "base": folder.base,
         "task_type": folder.config.get("task_type"),
+        "trained_on": quantized_training(folder),
         "tensors": len(folder.shapes),
         "parameters": sum(map(math.prod, folder.shapes.values())),
     }

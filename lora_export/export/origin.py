@@ -86,3 +86,39 @@ def _is_another(recorded: object, used: str | None) -> bool:
 def remark_on(name: str, recorded: str, used: str) -> str:
     """That an adapter is exported on another base than it records, in a sentence."""
     return f"adapter {name!r} records another base, {recorded}; it is exported on {used}, whose shapes fit"
+
+
+# What PEFT writes into the card of an adapter that was trained on a quantized base, and how such bases are named.
+_CARD = re.compile(r"quantization config was used during training:\s*\n(?P<settings>(?:- .+\n?)+)")
+_NAMED = re.compile(r"[-_.](bnb[-_]4bit|bnb[-_]8bit|4bit|8bit|gptq|awq|nf4|fp8|int4|int8)\b", re.IGNORECASE)
+_MOST_OF_A_CARD = 1 << 20
+
+
+def quantized_training(folder: AdapterFolder) -> str | None:
+    """The quantized base that an adapter says it was trained on (QLoRA), in words; None if it says nothing of it.
+
+    Its card says so where PEFT wrote it, else the name of the base.
+    """
+    card = folder.path / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace")[:_MOST_OF_A_CARD] if card.is_file() else ""
+    if (found := _CARD.search(text)) is not None:
+        settings = dict(line[2:].split(": ", 1) for line in found["settings"].splitlines() if ": " in line)
+        given = {name: settings.get(name) for name in ("quant_method", "load_in_4bit", "bnb_4bit_quant_type")}
+        bits = "4-bit" if given["load_in_4bit"] == "True" else "8-bit" if settings.get("load_in_8bit") == "True" else ""
+        kind = given["bnb_4bit_quant_type"] if bits == "4-bit" else None
+        method = given["quant_method"] or "bitsandbytes"
+        words = " ".join(
+            filter(None, [method.rpartition(".")[2].lower().replace("bits_and_bytes", "bitsandbytes"), bits])
+        )
+        return f"{words} ({kind})" if kind else words
+    named = _NAMED.search(folder.base or "")
+    return None if named is None else f"{named[1]}, by the name of its base"
+
+
+def remark_on_training(name: str, quantized: str) -> str:
+    """That an adapter of a quantized base is exported on one of floats, in a sentence with the way out."""
+    return (
+        f"adapter {name!r} was trained on quantized weights ({quantized}) and is exported on others, which it does not "
+        "correct: for what was trained, name the quantized base (its checkpoint is read), or quantize this one in the "
+        "same way and save it"
+    )

@@ -21,7 +21,7 @@ from lora_export.base.tasks import CLASSIFICATION, SEQ2SEQ, Task
 from lora_export.base.weightless import build_weightless, vocabulary_tables
 from lora_export.carried import Carried, plan_added, plan_carried
 from lora_export.errors import InputRefused, UsageProblem
-from lora_export.export.origin import another_base, locate_base, remark_on
+from lora_export.export.origin import another_base, locate_base, quantized_training, remark_on, remark_on_training
 from lora_export.export.padding import choose_padding, reads_last_token, with_padding
 from lora_export.export.task_choice import choose_task
 from lora_export.quantization import Quantization
@@ -156,6 +156,9 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     remarks += carried.remarks
     others = {f.name: other for f in folders if (other := another_base(f, checkpoint.located)) is not None}
     remarks += tuple(remark_on(name, other, checkpoint.located.given) for name, other in others.items())
+    if checkpoint.quantization is None:
+        trained = {folder.name: quantized_training(folder) for folder in folders}
+        remarks += tuple(remark_on_training(name, how) for name, how in trained.items() if how is not None)
     found = (request, checkpoint, folders, task, dtype, config, adapter_configs, carried, pad_token_id)
     return Plan(*found, model, others, remarks)
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from peft import PeftType
 
+from lora_export.base.checkpoint import Checkpoint, Located
 from lora_export.base.tasks import Task, model_class
-from lora_export.base.weightless import TORCH_DTYPES
+from lora_export.base.weightless import TORCH_DTYPES, build_weightless
 from lora_export.check.reference.on_integers import IntegerBase, Switch
 from lora_export.check.reference.trained import TrainedAdapter, adds_up, untied, vocabulary_of, with_one, with_several
 from lora_export.export.weights import as_numpy
@@ -98,10 +99,18 @@ class Reference:
         if dtype is torch.float64:
             options["experts_implementation"] = "eager"  # the grouped product of a mixture has no float64
             dtype = torch.float32  # starts that change the base (PiSSA) want it so; made float64 once that is done
-        config = AutoConfig.from_pretrained(self._base, trust_remote_code=False, local_files_only=True)
-        model = model_class(self._task, config).from_pretrained(
-            self._base, dtype=dtype, trust_remote_code=False, local_files_only=True, **options
-        )
+        checkpoint = Checkpoint.open(Located(self._base, str(self._base)))
+        if checkpoint.quantization is None:
+            config = AutoConfig.from_pretrained(self._base, trust_remote_code=False, local_files_only=True)
+            model = model_class(self._task, config).from_pretrained(
+                self._base, dtype=dtype, trust_remote_code=False, local_files_only=True, **options
+            )
+        else:
+            state = {name: checkpoint.files.read(name) for name in checkpoint.files.tensors}
+            config = checkpoint.load_config(**{name: n for name, n in options.items() if name == "num_labels"})
+            options.pop("num_labels", None)
+            kind = type(build_weightless(self._task, config, "float32"))  # an auto class wants a folder
+            model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
         if self._pad_token_id is not None:
             model.config.get_text_config().pad_token_id = self._pad_token_id
         is_of_base = self._integers is not None and not self._integers.is_merged
