@@ -25,7 +25,7 @@ from gpu.timing import Device, adapter_arrays, race, ratio_lines
 from processes import run_measured
 from random_models import LlamaShape, write_adapter, write_llama
 from readme_tables import write_into_readme
-from results import RESULTS, Target, heading, host_kind, provenance, target_table, write_json
+from results import RESULTS, Target, heading, host_kind, provenance, table, target_table, write_json
 
 from lora_export.artifact import read_manifest
 from lora_export.export.plan import Request
@@ -177,7 +177,8 @@ def _plain(name: str, value: float, limit: float) -> Target:
 
 
 def report(result: Mapping) -> str:
-    return f"{heading(result['environment'])}\n\n{target_table(targets(result['found']))}\n"
+    where = table(("part", "measured on"), [("all", heading(result["environment"]))])
+    return f"{where}\n\n{target_table(targets(result['found']))}\n"
 
 
 def main() -> None:
