@@ -132,8 +132,13 @@ def write_adapter(
     seed: int,
     head: Head | None = None,
     fan_in_fan_out: bool = False,
+    strength: float = 1.0,
 ) -> Path:
-    """A float32 PEFT adapter with random, non-zero A and B on `linears` (left as it is if it is there)."""
+    """A float32 PEFT adapter with random, non-zero A and B on `linears` (left as it is if it is there).
+
+    Args:
+        strength: How many times as strong as by default, in B.
+    """
     from peft import LoraConfig
     from safetensors.torch import save_file
 
@@ -147,7 +152,7 @@ def write_adapter(
     tensors = {}
     for module, (n_out, n_in) in linears.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = drawn(rank, n_in)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = drawn(n_out, rank)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = strength * drawn(n_out, rank)
     if head is not None:
         tensors[f"base_model.model.{head.module}.weight"] = drawn(head.labels, head.hidden)
         tensors[f"base_model.model.{head.module}.bias"] = drawn(head.labels)

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+from readme_tables import write_into_readme
 from results import RESULTS, Target, heading, host_kind, provenance, table, target_table, write_json
 from serving_clients import TOLERANCE, Outcome, Process, churning, cycle, dies, mixed, serving
 from serving_models import Served, decoder, encoder, nearest_of_others
@@ -187,8 +188,9 @@ def _at_most(name: str, value: float, limit: float, detail: str) -> Target:
     return Target(name, float(value), limit, detail, "pass" if value <= limit else "fail")
 
 
-def markdown(environment: dict, results: dict) -> str:
-    """The results as Markdown."""
+def serving_table(result: dict) -> str:
+    """The results as Markdown, for docs/serve.md."""
+    results = result["results"]
     rows = [
         (
             name, f"{found['right']:,}", str(found["wrong"]), str(sum(found["lost"].values())),
@@ -197,20 +199,16 @@ def markdown(environment: dict, results: dict) -> str:
         )
         for name, found in results.items() if "right" in found
     ]  # fmt: skip
-    columns = (
-        "stage",
-        "right",
-        "wrong",
-        "lost",
-        "refused, as expected",
-        "a second",
-        "median ms",
-        "p99 ms",
-        "rows a run",
+    columns = ("stage", "right", "wrong", "lost", "refused", "a second", "median ms", "p99 ms", "rows a run")
+    mixed = results["mixed: encoder"]
+    far = (
+        f"The largest difference of an embedding's number from what its adapter says alone is "
+        f"{mixed['largest_difference']:.1e}; the nearest other adapter's is {mixed['nearest_other_adapter']:.1e} away."
     )
-    gains = [f"{name}: {found['gain']:.2f} ×" for name, found in results.items() if "gain" in found]
-    parts = [heading(environment), table(columns, rows), "; ".join(gains), target_table(find_targets(results))]
-    return "\n\n".join(part for part in parts if part)
+    gains = [f"eight clients ÷ one, {name.partition(': ')[2]}: {found['gain']:.2f} ×"
+             for name, found in results.items() if "gain" in found]  # fmt: skip
+    targets = target_table([Target(**target) for target in result["targets"]])
+    return "\n\n".join([heading(result["environment"]), table(columns, rows), far, "; ".join(gains), targets]) + "\n"
 
 
 def _arguments() -> argparse.Namespace:
@@ -255,7 +253,10 @@ def main() -> int:
                 targets = [asdict(target) for target in find_targets(results)]
                 head = {"benchmark": "serving", "environment": environment, "tolerance": TOLERANCE}
                 write_json(args.out, head | {"results": results, "targets": targets})
-    print(markdown(environment, results))
+    result = json.loads(args.out.read_text(encoding="utf-8"))
+    print(serving_table(result))
+    if args.out.parent == RESULTS:
+        write_into_readme("serving", serving_table(result))
     return int(any(target.verdict == "fail" for target in find_targets(results)))
 
 

@@ -17,6 +17,8 @@ from lora_export.runtime.generate import generate
 
 N_ADAPTERS = 16
 _RANKS = (2, 4, 8, 16)
+# So that every adapter says something else.
+_STRENGTH = 4.0
 _SHAPE = LlamaShape(4, 1024, 2816, heads=16, kv_heads=16, head_dim=64, vocab=32000, dtype="float32")
 N_TOKENS = 16
 _TEXTS = (
@@ -71,7 +73,9 @@ def _names() -> tuple[str, ...]:
 
 def _exported(base: Path, work: Path, linears: Mapping[str, tuple[int, int]], peft_type: str, task: str) -> Path:
     adapters = [
-        write_adapter(work / name, linears, rank=_RANKS[index % 4], base=base, task_type=peft_type, seed=index)
+        write_adapter(
+            work / name, linears, rank=_RANKS[index % 4], base=base, task_type=peft_type, seed=index, strength=_STRENGTH
+        )
         for index, name in enumerate(_names())
     ]
     request = Request(str(base), tuple((str(path), None) for path in adapters), "dynamic", task, "float32", "cpu")

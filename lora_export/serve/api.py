@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import time
 import uuid
+from collections.abc import Mapping
 
 import numpy as np
 from fastapi import FastAPI, Request
@@ -50,18 +52,22 @@ def _add_errors(api: FastAPI) -> None:
     @api.exception_handler(LoraExportError)
     @api.exception_handler(Exception)  # after it the error is raised again, for the log
     async def of_request(request: Request, error: Exception) -> Response:
-        problem = problem_of(error)
-        return JSONResponse(problem.body, problem.status, problem.headers)
+        return _refusal(problem_of(error))
 
     @api.exception_handler(RequestValidationError)
     async def of_body(request: Request, error: RequestValidationError) -> Response:
-        problem = _problem_of_body(error)
-        return JSONResponse(problem.body, problem.status)
+        return _refusal(_problem_of_body(error))
 
     @api.exception_handler(HTTPException)
     async def of_path(request: Request, error: HTTPException) -> Response:
-        problem = Problem(error.status_code, str(error.detail))
-        return JSONResponse(problem.body, problem.status, error.headers)
+        return _refusal(Problem(error.status_code, str(error.detail)), error.headers)
+
+
+def _refusal(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+    # In ASCII: what a client made up may be no text.
+    return Response(
+        json.dumps(problem.body), problem.status, {**(headers or {}), **problem.headers}, "application/json"
+    )
 
 
 def _problem_of_body(error: RequestValidationError) -> Problem:
@@ -98,7 +104,7 @@ def _add_models(api: FastAPI, service: Service) -> None:
         """The base, and the adapters with it as their parent."""
         return JSONResponse({"object": "list", "data": _cards(service)})
 
-    @api.get("/v1/models/{model}", tags=["models"])
+    @api.get("/v1/models/{model:path}", tags=["models"])
     async def model(model: str) -> Response:
         """One of them; a blend is none of them."""
         card = next((card for card in _cards(service) if card["id"] == model), None)

@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -158,7 +158,7 @@ class Batcher:
     def _work(self) -> None:
         while rows := self._next():
             started = time.monotonic()
-            for row, result in zip(rows, self._results(rows), strict=True):
+            for row, result in self._results(rows):
                 row.ticket.settle(row, result)
             seconds = time.monotonic() - started
             self._watcher.ran(rows, seconds)
@@ -217,11 +217,11 @@ class Batcher:
         self._waiting = deque(row for row, _ in kept)
         self._arrived = deque(at for _, at in kept)
 
-    def _results(self, rows: Sequence[Row]) -> Iterable[object]:
-        """A result for each row. Where a run of several fails, each runs alone: one's mistake is not the others'."""
+    def _results(self, rows: Sequence[Row]) -> list[tuple[Row, object]]:
+        """Each row with its result. Where a run of several fails, each runs alone: one's mistake is not the others'."""
         try:
-            return self._run(rows)
+            return list(zip(rows, self._run(rows), strict=True))
         except Exception as error:
             if len(rows) == 1:
-                return [error]
+                return [(rows[0], error)]
         return [result for row in rows for result in self._results([row])]

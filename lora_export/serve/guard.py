@@ -21,13 +21,12 @@ from dataclasses import dataclass, field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lora_export.serve.logs import log
-from lora_export.serve.metrics import Metrics
+from lora_export.serve.metrics import NO_MODEL, Metrics
 from lora_export.serve.options import ServeOptions
 from lora_export.serve.problems import Problem, problem_of
 
 _GUARDED = "/v1/"
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
-_NONE = "none"
 # What asks every few seconds.
 _PROBES = frozenset({"/health", "/ready", "/metrics"})
 
@@ -45,7 +44,7 @@ class Seen:
     id: str
     started: float
     deadline: float
-    model: str = _NONE
+    model: str = NO_MODEL
     status: int = 499  # if the client is gone before an answer
     fields: dict[str, object] = field(default_factory=dict)
 
@@ -118,8 +117,9 @@ class Guard:
     def _record(self, scope: Scope, seen: Seen) -> None:
         seconds = time.monotonic() - seen.started
         path = getattr(scope.get("route"), "path", "other")  # of the route: what a client makes up is no label
-        self._metrics.requests.labels(path, seen.model, str(seen.status)).inc()
-        self._metrics.seconds.labels(path, seen.model).observe(seconds)
+        model = self._metrics.label(seen.model)
+        self._metrics.requests.labels(path, model, str(seen.status)).inc()
+        self._metrics.seconds.labels(path, model).observe(seconds)
         if path not in _PROBES:
             log(
                 "request", id=seen.id, method=scope["method"], path=path, status=seen.status,

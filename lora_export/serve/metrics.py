@@ -8,7 +8,7 @@ of the queue from `vllm:num_requests_waiting`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
@@ -18,6 +18,8 @@ from prometheus_client.metrics_core import Metric
 from lora_export.serve.names import adapters_in
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+# Labels of requests that are of no one adapter: no model yet, any blend, an adapter that has been unloaded.
+NO_MODEL, BLEND, UNLOADED = "none", "blend", "unloaded"
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -44,9 +46,11 @@ class Metrics:
     Args:
         load: What the server does now.
         adapters: The names of the adapters that are served now.
+        base: The base's.
     """
 
-    def __init__(self, load: Callable[[], Load], adapters: Callable[[], Iterable[str]]) -> None:
+    def __init__(self, load: Callable[[], Load], adapters: Callable[[], Collection[str]], base: str) -> None:
+        self._adapters, self._others = adapters, frozenset({base, NO_MODEL, BLEND})
         disable_created_metrics()  # a series more for each, which nothing here reads
         self._registry = registry = CollectorRegistry(auto_describe=False)
         self.requests = Counter(
@@ -80,6 +84,10 @@ class Metrics:
         self.batch_models.observe(len(set(models)))
         self.batch_seconds.observe(seconds)
 
+    def label(self, model: str) -> str:
+        """`model`, or "unloaded" for an adapter that has gone meanwhile: its series have ended."""
+        return model if model in self._others or model in self._adapters() else UNLOADED
+
     def forget(self, model: str) -> None:
         """Drop the series of a model that is served no longer."""
         for metric in self._of_models:
@@ -93,7 +101,7 @@ class Metrics:
 class _Now:
     """The gauges, read when they are asked for."""
 
-    def __init__(self, load: Callable[[], Load], adapters: Callable[[], Iterable[str]]) -> None:
+    def __init__(self, load: Callable[[], Load], adapters: Callable[[], Collection[str]]) -> None:
         self._load, self._adapters = load, adapters
 
     def collect(self) -> Iterator[Metric]:

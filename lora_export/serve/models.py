@@ -17,6 +17,7 @@ from lora_export.contract import SINGLE
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.arrays import numpy_dtype
+from lora_export.serve.metrics import BLEND
 from lora_export.serve.names import parse_model, unknown_model
 from lora_export.serve.options import ServeOptions
 from lora_export.serve.problems import Problem
@@ -50,7 +51,7 @@ class Target:
     """What a request's `model` means.
 
     Attributes:
-        label: Its name in metrics and logs: a blend's is "blend", as clients make up any number of them.
+        label: Its name in metrics and logs: a blend's is one for all, as clients make up any number of them.
         adapter: As `AdapterSession.run` takes a row's.
         labels: The names of classes, by number.
     """
@@ -97,7 +98,7 @@ class View:
             )
         named = [part.record.labels or {} for part in parts] or [self.base_labels]
         labels = named[0] if all(each == named[0] for each in named) else {}
-        label = "blend" if len(blend) > 1 or (blend and model not in blend) else model
+        label = BLEND if len(blend) > 1 or (blend and model not in blend) else model
         return Target(model, label, blend or None, places.pop(), labels)
 
 

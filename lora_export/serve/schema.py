@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr
+
+
+def _whole(text: str) -> str:
+    """JSON can write half of a surrogate pair, which is no text: no tokenizer takes it, and no answer can say it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half of a surrogate pair, which is no text") from None
+    return text
+
+
+Text = Annotated[StrictStr, AfterValidator(_whole)]
 
 # A field of OpenAI's API that may be sent with the value that changes nothing.
 Zero = Annotated[float, Field(ge=0, le=0)]
 Tokens = list[StrictInt]
-Texts = StrictStr | list[StrictStr] | Tokens | list[Tokens]
+Texts = Text | list[Text] | Tokens | list[Tokens]
 
 
 class Body(BaseModel):
@@ -17,8 +29,8 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: StrictStr
-    user: str | None = None
+    model: Text
+    user: Text | None = None
 
 
 class EmbeddingBody(Body):
@@ -56,7 +68,7 @@ class WritingBody(Body):
     top_k: Annotated[int, Field(ge=0)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
-    stop: StrictStr | Annotated[list[StrictStr], Field(max_length=16)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -82,7 +94,7 @@ class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
-    text: StrictStr
+    text: Text
 
 
 class Message(BaseModel):
@@ -91,7 +103,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: StrictStr | list[TextPart]
+    content: Text | list[TextPart]
 
     @property
     def text(self) -> str:
@@ -120,8 +132,8 @@ class LoadBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    lora_name: StrictStr
-    lora_path: StrictStr
+    lora_name: Text
+    lora_path: Text
     load_inplace: bool = False
 
 
@@ -130,4 +142,4 @@ class UnloadBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    lora_name: StrictStr
+    lora_name: Text

@@ -40,7 +40,7 @@ class Service:
     def __init__(self, folder: Path, options: ServeOptions) -> None:
         self.options = options
         self.models = models = Models(folder, options)
-        self.metrics = Metrics(self.load, lambda: self.models.view.adapters)
+        self.metrics = Metrics(self.load, lambda: self.models.view.adapters, models.base)
         self.batcher, self.writer = None, None
         if models.writes:
             self.writer = Writer(
@@ -130,7 +130,7 @@ class Service:
         ticket = self.batcher.submit(target.model, rows, seen.deadline)
         answer = asyncio.wrap_future(ticket.future)
         found = await self.answered(request, answer, cancel=lambda: self.batcher.cancel(ticket))
-        self.metrics.tokens.labels(target.label, "prompt").inc(n_tokens)
+        self.metrics.tokens.labels(self.metrics.label(target.label), "prompt").inc(n_tokens)
         return found
 
     async def answered(self, request: Request, answer: asyncio.Future, cancel: Callable[[], None]) -> list:

@@ -279,6 +279,7 @@ def test_a_text_goes_on_with_the_adapter_that_it_was_begun_with(export, alone, t
             assert live.post("/v1/unload_lora_adapter", lora_name="new").status_code == 200
             go.set()
             assert call.result().json()["choices"][0]["text"] == alone("code", "x", 8)[0]
+        assert not any('model="new"' in name for name in live.metrics())  # nor is its end a new series
         assert live.post("/v1/completions", model="new", prompt="x").status_code == 404
         other = {"lora_name": "new", "lora_path": "adapters/chat.onnx_adapter"}
         assert live.post("/v1/load_lora_adapter", **other).status_code == 200
