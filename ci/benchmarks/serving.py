@@ -89,7 +89,7 @@ def memory(served: Served, work: Path, n_cycles: int) -> dict:
             for number in range(n_cycles):
                 if number % max(1, n_cycles // 20) == 0:
                     samples.append((number, process.n_bytes))
-                await cycle(client, served, outcome, number=number, asks=True)
+                await cycle(client, served, outcome, number=number, asks=number % 4 == 0)
                 if number % 10 == 0:
                     await dies(process, served, number)
             samples.append((n_cycles, process.n_bytes))

@@ -44,6 +44,8 @@ _serve_options = options.as_flags(
         _seconds("--timeout-s", _DEFAULT.timeout_s, "Deadline of a request."),
         _seconds("--drain-s", _DEFAULT.drain_s, "How long requests may go on after SIGTERM."),
         _count("--max-body-bytes", _DEFAULT.max_body_bytes, "Most bytes of a request."),
+        _count("--max-resident-bytes", None,
+               "Most bytes of the export's adapters in memory; others are read again.  [default: no bound]"),
         _count("--max-adapter-bytes", _DEFAULT.max_adapter_bytes, "Most bytes of an adapter loaded at run time."),
         click.option("--api-key", envvar="LORA_EXPORT_API_KEY", show_envvar=True,
                      help="Key that requests must have; better from the environment, as commands are seen by others."),

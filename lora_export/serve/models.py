@@ -120,7 +120,9 @@ class Models:
         self._voices: dict[Path, Voice] = {}
         self._problem_types: dict[Path, str | None] = {}
         self._changing = threading.Lock()
-        self.session = AdapterSession(folder, options.provider, n_threads=options.n_threads)
+        self.session = AdapterSession(
+            folder, options.provider, n_threads=options.n_threads, max_bytes=options.max_resident_bytes
+        )
         served = [record for record in manifest.adapters if record.files]
         _require_free_base(self.base, [record.name for record in served])
         adapters = {record.name: self._served(record, folder, record.files[SINGLE]) for record in served}

@@ -32,6 +32,8 @@ class ServeOptions:
         timeout_s: The deadline of a request, from its first byte.
         drain_s: How long requests may go on after SIGTERM.
         max_body_bytes: Most bytes of a request.
+        max_resident_bytes: Most bytes of the export's adapters in memory; others are read again when they are needed.
+            None for no bound.
         max_adapter_bytes: Most bytes of an adapter that is loaded at run time.
         runtime_adapters: The folder that adapters may be loaded from at run time; None for none.
         log_prompts: Whether the log has the texts of requests.
@@ -51,6 +53,7 @@ class ServeOptions:
     timeout_s: float = 60.0
     drain_s: float = 30.0
     max_body_bytes: int = 1_000_000
+    max_resident_bytes: int | None = None
     max_adapter_bytes: int = 1_000_000_000
     api_key: str | None = None
     runtime_adapters: Path | None = None

@@ -12,7 +12,7 @@ from serving_models import distance
 
 
 def recorded() -> dict:
-    (path,) = RESULTS.glob("serving-*.json")
+    (path,) = RESULTS.glob("serving-x86_64-*.json")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -182,6 +182,17 @@ def test_a_blend_of_heads_of_different_sizes_is_refused_and_its_neighbours_are_n
     assert "heads of different sizes" in found[0].json()["error"]["message"]
 
 
+def test_adapters_that_do_not_fit_in_memory_are_read_again(exports, alone):
+    # Room for the larger of two.
+    room = max(path.stat().st_size for path in (exports["classifier-dynamic"] / "adapters").iterdir())
+    with running(exports["classifier-dynamic"], model_name="colours", max_resident_bytes=room) as live:
+        for model in ("plain", "shades") * 2:
+            (found,) = live.post("/v1/classify", model=model, input="x").json()["data"]
+            expected = probabilities(alone("classifier-dynamic", model, "x")["logits"][0])
+            np.testing.assert_allclose(found["probs"], expected, atol=1e-5)
+            assert live.service.models.session.residency.n_bytes <= room
+
+
 def test_a_defect_is_logged_and_tells_the_client_nothing(exports):
     with running(exports["features-dynamic"], model_name="words") as live:
         live.service.batcher._run = lambda rows: 1 / 0
