@@ -23,6 +23,7 @@ import json
 import shutil
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -208,7 +209,8 @@ def serving_table(result: dict) -> str:
     gains = [f"eight clients ÷ one, {name.partition(': ')[2]}: {found['gain']:.2f} ×"
              for name, found in results.items() if "gain" in found]  # fmt: skip
     targets = target_table([Target(**target) for target in result["targets"]])
-    return "\n\n".join([heading(result["environment"]), table(columns, rows), far, "; ".join(gains), targets]) + "\n"
+    head, far = (textwrap.fill(text, 128, break_on_hyphens=False) for text in (heading(result["environment"]), far))
+    return "\n\n".join([head, table(columns, rows), far, "; ".join(gains), targets]) + "\n"
 
 
 def _arguments() -> argparse.Namespace:
