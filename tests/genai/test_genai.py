@@ -14,6 +14,7 @@ import transformers
 
 from lora_export.export.plan import Request
 from lora_export.pipeline import ExportOptions, export
+from lora_export.quantization import Quantization
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.generate import generate
 
@@ -123,3 +124,15 @@ def test_the_sample_refuses_an_export_that_genai_cannot_run(exports):
     command = [PYTHON, ROOT / "samples" / "genai.py", exports["llama-kinds-required"], "5 9", "--ids"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and "has no genai_config.json" in done.stderr
+
+
+def test_a_quantized_export_generates_what_our_session_does(trained, tmp_path):
+    """Integers in the base, floats in the adapter: GenAI needs to know nothing of it."""
+    base, adapter, _, _ = trained
+    request = Request(str(base), ((str(adapter), "one"),), "dynamic", provider="cpu", quantization=Quantization(bits=8))
+    export(request, ExportOptions(tmp_path / "out"))
+    session = AdapterSession(tmp_path / "out", "cpu")
+    ours = [generate(session, [PROMPT], name, max_new_tokens=NEW_TOKENS)[0] for name in (None, "one")]
+    assert ours[0] != ours[1]
+    found = [genai(tmp_path / "out", file) for file in (None, tmp_path / "out/adapters/one.onnx_adapter")]
+    assert found == [list(each) for each in ours]
