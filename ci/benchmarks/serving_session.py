@@ -19,8 +19,10 @@ resident   the memory of 100 adapters, beside the bytes of their files.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import itertools
+import json
 import os
 import statistics
 import time
@@ -30,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 from random_models import LlamaShape, write_adapter, write_llama
+from readme_tables import write_into_readme
 from results import RESULTS, Target, heading, host_kind, provenance, target_table, write_json
 
 from lora_export.bench.intervals import median_interval, verdict
@@ -47,6 +50,7 @@ _N_TEXTS, _N_RESIDENT = 64, 100
 _MOST_NEW, _MEAN_NEW = 128, 24
 # PEFT's steps are long, and far from its target: a few blocks tell.
 _PEFT_BLOCKS = 4
+_BATCHING_BLOCKS = 2
 
 Steps = Mapping[str, Callable[[], object]]
 
@@ -176,7 +180,7 @@ def compose_steps(session: AdapterSession, names: Sequence[str]) -> dict[str, Ca
     return {"compose": compose, "copy": copy}
 
 
-def batching(session: AdapterSession, names: Sequence[str]) -> dict[str, dict[str, float]]:
+def batching(session: AdapterSession, names: Sequence[str]) -> dict[str, dict]:
     """Tokens per second of texts whose lengths differ, all told what they are to write."""
     rng = np.random.default_rng(0)
     texts = [
@@ -200,13 +204,11 @@ def batching(session: AdapterSession, names: Sequence[str]) -> dict[str, dict[st
         while scheduler.n_active or scheduler.n_waiting:
             scheduler.step()
 
-    found = {}
-    for name, run in (("static", static), ("continuous", continuous)):
-        start = time.perf_counter()
-        run()
-        seconds = time.perf_counter() - start
-        found[name] = {"seconds": seconds, "tokens_per_second": n_tokens / seconds}
-    return found
+    taken = paired({"static": static, "continuous": continuous}, _BATCHING_BLOCKS)
+    return {
+        name: {"seconds": seconds, "tokens_per_second": n_tokens / statistics.median(seconds)}
+        for name, seconds in taken.items()
+    }
 
 
 def resident(session: AdapterSession) -> tuple[int, int]:
@@ -232,51 +234,110 @@ def target(name: str, measured: tuple[float, float, float], limit: float) -> Tar
     return Target(name, value, limit, f"{low:.3f} to {high:.3f}", str(verdict(low, high, limit)))
 
 
+class Work:
+    """What the parts share: models, exports and sessions, each made when it is first asked for."""
+
+    def __init__(self, folder: Path, n_blocks: int) -> None:
+        self.base, self.adapters, self._folders = prepare(folder)
+        self.n_blocks = n_blocks
+
+    @functools.cached_property
+    def served(self) -> AdapterSession:
+        return self.session("served")
+
+    def session(self, name: str) -> AdapterSession:
+        return AdapterSession(self._folders[name], "cpu", stop_spinning=True)
+
+    def steps(self, session: AdapterSession) -> dict[str, Callable[[], object]]:
+        return decode_steps(session, list(session.adapters))
+
+    def base_step(self) -> Callable[[], object]:
+        return decode_steps(self.session("alone"), [])["base"]
+
+
+Part = tuple[object, list[Target]]
+
+
+def part_decode(work: Work) -> Part:
+    taken = paired({"base alone": work.base_step(), **work.steps(work.served)}, work.n_blocks)
+    return taken, [
+        target("16 adapters ÷ the base alone", ratio(taken, "mixed", "base alone"), 1.08),
+        target("16 adapters in one batch ÷ row by row", ratio(taken, "mixed", "row by row"), 1 / 3),
+        target("one row's adapter changes ÷ none changes", ratio(taken, "one row changes", "mixed"), 1.05),
+    ]
+
+
+def part_queries(work: Work) -> Part:
+    steps = {"base alone": work.base_step(), "mixed": work.steps(work.session("queries"))["mixed"]}
+    taken = paired(steps, work.n_blocks)
+    name = "16 adapters of queries and values ÷ the base alone"
+    return taken, [target(name, ratio(taken, "mixed", "base alone"), 1.08)]
+
+
+def part_compose(work: Work) -> Part:
+    taken = paired(compose_steps(work.served, list(work.served.adapters)), work.n_blocks)
+    return taken, [target("a wholly new mix ÷ copying its bytes", ratio(taken, "compose", "copy"), 2)]
+
+
+def part_batching(work: Work) -> Part:
+    found = batching(work.served, list(work.served.adapters))
+    taken = {name: each["seconds"] for name, each in found.items()}
+    return found, [target("continuous ÷ static batches, seconds", ratio(taken, "continuous", "static"), 0.5)]
+
+
+def part_resident(work: Work) -> Part:
+    memory, files = resident(work.session("served"))
+    return {"bytes": memory, "file_bytes": files}, [
+        target("100 adapters' memory ÷ their files", (memory / files,) * 3, 1.1)
+    ]
+
+
+def part_peft(work: Work) -> Part:
+    steps = {"mixed": work.steps(work.served)["mixed"], "PEFT": peft_step(work.base, work.adapters)}
+    taken = paired(steps, _PEFT_BLOCKS)
+    return taken, [target("16 adapters ÷ PEFT's adapter_names batch", ratio(taken, "mixed", "PEFT"), 1 / 3)]
+
+
+_PARTS = {
+    "decode": part_decode, "queries": part_queries, "compose": part_compose, "batching": part_batching,
+    "resident": part_resident, "peft": part_peft,
+}  # fmt: skip
+
+
+def session_table(result: Mapping) -> str:
+    """The targets of all parts, and under what load and with how many bytes they were measured."""
+    parts, setup = result["parts"], result["setup"]
+    known = [name for name in _PARTS if name in parts]
+    loads = [parts[name]["environment"]["load_average_at_start"][0] for name in known]
+    judged = target_table([Target(**each) for name in known for each in parts[name]["targets"]])
+    read = f"{setup['base_bytes'] / 1e6:.0f} MB of the base, {setup['padded_bytes'] / 1e6:.0f} MB of the adapters"
+    load = f"Load average at the start of a part: {min(loads):.1f} to {max(loads):.1f}."
+    return f"{judged}\n\n{load}\nA step of 16 rows reads {read}, padded to the largest rank.\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="for models and exports; what is there is reused")
     parser.add_argument("--blocks", type=int, default=15)
-    parser.add_argument("--parts", nargs="*", default=["decode", "queries", "peft", "compose", "batching", "resident"])
+    parser.add_argument("--parts", nargs="*", default=list(_PARTS), choices=_PARTS)
     given = parser.parse_args()
-    base, adapters, folders = prepare(given.work)
-    result: dict = {"environment": provenance(), "shape": asdict(_SHAPE), "ranks": _RANKS, "rows": _ROWS, "past": _PAST}
-    session = AdapterSession(folders["served"], "cpu", stop_spinning=True)
-    names, targets = list(session.adapters), []
-    steps = decode_steps(session, names)
-    if "decode" in given.parts:
-        alone = decode_steps(AdapterSession(folders["alone"], "cpu", stop_spinning=True), names)["base"]
-        taken = result["decode_seconds"] = paired({"base alone": alone, **steps}, given.blocks)
-        targets += [
-            target("16 adapters ÷ the base alone", ratio(taken, "mixed", "base alone"), 1.08),
-            target("16 adapters in one batch ÷ row by row", ratio(taken, "mixed", "row by row"), 1 / 3),
-            target("one row's adapter changes ÷ none changes", ratio(taken, "one row changes", "mixed"), 1.05),
-        ]
-    if "queries" in given.parts:
-        alone = decode_steps(AdapterSession(folders["alone"], "cpu", stop_spinning=True), names)["base"]
-        narrow = AdapterSession(folders["queries"], "cpu", stop_spinning=True)
-        steps_of = {"base alone": alone, "mixed": decode_steps(narrow, list(narrow.adapters))["mixed"]}
-        taken = result["queries_seconds"] = paired(steps_of, given.blocks)
-        targets.append(
-            target("16 adapters of queries and values ÷ the base alone", ratio(taken, "mixed", "base alone"), 1.08)
-        )
-    if "compose" in given.parts:
-        taken = result["compose_seconds"] = paired(compose_steps(session, names), given.blocks)
-        targets.append(target("a wholly new mix ÷ copying its bytes", ratio(taken, "compose", "copy"), 2))
-    if "batching" in given.parts:
-        found = result["batching"] = batching(session, names)
-        value = found["continuous"]["seconds"] / found["static"]["seconds"]
-        targets.append(target("continuous ÷ static batches", (value, value, value), 0.5))
-    if "resident" in given.parts:
-        memory, files = resident(session)
-        result["resident"] = {"bytes": memory, "file_bytes": files}
-        targets.append(target("100 adapters' memory ÷ their files", (memory / files,) * 3, 1.1))
-    if "peft" in given.parts:
-        theirs = {"mixed": steps["mixed"], "PEFT": peft_step(base, adapters)}
-        taken = result["peft_seconds"] = paired(theirs, _PEFT_BLOCKS)
-        targets.append(target("16 adapters ÷ PEFT's adapter_names batch", ratio(taken, "mixed", "PEFT"), 1 / 3))
-    result["targets"] = [asdict(each) for each in targets]
-    write_json(RESULTS / f"serving-session-{host_kind()}.json", result)
-    print(heading(result["environment"]), target_table(targets), sep="\n\n")
+    work, path = Work(given.work, given.blocks), RESULTS / f"serving-session-{host_kind()}.json"
+    for name in given.parts:
+        environment = provenance()
+        measured, targets = _PARTS[name](work)
+        # Written after each part, beside those of other runs: a crash loses nothing.
+        result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        padded = sum(sum(size) for size in _SHAPE.linears().values()) * max(_RANKS) * _ROWS * 4
+        setup = {
+            "shape": asdict(_SHAPE), "ranks": _RANKS, "ranks_of_queries": _QUERY_RANKS, "rows": _ROWS, "past": _PAST,
+            "base_bytes": 4 * _SHAPE.n_parameters, "padded_bytes": padded,
+        }  # fmt: skip
+        judged = [asdict(each) for each in targets]
+        parts = result.get("parts", {}) | {name: {"environment": environment, "measured": measured, "targets": judged}}
+        result = {"setup": setup, "parts": parts}
+        write_json(path, result)
+        write_into_readme("serving_session", session_table(result))
+        print(heading(environment), target_table(targets), sep="\n\n", flush=True)
 
 
 if __name__ == "__main__":
