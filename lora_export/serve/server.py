@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import sys
@@ -44,6 +45,7 @@ def serve(folder: Path, options: ServeOptions, say: Callable[[str], None]) -> No
     with listening:
         service = Service(folder, options)
         try:
+            _collect_often()
             logs.set_up(sys.stderr)
             host, port = listening.getsockname()[:2]
             say(_greeting(service, host, port))
@@ -52,6 +54,13 @@ def serve(folder: Path, options: ServeOptions, say: Callable[[str], None]) -> No
         finally:
             service.close()
     logs.log("ended")
+
+
+def _collect_often() -> None:
+    """Requests leave garbage in cycles, which exports let Python look for seldom; what is there now stays."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(2_000, 10, 10)
 
 
 def listen(host: str, port: int) -> socket.socket:
