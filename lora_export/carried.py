@@ -55,16 +55,26 @@ class Carried:
 
 def carried_files(source: Path) -> list[Path]:
     """The tokenizer, processor, generation and licence files of a base or adapter folder."""
-    names = {name for group in _GROUPS.values() for name in group}
-    return [p for p in sorted(source.iterdir()) if p.is_file() and (p.name in names or _is_licence(p))]
+    return [path for path in sorted(source.iterdir()) if path.is_file() and is_carried(path.name)]
+
+
+def is_carried(name: str) -> bool:
+    """Whether a file of this name is one of them."""
+    return any(name in group for group in _GROUPS.values()) or _is_licence(Path(name))
 
 
 def plan_carried(
-    base: Path, adapters: Mapping[str, Path], mode: str, vocabularies: Mapping[str, int | None] = MappingProxyType({})
+    base: Path,
+    adapters: Mapping[str, Path],
+    mode: str,
+    vocabularies: Mapping[str, int | None] = MappingProxyType({}),
+    *,
+    base_stays: bool = False,
 ) -> Carried:
     """What an export of `mode` ("merge" or "dynamic") takes from the folders of its base and its adapters.
 
     Args:
+        base_stays: Of a dynamic export: the base's files stay also where all adapters bring the same others.
         vocabularies: The number of tokens of each adapter's model, by its name; any number where it is not known.
 
     Raises:
@@ -85,7 +95,8 @@ def plan_carried(
                 next_step="leave in one of the folders only what the merged model is to use, or serve them with "
                 "`lora-export dynamic`",
             )
-        if brought and one_for_all and (mode == "merge" or len(brought) == len(adapters)):
+        in_all = len(brought) == len(adapters) and not base_stays
+        if brought and one_for_all and (mode == "merge" or in_all):
             files = {name: path for name, path in files.items() if name not in _replaced(kind, brought[first])}
             files |= brought[first]
             places |= {name: places.get(name, ".") for name in brought}

@@ -201,3 +201,12 @@ def test_settings_that_another_release_saved_again_are_the_same(tmp_path):
     base = folders.pop("base")
     carried = plan_carried(base, folders, "merge")
     assert carried.files == {"generation_config.json": base / "generation_config.json"} and carried.places == {}
+
+
+def test_the_base_s_files_stay_where_more_adapters_come_later(tmp_path):
+    base, adapter = write(tmp_path / "base", "tokenizer.json"), write(tmp_path / "adapter", "chat_template.jinja")
+    own = {"adapters/a/chat_template.jinja": adapter / "chat_template.jinja"}
+    whole = plan_carried(base, {"a": adapter}, "dynamic")
+    assert whole.places == {"a": "."} and "chat_template.jinja" in whole.files
+    kept = plan_carried(base, {"a": adapter}, "dynamic", base_stays=True)
+    assert kept.places == {"a": "adapters/a"} and kept.files == {"tokenizer.json": base / "tokenizer.json"} | own

@@ -70,7 +70,7 @@ def add_to(
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (Path(made) / file).replace(folder / file)
-    kept = _without(manifest, replaced)
+    kept = files_without(manifest, replaced)
     by_name = {record.name: record for record in records}
     in_place = tuple(by_name.pop(record.name, record) for record in manifest.adapters)
     changed = replace(manifest, adapters=(*in_place, *by_name.values()), files=dict(sorted((kept | files).items())))
@@ -88,7 +88,7 @@ def remove_from(folder: Path, names: Sequence[str], sign_key: Path | None, remar
     for sentence in _staying(gone):
         remark(sentence)
     left = tuple(record for record in manifest.adapters if record not in gone)
-    changed = replace(manifest, adapters=left, files=_without(manifest, gone))
+    changed = replace(manifest, adapters=left, files=files_without(manifest, gone))
     _publish(folder, manifest, changed)
     if signer is not None:
         sign(folder, signer)
@@ -123,7 +123,7 @@ def _staying(gone: Sequence[AdapterRecord]) -> list[str]:
     return [f"the export's tokenizer stays the one that adapter {name!r} brought" for name in whole]
 
 
-def _without(manifest: Manifest, gone: Sequence[AdapterRecord]) -> dict[str, str]:
+def files_without(manifest: Manifest, gone: Sequence[AdapterRecord]) -> dict[str, str]:
     """The manifest's files but those that belong to the adapters `gone` alone."""
     packed = {file for record in gone for file in record.files.values()}
     places = tuple(f"{ADAPTERS}/{record.name}/" for record in gone)

@@ -43,6 +43,8 @@ class Request:
             are plain ones on it.
         pad_token_id: The padding token of a classifier on a decoder; None for the adapters', else the base's.
         quantization: How to store the base's linear maps as integers; None for floats.
+        base_files_stay: The base's tokenizer and settings stay also where all adapters bring the same others, as more
+            adapters come later.
     """
 
     base: str | None
@@ -56,6 +58,7 @@ class Request:
     residual_base: bool = False
     pad_token_id: int | None = None
     quantization: Quantization | None = None
+    base_files_stay: bool = False
 
     @property
     def weight_of_each(self) -> tuple[float, ...]:
@@ -150,7 +153,8 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     sizes = {f.name: _vocabulary(config) for f, config in zip(folders, adapter_configs, strict=True)}
     is_new = added_to is None
     carry = (checkpoint.path, paths, request.mode, sizes)
-    carried = plan_carried(*carry) if is_new else plan_added(added_to, paths, sizes)
+    stays = request.base_files_stay
+    carried = plan_carried(*carry, base_stays=stays) if is_new else plan_added(added_to, paths, sizes)
     if request.mode == "merge" and adapter_configs:
         config = _merged_config(folders, adapter_configs)
     remarks += carried.remarks

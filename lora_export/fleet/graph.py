@@ -12,6 +12,7 @@ from lora_export.adapters.folder import AdapterFolder
 from lora_export.artifact import Manifest, read_manifest, versions, write_manifest
 from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.errors import InputRefused, some_of
+from lora_export.export.lifecycle import files_without
 from lora_export.export.plan import Request
 from lora_export.fleet import state
 from lora_export.fleet.assignments import Trial
@@ -55,8 +56,8 @@ def graph_for(opened: Sequence[Opened], base: str, options: FleetOptions, pool: 
         LoraExportError: None of the adapters can be read on the base, or the base cannot be exported.
     """
     work = state.work_folder(options.out)
-    how = {"task": options.task, "dtype": options.dtype, "provider": options.provider, "targets": options.targets}
-    how_hash, kinds = state.hash_of([how, versions()]), sorted({each.kind for each in opened})
+    asked = {"task": options.task, "dtype": options.dtype, "provider": options.provider, "targets": options.targets}
+    how_hash, kinds = state.hash_of([asked, versions()]), sorted({each.kind for each in opened})
     for folder in (options.out, work / "export"):
         kept = state.kept_graph(folder)
         if kept.get("how") == how_hash and set(kinds) <= set(kept["kinds"]):
@@ -66,7 +67,8 @@ def graph_for(opened: Sequence[Opened], base: str, options: FleetOptions, pool: 
     shutil.rmtree(work / "export", ignore_errors=True)
     chosen = _readable(opened, base, options, pool)
     adapters = tuple((str(folder.path), folder.name) for folder in chosen)
-    request = Request(base, adapters, "dynamic", options.task, options.dtype, options.provider)
+    how = (options.task, options.dtype, options.provider)
+    request = Request(base, adapters, "dynamic", *how, base_files_stay=True)
     manifest = export(request, work / "export", options.targets)
     if Task(manifest.task) in SEQ2SEQ:
         shutil.rmtree(work, ignore_errors=True)
@@ -113,8 +115,7 @@ def _bare(folder: Path, manifest: Manifest, work: Path) -> Path:
     bare = work / "graph"
     shutil.rmtree(bare, ignore_errors=True)
     bare.mkdir(parents=True)
-    packed = {file for record in manifest.adapters for file in record.files.values()}
-    files = {name: digest for name, digest in manifest.files.items() if name not in packed}
+    files = files_without(manifest, manifest.adapters)
     for name in files:
         (bare / name).parent.mkdir(parents=True, exist_ok=True)
         (bare / name).symlink_to((folder / name).resolve())

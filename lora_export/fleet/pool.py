@@ -162,9 +162,18 @@ class Pool:
         n_idle = len(self._workers) - len(self._busy())
         for _ in range(min(self._n_workers - len(self._workers), len(self._waiting) - n_idle)):
             self._workers.append(_Worker(self._work))
-        for worker in self._workers:
+        for worker in tuple(self._workers):
             if worker.assignment is None and self._waiting:
-                worker.give(*self._waiting.popleft(), self._limits.seconds)
+                self._give(worker)
+
+    def _give(self, worker: _Worker) -> None:
+        assignment, attempt = self._waiting.popleft()
+        try:
+            worker.give(assignment, attempt, self._limits.seconds)
+        except OSError:  # it died while it had nothing to do
+            worker.kill()
+            self._workers.remove(worker)
+            self._waiting.appendleft((assignment, attempt))
 
     def _answered(self, worker: _Worker) -> Iterator[AdapterOutcome]:
         answer = worker.answer()

@@ -87,7 +87,7 @@ def _rows(source: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
                 where=str(source),
                 expected=".csv, .jsonl, .parquet, or a folder of adapters",
             )
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         raise InputRefused("The list of adapters cannot be read", where=str(source), found=str(error)) from error
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from lora_export.artifact import REPORTS, Manifest, record_from, sha256_of, write_manifest
 from lora_export.environment import environment
 from lora_export.errors import InputRefused, some_of
+from lora_export.export.lifecycle import files_without
 from lora_export.fleet import state
 from lora_export.fleet.assignments import Job, Packing, broken
 from lora_export.fleet.graph import Export, FleetGraph, graph_for
@@ -58,9 +59,10 @@ def run_fleet(source: Path, base: str, options: FleetOptions, export: Export, pr
             packing = time.monotonic()
             found = _outcomes(graph, base, opened, options, pool, progress)
             seconds_packing = time.monotonic() - packing
-        by_name = {outcome.name: outcome for outcome in (*refused, *found)}
-        outcomes = tuple(by_name[entry.name] for entry in entries)
-        manifest = _publish(graph, options.out, outcomes)
+        by_name = {outcome.name: (outcome, work) for outcome in refused} | found
+        in_order = [by_name[entry.name] for entry in entries]
+        outcomes = tuple(outcome for outcome, _ in in_order)
+        manifest = _publish(graph, options.out, in_order)
         return FleetReport(
             folder=str(options.out),
             source=str(source),
@@ -118,25 +120,28 @@ def _outcomes(
     options: FleetOptions,
     pool: Pool,
     progress: Progress,
-) -> list[AdapterOutcome]:
-    """What becomes of each adapter: kept from an earlier run, or found by the workers."""
+) -> dict[str, tuple[AdapterOutcome, Path]]:
+    """What becomes of each adapter, by name, and where its files lie: kept from an earlier run, or from the workers."""
     work = state.work_folder(options.out)
     places = ((options.out, state.kept_outcomes(options.out)), (work / "packed", state.kept_outcomes(work)))
     n_threads = max(1, n_cores() // options.workers(len(opened)))
     job = Job(graph.bare, base, options.provider, options.n_rows, n_threads, options.tolerances)
-    assignments, found = [], []
+    assignments: list[Packing] = []
+    found: dict[str, tuple[AdapterOutcome, Path]] = {}
     for each in opened:
-        facts = [graph.key, dict(each.hashes), each.data_sha256, options.n_rows, dict(options.tolerances)]
+        files = (dict(each.hashes), dict(each.carried), each.data_sha256)
+        facts = [graph.key, *files, options.n_rows, dict(options.tolerances)]
         key, name = state.hash_of(facts), each.entry.name
-        kept = next((o for folder, old in places if (o := old.get(name)) and _still_holds(o, key, folder)), None)
-        if kept is not None:
-            found.append(replace(kept, given=each.entry.given, reused=True))
+        kept = ((old[name], folder) for folder, old in places if name in old and _still_holds(old[name], key, folder))
+        outcome, folder = next(kept, (None, None))
+        if outcome is not None:
+            found[name] = (replace(outcome, given=each.entry.given, reused=True), folder)
             continue
         what = (name, str(each.folder.path), each.entry.given, key, each.hashes, each.entry.data)
         assignments.append(Packing(job, *what, into=work / "packed"))
     for done, outcome in enumerate(pool.outcomes(assignments), 1):
         state.add_outcome(work, outcome)
-        found.append(outcome)
+        found[outcome.name] = (outcome, work / "packed")
         progress("packing and comparing", done, len(assignments))
     return found
 
@@ -149,14 +154,18 @@ def _still_holds(outcome: AdapterOutcome, key: str, folder: Path) -> bool:
     return all((folder / file).is_file() and sha256_of(folder / file) == digest for file, digest in files.items())
 
 
-def _publish(graph: FleetGraph, out: Path, outcomes: Sequence[AdapterOutcome]) -> Manifest:
-    """Make the folder anew, of links to files that are there, and put it in the place of the one before it."""
+def _publish(graph: FleetGraph, out: Path, found: Sequence[tuple[AdapterOutcome, Path]]) -> Manifest:
+    """Make the folder anew, of links to files that are there, and put it in the place of the one before it.
+
+    Args:
+        found: Every adapter's outcome, and the folder that has its files.
+    """
+    outcomes = [outcome for outcome, _ in found]
     if all(outcome.outcome is Outcome.REFUSED for outcome in outcomes):
         _refuse_all(outcomes)
     work = state.work_folder(out)
-    served = [outcome for outcome in outcomes if outcome.outcome is Outcome.SERVED]
-    own = {file for record in graph.manifest.adapters for file in record.files.values()}
-    files = {name: digest for name, digest in graph.manifest.files.items() if name not in own}
+    served = [(outcome, folder) for outcome, folder in found if outcome.outcome is Outcome.SERVED]
+    files = files_without(graph.manifest, graph.manifest.adapters)
     made = work / "next"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
@@ -164,12 +173,11 @@ def _publish(graph: FleetGraph, out: Path, outcomes: Sequence[AdapterOutcome]) -
         shutil.copytree(out / REPORTS, made / REPORTS)
     for name in files:
         _link(graph.source / name, made / name)
-    for outcome in served:
-        for name in outcome.files.keys() - files.keys():
-            packed = work / "packed" / name
-            _link(packed if packed.is_file() else out / name, made / name)
+    for outcome, folder in served:
+        for name in outcome.files:
+            _link(folder / name, made / name)
         files |= outcome.files
-    records = tuple(record_from(outcome.record) for outcome in served)
+    records = tuple(record_from(outcome.record) for outcome, _ in served)
     manifest = replace(graph.manifest, adapters=records, files=dict(sorted(files.items())))
     write_manifest(made, manifest)
     state.keep_graph(made, graph.facts)
@@ -177,6 +185,8 @@ def _publish(graph: FleetGraph, out: Path, outcomes: Sequence[AdapterOutcome]) -
     if out.exists():
         out.rename(state.before(out))
     made.rename(out)
+    if state.before(out).is_dir():
+        state.forget(out)
     shutil.rmtree(work, ignore_errors=True)
     return manifest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from pathlib import Path
 from lora_export.adapters.folder import AdapterFolder, open_adapter
 from lora_export.adapters.foreign import peft_folder, source_hashes
 from lora_export.artifact import sha256_of
+from lora_export.carried import carried_files, is_carried
 from lora_export.errors import InputRefused, LoraExportError
 from lora_export.fleet.outcomes import AdapterOutcome, Outcome
 from lora_export.fleet.roster import Entry
 from lora_export.fleet.survey import kind_of
 
 _FETCHED = ("adapter_config.json", "adapter_model.safetensors", "config.json")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Opened:
     Attributes:
         kind: See `survey.kind_of`.
         hashes: sha256 of its files by name.
+        carried: Likewise of what it brings beside them: tokenizer, settings, labels, licences.
         data_sha256: Of the texts that it alone is compared on; None for the usual ones.
     """
 
@@ -32,6 +36,7 @@ class Opened:
     folder: AdapterFolder
     kind: str
     hashes: Mapping[str, str]
+    carried: Mapping[str, str]
     data_sha256: str | None
 
 
@@ -50,10 +55,14 @@ def open_all(
             path = peft_folder(_fetch(entry, fetched / entry.name) if entry.is_address else entry.given, base, task)
             folder = open_adapter(path, entry.given, entry.name)
             data = None if entry.data is None else sha256_of(Path(entry.data))
-            opened.append(Opened(entry, folder, kind_of(folder), source_hashes(path), data))
+            beside = [*carried_files(path), *filter(Path.is_file, [path / "config.json"])]
+            carried = {file.name: sha256_of(file) for file in beside}
+            opened.append(Opened(entry, folder, kind_of(folder), source_hashes(path), carried, data))
         except LoraExportError as error:
             refused.append(refusal(entry.name, entry.given, error))
         except OSError as error:
+            if error.errno in _FULL:
+                raise
             refused.append(AdapterOutcome(entry.name, entry.given, Outcome.REFUSED, reason=f"{entry.where}: {error}"))
     return opened, refused
 
@@ -74,9 +83,12 @@ def _fetch(entry: Entry, target: Path) -> str:
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
         for file in system.ls(path, detail=False):
-            if (name := file.rpartition("/")[2]) in _FETCHED:
+            name = file.rpartition("/")[2]
+            if name in _FETCHED or is_carried(name):
                 system.get_file(file, str(target / name))
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # each store has errors of its own
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise
         raise InputRefused(
             "The adapter cannot be fetched", where=entry.given, found=f"{type(error).__name__}: {error}"
         ) from error

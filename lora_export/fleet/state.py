@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -35,9 +36,21 @@ def before(out: Path) -> Path:
 
 
 def take_up(out: Path) -> None:
-    """Put back the fleet of a run that was stopped in that moment."""
-    if not out.exists() and before(out).is_dir():
+    """Put back the fleet of a run that was stopped in that moment; of one that was stopped later, forget it."""
+    if not before(out).is_dir():
+        return
+    if out.exists():
+        forget(out)
+    else:
         before(out).rename(out)
+
+
+def forget(out: Path) -> None:
+    """Remove the fleet that was replaced: by another name, so that none is put back of which a part is gone."""
+    gone = before(out).with_name("gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    before(out).rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,7 @@ def fleet(tmp_path_factory, adapters, bases) -> tuple[Path, Path]:
     listed, out = tmp_path_factory.mktemp("fleet") / "list", tmp_path_factory.mktemp("out") / "served"
     for name in ("chat", "code", "speak"):
         shutil.copytree(adapters[name], listed / name)
+    (listed / "code/chat_template.jinja").write_text("first")
     for name, change in (("idle", silenced), ("nan", spoiled)):
         shutil.copytree(adapters["chat"], listed / name)
         changed(listed / name, change)
@@ -75,6 +76,9 @@ def test_each_adapter_has_its_own_outcome(fleet):
 def test_what_is_served_is_what_dynamic_and_add_make(fleet, bases, adapters, tmp_path):
     out = fleet[1]
     assert verify(out).passed
+    assert (out / "adapters/code/chat_template.jinja").read_text() == "first" and not (
+        out / "chat_template.jinja"
+    ).exists()
     manifest = read_manifest(out)
     assert [record.name for record in manifest.adapters] == ["chat", "code", "speak"]
     alone = tmp_path / "alone"
@@ -126,6 +130,7 @@ def test_a_second_run_does_what_has_changed(fleet, bases, tmp_path, monkeypatch)
     monkeypatch.setattr(fleet_run, "Packing", lambda *a, **k: given.append(a[1]) or original(*a, **k))
     shutil.rmtree(listed / "speak")
     changed(listed / "code", lambda tensors: next(iter(tensors.values())).mul_(0.5))
+    (listed / "code/chat_template.jinja").write_text("second")
     with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
         stopped.setattr(fleet_run, "write_manifest", interrupt)
         pipeline.fleet(listed, str(bases["llama"]), FleetOptions(out, provider="cpu", n_workers=1, n_rows=4))
@@ -137,6 +142,7 @@ def test_a_second_run_does_what_has_changed(fleet, bases, tmp_path, monkeypatch)
     assert not (out / "adapters/speak.onnx_adapter").exists() and verify(out).passed
     assert (out / "adapters/code.onnx_adapter").read_bytes() != (fleet[1] / "adapters/code.onnx_adapter").read_bytes()
     assert (out / "adapters/chat.onnx_adapter").read_bytes() == (fleet[1] / "adapters/chat.onnx_adapter").read_bytes()
+    assert (out / "adapters/code/chat_template.jinja").read_text() == "second"
     assert not work_folder(out).exists()
     assert kept_outcomes(out)["code"].outcome is Outcome.SERVED
 
@@ -166,7 +172,7 @@ def test_a_fleet_that_was_being_replaced_is_put_back(tmp_path):
     assert (out / "file").read_text() == "old"
     before(out).mkdir()
     take_up(out)
-    assert (out / "file").read_text() == "old" and before(out).is_dir(), "a fleet that is there stays"
+    assert (out / "file").read_text() == "old" and not before(out).exists(), "a fleet that is there stays"
 
 
 def _hold(out: Path, ready, done) -> None:
@@ -201,9 +207,28 @@ def test_an_address_is_fetched(fleet, adapters, tmp_path):
     memory = fsspec.filesystem("memory")
     for file in adapters["chat"].iterdir():
         memory.pipe(f"/store/chat/{file.name}", file.read_bytes())
+    memory.pipe("/store/chat/chat_template.jinja", b"mine")
     entries = [Entry("chat", "memory://store/chat", "here"), Entry("gone", "memory://store/gone", "here")]
     opened, refused = open_all(entries, "base", None, tmp_path, lambda *_: None)
     assert [each.folder.shapes.keys() for each in opened] and opened[0].folder.path == tmp_path / "chat"
+    assert "chat_template.jinja" in opened[0].carried
     assert [(outcome.name, outcome.reason) for outcome in refused] == [
         ("gone", "The adapter cannot be fetched (memory://store/gone)")
     ]
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json", "LICENSE", "generation_config.json"])
+def test_what_lies_beside_an_adapter_decides_with_it(name, adapters, tmp_path):
+    from lora_export.fleet.roster import Entry
+    from lora_export.fleet.sources import open_all
+
+    shutil.copytree(adapters["chat"], tmp_path / "chat")
+    found = []
+    for text in ("{}", '{"a": 1}'):
+        (tmp_path / "chat" / name).write_text(text)
+        (opened,), _ = open_all(
+            [Entry("chat", str(tmp_path / "chat"), "here")], "base", None, tmp_path, lambda *_: None
+        )
+        found.append(opened)
+    assert found[0].hashes == found[1].hashes and found[0].kind == found[1].kind
+    assert found[0].carried[name] != found[1].carried[name]
