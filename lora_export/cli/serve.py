@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -14,6 +16,7 @@ from lora_export.serve.options import Pooling, ServeOptions
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "tokenizers", "jinja2")
 _DEFAULT = ServeOptions()
+_KEY = "LORA_EXPORT_API_KEY"
 
 
 def _count(name: str, default: int | None, help: str) -> options.Decorator:
@@ -47,7 +50,7 @@ _serve_options = options.as_flags(
         _count("--max-resident-bytes", None,
                "Most bytes of the export's adapters in memory; others are read again.  [default: no bound]"),
         _count("--max-adapter-bytes", _DEFAULT.max_adapter_bytes, "Most bytes of an adapter loaded at run time."),
-        click.option("--api-key", envvar="LORA_EXPORT_API_KEY", show_envvar=True,
+        click.option("--api-key", envvar=_KEY, show_envvar=True,
                      help="Key that requests must have; better from the environment, as commands are seen by others."),
         click.option("--allow-runtime-adapters", "runtime_adapters", metavar="DIR",
                      type=click.Path(path_type=Path, exists=True, file_okay=False),
@@ -76,6 +79,9 @@ def serve_command(out: Path, flags: ServeOptions) -> None:
     """
     display = Display(as_json=False, quiet=False)
     with guarded(display):
+        if flags.api_key is None:  # Click takes an empty variable for none
+            flags = replace(flags, api_key=os.environ.get(_KEY))
+        flags.require_key()
         require_packages()
         from lora_export.serve.server import serve
 

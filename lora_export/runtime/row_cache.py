@@ -126,8 +126,12 @@ class SharedRows(RowCache):
 
     def move(self, source: int, target: int) -> None:
         self._buffer.copy_row(source, target, self.lengths[source])
-        self._adapters[target] = self._adapters[source]
-        self.lengths[target], self.lengths[source] = self.lengths[source], 0
+        self._adapters[target], self.lengths[target] = self._adapters[source], self.lengths[source]
+        self.free(source)
+
+    def free(self, row: int) -> None:
+        super().free(row)
+        self._adapters[row] = ()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,10 @@ import numpy as np
 
 from lora_export.errors import UsageProblem
 
+# Beyond these, nothing changes any more but rounding errors. Published configurations have temperatures from 1e-6 on.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-6, 100.0
+LEAST_PENALTY, MOST_PENALTY = 1e-3, 1e3
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -38,10 +42,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         ranges = {
-            "temperature": ("a number from 0 on", 0 <= self.temperature < float("inf")),
+            "temperature": (
+                f"0, or a number from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}",
+                self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE,
+            ),
             "top_k": ("a whole number from 0 on", self.top_k >= 0 and int(self.top_k) == self.top_k),
             "top_p": ("a number over 0, at most 1", 0 < self.top_p <= 1),
-            "repetition_penalty": ("a number over 0", 0 < self.repetition_penalty < float("inf")),
+            "repetition_penalty": (
+                f"a number from {LEAST_PENALTY:g} to {MOST_PENALTY:g}",
+                LEAST_PENALTY <= self.repetition_penalty <= MOST_PENALTY,
+            ),
             "seed": ("a whole number from 0 on, or none", self.seed is None or self.seed >= 0),
         }
         for name, (expected, holds) in ranges.items():
@@ -68,11 +78,11 @@ class Sampler:
         Raises:
             FloatingPointError: The scores are not finite, so that no token is the likeliest.
         """
-        if not np.isfinite(scores.max()):
-            raise FloatingPointError("the scores of the next token are not finite")
+        _require_finite(scores)
         sampling = self._sampling
         if sampling.repetition_penalty != 1:
             scores = penalized(scores, self._seen, sampling.repetition_penalty)
+            _require_finite(scores)
         token = int(scores.argmax()) if sampling.temperature == 0 else self._drawn(scores)
         if sampling.repetition_penalty != 1:
             self._seen.add(token)
@@ -81,6 +91,11 @@ class Sampler:
     def _drawn(self, scores: np.ndarray) -> int:
         shares = probabilities(scores, self._sampling)
         return int(self._rng.choice(len(shares), p=shares))
+
+
+def _require_finite(scores: np.ndarray) -> None:
+    if not np.isfinite(scores.max()):
+        raise FloatingPointError("the scores of the next token are not finite")
 
 
 def penalized(scores: np.ndarray, seen: Iterable[int], penalty: float) -> np.ndarray:
@@ -94,10 +109,11 @@ def penalized(scores: np.ndarray, seen: Iterable[int], penalty: float) -> np.nda
 
 def probabilities(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
     """What tokens are drawn with, `[vocabulary]` in float64; 0 for those that are left out."""
-    scaled = scores.astype(np.float64) / sampling.temperature
+    scores = scores.astype(np.float64)
+    scaled = (scores - scores.max()) / sampling.temperature  # the likeliest is 0 at any temperature
     if 0 < sampling.top_k < len(scaled):
         scaled[scaled < np.partition(scaled, -sampling.top_k)[-sampling.top_k]] = -np.inf
-    shares = np.exp(scaled - scaled.max())
+    shares = np.exp(scaled)
     shares /= shares.sum()
     if sampling.top_p < 1:
         order = np.argsort(-shares, kind="stable")

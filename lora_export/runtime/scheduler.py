@@ -32,7 +32,7 @@ class Finish(StrEnum):
     STOP = "stop"  # an end token, which is the last token
     LENGTH = "length"  # `max_new_tokens`, or no room for more
     CANCELLED = "cancelled"
-    FAILED = "failed"  # its scores were not finite
+    FAILED = "failed"  # its scores were not finite, or its adapter cannot be read any more
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +59,13 @@ class Token:
     Attributes:
         token_id: None for a request that is over without one (cancelled, failed).
         finish: Set on the last one of a request.
+        error: Why it failed.
     """
 
     request: Request
     token_id: int | None
     finish: Finish | None = None
+    error: Exception | None = None
 
 
 @dataclass(eq=False)
@@ -169,8 +171,18 @@ class Scheduler:
             if any(text.request is request for text in (*self._waiting, *self._texts.values())):
                 self._cancelled.add(request)
 
+    def clear(self) -> None:
+        """Forget all texts at once, those that wait too: after a step that raised, which is of all of them."""
+        with self._stepping, self._changing:
+            self._waiting.clear()
+            for row in list(self._texts):
+                self._free(row)
+            self._cancelled.clear()
+
     def step(self) -> list[Token]:
         """Write one token of every text that has its prompt behind it, and go on with the prompts of others.
+
+        A text that cannot go on fails alone. What the step raises is of all texts.
 
         Returns:
             What is new, in no particular order; empty where nothing is to be done, or prompts are not through.
@@ -223,7 +235,12 @@ class Scheduler:
             text = self._texts[row]
             ids = text.next_ids(self._chunk)
             new.append(NewTokens(row, ids, text.adapters, text.gate_of(len(ids))))
-        scores = self._rows.run(new)
+        try:
+            scores = self._rows.run(new)
+        except Exception:
+            if not (failed := self._failed(rows)):
+                raise
+            return failed  # nothing was added to a row: the others go on at the next step
         tokens = []
         for each, of_row in zip(new, scores, strict=True):
             text = self._texts[each.row]
@@ -235,12 +252,25 @@ class Scheduler:
                         self._free(each.row)
         return tokens
 
+    def _failed(self, rows: Sequence[int]) -> list[Token]:
+        """End those of `rows` whose adapters cannot be had, such as one whose file is not what it was."""
+        tokens = []
+        for row in rows:
+            text = self._texts[row]
+            try:
+                self._session.bank.stacked([text.adapters])
+            except Exception as error:
+                tokens.append(Token(text.request, None, Finish.FAILED, error))
+                with self._changing:
+                    self._free(row)
+        return tokens
+
     def _written(self, text: _Text, scores: np.ndarray) -> Token:
         request = text.request
         try:
             token = text.sampler.choose(scores)
-        except FloatingPointError:
-            return Token(request, None, Finish.FAILED)
+        except Exception as error:  # of this text, whatever it is
+            return Token(request, None, Finish.FAILED, error)
         text.written.append(token)
         if token in request.eos_ids:
             return Token(request, token, Finish.STOP)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from lora_export.errors import UsageProblem
+
 
 class Pooling(StrEnum):
     """How the states of a text's tokens become one embedding."""
@@ -36,6 +38,7 @@ class ServeOptions:
             None for no bound.
         max_adapter_bytes: Most bytes of an adapter that is loaded at run time.
         runtime_adapters: The folder that adapters may be loaded from at run time; None for none.
+        api_key: What requests must have; None for a server that asks for none.
         log_prompts: Whether the log has the texts of requests.
     """
 
@@ -60,6 +63,19 @@ class ServeOptions:
     pooling: Pooling = Pooling.MEAN
     normalize: bool = True
     log_prompts: bool = False
+
+    def require_key(self) -> None:
+        """Refuse a key that is no key.
+
+        Raises:
+            UsageProblem: It is empty or blank: every request would have it.
+        """
+        if self.api_key is not None and not self.api_key.strip():
+            raise UsageProblem(
+                "The key is empty, so every request would have it",
+                where="--api-key or LORA_EXPORT_API_KEY",
+                expected="a key, or none at all for a server without one",
+            )
 
     @property
     def is_local(self) -> bool:

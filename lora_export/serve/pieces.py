@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from lora_export.runtime.scheduler import Finish, Token
 from lora_export.runtime.text_stream import TextStream
 from lora_export.runtime.tokenizer import TextTokenizer
+from lora_export.serve.logs import log
 from lora_export.serve.problems import Problem
 from lora_export.serve.writing import Job, Writer
 
@@ -36,13 +38,21 @@ class _Text:
             Problem: It says that there is no text.
         """
         if token.finish is Finish.FAILED:
-            raise Problem(500, f"The scores of {self.job.target.model!r} are not finite", code="not_finite")
+            raise _failure(self.job, token.error)
         is_word = token.token_id is not None and token.finish is not Finish.STOP
         text = self._reader.add(token.token_id) if is_word else ""
         if token.finish and not self._reader.is_stopped:
             text += self._reader.end()
         self.finish = Finish.STOP if self._reader.is_stopped else token.finish
         return Piece(self.job.index, text, self.finish)
+
+
+def _failure(job: Job, error: Exception | None) -> Problem:
+    model = job.target.model
+    if isinstance(error, FloatingPointError):
+        return Problem(500, f"The scores of {model!r} are not finite", code="not_finite")
+    log("text failed", level=logging.ERROR, error=error, model=job.target.label)
+    return Problem(500, f"A text of {model!r} cannot go on; the server's log says why", code="text_failed")
 
 
 class Pieces:

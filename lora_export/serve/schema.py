@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
+from lora_export.runtime.sampling import LEAST_PENALTY, LEAST_TEMPERATURE, MOST_PENALTY, MOST_TEMPERATURE
+
 
 def _whole(text: str) -> str:
     """JSON can write half of a surrogate pair, which is no text: no tokenizer takes it, and no answer can say it."""
@@ -14,6 +16,12 @@ def _whole(text: str) -> str:
     except UnicodeEncodeError:
         raise ValueError("it has half of a surrogate pair, which is no text") from None
     return text
+
+
+def _no_rounding_error(temperature: float) -> float:
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise ValueError(f"it must be 0, or at least {LEAST_TEMPERATURE:g}")
+    return temperature
 
 
 Text = Annotated[StrictStr, AfterValidator(_whole)]
@@ -63,10 +71,10 @@ class WritingBody(Body):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
+    temperature: Annotated[float, AfterValidator(_no_rounding_error), Field(ge=0, le=MOST_TEMPERATURE)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=MOST_PENALTY)] | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     ignore_eos: bool = False

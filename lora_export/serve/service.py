@@ -38,6 +38,7 @@ class Service:
     """
 
     def __init__(self, folder: Path, options: ServeOptions) -> None:
+        options.require_key()
         self.options = options
         self.models = models = Models(folder, options)
         self.metrics = Metrics(self.load, lambda: self.models.view.adapters, models.base)

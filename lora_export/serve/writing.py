@@ -184,8 +184,8 @@ class Writer:
     def _fail(self, error: Exception) -> None:
         with self._changed:
             failed = list(self._jobs.values())
-            self._cancel(failed)  # the next step frees their rows
             self._jobs.clear()
+            self._scheduler.clear()  # no step does it while there is no job, and what waits counts
         for job in failed:
             _on(job.loop, [(job, error)])
 

@@ -65,6 +65,24 @@ def test_a_seed_draws_the_same_tokens():
     assert drawn(None) != drawn(None)
 
 
+@pytest.mark.parametrize("penalty", [1e-3, 1e3])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-3, 100.0])
+def test_at_the_ends_of_the_ranges_tokens_are_drawn(temperature, penalty):
+    sampling = Sampling(temperature, 5, 0.9, penalty, seed=1)
+    scores = SCORES * 1000
+    shares = probabilities(scores, sampling)
+    assert np.isfinite(shares).all() and abs(shares.sum() - 1) < 1e-12
+    assert 0 <= Sampler(sampling, [int(scores.argmax())]).choose(scores) < 60
+    if temperature < 1:
+        assert shares.argmax() == scores.argmax() and shares.max() == 1
+
+
+def test_a_penalty_that_ends_what_floats_can_say_chooses_nothing():
+    huge = np.array([3e38, 1.0], np.float32)
+    with np.errstate(over="ignore"), pytest.raises(FloatingPointError, match="not finite"):
+        Sampler(Sampling(1.0, repetition_penalty=1e-3), [0]).choose(huge)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_scores_that_are_not_finite_choose_nothing(bad):
     with pytest.raises(FloatingPointError, match="not finite"):
@@ -73,9 +91,10 @@ def test_scores_that_are_not_finite_choose_nothing(bad):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5},
+    [{"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": 1e-310}, {"temperature": 101.0},
+     {"repetition_penalty": 1e-40}, {"repetition_penalty": 1e4}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5},
      {"repetition_penalty": 0.0}, {"seed": -1}],
-    ids=lambda wrong: next(iter(wrong)),
+    ids=str,
 )  # fmt: skip
 def test_an_option_out_of_its_range_is_refused_by_name(wrong):
     with pytest.raises(UsageProblem, match="out of its range") as refused:

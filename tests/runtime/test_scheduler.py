@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -239,3 +240,54 @@ def test_scores_that_are_not_finite_end_their_text_only(session, monkeypatch):
     monkeypatch.setattr(scheduler._rows, "run", run)
     written.all()
     assert written.finish == {first: Finish.FAILED, second: Finish.LENGTH}
+
+
+def test_a_text_that_cannot_choose_ends_alone(session, monkeypatch):
+    scheduler = Scheduler(session("llama-dynamic"), max_rows=2, max_length=20)
+    first, second = (scheduler.submit([5, 6, 7], max_new_tokens=3) for _ in range(2))
+    written = Written(scheduler)
+    written.step()
+    error = ValueError("probabilities contain NaN")
+    monkeypatch.setattr(scheduler._texts[0].sampler, "choose", lambda scores: (_ for _ in ()).throw(error))
+    tokens = {token.request: token for token in scheduler.step()}
+    assert (tokens[first].finish, tokens[first].error) == (Finish.FAILED, error)
+    written.all()
+    assert written.finish == {second: Finish.LENGTH}
+
+
+@pytest.mark.parametrize("when", ["prompt", "writing"])
+def test_an_adapter_that_cannot_be_read_again_ends_its_texts_only(when, exports, alone, tmp_path):
+    """Memory has room for one adapter, and the file of another is replaced on disk."""
+    folder = tmp_path / "export"
+    shutil.copytree(exports["llama-dynamic"], folder)
+    sizes = {held.name: held.n_bytes for held in AdapterSession(folder, "cpu").bank.adapters.values()}
+    session = AdapterSession(folder, "cpu", n_threads=1, stop_spinning=True, max_bytes=max(sizes.values()))
+    scheduler, prompt = Scheduler(session, max_rows=3, max_length=20), [20, 30, 40]
+    written = Written(scheduler)
+    kept = scheduler.submit(prompt, "code", max_new_tokens=6)
+    if when == "writing":
+        written.step()
+    session.bank.adapters["chat"].drop()
+    (folder / "adapters" / "chat.onnx_adapter").write_bytes(b"other")
+    lost, base = scheduler.submit(prompt, "chat", max_new_tokens=6), scheduler.submit(prompt, max_new_tokens=6)
+    written.all()
+    assert written.finish == {kept: Finish.LENGTH, lost: Finish.FAILED, base: Finish.LENGTH}
+    assert written.ids[kept] == alone("llama", "LlamaForCausalLM", "code", prompt, 6)
+    assert written.ids[base] == alone("llama", "LlamaForCausalLM", None, prompt, 6)
+
+
+def test_a_row_that_is_free_keeps_no_adapter(session):
+    scheduler = Scheduler(session("llama-dynamic"), max_rows=2, max_length=20)
+    for name in ("chat", "code"):
+        scheduler.submit([5, 6], name, max_new_tokens=2)
+    Written(scheduler).all()
+    assert scheduler._rows._adapters == [(), ()]
+
+
+def test_after_a_clear_nothing_waits_or_is_written(session):
+    scheduler = Scheduler(session("llama-dynamic"), max_rows=1, max_length=20)
+    first, _ = (scheduler.submit([5, 6], max_new_tokens=4) for _ in range(2))
+    scheduler.step()
+    scheduler.cancel(first)
+    scheduler.clear()
+    assert (scheduler.n_active, scheduler.n_waiting, scheduler.step()) == (0, 0, [])

@@ -20,8 +20,10 @@ from command_line import fails
 from live import WAIT_S, running, wait_until
 
 from lora_export.cli import serve as command
-from lora_export.errors import EnvironmentUnusable
+from lora_export.errors import EnvironmentUnusable, UsageProblem
+from lora_export.serve.options import ServeOptions
 from lora_export.serve.server import listen
+from lora_export.serve.service import Service
 
 ROOT = Path(__file__).parents[2]
 
@@ -142,6 +144,15 @@ def test_what_cannot_be_served_is_refused_before_it_listens(exports, tmp_path):
     assert "would both be called 'features'" in said
     said = fails(2, "serve", exports["features-dynamic"], "--max-length", 500)
     assert "The model takes no rows of that length" in said and "at most 160" in said
+
+
+@pytest.mark.parametrize("key", ["", "  "])
+def test_a_key_that_is_none_is_refused(key, exports, monkeypatch):
+    with pytest.raises(UsageProblem, match="The key is empty"):
+        Service(exports["features-dynamic"], ServeOptions(api_key=key))
+    assert "The key is empty" in fails(2, "serve", exports["features-dynamic"], "--api-key", key)
+    monkeypatch.setenv("LORA_EXPORT_API_KEY", key)
+    assert "The key is empty" in fails(2, "serve", exports["features-dynamic"])
 
 
 def test_answers_do_not_wait_for_acknowledgements():

@@ -177,6 +177,9 @@ def test_what_is_left_out_is_the_configuration_s(given, defaults, expected):
         ({"presence_penalty": 0.5}, 400, "presence_penalty", "less than or equal to 0"),
         ({"tools": []}, 400, "tools", "'tools' is not supported"),
         ({"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
+        ({"temperature": 1e-310}, 400, "temperature", "it must be 0, or at least 1e-06"),
+        ({"temperature": 101}, 400, "temperature", "less than or equal to 100"),
+        ({"repetition_penalty": 1e-40}, 400, "repetition_penalty", "greater than or equal to 0.001"),
         ({"top_p": 0}, 400, "top_p", "greater than 0"),
         ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 159}, 400, None, "2 tokens and 159 new ones; a text has at most 160"),
@@ -265,6 +268,31 @@ def test_a_step_that_fails_fails_its_texts_and_no_later_one(export, alone):
         assert found.status_code == 500 and "broken" not in found.text
         found = live.post("/v1/completions", model="chat", prompt="x", max_tokens=6)
         assert found.json()["choices"][0]["text"] == alone("chat", "x", 6)[0]
+
+
+def test_a_step_that_fails_behind_a_full_queue_leaves_room(export):
+    with running(export, model_name="llama", max_batch=1, max_queue=2) as live:
+        scheduler, go = live.service.writer._scheduler, threading.Event()
+        step, calls = scheduler.step, itertools.count()
+
+        def failing():
+            if next(calls) == 1:
+                go.wait(20)
+                raise RuntimeError("broken")
+            return step()
+
+        scheduler.step = failing
+        given = {"model": "chat", "prompt": "x", "max_tokens": 20, "ignore_eos": True}
+        with ThreadPoolExecutor(3) as pool:
+            asked = [pool.submit(live.post, "/v1/completions", **given)]
+            wait_until(lambda: live.service.load().running)
+            asked += [pool.submit(live.post, "/v1/completions", **given) for _ in range(2)]
+            wait_until(lambda: scheduler.n_waiting == 2)
+            assert live.post("/v1/completions", **given).status_code == 429 and not live.service.is_ready
+            go.set()
+            assert [each.result().status_code for each in asked] == [500] * 3
+        assert live.service.is_ready
+        assert live.post("/v1/completions", **given).status_code == 200
 
 
 def test_a_text_goes_on_with_the_adapter_that_it_was_begun_with(export, alone, tmp_path):
