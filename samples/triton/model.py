@@ -2,7 +2,7 @@
 
 A request has the model's own inputs `[rows, …]` and `adapters` `[rows, 1]`: a name, "" for the base, or a blend as
 JSON, such as {"topic": 0.5}. The rows of all requests that Triton gives at once are padded and run as one batch. A
-request that names an adapter that is not there gets an error; the others get their outputs.
+request that names an adapter that is not there, or that cannot be run, gets an error; the others get their outputs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class TritonPythonModel:
         self.outputs = [output["name"] for output in config["output"]]
         provider = "cuda" if args["model_instance_kind"] == "GPU" else "cpu"
         self.session = AdapterSession(config["parameters"]["folder"]["string_value"], provider, stop_spinning=True)
+        # A classifier on a decoder reads a text at its last token that is not this one, whatever the mask says.
+        self.fillers = {"input_ids": self.session.manifest.pad_token_id or 0}
 
     def execute(self, requests: list) -> list:
         answers: dict[int, object] = {}
@@ -35,12 +37,21 @@ class TritonPythonModel:
             except (LoraExportError, ValueError) as error:
                 answers[index] = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
         if taken:
-            answers |= self._run(taken)
+            answers |= self._run_all(taken)
         return [answers[index] for index in range(len(requests))]
+
+    def _run_all(self, taken: list[tuple[int, dict[str, np.ndarray], list]]) -> dict[int, object]:
+        """One run; if it fails, one a request, so that only those fail that are at fault."""
+        try:
+            return self._run(taken)
+        except Exception as error:  # whatever ONNX Runtime raises is one request's, not the server's
+            if len(taken) == 1:
+                return {taken[0][0]: pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))}
+        return {index: answer for each in taken for index, answer in self._run_all([each]).items()}
 
     def _run(self, taken: list[tuple[int, dict[str, np.ndarray], list]]) -> dict[int, object]:
         names = taken[0][1].keys()
-        inputs = {name: _padded([inputs[name] for _, inputs, _ in taken]) for name in names}
+        inputs = {name: _padded([inputs[name] for _, inputs, _ in taken], self.fillers.get(name, 0)) for name in names}
         results = self.session.run(inputs, [row for _, _, rows in taken for row in rows], self.outputs)
         answers, start = {}, 0
         for index, own, rows in taken:
@@ -67,8 +78,11 @@ def _adapter(value: bytes | str) -> str | dict[str, float] | None:
     return (json.loads(text) if text.startswith("{") else text) if text else None
 
 
-def _padded(arrays: list[np.ndarray]) -> np.ndarray:
-    """One array of all rows, filled up with zeros, which the attention mask marks as padding."""
+def _padded(arrays: list[np.ndarray], filler: int) -> np.ndarray:
+    """One array of all rows, filled up on the right; of the attention mask with zeros, which mark padding."""
     longest = max(array.shape[1] for array in arrays)
-    wide = [np.pad(array, [(0, 0), (0, longest - array.shape[1]), *[(0, 0)] * (array.ndim - 2)]) for array in arrays]
+    wide = []
+    for array in arrays:
+        missing = [(0, 0), (0, longest - array.shape[1]), *[(0, 0)] * (array.ndim - 2)]
+        wide.append(np.pad(array, missing, constant_values=filler))
     return np.concatenate(wide)

@@ -134,6 +134,30 @@ def test_a_request_that_cannot_be_gets_an_error_and_the_others_their_outputs(bac
     assert answers[3].error and not answers[3].outputs
 
 
+def test_a_request_that_fails_in_the_run_does_not_fail_the_others(backend):
+    wrong = request(["topic"], 5, 1)
+    wrong["input_ids"] = wrong["input_ids"] + 10**6  # no such token: ONNX Runtime itself refuses it
+    first, failed, last = backend.execute([request(["kind"], 4, 0), wrong, request(["topic", ""], 7, 2)])
+    assert "indices" in failed.error and not failed.outputs
+    assert first.error is None and first.outputs["logits"].shape[0] == 1
+    assert last.error is None and last.outputs["logits"].shape[0] == 2
+
+
+def test_shorter_requests_are_filled_up_with_the_token_of_the_manifest(backend, exports, own):
+    """A classifier on a decoder reads a text at its last token that is not this one."""
+    folder = own(exports["bert-required"])
+    manifest = json.loads((folder / "lora_export.json").read_text())
+    (folder / "lora_export.json").write_text(json.dumps(manifest | {"pad_token_id": 7}))
+    outputs = [{"name": "logits"}]
+    config = json.dumps({"output": outputs, "parameters": {"folder": {"string_value": str(folder)}}})
+    backend.initialize({"model_config": config, "model_instance_kind": "CPU"})
+    run, fed = backend.session.run, []
+    backend.session.run = lambda *arguments: fed.append(arguments[0]) or run(*arguments)
+    answers = backend.execute([request(["kind"], 4, 0), request(["topic"], 6, 1)])
+    assert [answer.error for answer in answers] == [None, None]
+    assert fed[0]["input_ids"][0, 4:].tolist() == [7, 7] and fed[0]["attention_mask"][0].tolist() == [1, 1, 1, 1, 0, 0]
+
+
 @pytest.fixture
 def server(exports) -> Iterator[str]:
     """KServe's v2 protocol, binary, over the export's own graph: what Triton's ONNX Runtime backend does."""
