@@ -51,6 +51,7 @@ WORDS = {
     "effect_share": MeasureWords("Effect share", "share of the effect", fmt.share, fmt.scientific, wide=True),
     "weights": MeasureWords("Weights", "distance of a stored weight", fmt.scientific, wide=True),
     "scales": MeasureWords("Scales", "error of a scale", fmt.scientific, wide=True),
+    "clipping": MeasureWords("Clipping", "clipping of a stored weight", fmt.scientific, wide=True),
     "cost_kl": MeasureWords("KL", "KL divergence", fmt.scientific, wide=True),
     "cost_top1": MeasureWords("Top-1", "top-1 agreement", fmt.share, wide=True),
     "cost_perplexity": MeasureWords("Perplexity", "rise of the perplexity", fmt.scientific, wide=True),

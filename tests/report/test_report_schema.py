@@ -79,7 +79,11 @@ def test_every_field_is_described_and_required(definition: str, kind: type, deri
 
 
 def test_every_measure_has_words_and_a_formula() -> None:
-    assert list(measure_words.WORDS) == list(tolerances.MEASURES) == [*FORMULAS, "weights", "scales", *COST_FORMULAS]
+    assert (
+        list(measure_words.WORDS)
+        == list(tolerances.MEASURES)
+        == [*FORMULAS, "weights", "scales", "clipping", *COST_FORMULAS]
+    )
     for words in measure_words.WORDS.values():
         assert words.title and words.noun and words.text(1.0)
 

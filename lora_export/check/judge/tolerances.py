@@ -98,6 +98,11 @@ MEASURES = {
         "of quantized weights, how far a grid's range is from that of its block, relative; at most",
         "a block's scale is off by {value:.2e} of it; at most {limit:.0e} is rounding",
     ),
+    "clipping": Measure(
+        "of quantized weights, how much farther than a step (half a step where blocks have zeros) a stored number is "
+        "from the base's, over the grid's range; at most",
+        "a block's grid does not reach a weight: it lies {value:.2e} of its range off; at most {limit:.0e} is rounding",
+    ),
     "cost_kl": Measure(
         "what quantization costs: mean Kullback-Leibler divergence from the base's floats, nats; at most",
         "quantization costs {value:.3g} nats; at most {limit:g} was asked for",
@@ -121,7 +126,7 @@ MEASURES = {
 INT8 = "int8"
 COSTS = ("cost_kl", "cost_top1", "cost_perplexity", "cost_effect")
 # Measures of quantized exports alone.
-_OF_INTEGERS = ("weights", "scales", *COSTS)
+_OF_INTEGERS = ("weights", "scales", "clipping", *COSTS)
 
 _ANY = ("float32", "float16", "bfloat16", INT8)
 _HALF = ("float16", "bfloat16", INT8)
@@ -141,13 +146,7 @@ _TABLE = (
     ("rounding", _HALF, _BOTH, 2.0, "seen on a CPU: 0.6 to 1.1; as many roundings to the dtype, or fewer"),
     ("kl", ("float32",), _BOTH, None, "the error gates"),
     ("kl", ("float16",), _BOTH, 1e-3, "errors of up to 4e-2 in the logits, squared and halved"),
-    (
-        "kl",
-        ("bfloat16",),
-        _BOTH,
-        1e-2,
-        "8 times as coarse, and squared; ten times float16's, not 64",
-    ),
+    ("kl", ("bfloat16",), _BOTH, 1e-2, "8 times as coarse, and squared; ten times float16's, not 64"),
     ("kl", (INT8,), _BOTH, None, "the rounding gates, as it knows how much this model loses"),
     ("top1", ("float32",), _BOTH, 0.999, "a flip beyond the noise is an error; one in a thousand may sit at its edge"),
     ("top1", ("float16",), _BOTH, 0.99, "as float32, with a wider edge"),
@@ -170,8 +169,12 @@ _TABLE = (
     ("scales", ("float32",), _BOTH, 2e-6, "as the weights"),
     ("scales", ("float16",), _BOTH, 2e-3, "as the weights, and a rounding of the scale"),
     ("scales", ("bfloat16",), _BOTH, 1.6e-2, "as float16, at eight times the rounding"),
+    ("clipping", ("float32",), _BOTH, 2e-6, "as the weights"),
+    ("clipping", ("float16",), _BOTH, 2e-3, "as the weights, and a rounding of the scale"),
+    ("clipping", ("bfloat16",), _BOTH, 1.6e-2, "as float16, at eight times the rounding"),
     ("weights", (INT8,), _BOTH, None, "the same weights as without rounded activations"),
     ("scales", (INT8,), _BOTH, None, "the same weights as without rounded activations"),
+    ("clipping", (INT8,), _BOTH, None, "the same weights as without rounded activations"),
     *((name, _ANY, _BOTH, None, "for the user to say") for name in COSTS),
 )
 _EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, INT8: 2.0**-7}
@@ -197,6 +200,7 @@ class Tolerances:
     effect_share: float | None
     weights: float | None = None
     scales: float | None = None
+    clipping: float | None = None
     cost_kl: float | None = None
     cost_top1: float | None = None
     cost_perplexity: float | None = None

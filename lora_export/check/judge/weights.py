@@ -1,12 +1,16 @@
 """Quantized weights against the floats that they stand for. NumPy only.
 
-Of a block with scale `s` and zero `z`, the stored number `q` stands for `s (q − z)`, one of a grid of `2**bits`. Two
+Of a block with scale `s` and zero `z`, the stored number `q` stands for `s (q − z)`, one of a grid of `2**bits`. Three
 measures over all blocks of all weights:
 
 - *weights*: how much farther `s (q − z)` is from the float `w` than the nearest of the grid, over the grid's range
   `2**bits |s|`. 0 where every `q` is the best there is; rounding of `w` moves it by as much.
-- *scales*: how far the grid's range is from the block's own, relative to it: `|s| 2**(bits − 1)` from the largest
-  `|w|`; where blocks have zeros, `s (2**bits − 1)` from the largest `w` less the smallest, zero being one of both.
+- *scales*: how far the grid's range is from the block's own, relative to it: `−s 2**(bits − 1)`, the grid's farther
+  end, from the `w` of the largest `|w|`; where blocks have zeros, `s (2**bits − 1)` from the largest `w` less the
+  smallest, zero being one of both.
+- *clipping*: how much farther `s (q − z)` is from `w` than a sound grid can be, over the grid's range. The nearest of a
+  grid that lies elsewhere is far away. A sound one reaches every `w` to half a step, but its shorter end may be a step
+  short: without zeros it has one number less there.
 """
 
 from __future__ import annotations
@@ -43,21 +47,24 @@ class WeightErrors:
     Attributes:
         off: The measure *weights*.
         range_error: The measure *scales*.
-        worst: The weight that either is of.
+        clipped: The measure *clipping*.
+        worst: The weight that the last of them to grow is of.
     """
 
     n_weights: int = 0
     off: float = 0.0
     range_error: float = 0.0
+    clipped: float = 0.0
     worst: str = ""
 
     def take(self, name: str, stored: Stored, expected: np.ndarray) -> None:
         """Compare `stored` with the floats `expected` `[out, in]`."""
         expected = expected.astype(np.float64)
-        off, range_error = _off(stored, expected), _range_error(stored, expected)
-        if not off <= self.off or not range_error <= self.range_error:
+        found = (_off(stored, expected), _range_error(stored, expected), _clipped(stored, expected))
+        before = (self.off, self.range_error, self.clipped)
+        if not all(new <= old for new, old in zip(found, before, strict=True)):
             self.worst = name
-        self.off, self.range_error = _worse(self.off, off), _worse(self.range_error, range_error)
+        self.off, self.range_error, self.clipped = map(_worse, before, found)
         self.n_weights += 1
 
 
@@ -79,12 +86,22 @@ def _off(stored: Stored, expected: np.ndarray) -> float:
 def _range_error(stored: Stored, expected: np.ndarray) -> float:
     padding = -expected.shape[1] % stored.block_size
     blocks = np.pad(expected, ((0, 0), (0, padding))).reshape(len(expected), -1, stored.block_size)
-    own, grid = np.abs(blocks).max(axis=2), np.abs(stored.scales) * (1 << (stored.bits - 1))
+    largest, smallest = np.maximum(blocks.max(axis=2), 0), np.minimum(blocks.min(axis=2), 0)
     if stored.has_zeros:
-        own = np.maximum(blocks.max(axis=2), 0) - np.minimum(blocks.min(axis=2), 0)
-        grid = stored.scales * ((1 << stored.bits) - 1)
+        own = largest - smallest
+        error = np.abs(stored.scales * ((1 << stored.bits) - 1) - own)
+    else:
+        own, end = np.maximum(largest, -smallest), -stored.scales * (1 << (stored.bits - 1))
+        error = np.minimum(np.abs(end - largest), np.abs(end - smallest))  # either, where both are as large
     is_there = own > 0
-    return float(np.abs(grid[is_there] / own[is_there] - 1).max(initial=0))
+    return float((error[is_there] / own[is_there]).max(initial=0))
+
+
+def _clipped(stored: Stored, expected: np.ndarray) -> float:
+    scales, zeros = stored.by_element(stored.scales), stored.by_element(stored.zeros)
+    steps = 0.5 if stored.has_zeros else 1.0
+    beyond = np.abs(scales * (stored.integers - zeros) - expected) - steps * np.abs(scales)
+    return float((beyond / np.maximum((1 << stored.bits) * np.abs(scales), _TINY)).max(initial=0))
 
 
 def weights_case(errors: WeightErrors, limits: Tolerances, against: str) -> ParityCase:
@@ -92,6 +109,7 @@ def weights_case(errors: WeightErrors, limits: Tolerances, against: str) -> Pari
     measured = (
         Measured.of("weights", errors.off, limits.weights),
         Measured.of("scales", errors.range_error, limits.scales),
+        Measured.of("clipping", errors.clipped, limits.clipping),
     )
     failures = tuple(f"{each.failure} ({errors.worst})" for each in measured if each.failed)
     return ParityCase("quantized weights", "weights", against, errors.n_weights, measured, failures)

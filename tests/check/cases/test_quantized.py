@@ -12,6 +12,7 @@ import pytest
 import torch
 from catalogue import EXPORTS, INT4, export_to
 from onnx import numpy_helper
+from safetensors.numpy import load_file
 
 from lora_export.artifact import read_manifest
 from lora_export.check.cases.quantized import weight_cases
@@ -49,6 +50,7 @@ def test_sound_quantized_exports_pass_and_say_what_they_cost(name, exports, own)
     for case in of_group(report, "deployed"):
         assert 0.5 < case.value("rounding") < 1.2
         assert case.value("error") > 1e-4 > 10 * weights.value("weights")
+        assert weights.value("clipping") < 1e-4
     costs = of_group(report, COST)
     n_adapters = len(read_manifest(exports[name]).adapters)
     assert len(costs) == (1 if "merged" in name else n_adapters + 1)
@@ -163,6 +165,30 @@ def test_one_wrong_number_fails_the_check(exports, own):
     damage.stored(folder, f"{DOWN}_Q4", _off_by_one)
     report = checked(folder)
     assert report.verdict is Verdict.FAIL and failed(report) == [("weights", "quantized weights")]
+
+
+def _at_fifteen(folder: Path, floats: np.ndarray) -> None:
+    """Every zero of one weight at the end of the grid, and of that grid the nearest integers."""
+    scales = damage.weight_of(folder, f"{DOWN}_scales").astype(np.float64)
+    place = np.round(floats / np.repeat(scales, 32, axis=1)[:, : floats.shape[1]] + 15)
+    integers = np.clip(place, 0, 15).astype(np.uint8)
+    integers = np.pad(integers, ((0, 0), (0, -integers.shape[1] % 32)))
+    packed = integers[:, ::2] | (integers[:, 1::2] << 4)
+    damage.stored(folder, f"{DOWN}_Q4", lambda before: packed.reshape(before.shape))
+    damage.stored(folder, f"{DOWN}_zero_points", lambda before: np.full_like(before, 0xFF))
+
+
+def test_wrong_zeros_throughout_fail_the_check(exports, own, bases):
+    """All that else reads the file takes its numbers as it has them, and each is the best that its zero allows."""
+    folder = own(exports["llama-int4-merged"])
+    floats = load_file(bases["llama"] / "model.safetensors")[DOWN]  # the adapter leaves it as it is
+    _at_fifteen(folder, floats.astype(np.float64))
+    report = checked(folder)
+    assert report.verdict is Verdict.FAIL and failed(report) == [("weights", "quantized weights")]
+    (weights,) = of_group(report, "weights")
+    assert weights.value("weights") < 1e-6 and weights.value("scales") < 1e-6 and weights.value("clipping") > 0.3
+    (failure,) = weights.failures
+    assert "a block's grid does not reach a weight" in failure and DOWN in failure
 
 
 def test_a_quantized_adapter_fails_the_check(exports, own):
