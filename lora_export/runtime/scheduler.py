@@ -17,7 +17,7 @@ from enum import StrEnum
 import numpy as np
 
 from lora_export.runtime.adapter_session import AdapterSession
-from lora_export.runtime.bank import RowAdapter
+from lora_export.runtime.bank import Bank, RowAdapter
 from lora_export.runtime.decoder_limits import DecoderLimits
 from lora_export.runtime.row_cache import NewTokens, rows_for
 from lora_export.runtime.sampling import Sampler, Sampling
@@ -147,8 +147,12 @@ class Scheduler:
         sampling: Sampling | None = None,
         max_new_tokens: int,
         eos_ids: Collection[int] = (),
+        bank: Bank | None = None,
     ) -> Request:
         """Queue a text; `step` gives its tokens.
+
+        Args:
+            bank: The adapters to choose from: the session's, of an earlier moment; None for those of now.
 
         Raises:
             UsageProblem: The adapter is not loaded, the prompt is empty, too long, or has a token that the model does
@@ -156,7 +160,7 @@ class Scheduler:
         """
         prompt = tuple(map(int, prompt_ids))
         self._limits.require_prompt(prompt, self._rows.longest, max_new_tokens)
-        bank = self._session.bank
+        bank = bank or self._session.bank
         (row,) = bank.rows(adapter, 1)
         gate = bank.gate(np.array([prompt]), [row])[0] if bank.contract.gate is not None else None
         sampling = sampling or Sampling()

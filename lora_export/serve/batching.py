@@ -16,9 +16,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lora_export.serve.problems import Problem
+
+if TYPE_CHECKING:
+    from lora_export.serve.models import Target
 
 # What a client that was turned away is told to wait, in seconds.
 LEAST_RETRY, MOST_RETRY = 1, 60
@@ -36,11 +39,18 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One row of a request: its tokens, the model that it asked for, and the request's ticket."""
+    """One row of a request.
+
+    Attributes:
+        model: What it asked for.
+        ids: Its tokens.
+        target: What `model` meant when the tokens were made.
+    """
 
     model: str
     ids: Sequence[int]
     ticket: Ticket
+    target: Target | None = None
 
 
 @dataclass(eq=False)
@@ -112,7 +122,9 @@ class Batcher:
         with self._changed:
             return [row.model for row in self._running], [row.model for row in self._waiting]
 
-    def submit(self, model: str, rows: Sequence[Sequence[int]], deadline: float) -> Ticket:
+    def submit(
+        self, model: str, rows: Sequence[Sequence[int]], deadline: float, *, target: Target | None = None
+    ) -> Ticket:
         """Queue the rows of a request.
 
         Raises:
@@ -123,7 +135,7 @@ class Batcher:
                 400, f"The request has {len(rows)} inputs; at most {self._limits.max_queue} are taken", param="input"
             )
         ticket = Ticket(deadline)
-        ticket.rows = tuple(Row(model, ids, ticket) for ids in rows)
+        ticket.rows = tuple(Row(model, ids, ticket, target) for ids in rows)
         with self._changed:
             if not self._is_open:
                 raise Problem(503, "The server is shutting down", code="draining", retry_after_s=LEAST_RETRY)

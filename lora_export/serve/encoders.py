@@ -10,8 +10,8 @@ import numpy as np
 from lora_export.contract import GraphContract
 from lora_export.errors import UsageProblem
 from lora_export.runtime.arrays import lowest
-from lora_export.serve.batching import Row
-from lora_export.serve.models import CLASSIFICATION, Models, Target
+from lora_export.serve.batching import LEAST_RETRY, Row
+from lora_export.serve.models import CLASSIFICATION, Models, Target, View
 from lora_export.serve.options import Pooling
 from lora_export.serve.problems import Problem
 
@@ -41,13 +41,13 @@ class Encoder:
         self._pad = pad if pad is not None else models.config.get("pad_token_id") or 0
 
     def run(self, rows: Sequence[Row]) -> list[Answer | Problem]:
-        """An answer for each row, or why there is none: its model is served no longer."""
+        """An answer for each row, or why there is none: its model is served no longer, or it is another by now."""
         view = self._models.view
         found: list[Answer | Problem | None] = [None] * len(rows)
         targets: dict[int, Target] = {}
         for index, row in enumerate(rows):
             try:
-                targets[index] = view.target(row.model)
+                targets[index] = _current(view, row)
             except Problem as problem:
                 found[index] = problem
         if targets:
@@ -70,8 +70,7 @@ class Encoder:
 
     def _values(self, outputs: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
         if self._output == _LOGITS:
-            # Beyond a row's own classes are the lowest finite numbers.
-            return [row[row > lowest(row.dtype)].astype(np.float32) for row in outputs]
+            return [_own_classes(row).astype(np.float32) for row in outputs]
         vectors = outputs.astype(np.float32) if self._output == _POOLED else self._pooled(outputs, mask)
         return list(normalized(vectors) if self._normalize else vectors)
 
@@ -87,6 +86,27 @@ class Encoder:
 def normalized(vectors: np.ndarray) -> np.ndarray:
     """`[rows, size]`, each of length 1."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def _current(view: View, row: Row) -> Target:
+    """What the row's model means now.
+
+    Raises:
+        Problem: 404 if it is served no longer; 409 if it is another than the row's tokens were made for.
+    """
+    target = view.target(row.model)
+    if row.target is not None and row.target.rows != target.rows:
+        raise Problem(
+            409, f"{row.model!r} was replaced while the request waited; ask again", param="model", code="replaced",
+            retry_after_s=LEAST_RETRY,
+        )  # fmt: skip
+    return target
+
+
+def _own_classes(row: np.ndarray) -> np.ndarray:
+    """Without the lowest finite numbers, which are beyond a row's own classes; what is not finite has its place."""
+    (own,) = np.nonzero(row != lowest(row.dtype))
+    return row[: own[-1] + 1] if len(own) else row[:0]
 
 
 def _answer(values: np.ndarray, target: Target) -> Answer | Problem:

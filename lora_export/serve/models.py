@@ -17,6 +17,8 @@ from lora_export.contract import SINGLE
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.arrays import numpy_dtype
+from lora_export.runtime.bank import Bank
+from lora_export.runtime.stacking import RowSpec
 from lora_export.serve.metrics import BLEND
 from lora_export.serve.names import parse_model, unknown_model
 from lora_export.serve.options import ServeOptions
@@ -54,6 +56,7 @@ class Target:
         label: Its name in metrics and logs: a blend's is one for all, as clients make up any number of them.
         adapter: As `AdapterSession.run` takes a row's.
         labels: The names of classes, by number.
+        bank: The adapters of the moment in which it meant that.
     """
 
     model: str
@@ -61,6 +64,12 @@ class Target:
     adapter: Mapping[str, float] | None
     place: Path
     labels: Mapping[int, str]
+    bank: Bank
+
+    @property
+    def rows(self) -> tuple[RowSpec, ...]:
+        """What its rows run: another one where an adapter was replaced by one of the same name."""
+        return self.bank.rows(self.adapter, 1)
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class View:
         named = [part.record.labels or {} for part in parts] or [self.base_labels]
         labels = named[0] if all(each == named[0] for each in named) else {}
         label = BLEND if len(blend) > 1 or (blend and model not in blend) else model
-        return Target(model, label, blend or None, places.pop(), labels)
+        return Target(model, label, blend or None, places.pop(), labels, self.session.bank)
 
 
 class Models:
@@ -196,10 +205,6 @@ class Models:
     def _show(self, adapters: Mapping[str, Served]) -> None:
         self.view = replace(self.view, session=self.session.snapshot(), adapters=MappingProxyType(dict(adapters)))
         used = {self.folder, *(each.place for each in adapters.values())}
-        for kept in (self._texts, self._voices, self._problem_types):
-            for place in set(kept) - used:
-                kept.pop(place, None)
-        used = {self.folder, *(each.place for each in self.view.adapters.values())}
         for kept in (self._texts, self._voices, self._problem_types):
             for place in set(kept) - used:
                 kept.pop(place, None)

@@ -7,8 +7,8 @@ from lora_export.errors import EnvironmentUnusable, LoraExportError
 # What OpenAI's client makes an exception of its own of, by status.
 _KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-    408: "timeout_error", 413: "request_too_large", 421: "invalid_request_error", 429: "rate_limit_error",
-    499: "client_closed_request", 503: "unavailable_error", 504: "timeout_error",
+    408: "timeout_error", 409: "conflict_error", 413: "request_too_large", 421: "invalid_request_error",
+    429: "rate_limit_error", 499: "client_closed_request", 503: "unavailable_error", 504: "timeout_error",
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
 from lora_export.runtime.sampling import LEAST_PENALTY, LEAST_TEMPERATURE, MOST_PENALTY, MOST_TEMPERATURE
 
@@ -28,14 +28,29 @@ Text = Annotated[StrictStr, AfterValidator(_whole)]
 
 # A field of OpenAI's API that may be sent with the value that changes nothing.
 Zero = Annotated[float, Field(ge=0, le=0)]
-Tokens = list[StrictInt]
-Texts = Text | list[Text] | Tokens | list[Tokens]
+# A list ends at its first wrong element: a message for each of a million would hold up all other requests.
+_FIRST = Field(fail_fast=True)
+Tokens = Annotated[list[StrictInt], _FIRST]
+Texts = Text | Annotated[list[Text], _FIRST] | Tokens | Annotated[list[Tokens], _FIRST]
 
 
-class Body(BaseModel):
-    """Strict: no field is ignored. `user` is taken and has no effect."""
+class Strict(BaseModel):
+    """No field is ignored."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown_field(cls, given: object) -> object:
+        """Without the second field that is not known and those after it: the first is named, however many there are."""
+        if not isinstance(given, dict):
+            return given
+        unknown = [name for name in given if name not in cls.model_fields]
+        return {name: value for name, value in given.items() if name in cls.model_fields or name == unknown[0]}
+
+
+class Body(Strict):
+    """Of every request to a model. `user` is taken and has no effect."""
 
     model: Text
     user: Text | None = None
@@ -54,10 +69,8 @@ class ClassifyBody(Body):
     input: Texts
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Strict):
     """Whether a stream ends with the numbers of tokens."""
-
-    model_config = ConfigDict(extra="forbid")
 
     include_usage: bool = False
 
@@ -68,7 +81,7 @@ class WritingBody(Body):
     What is left out is as the export's `generation_config.json` says: greedy, unless it samples.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, AfterValidator(_no_rounding_error), Field(ge=0, le=MOST_TEMPERATURE)] | None = None
@@ -96,32 +109,26 @@ class CompletionBody(WritingBody):
     suffix: None = None
 
 
-class TextPart(BaseModel):
+class TextPart(Strict):
     """A part of a message."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
     text: Text
 
 
-class Message(BaseModel):
+class Message(Strict):
     """A message of a chat."""
 
-    model_config = ConfigDict(extra="forbid")
-
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], _FIRST]
 
     @property
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class TextFormat(BaseModel):
+class TextFormat(Strict):
     """The only form of answers."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
 
@@ -129,25 +136,21 @@ class TextFormat(BaseModel):
 class ChatBody(WritingBody):
     """`/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], _FIRST, Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Literal[False] | None = None
     response_format: TextFormat | None = None
 
 
-class LoadBody(BaseModel):
+class LoadBody(Strict):
     """`/v1/load_lora_adapter`, as vLLM's. The path is inside the folder of `--allow-runtime-adapters`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     lora_name: Text
     lora_path: Text
     load_inplace: bool = False
 
 
-class UnloadBody(BaseModel):
+class UnloadBody(Strict):
     """`/v1/unload_lora_adapter`, as vLLM's."""
-
-    model_config = ConfigDict(extra="forbid")
 
     lora_name: Text

@@ -104,6 +104,7 @@ class Service:
             given = [given]
         if not given or not all(map(len, given)):
             raise Problem(400, "An input is empty", param="input", code="empty")
+        self.require_room(len(given), "input")
         if isinstance(given[0], str):
             texts = self.models.texts(target.place)
             is_long = sum(map(len, given)) > LONG_TEXT
@@ -119,6 +120,16 @@ class Service:
             )  # fmt: skip
         return found
 
+    def require_room(self, n_texts: int, field: str) -> None:
+        """Refuse a request of more texts than ever wait, before work is done for them.
+
+        Raises:
+            Problem: 400.
+        """
+        most = self.options.max_queue
+        if n_texts > most:
+            raise Problem(400, f"The request has {n_texts} texts; at most {most} are taken", param=field)
+
     async def answers(self, request: Request, target: Target, rows: Sequence[Sequence[int]]) -> list:
         """The answers of an encoder to `rows`.
 
@@ -128,7 +139,7 @@ class Service:
         seen: Seen = request.state.seen
         n_tokens = sum(map(len, rows))
         seen.fields |= {"rows": len(rows), "prompt_tokens": n_tokens}
-        ticket = self.batcher.submit(target.model, rows, seen.deadline)
+        ticket = self.batcher.submit(target.model, rows, seen.deadline, target=target)
         answer = asyncio.wrap_future(ticket.future)
         found = await self.answered(request, answer, cancel=lambda: self.batcher.cancel(ticket))
         self.metrics.tokens.labels(self.metrics.label(target.label), "prompt").inc(n_tokens)

@@ -65,7 +65,7 @@ class Writer:
 
     def __init__(self, models: Models, *, most: int, longest: int, max_queue: int, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._models, self._most, self._max_queue = models, most, max_queue
+        self._most, self._max_queue = most, max_queue
         self._scheduler = Scheduler(models.session, max_rows=most, max_length=longest)
         self._changed = threading.Condition()
         self._jobs: dict[Request, Job] = {}
@@ -90,15 +90,15 @@ class Writer:
         return asked[:n_running], asked[n_running:]
 
     def submit(self, target: Target, wishes: Sequence[Wish]) -> list[Job]:
-        """Queue the texts of a request: all of them or none.
+        """Queue the texts of a request: all of them or none. They are the model's as it was when `target` was made.
 
         Raises:
-            Problem: 429 if the queue is full, 503 if the server ends, 404 if the adapter is served no longer.
+            Problem: 429 if the queue is full, 503 if the server ends.
             UsageProblem: A prompt or a blend cannot be run.
         """
         blend = target.adapter or {}
         if len(blend) > 1 or any(weight != 1 for weight in blend.values()):
-            self._models.session.stacked(target.adapter, 1)  # refuses heads of different sizes before others wait
+            target.bank.stacked(target.rows)  # refuses heads of different sizes before others wait
         loop, tokens = asyncio.get_running_loop(), asyncio.Queue()
         jobs = [Job(index, target, wish, loop, tokens) for index, wish in enumerate(wishes)]
         with self._changed:
@@ -115,7 +115,6 @@ class Writer:
                     self._submit(job)
             except UsageProblem:
                 self._cancel(jobs)
-                self._models.view.target(target.model)  # 404 if it has been unloaded meanwhile
                 raise
             self._changed.notify()
         return jobs
@@ -137,7 +136,7 @@ class Writer:
         wish = job.wish
         job.request = self._scheduler.submit(
             wish.prompt, job.target.adapter, sampling=wish.sampling, max_new_tokens=wish.max_new_tokens,
-            eos_ids=wish.eos_ids,
+            eos_ids=wish.eos_ids, bank=job.target.bank,
         )  # fmt: skip
         self._jobs[job.request] = job
 

@@ -36,7 +36,7 @@ def add_writing(api: FastAPI, service: Service) -> None:
         """How each prompt goes on."""
         target = service.target(body, request, GENERATION)
         voice = service.models.voice(target.place)
-        prompts = await _prompts(body.prompt, voice)
+        prompts = await _prompts(body.prompt, voice, service)
         wishes = [
             _wish(
                 body, ids, voice, longest=service.models.longest, asked=body.max_tokens, default=_TOKENS_OF_A_COMPLETION
@@ -61,11 +61,12 @@ def add_writing(api: FastAPI, service: Service) -> None:
         return await _written(service, request, target, [wish], Form.of_chat(body))
 
 
-async def _prompts(given: str | list, voice: Voice) -> list[list[int]]:
+async def _prompts(given: str | list, voice: Voice, service: Service) -> list[list[int]]:
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
     if not given or not all(map(len, given)):
         raise Problem(400, "A prompt is empty", param="prompt", code="empty")
+    service.require_room(len(given), "prompt")
     if not isinstance(given[0], str):
         return [list(ids) for ids in given]
 

@@ -167,7 +167,9 @@ def test_a_text_keeps_the_adapter_that_it_was_begun_with(change, exports, alone)
     old = scheduler.submit(prompt, "chat", max_new_tokens=8)
     written.step(3)
     if change == "load":
+        before = session.bank
         session.load(Path(session.folder) / "adapters" / "code.onnx_adapter", "chat")
+        of_before = scheduler.submit(prompt, "chat", max_new_tokens=8, bank=before)
         new = scheduler.submit(prompt, "chat", max_new_tokens=8)
     else:
         session.unload("chat")
@@ -177,7 +179,7 @@ def test_a_text_keeps_the_adapter_that_it_was_begun_with(change, exports, alone)
     assert written.ids[old] == alone("llama", "LlamaForCausalLM", "chat", prompt, 8)
     if change == "load":
         assert written.ids[new] == alone("llama", "LlamaForCausalLM", "code", prompt, 8)
-        assert written.ids[new] != written.ids[old]
+        assert written.ids[new] != written.ids[old] == written.ids[of_before]
 
 
 def test_a_seed_draws_the_same_whoever_else_is_in_the_batch(session):

@@ -177,3 +177,27 @@ def test_a_row_that_waits_for_an_adapter_that_is_unloaded_is_refused_and_no_othe
             first, short, kept = [call.result() for call in calls]
         assert (first.status_code, short.status_code, kept.status_code) == (200, 404, 200)
         np.testing.assert_allclose(kept.json()["data"][0]["embedding"], expected, atol=1e-5)
+
+
+def test_a_row_that_waits_for_an_adapter_that_is_replaced_is_refused_and_no_other(exports, store):
+    """Its tokens were made for the old one."""
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    with running(exports["features-dynamic"], model_name="words", runtime_adapters=store) as live:
+        load(live, f"served/{FILE}", "short")
+        go, run = threading.Event(), live.service.batcher._run
+        live.service.batcher._run = lambda rows: go.wait(20) and run(rows)
+        with ThreadPoolExecutor(3) as pool:
+            calls = [pool.submit(live.post, "/v1/embeddings", model="words", input="x")]
+            wait_until(lambda: live.service.load().running)
+            calls += [
+                pool.submit(live.post, "/v1/embeddings", model=model, input="x") for model in ("short", "features")
+            ]
+            wait_until(lambda: len(live.service.load().waiting) == 2)
+            assert load(live, f"served/{FILE}", "short", load_inplace=True).status_code == 200
+            go.set()
+            first, short, kept = [call.result() for call in calls]
+        assert (first.status_code, short.status_code, kept.status_code) == (200, 409, 200)
+        assert short.json()["error"]["code"] == "replaced"
+        assert embedding(live, "short").shape == (32,)

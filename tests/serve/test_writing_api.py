@@ -187,7 +187,7 @@ def test_what_is_left_out_is_the_configuration_s(given, defaults, expected):
         ({"prompt": ""}, 400, "prompt", "empty"),
         ({"prompt": [300]}, 400, None, "ids from 0 to 259"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options", "go with stream: true"),
-        ({"prompt": ["x"] * 50}, 429, None, "the queue is full"),
+        ({"prompt": ["x"] * 50}, 400, "prompt", "has 50 texts; at most 40 are taken"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(live, body, status, param, said):
