@@ -228,7 +228,7 @@ class AdapterSession:
         """The tokenizer of a decoder's texts, in `preprocessing(adapter)`; see `open_tokenizer` for what it refuses."""
         folder = self.preprocessing(adapter)
         if folder not in self._tokenizers:
-            self._tokenizers[folder] = open_tokenizer(folder)
+            self._tokenizers[folder] = open_tokenizer(folder, self.folder)
         return self._tokenizers[folder]
 
     def preprocessing(self, adapter: RowAdapter = None) -> Path:

@@ -14,6 +14,10 @@ from lora_export.errors import EnvironmentUnusable, InputRefused, UsageProblem
 from lora_export.runtime.chat_template import Messages, read_template, render
 
 _TOKENIZER, _CONFIG, _SPECIALS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+_VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+TOKENIZER_FILES = (
+    _TOKENIZER, *_VOCABULARIES, _CONFIG, _SPECIALS, "added_tokens.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -69,21 +73,34 @@ class TextTokenizer:
         return self._decode(list(ids))
 
 
-def open_tokenizer(folder: Path) -> TextTokenizer:
-    """The tokenizer in `folder`.
+def tokenizer_folders(place: Path, export: Path) -> tuple[Path, ...]:
+    """Where the files of the tokenizer in `place` lie, the first that has a file first; the last has the vocabulary.
+
+    A place with a vocabulary stands alone, as parts of two tokenizers make none. One without, such as that of an
+    adapter that brings a chat template or generation settings only, goes with the tokenizer of its export.
+    """
+    is_whole = any((place / name).is_file() for name in (_TOKENIZER, *_VOCABULARIES))
+    return (place,) if is_whole or place == export else (place, export)
+
+
+def open_tokenizer(place: Path, export: Path | None = None) -> TextTokenizer:
+    """The tokenizer in `place`, a folder of `export`; see `tokenizer_folders` for what is not there.
 
     Raises:
         InputRefused: There is none, or it cannot be read.
         EnvironmentUnusable: The package that reads it is not installed.
     """
-    config = _read(folder / _CONFIG)
-    specials = _special_tokens(_read(folder / _SPECIALS) | config)
+    folders = tokenizer_folders(place, export or place)
+    folder, configs = folders[-1], [_read(each / _CONFIG) for each in folders]
+    config = next((each for each in configs if each), {})
+    special_maps = (_read(each / _SPECIALS) for each in folders)
+    specials = _special_tokens(next((each for each in special_maps if each), {}) | config)
     opened = _fast if (folder / _TOKENIZER).is_file() else _of_transformers
     encode, decode, id_of = opened(folder)
     eos = specials.get("eos_token")
-    return TextTokenizer(
-        folder, specials, None if eos is None else id_of(eos), read_template(folder, config), encode, decode
-    )
+    templates = map(read_template, folders, configs)
+    template = next((each for each in templates if each is not None), None)
+    return TextTokenizer(place, specials, None if eos is None else id_of(eos), template, encode, decode)
 
 
 def _fast(folder: Path) -> tuple[Callable, Callable, Callable]:
@@ -109,8 +126,7 @@ def _fast(folder: Path) -> tuple[Callable, Callable, Callable]:
 
 def _of_transformers(folder: Path) -> tuple[Callable, Callable, Callable]:
     """Vocabularies that Transformers makes a tokenizer of."""
-    known = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-    if not any((folder / name).is_file() for name in known):
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise InputRefused(
             "The export has no tokenizer, so texts cannot be turned into tokens",
             where=str(folder),

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from lora_export.artifact import AdapterRecord, Manifest, read_manifest
+from lora_export.artifact import MANIFEST, AdapterRecord, Manifest, read_manifest
 from lora_export.contract import SINGLE
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.runtime.adapter_session import AdapterSession
@@ -161,10 +161,11 @@ class Models:
         return self._voices[place]
 
     def _open(self, place: Path) -> None:
+        export = next((each for each in (place, *place.parents) if (each / MANIFEST).is_file()), self.folder)
         if self.writes:
-            self._voices[place] = open_voice(place, self.folder)
+            self._voices[place] = open_voice(place, export)
         else:
-            self._texts[place] = Texts(place)
+            self._texts[place] = Texts(place, export)
 
     def problem_type(self, place: Path) -> str | None:
         """The kind of classification of an adapter with its settings in `place`: its own, or else the base's."""

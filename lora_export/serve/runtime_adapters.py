@@ -3,7 +3,7 @@
 1. The file lies in the folder that the server was given, links followed.
 2. The manifest of the export that it lies in lists it, and it has the hash that stands there. The bytes that were
    hashed are the bytes that are loaded, whatever happens to the file meanwhile.
-3. That export is of the same base, by the hashes of its files.
+3. That export is of the same base, by the hashes of its files, with the same quantization and padding token.
 4. Its tensors are those of this graph's inputs, and finite.
 
 Not checked: who wrote the folder. Whoever can write there decides what is served.
@@ -21,11 +21,12 @@ from pathlib import Path
 
 from lora_export.artifact import MANIFEST, AdapterRecord, Manifest, read_manifest
 from lora_export.errors import InputRefused, UsageProblem
+from lora_export.runtime.tokenizer import TOKENIZER_FILES
 from lora_export.serve.models import Models, Served
 from lora_export.serve.names import require_free_name
 from lora_export.serve.problems import Problem, one_line
 
-_TOKENIZER = "tokenizer.json"
+_SETTINGS = (*TOKENIZER_FILES, "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,14 @@ class RuntimeAdapters:
             raise _refused(f"The manifest of its export has no adapter file {name!r}", "hash")
         if manifest.base.files != self.models.manifest.base.files:
             raise _refused(f"The adapter {path!r} was exported for another base: its files have other hashes", "base")
+        for field in ("quantization", "pad_token_id"):
+            found, expected = getattr(manifest, field), getattr(self.models.manifest, field)
+            if found != expected:
+                raise _refused(
+                    f"The adapter {path!r} was exported with another {field}: {found}, where this export has "
+                    f"{expected}",
+                    "base",
+                )
         return export, manifest, record
 
     def _read(self, file: Path, path: str) -> bytes:
@@ -115,11 +124,15 @@ class RuntimeAdapters:
                 ) from error
 
     def _place(self, export: Path, manifest: Manifest, record: AdapterRecord) -> Path:
-        """The folder of the adapter's tokenizer: this export's own, where it is the same one."""
-        place = export / (record.preprocessing or ".")
-        name = _name_in(export, place / _TOKENIZER)
-        same = manifest.files.get(name) == self.models.manifest.files.get(_TOKENIZER)
-        return self.models.folder if same else place
+        """The folder of the adapter's tokenizer and settings: this export's own, where all of them are the same."""
+        of_export = record.preprocessing in (None, ".")
+        same = of_export and _settings(manifest) == _settings(self.models.manifest)
+        return self.models.folder if same else export / (record.preprocessing or ".")
+
+
+def _settings(manifest: Manifest) -> dict[str, str]:
+    """The hashes of an export's own tokenizer, template and generation settings, by file."""
+    return {name: found for name, found in manifest.files.items() if name in _SETTINGS}
 
 
 def _name_in(export: Path, file: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_export.errors import InputRefused
 from lora_export.runtime.generation_config import eos_ids_of, generation_defaults
-from lora_export.runtime.tokenizer import TextTokenizer, open_tokenizer
+from lora_export.runtime.tokenizer import TextTokenizer, open_tokenizer, tokenizer_folders
 
 _FILE = "tokenizer.json"
 # What configurations write for "no limit".
@@ -17,7 +17,7 @@ _NO_LIMIT = 10**9
 
 
 class Texts:
-    """The tokenizer in one folder of an export.
+    """The tokenizer in one folder of an export, or the export's own where that folder has no vocabulary.
 
     Attributes:
         folder: Its place.
@@ -27,10 +27,10 @@ class Texts:
         InputRefused: There is no `tokenizer.json`, or it cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, place: Path, export: Path) -> None:
         from tokenizers import Tokenizer
 
-        self.folder = folder
+        self.folder = folder = tokenizer_folders(place, export)[-1]
         path = folder / _FILE
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
@@ -45,7 +45,8 @@ class Texts:
         # What the last call before the save left behind: it would cut texts in silence.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        longest = _json(folder / "tokenizer_config.json").get("model_max_length")
+        configs = [_json(each / "tokenizer_config.json") for each in tokenizer_folders(place, export)]
+        longest = next((config for config in configs if config), {}).get("model_max_length")
         self.longest = int(longest) if isinstance(longest, int | float) and 0 < longest < _NO_LIMIT else None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -69,7 +70,7 @@ class Voice:
 
 def open_voice(place: Path, folder: Path) -> Voice:
     """What is in `place`, and what is not there in the export's `folder`."""
-    tokenizer, defaults = open_tokenizer(place), generation_defaults(*dict.fromkeys([place, folder]))
+    tokenizer, defaults = open_tokenizer(place, folder), generation_defaults(*dict.fromkeys([place, folder]))
     of_tokenizer = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
     return Voice(tokenizer, defaults, eos_ids_of(defaults) or of_tokenizer)
 

@@ -11,9 +11,10 @@ import pytest
 import transformers
 from tokenizers import processors
 
+from lora_export import carried
 from lora_export.errors import EnvironmentUnusable, InputRefused, UsageProblem
 from lora_export.runtime import chat_template
-from lora_export.runtime.tokenizer import open_tokenizer
+from lora_export.runtime.tokenizer import TOKENIZER_FILES, open_tokenizer
 
 TEXT = "def f(x):\n    return Größe + 語  # 🙂"
 CHATML = (
@@ -156,3 +157,23 @@ def test_a_template_by_name(tmp_path):
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     assert chat_template.read_template(tmp_path, {"chat_template": named}) == "d"
     assert chat_template.read_template(tmp_path, {}) is None
+
+
+def test_the_files_of_a_tokenizer_are_those_that_an_export_carries():
+    assert set(TOKENIZER_FILES) == set(carried._GROUPS["tokenizer"])
+
+
+def test_a_place_with_a_template_alone_goes_with_the_export_s_tokenizer(folder, tmp_path):
+    """And one with a vocabulary goes with nothing of the export's."""
+    place = tmp_path / "place"
+    place.mkdir()
+    change(folder, chat_template="export")
+    assert open_tokenizer(place, folder).chat_template == "export"
+    (place / "chat_template.jinja").write_text("own")
+    found, export = open_tokenizer(place, folder), open_tokenizer(folder)
+    assert (found.encode(TEXT), found.eos_id, found.chat_template) == (export.encode(TEXT), export.eos_id, "own")
+    assert export.chat_template == "export" and export.eos_id is not None
+    (place / "chat_template.jinja").unlink()
+    (place / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    own = open_tokenizer(place, folder)
+    assert (own.eos_id, own.chat_template) == (None, None)

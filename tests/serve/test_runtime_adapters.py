@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from live import running, wait_until, write_adapter
 
 from lora_export import AdapterSession
 from lora_export.artifact import MANIFEST
+from lora_export.serve.texts import Texts
 
 FILE = "adapters/features.onnx_adapter"
 
@@ -201,3 +203,48 @@ def test_a_row_that_waits_for_an_adapter_that_is_replaced_is_refused_and_no_othe
         assert (first.status_code, short.status_code, kept.status_code) == (200, 409, 200)
         assert short.json()["error"]["code"] == "replaced"
         assert embedding(live, "short").shape == (32,)
+
+
+def exported_with(exports, folder: Path, files: dict[str, str], **fields: object) -> None:
+    """A copy of the export with further files in its folder, and other fields in its manifest."""
+    shutil.copytree(exports["features-dynamic"], folder)
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8")) | fields
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        manifest["files"][name] = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def test_an_adapter_is_asked_with_the_settings_of_its_own_export(live, store, exports):
+    for name, files in (
+        ("same", {}),
+        ("settings", {"generation_config.json": "{}"}),
+        ("chat", {"chat_template.jinja": "x"}),
+    ):
+        exported_with(exports, store / name, files)
+        assert load(live, f"{name}/{FILE}", name).status_code == 200
+        place = live.service.models.view.adapters[name].place
+        assert place == (store / name if files else live.service.models.folder)
+        live.post("/v1/unload_lora_adapter", lora_name=name)
+
+
+def test_an_adapter_of_another_quantization_or_padding_is_refused(live, store, exports):
+    exported_with(exports, store / "padded", {}, pad_token_id=77)
+    error = load(live, f"padded/{FILE}", "padded").json()["error"]
+    assert error["code"] == "base" and "another pad_token_id: 77, where this export has" in error["message"]
+    served = live.service.models.manifest
+    live.service.models.manifest = replace(served, quantization="other")
+    try:
+        error = load(live, f"served/{FILE}", "floats").json()["error"]
+    finally:
+        live.service.models.manifest = served
+    assert error["code"] == "base" and "another quantization: None" in error["message"]
+
+
+def test_a_place_without_a_vocabulary_has_the_export_s_tokenizer(exports, tmp_path):
+    export = exports["features-dynamic"]
+    assert Texts(tmp_path, export).folder == export
+    shutil.copy(export / "tokenizer.json", tmp_path)
+    own = Texts(tmp_path, export)
+    assert own.folder == tmp_path and own.longest is None
