@@ -216,7 +216,6 @@ def _fits(name: str, folder: Path, brought: Mapping[str, Path], n_tokens: int | 
     beyond = {token: index for token, index in behaviour["vocabulary"].items() if index >= n_tokens}
     if set(beyond) - {behaviour["special"].get("pad_token")}:
         in_order = sorted(beyond.items(), key=lambda item: item[1])
-        in_order = sorted(beyond.items(), key=lambda item: item[1])
         raise InputRefused(
             f"The tokenizer of adapter {name!r} has tokens that the model has no rows for",
             where=str(folder),
