@@ -14,12 +14,12 @@ from lora_export.pipeline import check
 def test_too_little_memory_is_said_with_numbers(exports, monkeypatch):
     folder = exports["classifier-merged"]
     manifest = read_manifest(folder)
-    monkeypatch.setattr(environment, "_available_memory", lambda: 1_000)
+    monkeypatch.setattr(environment, "available_memory", lambda: 1_000)
     assert "PyTorch at a wider dtype beside the rest needs about 0.0 GB, 0.0 GB are free" in lack_of_memory(
         manifest, folder
     )
     for free in (10**15, None):
-        monkeypatch.setattr(environment, "_available_memory", lambda free=free: free)
+        monkeypatch.setattr(environment, "available_memory", lambda free=free: free)
         assert lack_of_memory(manifest, folder) is None
 
 

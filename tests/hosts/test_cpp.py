@@ -24,7 +24,11 @@ IDS = ([5, 9, 12, 70, 71, 40], [8, 9, 10, 11], [60, 5, 9, 70, 3, 17])
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cpp")
-    for arguments in (["-S", str(SAMPLES / "cpp"), "-B", str(folder)], ["--build", str(folder)]):
+    for arguments in (
+        # By name: torch puts another compiler into the environment.
+        ["-S", str(SAMPLES / "cpp"), "-B", str(folder), "-DCMAKE_CXX_COMPILER=g++"],
+        ["--build", str(folder)],
+    ):
         done = subprocess.run(["cmake", *arguments], capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "warning" not in done.stderr

@@ -109,12 +109,12 @@ def test_an_adapter_and_its_invocation_are_loaded_at_once(session: AdapterSessio
     session = session.snapshot()
     inputs = feeds(session, [[9, 20, *TOKENS, 30]])
     expected = session.run(inputs, "late")["logits"]
-    hold, found = session.hold, []
+    put, found = session._shelf.put, []
 
-    def hold_and_run(*args) -> None:
-        hold(*args)
+    def put_and_run(*args) -> None:
+        put(*args)
         found.append(session.run(inputs, "later")["logits"])
 
-    monkeypatch.setattr(session, "hold", hold_and_run)
+    monkeypatch.setattr(session._shelf, "put", put_and_run)
     session.load(session.folder / "adapters/late.onnx_adapter", "later", invocation_tokens=TOKENS)
     np.testing.assert_array_equal(found[0], expected)

@@ -133,7 +133,7 @@ def candidate_runs(
     for each in candidates:
         contract = read_manifest(each.folder).contract
         sizes = {"batch_size": batch, "sequence_length": sequence, "past_sequence_length": past}
-        sizes["total_sequence_length"] = sequence + past
+        sizes |= {"total_sequence_length": sequence + past, "num_logits": sequence}
         with noted(failed, each.name):
             # A captured graph replays one shape and one set of buffers, so its session serves one candidate.
             key = (each.folder, (each.name, shape) if each.cuda_graph else None)
