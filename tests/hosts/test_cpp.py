@@ -25,7 +25,7 @@ IDS = ([5, 9, 12, 70, 71, 40], [8, 9, 10, 11], [60, 5, 9, 70, 3, 17])
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cpp")
     for arguments in (
-        # By name: torch puts another compiler into the environment.
+        # By name: in a whole run of the tests, something sets CXX to gcc, which does not link C++.
         ["-S", str(SAMPLES / "cpp"), "-B", str(folder), "-DCMAKE_CXX_COMPILER=g++"],
         ["--build", str(folder)],
     ):
