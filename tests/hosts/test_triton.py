@@ -1,4 +1,4 @@
-"""`samples/triton`: settings by Triton's protobuf schema, the Python backend's code without the server, and the client's protocol."""
+"""`samples/triton-server`: settings by Triton's protobuf schema, the Python backend's code without the server, and the client's protocol."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from references import inputs_for
 from lora_export.artifact import read_manifest
 from lora_export.runtime.adapter_session import AdapterSession
 
-TRITON = SAMPLES / "triton"
+TRITON = SAMPLES / "triton-server"
 SCHEMA = SAMPLES / "node_modules" / ".python" / "tritonclient" / "grpc" / "model_config_pb2.py"
 ROWS = ["topic", None, {"kind": 0.5}, "kind", "topic"]
 NAMES = ["topic", "", '{"kind": 0.5}', "kind", "topic"]
@@ -218,3 +218,13 @@ def test_a_decoder_is_refused(exports, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 3 and "for encoders and classifiers" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_no_folder_of_the_samples_passes_for_a_library():
+    """`python samples/…` puts the samples' folder first, where torch and Transformers look for what is optional."""
+    from transformers.utils import import_utils
+
+    optional = {name[3:-10] for name in dir(import_utils) if name.startswith("is_") and name.endswith("_available")}
+    assert "accelerate" in optional
+    folders = {path.name for path in SAMPLES.iterdir() if path.is_dir()}
+    assert folders & (optional | {"triton", "jax", "tensorflow", "numba", "cupy"}) == set()

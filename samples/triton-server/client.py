@@ -1,6 +1,6 @@
 """Ask a Triton server, by KServe's v2 protocol over HTTP with binary tensors; needs numpy and this package only.
 
-    python samples/triton/client.py http://localhost:8000 FOLDER [--backend onnx] NAME=TEXT...
+    python samples/triton-server/client.py http://localhost:8000 FOLDER [--backend onnx] NAME=TEXT...
 
 NAME is an adapter, or empty for the base. `FOLDER` is the exported folder, for its tokenizer; with `--backend onnx`
 its adapters' tensors are sent along.

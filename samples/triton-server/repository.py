@@ -1,6 +1,6 @@
 """Write Triton model repositories for an exported encoder or classifier.
 
-    python samples/triton/repository.py FOLDER OUT
+    python samples/triton-server/repository.py FOLDER OUT
 
 `OUT/python/lora`: Triton's Python backend with `AdapterSession`; a request names an adapter for each of its rows, and
 the rows of several requests run as one batch. `OUT/onnx/lora`, for an export of `--inputs required`: the ONNX Runtime
