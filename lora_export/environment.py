@@ -22,7 +22,7 @@ def environment(provider: str, reason: str, settings: dict[str, str]) -> Environ
         provider_reason=reason,
         device=device_name(provider),
         cpu=_cpu_name(),
-        n_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        n_cores=n_cores(),
         python=platform.python_version(),
         platform=platform.platform(),
         versions=versions() | {"onnxruntime": ort.__version__},
@@ -59,6 +59,11 @@ def available_memory() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def n_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_name() -> str:

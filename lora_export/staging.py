@@ -72,6 +72,17 @@ def staging(out: Path, *, overwrite: bool, n_bytes: int, marker: str = MANIFEST)
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """Write a file at once or not at all; its path."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
 def require_disk(folder: Path, n_bytes: int) -> None:
     """Raise EnvironmentUnusable unless the file system of `folder`, which need not exist yet, has `n_bytes` free."""
     absolute = folder.absolute()

@@ -6,6 +6,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from lora_export.adapters.folder import AdapterFolder
@@ -43,7 +44,7 @@ class FleetGraph:
     manifest: Manifest
     facts: Mapping[str, object]
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Changes with the graph, its weights and the libraries."""
         return state.hash_of([*(self.manifest.files[name] for name in self.manifest.graph_files), versions()])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_export.environment import available_memory
+from lora_export.environment import available_memory, n_cores
 from lora_export.fleet.pool import Limits
 
 # Of the free memory, what all workers together may take.
@@ -51,8 +50,3 @@ class FleetOptions:
         free = available_memory()
         share = None if free is None else int(_SHARE * free / n_workers)
         return Limits(self.seconds, self.n_bytes or share)
-
-
-def n_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,13 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_export.artifact import REPORTS, Manifest, record_from, sha256_of, write_manifest
-from lora_export.environment import environment
+from lora_export.environment import environment, n_cores
 from lora_export.errors import InputRefused, some_of
 from lora_export.export.lifecycle import files_without
 from lora_export.fleet import state
 from lora_export.fleet.assignments import Job, Packing, broken
 from lora_export.fleet.graph import Export, FleetGraph, graph_for
-from lora_export.fleet.options import FleetOptions, n_cores
+from lora_export.fleet.options import FleetOptions
 from lora_export.fleet.outcomes import AdapterOutcome, FleetReport, Outcome
 from lora_export.fleet.pool import Pool
 from lora_export.fleet.roster import read_roster

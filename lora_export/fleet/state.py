@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 from lora_export.artifact import REPORTS
 from lora_export.errors import EnvironmentUnusable
 from lora_export.fleet.outcomes import AdapterOutcome
+from lora_export.staging import write_whole
 
 _KEPT = "fleet"
 _OUTCOMES, _GRAPH = "outcomes.jsonl", "graph.json"
@@ -125,6 +125,4 @@ def _line(outcome: AdapterOutcome) -> str:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, text)

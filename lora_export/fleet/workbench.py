@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from lora_export.artifact import AdapterRecord, Manifest, SourceRecord, read_man
 from lora_export.base.tasks import Task
 from lora_export.carried import copy_carried
 from lora_export.check.context import run_export, run_reference
-from lora_export.check.inputs.examples import Batch, read_examples
+from lora_export.check.inputs.examples import Batch, read_examples, spread
 from lora_export.check.inputs.invoked import with_invocation
 from lora_export.check.inputs.prepared import BATCH_SIZE, Prepared, prepare
 from lora_export.check.judge.compare import Comparison, compare
@@ -59,9 +59,8 @@ class Workbench:
         batcher, n_rows = self._prepared.batcher, self._job.n_rows
         if not batcher.takes_text:
             return [batcher.noise(n_rows)]
-        rows = self._prepared.data[None].rows
-        spread = [rows[i * len(rows) // min(n_rows, len(rows))] for i in range(min(n_rows, len(rows)))]
-        return [batcher.batch(spread[i : i + BATCH_SIZE]) for i in range(0, len(spread), BATCH_SIZE)]
+        usual = self._prepared.data[None]
+        return batcher.batches(replace(usual, rows=spread(usual.rows, n_rows)), BATCH_SIZE)
 
     def outcome(self, task: Packing) -> AdapterOutcome:
         """What becomes of an adapter; its file lies in `task.into` unless it is refused."""
@@ -125,8 +124,7 @@ class Workbench:
 
     def _reference(self, plan: Plan, record: AdapterRecord) -> Reference:
         folder = plan.folders[0]
-        is_resized = any(path.endswith(("embed_tokens.weight", "wte.weight")) for path in record.replaced)
-        shared = None if changes_base(folder.config) or is_resized else self._bases.model
+        shared = None if changes_base(folder.config) else self._bases.model
         return Reference(
             Task(self.manifest.task),
             plan.checkpoint.path,

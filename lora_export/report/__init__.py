@@ -26,5 +26,5 @@
     scatter.py         points on logarithmic axes
     format.py          numbers and names as text
 
-Imports bench, check, contract, extract, fleet, verdict.
+Imports bench, check, contract, extract, fleet, staging, verdict.
 """

@@ -20,7 +20,7 @@ from lora_export.report.html import _templates
 from lora_export.report.provenance import environment_facts, pair_table
 from lora_export.report.scatter import Point, scatter_plot
 from lora_export.report.tables import Cell, Column, Table, TableRow, verdict_cell
-from lora_export.report.write import write_text
+from lora_export.staging import write_whole
 from lora_export.verdict import Verdict
 
 _VERDICTS = {
@@ -212,4 +212,4 @@ def write_fleet_reports(report: FleetReport, folder: Path) -> dict[str, Path]:
         "junit.xml": render_fleet_junit(report),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    return {suffix: write_text(folder / f"fleet.{suffix}", text) for suffix, text in contents.items()}
+    return {suffix: write_whole(folder / f"fleet.{suffix}", text) for suffix, text in contents.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from lora_export.report.as_json import Report, file_name, render_json
 from lora_export.report.html import render_bench_html, render_check_html
 from lora_export.report.junit import render_bench_junit, render_check_junit
 from lora_export.report.markdown import render_bench_markdown, render_check_markdown
+from lora_export.staging import write_whole
 
 _MOST_OF_A_REASON = 500
 
@@ -30,7 +30,7 @@ def write_reports(report: Report, folder: Path) -> dict[str, Path]:
         contents["junit.xml"] = render_bench_junit(report)
     contents["json"] = render_json(report)
     folder.mkdir(parents=True, exist_ok=True)
-    return {suffix: write_text(folder / file_name(report, suffix), text) for suffix, text in contents.items()}
+    return {suffix: write_whole(folder / file_name(report, suffix), text) for suffix, text in contents.items()}
 
 
 @contextlib.contextmanager
@@ -54,15 +54,4 @@ def write_reproduction(files: Mapping[str, bytes], folder: Path) -> dict[str, Pa
     """Write the files that reproduce a failure; the paths by name. Those of an earlier failure are removed."""
     for name in {SCRIPT, ARRAYS} - set(files):
         (folder / name).unlink(missing_ok=True)
-    return {name: write_text(folder / name, content) for name, content in files.items()}
-
-
-def write_text(path: Path, content: str | bytes) -> Path:
-    """Write a file at once or not at all; its path."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return {name: write_whole(folder / name, content) for name, content in files.items()}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lora_export.artifact import Manifest
 from lora_export.base.tasks import Task
-from lora_export.check.inputs.examples import BUILT_IN_ROWS, MOST_TOKENS, Examples
+from lora_export.check.inputs.examples import BUILT_IN_ROWS, MOST_TOKENS, Examples, spread
 
 _MOST_WORK = 2e11
 _MOST_SCORES = 2**23
@@ -46,7 +46,7 @@ class Amount:
         """As many of a file's rows as fit, spread evenly; all of them where a row has no scores of a vocabulary."""
         rows = examples.rows
         if self.is_bounded and self.is_by_vocabulary and len(rows) > self.n_rows:
-            chosen = tuple(rows[i * len(rows) // self.n_rows] for i in range(self.n_rows))
+            chosen = spread(rows, self.n_rows)
             examples = Examples(chosen, f"{len(chosen)} rows of {examples.description}")
         return self.described(examples)
 

@@ -6,7 +6,7 @@ import inspect
 import json
 import pkgutil
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,9 +83,14 @@ def read_examples(path: Path, limit: int) -> Examples:
         raise InputRefused("There is no such data file", where=str(path))
     if not rows:
         raise InputRefused("The data holds no examples", where=str(path))
-    # An even spread, since files are often sorted by class.
-    chosen = [rows[i * len(rows) // min(limit, len(rows))] for i in range(min(limit, len(rows)))]
-    return Examples(tuple(chosen), f"{path} ({len(chosen)} of {len(rows)} rows)")
+    chosen = spread(rows, limit)
+    return Examples(chosen, f"{path} ({len(chosen)} of {len(rows)} rows)")
+
+
+def spread(rows: Sequence[Example], most: int) -> tuple[Example, ...]:
+    """At most so many of `rows`, evenly, since files are often sorted by class."""
+    n_chosen = min(most, len(rows))
+    return tuple(rows[i * len(rows) // n_chosen] for i in range(n_chosen))
 
 
 def _json_example(where: str, line: str) -> Example:
