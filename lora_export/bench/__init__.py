@@ -4,6 +4,8 @@
     shapes.py      shapes of workloads as people write them
     budget.py      allowances, from a TOML file
     workloads.py   inputs of a shape
+    peer.py        a graph of another tool, by its inputs' names
+    differences.py whether the other is the same model
     run.py         the order of the measurements
     latency.py     paired blocks
     warm_up.py     until times have settled

@@ -7,6 +7,8 @@
     "mixed rows" = 1.15
     [swap_us]                # changing the adapter, microseconds
     bound = 500
+    [difference]             # the other's outputs on the same inputs: largest difference ÷ largest value
+    against = 1e-3
     [memory_mb]              # peak of one session, 10⁶ bytes: in the process, and with [device_memory_mb] on the GPU
     dynamic = 400
 
@@ -28,7 +30,7 @@ from lora_export.errors import InputRefused
 AGAINST = "against"
 CHANGING = "changing rows"
 SWAPS = ("bound", "loaded")
-_SECTIONS = ("ratio", "swap_us", "memory_mb", "device_memory_mb")
+_SECTIONS = ("ratio", "difference", "swap_us", "memory_mb", "device_memory_mb")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Budget:
         max_ratio: Of every ratio to the base that nothing below limits.
         ratios: By variant, or `AGAINST`; those of one shape in `shape_ratios`.
         memory_mb: By place ("process", "device") and variant.
+        difference: Of the outputs of this export and the other.
     """
 
     where: str = ""
@@ -48,6 +51,7 @@ class Budget:
     shape_ratios: Mapping[Shape, Mapping[str, float]] = field(default_factory=dict)
     swap_us: Mapping[str, float] = field(default_factory=dict)
     memory_mb: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    difference: float | None = None
 
     def ratio(self, shape: Shape, variant: str) -> float | None:
         """The most specific allowance: this shape's, else the variant's, else `max_ratio`, for the base only.
@@ -80,6 +84,7 @@ def read_budget(path: Path, max_ratio: float | None = None) -> Budget:
     ratio = found.get("ratio", {})
     shapes = {name: table for name, table in ratio.items() if isinstance(table, dict)}
     _refuse_unknown(found.get("swap_us", {}), SWAPS, f"{path}: swap_us")
+    _refuse_unknown(found.get("difference", {}), (AGAINST,), f"{path}: difference")
     budget = Budget(
         where=str(path),
         max_ratio=max_ratio,
@@ -90,8 +95,10 @@ def read_budget(path: Path, max_ratio: float | None = None) -> Budget:
             place: _allowances(found.get(name, {}), f"{path}: {name}")
             for place, name in (("process", "memory_mb"), ("device", "device_memory_mb"))
         },
+        difference=_allowances(found.get("difference", {}), f"{path}: difference").get(AGAINST),
     )
-    if not any((budget.ratios, *budget.shape_ratios.values(), budget.swap_us, *budget.memory_mb.values())):
+    limits = (budget.ratios, *budget.shape_ratios.values(), budget.swap_us, *budget.memory_mb.values())
+    if not any(limits) and budget.difference is None:
         raise InputRefused("The budget limits nothing", where=str(path), expected=", ".join(_SECTIONS))
     return budget
 

@@ -16,8 +16,10 @@ from pathlib import Path
 
 from lora_export.artifact import read_manifest
 from lora_export.bench.latency import bound_runs
+from lora_export.bench.peer import open_peer
 from lora_export.bench.shapes import Shape
 from lora_export.bench.workloads import workload_inputs
+from lora_export.contract import SINGLE, GraphContract
 from lora_export.runtime.seq2seq_session import open_export
 
 READY, DONE = "memory job: ready", "memory job: done"
@@ -28,6 +30,7 @@ class MemoryJob:
     """What the session is of, and what it runs.
 
     Attributes:
+        folder: The export; with a `contract`, the ONNX file of another tool.
         runs: (batch, sequence, past) with the adapters of the rows, and whether these change from run to run, one after
             the other.
     """
@@ -36,6 +39,7 @@ class MemoryJob:
     provider: str
     vocabulary: int
     runs: Sequence[tuple[Shape, str | Sequence[str | None] | None, bool]]
+    contract: dict | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -45,10 +49,14 @@ def main() -> None:
     """Do the job."""
     job = MemoryJob(**json.loads(sys.stdin.readline()))
     folder = Path(job.folder)
-    graphs = read_manifest(folder).graphs
+    contract = None if job.contract is None else GraphContract.from_dict(job.contract)
+    graphs = read_manifest(folder).graphs if contract is None else {SINGLE: contract}
     work = [(workload_inputs(graphs, job.vocabulary, shape), *how) for shape, *how in job.runs]
     _say(READY)
-    session = open_export(folder, job.provider, stop_spinning=True)
+    if contract is None:
+        session = open_export(folder, job.provider, stop_spinning=True)
+    else:
+        session = open_peer(folder, contract, job.provider)
     for inputs, adapters, is_changing in work:
         run = bound_runs(session, adapters, inputs, is_changing=is_changing)
         for _ in range(1 + is_changing):

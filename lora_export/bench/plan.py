@@ -11,9 +11,10 @@ from lora_export.artifact import ExportKind, Manifest, read_manifest
 from lora_export.base.tasks import Task
 from lora_export.bench.budget import AGAINST, CHANGING, Budget, read_budget
 from lora_export.bench.latency import Candidate, Comparison
+from lora_export.bench.peer import Peer, is_export, read_peer
 from lora_export.bench.shapes import Shape, shape_text
 from lora_export.bench.workloads import source_length
-from lora_export.contract import SINGLE, AdapterInputKind, CacheLayout
+from lora_export.contract import SINGLE, AdapterInputKind, CacheLayout, GraphContract
 from lora_export.errors import InputRefused, UsageProblem
 
 BASE, EXPORT, MERGED = "base", "export", "merged"
@@ -40,7 +41,7 @@ class BenchOptions:
         blocks: ABBA blocks for each workload.
         max_ratio: Allowed latency relative to the base, where the budget says nothing; None to report only.
         budget: TOML file of allowances (`verify.budget`).
-        against: Another export to time beside this one.
+        against: Another export to time beside this one, or a graph of another tool (a folder or its ONNX file).
     """
 
     provider: str | None = None
@@ -65,54 +66,61 @@ class BenchPlan:
     """What is timed.
 
     Attributes:
-        against: The other export's manifest; None if there is none.
+        against: The other export's manifest, or the graph of another tool; None if there is none.
         vocabulary: Tokens that every export knows.
     """
 
     folder: Path
     manifest: Manifest
-    against: Manifest | None
+    against: Manifest | Peer | None
     options: BenchOptions
     budget: Budget
     vocabulary: int
     races: tuple[PlannedRace, ...]
 
-    def manifest_of(self, session: str) -> Manifest:
-        """Of the export that a session runs; the base and the merged form take inputs as the export does."""
-        return self.against if session == AGAINST and self.against is not None else self.manifest
+    def graphs_of(self, session: str) -> Mapping[str, GraphContract]:
+        """What a session runs; the base and the merged form take inputs as the export does."""
+        return (self.against if session == AGAINST and self.against is not None else self.manifest).graphs
 
 
 def plan_bench(folder: Path, options: BenchOptions) -> BenchPlan:
     """Read the manifests and the budget.
 
     Raises:
-        InputRefused: A folder is no export, the two do not run the same task on the same inputs, or the budget limits
-            something that is not measured.
+        InputRefused: The folder is no export, the two do not run the same task on the same inputs, the other takes an
+            input that there are no values for, or the budget limits something that is not measured.
     """
     manifest = read_manifest(folder)
-    other = None if options.against is None else read_manifest(options.against)
-    if other is not None:
-        _require_comparable(folder, manifest, options.against, other=other)
     budget = Budget(max_ratio=options.max_ratio)
     if options.budget is not None:
         budget = read_budget(options.budget, options.max_ratio)
     shapes = options.shapes or _USUAL_SHAPES.get(Task(manifest.task), _USUAL_TEXT_SHAPES)
-    _require_runnable(shapes, *(each for each in (manifest, other) if each is not None))
+    other = None if options.against is None else _read_other(folder, manifest, options.against, shapes=shapes)
+    _require_runnable(shapes, *(each.graphs for each in (manifest, other) if each is not None))
     lengths = {(n, length, past): (n, source_length(manifest.graphs, length), past) for n, length, past in shapes}
     races = tuple(
         _planned(manifest, options.against, other, budget=budget, asked=asked, shape=shape)
         for asked, shape in lengths.items()
     )
     _require_matches(budget, manifest, dict(zip(lengths, races, strict=True)))
-    vocabulary = min(_vocabulary(path) for path in (folder, options.against) if path is not None)
+    known = [_vocabulary(folder), other.vocabulary if isinstance(other, Peer) else None]
+    if isinstance(other, Manifest):
+        known.append(_vocabulary(options.against))
+    vocabulary = min(n for n in known if n is not None)
     return BenchPlan(folder, manifest, other, options, budget, vocabulary, races)
 
 
-def _require_runnable(shapes: Sequence[Shape], *manifests: Manifest) -> None:
+def _read_other(folder: Path, manifest: Manifest, against: Path, *, shapes: Sequence[Shape]) -> Manifest | Peer:
+    if not is_export(against):
+        return read_peer(against, manifest.graphs, shapes)
+    other = read_manifest(against)
+    _require_comparable(folder, manifest, against, other=other)
+    return other
+
+
+def _require_runnable(shapes: Sequence[Shape], *others: Mapping[str, GraphContract]) -> None:
     """Refuse what a graph runs row by row, so that there is no one run to time."""
-    if not any(
-        manifest.contract.cache_layout is CacheLayout.TOKENS for manifest in manifests if SINGLE in manifest.graphs
-    ):
+    if not any(graphs[SINGLE].cache_layout is CacheLayout.TOKENS for graphs in others if SINGLE in graphs):
         return
     for shape in shapes:
         batch, sequence, past = shape
@@ -170,7 +178,13 @@ def compared_with_base(found: Sequence[Candidate], allow: Mapping[str, float | N
 
 
 def _planned(
-    manifest: Manifest, against: Path | None, other: Manifest | None, *, budget: Budget, asked: Shape, shape: Shape
+    manifest: Manifest,
+    against: Path | None,
+    other: Manifest | Peer | None,
+    *,
+    budget: Budget,
+    asked: Shape,
+    shape: Shape,
 ) -> PlannedRace:
     """`asked` is the shape as the user and the budget name it."""
     found = candidates(manifest, shape[0])
@@ -182,12 +196,16 @@ def _planned(
         served = [served_here.adapters] if isinstance(served_here.adapters, str) else folded
         found.append(_other_candidate(served, against, other))
         comparisons.append(Comparison(served_here.name, AGAINST, budget.ratio(asked, AGAINST)))
+        if isinstance(other, Peer):  # mostly of the base
+            comparisons.append(Comparison(found[0].name, AGAINST))
     return PlannedRace(shape, tuple(found), tuple(comparisons))
 
 
-def _other_candidate(served: Sequence[str], against: Path, other: Manifest) -> Candidate:
+def _other_candidate(served: Sequence[str], against: Path, other: Manifest | Peer) -> Candidate:
     """The other export, with an adapter of those that this one runs with if it has one, else its first; with none if
     this one has none."""
+    if isinstance(other, Peer):
+        return Candidate(AGAINST, f"{against}: the graph of another tool, as it is", AGAINST)
     names = [record.name for record in other.adapters]
     if other.kind is ExportKind.MERGED:
         what = f"{' + '.join(names) or 'no adapter'} folded into the weights"
@@ -242,6 +260,9 @@ def _require_matches(budget: Budget, manifest: Manifest, races: Mapping[Shape, P
         refuse_unknown(table, ratios(races[shape]), f'ratio."{shape_text(shape)}"', what="a variant")
     swaps = ("bound", "loaded") if manifest.kind is ExportKind.DYNAMIC and len(manifest.adapters) > 1 else ()
     refuse_unknown(budget.swap_us, swaps, "swap_us", what="a swap")
+    others = [AGAINST] if AGAINST in (name for race in races.values() for name in ratios(race)) else []
+    if budget.difference is not None:
+        refuse_unknown({AGAINST: budget.difference}, others, "difference", what="a difference")
     variants = [each.name for race in races.values() for each in race.candidates]
     for place, table in budget.memory_mb.items():
         part = "memory_mb" if place == "process" else "device_memory_mb"

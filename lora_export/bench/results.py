@@ -60,6 +60,13 @@ class Ratio:
     verdict: Verdict
 
 
+def workload_name(batch: int, sequence: int, past: int) -> str:
+    """A shape in words."""
+    if sequence:
+        return f"{batch} × {sequence}{f' on {past}' if past else ''} tokens"
+    return f"{batch} image{'s' if batch > 1 else ''}"
+
+
 @dataclass(frozen=True)
 class Workload:
     """One shape: `batch` rows of `sequence` tokens (or of one image, sequence 0) on `past` cached tokens."""
@@ -72,10 +79,7 @@ class Workload:
 
     @property
     def name(self) -> str:
-        past = f" on {self.past}" if self.past else ""
-        if self.sequence:
-            return f"{self.batch} × {self.sequence}{past} tokens"
-        return f"{self.batch} image{'s' if self.batch > 1 else ''}"
+        return workload_name(self.batch, self.sequence, self.past)
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,26 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """How far a variant's outputs lie from those of the other export on the same inputs, in one workload.
+
+    Attributes:
+        outputs: The names of what was compared; empty where no output of the two has one shape.
+        largest: The largest absolute difference; None where nothing was compared.
+        share: The same over the variant's largest absolute value.
+        allowance: The largest share allowed; None if it is only reported.
+    """
+
+    workload: str
+    variant: str
+    outputs: tuple[str, ...]
+    largest: float | None
+    share: float | None
+    allowance: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
 class ProviderOperators:
     """Where ONNX Runtime runs one graph of a timed session: operators with their number, of one execution provider."""
 
@@ -133,7 +157,8 @@ class BenchReport:
     """Everything `bench` found.
 
     Attributes:
-        against: The other export that was timed beside it; None if there was none.
+        against: The other export, or another tool's graph, that was timed beside it; None if there was none.
+        differences: Of its outputs; empty if there was none.
         memory: Empty where it cannot be measured.
         stopped: What ended the bench before its last measurement, in words; None if nothing did.
     """
@@ -148,14 +173,15 @@ class BenchReport:
     seconds: float
     against: Subject | None = None
     stopped: str | None = None
+    differences: tuple[Difference, ...] = ()
     schema: int = REPORT_SCHEMA
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of all latencies, swaps and peaks of memory; ambiguous if none is above its allowance and some are
-        missing."""
+        """The worst of all latencies, swaps, peaks of memory and differences; ambiguous if none is above its allowance
+        and some are missing."""
         ratios = [ratio for workload in self.workloads for ratio in workload.ratios]
-        found = {entry.verdict for entry in (*ratios, *self.swaps, *self.memory)}
+        found = {entry.verdict for entry in (*ratios, *self.swaps, *self.memory, *self.differences)}
         if self.partial:
             found.add(Verdict.AMBIGUOUS)
         for verdict in (Verdict.FAIL, Verdict.AMBIGUOUS, Verdict.PASS):

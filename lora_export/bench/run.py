@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +11,14 @@ from lora_export.artifact import ExportKind, Manifest
 from lora_export.base.tasks import SEQ2SEQ
 from lora_export.bench import memory
 from lora_export.bench.budget import AGAINST
+from lora_export.bench.differences import Outputs, compared, difference, outputs_of, unlike
 from lora_export.bench.intervals import verdict
 from lora_export.bench.latency import ROUNDS, SAMPLE_SECONDS, Race, Session, Timings, measure
 from lora_export.bench.memory_job import MemoryJob
+from lora_export.bench.peer import Peer, open_peer
 from lora_export.bench.placement import placements
-from lora_export.bench.plan import EXPORT, BenchPlan, PlannedRace
-from lora_export.bench.results import BenchReport, Memory, ProviderOperators, Swap, Workload
+from lora_export.bench.plan import BASE, EXPORT, BenchPlan, PlannedRace
+from lora_export.bench.results import BenchReport, Difference, Memory, ProviderOperators, Swap, Workload, workload_name
 from lora_export.bench.swap import measure_swap
 from lora_export.bench.warm_up import MOST_SECONDS, RULE
 from lora_export.bench.workloads import source_length, workload_inputs
@@ -24,6 +26,7 @@ from lora_export.environment import environment, subject
 from lora_export.errors import EnvironmentUnusable, InputRefused
 from lora_export.runtime.seq2seq_session import open_export
 from lora_export.runtime.session import choose_provider
+from lora_export.verdict import Subject
 
 _SETTINGS = {
     "binding": "inputs, adapters and outputs bound on the device",
@@ -65,6 +68,7 @@ class Bench:
         self.swaps: tuple[Swap, ...] = ()
         self.memory: list[Memory] = []
         self.memory_notes: tuple[str, ...] = ()
+        self.differences: tuple[Difference, ...] = ()
         self.timings = Timings([_race(plan, race) for race in plan.races])
 
     @property
@@ -73,7 +77,11 @@ class Bench:
 
     def open(self, name: str) -> Session:
         """A session by name; its operators by provider are kept."""
-        session = open_export(self.folders[name], self.provider, stop_spinning=True)
+        other = self.plan.against
+        if name == AGAINST and isinstance(other, Peer):
+            session = open_peer(other.graph, other.contract, self.provider)
+        else:
+            session = open_export(self.folders[name], self.provider, stop_spinning=True)
         self.operators[name] = placements(name, session)
         return session
 
@@ -87,10 +95,16 @@ class Bench:
             swaps=self.swaps,
             memory=tuple(self.memory),
             placements=tuple(entry for name in self.sessions for entry in self.operators.get(name, ())),
-            notes=(*_notes(plan, self.provider), *self.memory_notes, *_unsettled(workloads)),
+            notes=(
+                *unlike(self.differences),
+                *_notes(plan, self.provider),
+                *self.memory_notes,
+                *_unsettled(workloads),
+            ),
             seconds=time.monotonic() - self.started,
-            against=None if plan.against is None else subject(plan.options.against, plan.against),
+            against=_subject_of(plan),
             stopped=stopped,
+            differences=self.differences,
         )
 
 
@@ -103,17 +117,56 @@ def run_measurements(bench: Bench, progress: Progress) -> None:
             measured here.
     """
     plan = bench.plan
+    races = [race for race, _ in bench.timings.by_race]
+    outputs: dict[tuple[int, str], Outputs] = {}
     for name in bench.sessions:  # what cannot run is refused here, before the long measurements
         session = bench.open(name)
+        if plan.against is not None:
+            outputs |= _outputs(bench, name, session, races=races)
         if name == EXPORT and plan.manifest.kind is ExportKind.DYNAMIC:
             bench.swaps = measure_swap(session, plan.races[-1].shape[0], plan.budget)
         del session
+    if plan.against is not None:
+        bench.differences = _differences(plan, races, outputs)
     bench.memory_notes = measure_memory(plan, bench.folders, bench.provider, progress=progress, found=bench.memory)
     openers = {name: partial(bench.open, name) for name in bench.sessions}
-    races = [race for race, _ in bench.timings.by_race]
     show = partial(progress, "timing")
     measure(openers, races, blocks=plan.options.blocks, progress=show, timings=bench.timings)
     progress("timing", 1, 1)
+
+
+def _outputs(bench: Bench, name: str, session: Session, *, races: Sequence[Race]) -> dict[tuple[int, str], Outputs]:
+    """By race and candidate, of those that run in this session and are compared with the other or are it."""
+    return {
+        (number, each.name): outputs_of(session, each, race.inputs[name], where=str(bench.folders[name]))
+        for number, race in enumerate(races)
+        for each in race.candidates
+        if each.session == name and (each.session == AGAINST or each in compared(race))
+    }
+
+
+def _differences(
+    plan: BenchPlan, races: Sequence[Race], outputs: Mapping[tuple[int, str], Outputs]
+) -> tuple[Difference, ...]:
+    """An allowance is for the variant whose ratio is reported; the base is compared for information."""
+    found = []
+    for number, race in enumerate(races):
+        for each in compared(race):
+            allowance = None if each.session == BASE else plan.budget.difference
+            ours, theirs = outputs[number, each.name], outputs[number, AGAINST]
+            found.append(
+                difference(workload_name(*race.shape), each.name, ours=ours, theirs=theirs, allowance=allowance)
+            )
+    return tuple(found)
+
+
+def _subject_of(plan: BenchPlan) -> Subject | None:
+    """The other one."""
+    if plan.against is None:
+        return None
+    if isinstance(plan.against, Peer):
+        return plan.against.subject(plan.manifest.task)
+    return subject(plan.options.against, plan.against)
 
 
 def _race(plan: BenchPlan, race: PlannedRace) -> Race:
@@ -121,7 +174,7 @@ def _race(plan: BenchPlan, race: PlannedRace) -> Race:
     batch, sequence, past = race.shape
     inputs = {}
     for session in dict.fromkeys(candidate.session for candidate in race.candidates):
-        graphs = plan.manifest_of(session).graphs
+        graphs = plan.graphs_of(session)
         inputs[session] = workload_inputs(graphs, plan.vocabulary, (batch, source_length(graphs, sequence), past))
     return Race(race.shape, inputs, race.candidates, race.comparisons)
 
@@ -142,7 +195,7 @@ def measure_memory(
         timed = [(race.shape, c) for race in plan.races for c in race.candidates if c.name == variant]
         session = timed[0][1].session
         runs = [(shape, candidate.adapters, candidate.is_changing) for shape, candidate in timed]
-        peaks = memory.peaks_mb(MemoryJob(str(folders[session]), provider, plan.vocabulary, runs))
+        peaks = memory.peaks_mb(_memory_job(plan, folders, session, provider=provider, runs=runs))
         for place in places:
             allowance = plan.budget.memory(place, variant)
             if place in peaks:
@@ -158,6 +211,15 @@ def measure_memory(
             else:
                 missing.add(place)
     return tuple(_UNKNOWN_MEMORY[place] for place in sorted(missing))
+
+
+def _memory_job(
+    plan: BenchPlan, folders: Mapping[str, Path], session: str, *, provider: str, runs: Sequence
+) -> MemoryJob:
+    other = plan.against
+    if session == AGAINST and isinstance(other, Peer):
+        return MemoryJob(str(other.graph), provider, plan.vocabulary, runs, other.contract.to_dict())
+    return MemoryJob(str(folders[session]), provider, plan.vocabulary, runs)
 
 
 def _memory_settings(provider: str) -> dict[str, str]:
@@ -187,7 +249,9 @@ def _notes(plan: BenchPlan, provider: str) -> tuple[str, ...]:
             notes.append(f"{what} is fused for {manifest.provider} and ran on {provider}: not its best speed.")
 
     note_fusing("The graph", plan.manifest)
-    if plan.against is not None:
+    if isinstance(plan.against, Peer):
+        notes += [sentence for sentence in (plan.against.cache_sentence,) if sentence]
+    elif plan.against is not None:
         note_fusing("The other export's graph", plan.against)
     if plan.budget.where:
         short = "" if plan.options.max_ratio is None else f"; --max-ratio {plan.options.max_ratio:g} for what it leaves"

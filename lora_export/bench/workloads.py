@@ -2,43 +2,63 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 
 import numpy as np
 
 from lora_export.bench.shapes import Shape
-from lora_export.contract import DECODER_WITH_PAST, ENCODER, SINGLE, GraphContract
+from lora_export.contract import DECODER_WITH_PAST, ENCODER, LOGITS_TO_KEEP, SINGLE, GraphContract, TensorSpec
 from lora_export.runtime.arrays import numpy_dtype
 
 _SEED = 0
 _CHOICES = 4
+# Images and sounds: every axis but the rows is the graph's own, or as long as the shape says.
+DENSE = ("pixel_values", "input_values", "input_features")
+
+
+def size_of(spec: TensorSpec, shape: Shape) -> tuple[int | str, ...]:
+    """The size of the array for an input of a graph; of multiple choice, four endings each."""
+    batch, sequence, past = shape
+    if spec.name == LOGITS_TO_KEEP:
+        return spec.dims
+    if spec.name == "attention_mask" and past:
+        return (batch, past + sequence)
+    if spec.name.startswith("past_key_values."):
+        # As many heads, of the size, as the graph says; one that does not say is left as it is.
+        _, heads, _, head_size = spec.dims if len(spec.dims) == 4 else ("", "", "", "")
+        return (batch, heads, past, head_size)
+    if spec.name in DENSE:
+        return (batch, *(dim if isinstance(dim, int) else sequence for dim in spec.dims[1:]))
+    return (batch, _CHOICES, sequence) if len(spec.dims) == 3 else (batch, sequence)
 
 
 def random_inputs(contract: GraphContract, vocabulary: int, shape: Shape) -> dict[str, np.ndarray]:
     """The graph's own inputs by name, `batch` rows of `sequence` new tokens on `past` cached ones (or of images, or
-    of as many samples); of multiple choice, four endings each."""
-    batch, sequence, past = shape
-    rng = np.random.default_rng(_SEED)
-    found = {}
-    for spec in contract.inputs:
-        dtype = numpy_dtype(spec.dtype)
-        of_tokens = (batch, _CHOICES, sequence) if len(spec.dims) == 3 else (batch, sequence)
-        if spec.name == "input_ids":
-            found[spec.name] = rng.integers(0, vocabulary, of_tokens)
-        elif spec.name == "attention_mask" and past == 0:
-            found[spec.name] = np.ones(of_tokens, np.int64)
-        elif spec.name == "attention_mask":
-            found[spec.name] = np.ones((batch, past + sequence), np.int64)
-        elif spec.name == "position_ids":
-            found[spec.name] = np.tile(np.arange(past, past + sequence), (batch, 1))
-        elif spec.name.startswith("past_key_values."):
-            found[spec.name] = rng.standard_normal((batch, spec.dims[1], past, spec.dims[3])).astype(dtype)
-        elif spec.name in ("pixel_values", "input_values"):
-            sizes = (dim if isinstance(dim, int) else sequence for dim in spec.dims[1:])
-            found[spec.name] = rng.standard_normal((batch, *sizes)).astype(dtype)
-        else:
-            found[spec.name] = np.zeros(of_tokens, np.int64)
-    return found
+    of as many samples).
+
+    An input of a name has the same values in every graph, in the dtype that the graph takes.
+    """
+    return {
+        spec.name: _values(spec, size_of(spec, shape), vocabulary=vocabulary, shape=shape).astype(
+            numpy_dtype(spec.dtype)
+        )
+        for spec in contract.inputs
+    }
+
+
+def _values(spec: TensorSpec, size: tuple[int, ...], *, vocabulary: int, shape: Shape) -> np.ndarray:
+    _, sequence, past = shape
+    rng = np.random.default_rng([_SEED, zlib.crc32(spec.name.encode())])
+    if spec.name == "input_ids":
+        return rng.integers(0, vocabulary, size)
+    if spec.name == "attention_mask":
+        return np.ones(size, np.int64)
+    if spec.name == "position_ids":
+        return np.broadcast_to(np.arange(past, past + sequence), size)
+    if spec.name.startswith("past_key_values.") or spec.name in DENSE:
+        return rng.standard_normal(size)
+    return np.zeros(size, np.int64)
 
 
 def workload_inputs(

@@ -95,13 +95,14 @@ def check(
 @click.option(
     "--budget",
     type=click.Path(path_type=Path),
-    help='TOML file of allowances: [ratio] and [ratio."4x128"] by variant, [swap_us], [memory_mb], [device_memory_mb].',
+    help='TOML file of allowances: [ratio] and [ratio."4x128"] by variant, [difference], [swap_us], [memory_mb], '
+    "[device_memory_mb].",
 )
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Another export (yesterday's, say) to time in the same blocks; its base need not exist.",
+    help="Another export, or another tool's ONNX folder or file, to time in the same blocks.",
 )
 @options.examine_options
 def bench(
@@ -115,14 +116,16 @@ def bench(
 ) -> None:
     """Time the export OUT against its base and its merged form, side by side in paired blocks.
 
-    With --against also against another export. Measures what changing the adapter takes and the peak memory of each
-    variant, and records which provider runs which operators. What an allowance limits is a gate: exit 1 above it, 5 if
-    the machine was too noisy to say. Writes OUT/reports/bench.html, .json, .junit.xml and .md.
+    With --against also against another export, or the graph of another tool (ONNX Runtime GenAI's builder, Optimum,
+    ONNX Runtime's optimizer), fed by its inputs' names. Measures what changing the adapter takes and the peak memory of
+    each variant, and records which provider runs which operators. What an allowance limits is a gate: exit 1 above it,
+    5 if the machine was too noisy to say. Writes OUT/reports/bench.html, .json, .junit.xml and .md.
 
     \b
     Examples:
       lora-export bench served --shape 4x128 --max-ratio 1.10
       lora-export bench served --budget budget.toml --against yesterday/served
+      lora-export bench served --shape 8x1@256 --against genai-builder/llama
     """
     display = Display(as_json=flags.as_json, quiet=flags.quiet)
     with guarded(display):

@@ -1,11 +1,11 @@
-"""Everything of a bench that an allowance limits, in one form: latency ratios, swaps, peaks of memory."""
+"""Everything of a bench that an allowance limits, in one form: latency ratios, swaps, peaks of memory, differences."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from lora_export.bench.results import BenchReport, Memory, Ratio, Swap, Workload
+from lora_export.bench.results import BenchReport, Difference, Memory, Ratio, Swap, Workload
 from lora_export.report import format as fmt
 from lora_export.verdict import Verdict
 
@@ -18,8 +18,8 @@ class LimitedFigure:
     """One figure with an allowance.
 
     Attributes:
-        kind: "latency", "adapter swap" or "memory".
-        used: Median or peak over the allowance.
+        kind: "latency", "adapter swap", "memory" or "difference".
+        used: Median, peak or share over the allowance.
     """
 
     kind: str
@@ -39,6 +39,10 @@ def swap_name(swap: Swap) -> str:
 
 def memory_name(memory: Memory) -> str:
     return f"{memory.variant}, {MEMORY_PLACES[memory.place]}"
+
+
+def difference_name(difference: Difference) -> str:
+    return f"{difference.variant} − against, {difference.workload}"
 
 
 def limited_figures(report: BenchReport) -> tuple[LimitedFigure, ...]:
@@ -72,6 +76,17 @@ def limited_figures(report: BenchReport) -> tuple[LimitedFigure, ...]:
         for memory in report.memory
         if (allowance := memory.allowance_mb) is not None
     ]
+    found += [
+        _limited(
+            "difference",
+            difference_name(each),
+            each,
+            sentence=difference_sentence(each),
+            used=math.nan if each.share is None else each.share / allowance,
+        )
+        for each in report.differences
+        if (allowance := each.allowance) is not None
+    ]
     return tuple(found)
 
 
@@ -79,7 +94,9 @@ def _ratios(report: BenchReport) -> list[tuple[Workload, Ratio]]:
     return [(workload, ratio) for workload in report.workloads for ratio in workload.ratios]
 
 
-def _limited(kind: str, name: str, of: Ratio | Swap | Memory, *, sentence: str, used: float) -> LimitedFigure:
+def _limited(
+    kind: str, name: str, of: Ratio | Swap | Memory | Difference, *, sentence: str, used: float
+) -> LimitedFigure:
     return LimitedFigure(kind, name, of.verdict, sentence, used)
 
 
@@ -123,6 +140,17 @@ def memory_verdict_sentence(memory: Memory) -> str:
         return f"{peak}."
     relation = "above" if memory.peak_mb > memory.allowance_mb else "within"
     return f"{peak}, {relation} the allowance of {fmt.megabytes(memory.allowance_mb)}."
+
+
+def difference_sentence(difference: Difference) -> str:
+    if not difference.outputs:
+        return "The other's outputs cannot be compared: none has the shape of one of this export's."
+    outputs = f"{fmt.scientific(difference.largest)}, {fmt.scientific(difference.share)} of the largest value"
+    sentence = f"The outputs differ by at most {outputs}"
+    if difference.allowance is None:
+        return f"{sentence}."
+    relation = "within" if difference.verdict is Verdict.PASS else "above"
+    return f"{sentence}, {relation} the allowance of {fmt.scientific(difference.allowance)}."
 
 
 def bench_headline(report: BenchReport) -> str:

@@ -7,7 +7,7 @@ import math
 from lora_export.bench.results import BenchReport, ProviderOperators, Ratio, Workload
 from lora_export.contract import SINGLE
 from lora_export.report import format as fmt
-from lora_export.report.allowances import SWAP_NAMES, memory_name, ratio_name
+from lora_export.report.allowances import SWAP_NAMES, difference_name, memory_name, ratio_name
 from lora_export.report.tables import Cell, Column, Table, TableRow, fraction, verdict_cell
 from lora_export.verdict import Verdict
 
@@ -103,6 +103,30 @@ def _with_verdicts(
     columns = (*columns, Column("Allowance"), Column("Result", numeric=False))
     with_all = [TableRow((*cells, Cell(allowance), verdict_cell(verdict))) for cells, allowance, verdict in rows]
     return Table(caption, columns, tuple(with_all))
+
+
+def difference_table(report: BenchReport) -> Table:
+    """How far the other's outputs lie from this export's, by workload."""
+    columns = (
+        Column("Outputs on the same inputs", numeric=False),
+        Column("Compared", numeric=False),
+        Column("Largest difference"),
+        Column("÷ largest value"),
+    )
+    rows = [
+        (
+            (
+                Cell(difference_name(each)),
+                Cell(", ".join(each.outputs) or fmt.MISSING),
+                Cell(fmt.scientific(each.largest)),
+                Cell(fmt.scientific(each.share)),
+            ),
+            fmt.scientific(each.allowance),
+            each.verdict,
+        )
+        for each in report.differences
+    ]
+    return _with_verdicts("Is it the same model?", columns, rows)
 
 
 def placement_table(report: BenchReport) -> Table:

@@ -16,6 +16,7 @@ from lora_export.report import layer_tables as layers
 from lora_export.report.as_json import Report
 from lora_export.report.bench_plots import MOST_DOTS, latency_plot, ratio_plot
 from lora_export.report.bench_tables import (
+    difference_table,
     latency_table,
     memory_table,
     placement_table,
@@ -96,6 +97,7 @@ def render_bench_html(report: BenchReport) -> str:
             memory_sentence=summary.memory_sentence(report),
             placements=placement_table(report),
             against_facts=against_facts(report.against),
+            differences=difference_table(report),
         )
     )
 

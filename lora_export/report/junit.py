@@ -28,6 +28,7 @@ _NOT_XML = re.compile("[\ufffe\uffff]")
 _RATIO_FIGURES = ("median", "low", "high", "confidence", "allowance")
 _SWAP_FIGURES = ("median_us", "low_us", "high_us", "confidence", "allowance_us")
 _MEMORY_FIGURES = ("peak_mb", "allowance_mb")
+_DIFFERENCE_FIGURES = ("largest", "share", "allowance")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def render_check_junit(report: CheckReport) -> str:
 
 
 def render_bench_junit(report: BenchReport) -> str:
-    """The bench as one suite with a test case for each variant of each workload, each swap and each peak of memory."""
+    """The bench as one suite with a test case for each variant of each workload, each swap, peak and difference."""
     cases = [case for workload in report.workloads for case in _workload_cases(workload)]
     cases += [
         _gated_case("swap", allowances.swap_name(swap), swap.verdict, sentence=allowances.swap_verdict_sentence(swap),
@@ -66,6 +67,11 @@ def render_bench_junit(report: BenchReport) -> str:
         _gated_case("memory", allowances.memory_name(memory), memory.verdict,
                     sentence=allowances.memory_verdict_sentence(memory), figures=_figures(memory, _MEMORY_FIGURES))
         for memory in report.memory
+    ]  # fmt: skip
+    cases += [
+        _gated_case("difference", allowances.difference_name(each), each.verdict,
+                    sentence=allowances.difference_sentence(each), figures=_figures(each, _DIFFERENCE_FIGURES))
+        for each in report.differences
     ]  # fmt: skip
     return _rendered("bench", report, cases)
 

@@ -11,6 +11,7 @@ from lora_export.report import allowances, summary
 from lora_export.report import format as fmt
 from lora_export.report.as_json import Report
 from lora_export.report.bench_tables import (
+    difference_table,
     latency_table,
     memory_table,
     placement_sentences,
@@ -53,6 +54,7 @@ def render_bench_markdown(report: BenchReport) -> str:
         _opening(report, allowances.bench_headline(report), allowances.bench_summary(report)),
         _findings(summary.bench_findings(report)),
         _table(ratio_table(report)),
+        _table(difference_table(report)),
         *(_table(latency_table(workload)) for workload in report.workloads),
         _bullets("What was timed", variant_sentences(report)),
         _escaped(summary.swap_sentence(report)),

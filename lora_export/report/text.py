@@ -10,6 +10,7 @@ from lora_export.report import allowances, summary
 from lora_export.report import format as fmt
 from lora_export.report.as_json import Report
 from lora_export.report.bench_tables import (
+    difference_table,
     latency_table,
     memory_table,
     placement_sentences,
@@ -55,6 +56,7 @@ def render_bench_text(report: BenchReport) -> str:
     blocks = [
         _opening(report, allowances.bench_headline(report), allowances.bench_summary(report)),
         _table(ratio_table(report)),
+        _table(difference_table(report)),
         *(_table(latency_table(workload)) for workload in report.workloads),
         _bullets("What was timed", variant_sentences(report)),
         _table(swap) if swap.rows else summary.swap_sentence(report),

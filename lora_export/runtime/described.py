@@ -1,4 +1,4 @@
-"""Whether the manifest describes the graph that ONNX Runtime has opened."""
+"""What ONNX Runtime says that a graph takes and gives, and whether the manifest says so too."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import onnxruntime as ort
 
 from lora_export.agreement import require_agreement_in
 from lora_export.contract import GraphContract, TensorSpec
+from lora_export.errors import InputRefused
 
-_DTYPES = {"float": "float32"}
+_DTYPES = {"float": "float32", "double": "float64"}
 
 
 def require_described(session: ort.InferenceSession, contract: GraphContract, folder: Path, graph: str) -> None:
@@ -23,6 +24,28 @@ def require_described(session: ort.InferenceSession, contract: GraphContract, fo
     outputs = [_spec(value) for value in session.get_outputs()]
     names = {value.name for value in optional}
     require_agreement_in(folder, graph, contract, inputs, outputs, optional=names)
+
+
+def declared_in(graph: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs that the ONNX file `graph` must be fed, and its outputs; nothing is optimized for it.
+
+    Raises:
+        InputRefused: ONNX Runtime cannot open it.
+    """
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's have no base of their own
+        raise InputRefused(
+            "ONNX Runtime cannot open the graph",
+            where=str(graph),
+            found=str(error),
+            next_step="give a graph of ONNX's and ONNX Runtime's own operators, with its data file beside it",
+        ) from error
+    return tuple(map(_spec, session.get_inputs())), tuple(map(_spec, session.get_outputs()))
 
 
 def _spec(value: ort.NodeArg) -> TensorSpec:

@@ -61,7 +61,7 @@ def test_the_sample_is_one():
         (
             "[p99_ms]\ndynamic = 3",
             "a key that means nothing",
-            ("p99_ms", "ratio, swap_us, memory_mb, device_memory_mb"),
+            ("p99_ms", "ratio, difference, swap_us, memory_mb, device_memory_mb"),
         ),
         ("[swap_us]\np99 = 3", "a key that means nothing", ("swap_us", "p99", "bound, loaded")),
         ("ratio = 1.1", "is no table", ("ratio", "[ratio]")),
@@ -70,7 +70,7 @@ def test_the_sample_is_one():
         ("[ratio]\ndynamic = nan", "no positive number", ("ratio.dynamic",)),
         ("[memory_mb]\ndynamic = 0", "no positive number", ("memory_mb.dynamic", "0")),
         ('[ratio."4by128"]\ndynamic = 1.1', "after no shape", ('ratio."4by128"', "BATCHxSEQUENCE@PAST")),
-        ("[ratio]\n", "limits nothing", ("ratio, swap_us",)),
+        ("[ratio]\n", "limits nothing", ("ratio, difference, swap_us",)),
         ("", "limits nothing", ()),
         ("[ratio\n", "is no TOML", ()),
     ],

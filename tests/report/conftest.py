@@ -8,7 +8,17 @@ from dataclasses import replace
 
 import pytest
 
-from lora_export.bench.results import BenchReport, Memory, ProviderOperators, Ratio, Swap, Variant, WarmUp, Workload
+from lora_export.bench.results import (
+    BenchReport,
+    Difference,
+    Memory,
+    ProviderOperators,
+    Ratio,
+    Swap,
+    Variant,
+    WarmUp,
+    Workload,
+)
 from lora_export.check.divergence_results import ComparedValue, Divergence, LayerErrors, Reproduction
 from lora_export.check.judge.tolerances import tolerances
 from lora_export.check.results import BothSides, CheckReport, Measured, ParityCase, Rounding
@@ -225,7 +235,14 @@ def compared_bench(gated_bench: BenchReport, subject: Subject) -> BenchReport:
     swap = replace(gated_bench.swaps[0], allowance_us=10.0, verdict=Verdict.FAIL)
     memory = Memory("dynamic", "device", 912.0, 900.0, Verdict.FAIL)
     other = replace(subject, folder="yesterday/topic-kind", adapters=("topic",), graph_sha256="aa11" * 16)
-    return replace(gated_bench, workloads=(workload,), swaps=(swap,), memory=(memory,), against=other)
+    differences = (
+        Difference("8 × 128 tokens", "base", ("logits",), 2.1, 0.3, None, Verdict.NOT_GATED),
+        Difference("8 × 128 tokens", "dynamic", ("logits",), 1.5e-6, 2e-7, 1e-7, Verdict.FAIL),
+        Difference("8 × 128 tokens", "pooled", (), None, None, 1e-7, Verdict.FAIL),
+    )
+    return replace(
+        gated_bench, workloads=(workload,), swaps=(swap,), memory=(memory,), against=other, differences=differences
+    )
 
 
 @pytest.fixture

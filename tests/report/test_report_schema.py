@@ -66,6 +66,7 @@ def test_reports_are_valid(name: str, request: pytest.FixtureRequest) -> None:
         ("reproduction", divergence_results.Reproduction, set()),
         ("divergence", divergence_results.Divergence, set()),
         ("memory", bench_results.Memory, set()),
+        ("difference", bench_results.Difference, set()),
         ("placement", bench_results.ProviderOperators, set()),
         ("check", check_results.CheckReport, {"report", "verdict", "scope", "partial"}),
         ("bench", bench_results.BenchReport, {"report", "verdict", "scope", "partial"}),
@@ -151,6 +152,7 @@ BROKEN = {
     "a placement without its provider": ("gated_bench", _drop("placements", 0, "provider")),
     "a warm-up of no runs": ("gated_bench", _set("workloads", 0, "variants", 0, "warm_ups", 0, "n_runs", 0)),
     "another export cut short": ("compared_bench", _drop("against", "folder")),
+    "a difference without what was compared": ("compared_bench", _drop("differences", 0, "outputs")),
 }  # fmt: skip
 
 

@@ -138,15 +138,16 @@ def test_bench_text_says_what_swaps_cost(gated_bench: BenchReport, ungated_bench
 
 def test_every_kind_of_gate_is_named_where_it_fails(compared_bench: BenchReport) -> None:
     text = " ".join(render_bench_text(compared_bench).split())
-    assert text.startswith("✕ FAIL: Latency, adapter swap and memory exceed the allowance")
-    assert "Of 5 gated figures, 3 are above the allowance and 1 is undecided" in text
-    assert "“adapter held by the session” takes the most of its allowance, 123%" in text
+    assert text.startswith("✕ FAIL: Latency, adapter swap, memory and difference exceed the allowance")
+    assert "Of 7 gated figures, 5 are above the allowance and 1 is undecided" in text
     assert "dynamic ÷ against, 8 × 128 tokens: fail" in text
     assert (
         "The median is 12.3 µs; its 75.0% interval is 12.0 µs to 13.1 µs, wholly above the allowance of 10.0 µs."
         in text
     )
     assert "The peak is 912.0 MB, above the allowance of 900.0 MB." in text
+    assert "differ by at most 1.5e-06, 2.0e-07 of the largest value, above the allowance of 1.0e-07." in text
+    assert "none has the shape of one of this export's." in text and "base − against, 8 × 128 tokens" in text
     assert "Against: Export yesterday/topic-kind" in text
 
 
@@ -156,7 +157,7 @@ def test_operators_are_told_by_provider(gated_bench: BenchReport) -> None:
 
 
 def test_memory_alone_does_not_say_latency(compared_bench: BenchReport) -> None:
-    report = replace(compared_bench, workloads=(), swaps=())
+    report = replace(compared_bench, workloads=(), swaps=(), differences=())
     assert render_bench_text(report).startswith("✕ FAIL: Memory exceeds the allowance\nOf 1 gated figure, 1 is above")
 
 

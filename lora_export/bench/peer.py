@@ -1,0 +1,219 @@
+"""A graph that another tool wrote, as a bench times it: fed by its inputs' names, no manifest needed.
+
+ONNX Runtime GenAI's model builder, ONNX Runtime's optimizer and Optimum name inputs as Transformers does. Each input
+gets the values that this export's input of that name gets, in the dtype that the graph takes. What has no values is
+refused by name, before anything is timed.
+
+A cache is two buffers, past and present, unless `genai_config.json` says that they may be one
+(`past_present_share_buffer`): then they are one, as that tool's own runtime has it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_export.artifact import MANIFEST, sha256_of
+from lora_export.bench.shapes import Shape, shape_text
+from lora_export.bench.workloads import size_of
+from lora_export.contract import LOGITS_TO_KEEP, SINGLE, CacheLayout, GraphContract, TensorSpec
+from lora_export.errors import InputRefused, some_of
+from lora_export.runtime.bank import Bank, RowAdapter
+from lora_export.runtime.described import declared_in
+from lora_export.runtime.session import open_session
+from lora_export.verdict import Subject
+
+GENAI_CONFIG, OTHER_TOOL = "genai_config.json", "other"
+# What a graph may do without, since it then takes what the values given here say: all real, at their own places.
+_IMPLIED = ("attention_mask", "position_ids", "token_type_ids")
+_PAST, _SHOWN = "past_key_values.", 6
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another tool's graph.
+
+    Attributes:
+        given: The folder or file as the user named it.
+        graph: Its ONNX file.
+        contract: What it takes and gives; sizes that it leaves open are this export's where these are fixed.
+        vocabulary: Tokens that it knows; None where nothing says.
+    """
+
+    given: Path
+    graph: Path
+    contract: GraphContract
+    vocabulary: int | None
+
+    @property
+    def graphs(self) -> Mapping[str, GraphContract]:
+        return {SINGLE: self.contract}
+
+    @property
+    def cache_sentence(self) -> str | None:
+        """How its cache is run; None where it has none."""
+        if not self.contract.past:
+            return None
+        if self.contract.cache_layout is CacheLayout.TOKENS:
+            return f"The other graph's past and present are one buffer, as its {GENAI_CONFIG} says."
+        return f"The other graph's past and present are two buffers: no {GENAI_CONFIG} says that they may be one."
+
+    def subject(self, task: str) -> Subject:
+        """The graph, in a report; `task` is that of the export that it is timed with."""
+        dtype = next((spec.dtype for spec in self.contract.outputs), "unknown")
+        files = sorted(path for path in self.graph.parent.glob(f"{self.graph.name}*") if path.is_file())
+        return Subject(
+            folder=str(self.given), kind=OTHER_TOOL, task=task, dtype=dtype, base="unknown", fused_for="unknown",
+            adapters=(), graph_sha256=sha256_of(self.graph), n_bytes={path.name: path.stat().st_size for path in files},
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PeerSession:
+    """A session of another tool's graph, which has no adapters: what `latency` needs of an `AdapterSession`."""
+
+    session: object
+    provider: str
+    contract: GraphContract
+    graph: str = SINGLE
+
+    @property
+    def bank(self) -> Bank:
+        return Bank(self.contract, self.provider, {}, ())
+
+    def bind_adapters(self, binding: object, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> None:
+        """There are none."""
+
+
+def open_peer(graph: Path, contract: GraphContract, provider: str) -> PeerSession:
+    """A session of the ONNX file `graph`, as those of exports are opened to be timed.
+
+    Raises:
+        EnvironmentUnusable: Its compute would not run on `provider`.
+    """
+    return PeerSession(open_session(graph, provider, stop_spinning=True), provider, contract)
+
+
+def is_export(path: Path) -> bool:
+    """Whether this tool wrote it: its manifest lies there."""
+    return (path / MANIFEST).is_file()
+
+
+def read_peer(path: Path, own: Mapping[str, GraphContract], shapes: Sequence[Shape]) -> Peer:
+    """The graph at `path`, a folder or an ONNX file.
+
+    Args:
+        own: The contracts of the export that it is timed with.
+        shapes: What both will run.
+
+    Raises:
+        InputRefused: There is no such graph or more than one, ONNX Runtime cannot open it, or an input has no values.
+    """
+    if SINGLE not in own:
+        raise InputRefused(
+            "An encoder-decoder is several graphs, and only another export of this tool tells how they go together",
+            where=str(path),
+            next_step=f"give a folder with {MANIFEST}",
+        )
+    graph = _graph_at(path)
+    config = _json_beside(graph, GENAI_CONFIG)
+    inputs, outputs = declared_in(graph)
+    known = {spec.name: spec for spec in own[SINGLE].inputs}
+    inputs = tuple(_with_sizes_of(spec, known.get(spec.name)) for spec in inputs)
+    contract = GraphContract(inputs, outputs)
+    if contract.past:
+        shares = bool(config.get("search", {}).get("past_present_share_buffer", False))
+        contract = replace(contract, cache_layout=CacheLayout.TOKENS if shares else CacheLayout.COLUMNS)
+    for spec in inputs:
+        _require_values(spec, known, shapes, where=f"{graph}: input {spec.name}")
+    _require_all(contract, own[SINGLE], shapes, where=str(graph))
+    vocabulary = config.get("model", {}).get("vocab_size") or _json_beside(graph, "config.json").get("vocab_size")
+    return Peer(path, graph, contract, vocabulary)
+
+
+def _graph_at(path: Path) -> Path:
+    if path.is_file():
+        return path
+    named = _json_beside(path / "model.onnx", GENAI_CONFIG).get("model", {}).get("decoder", {}).get("filename")
+    for name in (named, "model.onnx"):
+        if name and (path / name).is_file():
+            return path / name
+    found = sorted(path.glob("*.onnx"))
+    if len(found) == 1:
+        return found[0]
+    names = some_of([file.name for file in found], _SHOWN)
+    raise InputRefused(
+        "The folder holds no export, and " + ("more than one other graph" if found else "no other graph either"),
+        where=str(path),
+        expected=f"{MANIFEST}, model.onnx, or one file that ends in .onnx",
+        found=names if found else "none" if path.is_dir() else "no such folder",
+        next_step="name the .onnx file itself" if found else "give the folder that the other tool wrote",
+    )
+
+
+def _json_beside(graph: Path, name: str) -> dict:
+    path = graph.parent / name
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputRefused("The other graph's settings are no JSON", where=str(path), found=str(error)) from error
+    return found if isinstance(found, dict) else {}
+
+
+def _with_sizes_of(spec: TensorSpec, own: TensorSpec | None) -> TensorSpec:
+    """`spec` with the fixed sizes of this export's input of the name where it leaves them open."""
+    if own is None or len(own.dims) != len(spec.dims):
+        return spec
+    pairs = zip(spec.dims, own.dims, strict=True)
+    dims = tuple(its if isinstance(its, int) or not isinstance(ours, int) else ours for its, ours in pairs)
+    return replace(spec, dims=dims)
+
+
+def _require_values(spec: TensorSpec, known: Mapping[str, TensorSpec], shapes: Sequence[Shape], *, where: str) -> None:
+    taken = f"{spec.dtype} [{', '.join(str(dim) for dim in spec.dims)}]"
+    if spec.name not in known and spec.name not in (*_IMPLIED, LOGITS_TO_KEEP):
+        raise InputRefused(
+            "The other graph takes an input that this bench has no values for",
+            where=where,
+            expected=some_of(list(dict.fromkeys([*known, *_IMPLIED, LOGITS_TO_KEEP])), _SHOWN),
+            found=taken,
+            next_step="compare graphs of the same model and task, exported with the inputs' names of Transformers",
+        )
+    for shape in shapes:
+        size = size_of(spec, shape)
+        fits = len(size) == len(spec.dims) and all(
+            isinstance(n, int) and (not isinstance(dim, int) or dim == n)
+            for dim, n in zip(spec.dims, size, strict=True)
+        )
+        own = known.get(spec.name)
+        if not fits or (own is not None and size_of(own, shape) != size):
+            wanted = size if own is None else size_of(own, shape)
+            raise InputRefused(
+                f"The other graph does not take this input at {shape_text(shape)}",
+                where=where,
+                expected=f"[{', '.join(map(str, wanted))}]",
+                found=taken,
+                next_step="compare graphs of the same model, or name shapes that both take (--shape)",
+            )
+
+
+def _require_all(contract: GraphContract, own: GraphContract, shapes: Sequence[Shape], *, where: str) -> None:
+    """Refuse a graph that is not given what this export reads: it would compute something else."""
+    taken = {spec.name for spec in contract.inputs}
+    has_past = any(past for _, _, past in shapes) or bool(contract.past)
+    needed = [
+        spec.name for spec in own.inputs if spec.name not in _IMPLIED and (has_past or not spec.name.startswith(_PAST))
+    ]
+    missing = [name for name in needed if name not in taken]
+    if missing:
+        raise InputRefused(
+            "The other graph does not take an input that this export reads",
+            where=f"{where}: input {missing[0]}",
+            expected=some_of(needed, _SHOWN),
+            found=some_of(sorted(taken), _SHOWN),
+            next_step="compare graphs of the same model and task; one without a cache only at shapes without a past",
+        )
