@@ -1,14 +1,18 @@
 """Benchmark: our graphs beside those that others build for the same model, in one run.
 
-    python ci/benchmarks/peers.py decode encode export --work /tmp/peers --demo .demo --builder FOLDER
+    python ci/benchmarks/peers.py decode smollm2 encode export --work /tmp/peers --demo .demo --smollm2 FOLDER
+
+GenAI's model builder is that of .venv-genai (`ci/setup genai`), its `builder.py` run with this Python.
 
 decode  a random Llama shape (8 layers, 1024 wide, 16 query and 4 key heads): merged, dynamic with one adapter, and with
-        another in each row (r = 8, all linears), beside the graph of ONNX Runtime GenAI's model builder, whose
-        `builder.py` is in FOLDER. All run on one ONNX Runtime with one buffer for past and present.
+        another in each row (r = 8, all linears), beside the graph of ONNX Runtime GenAI's model builder. All run on one
+        ONNX Runtime with one buffer for past and present.
+smollm2 the same with SmolLM2-135M's weights, as `samples/smollm2.py` converts them to FOLDER.
 encode  MiniLM and the widths of BERT-base, DistilBERT and ViT-base (encoders.py): merged, and dynamic with an adapter
         of all linear modules, of queries and values, and another in each row, beside ONNX Runtime's own optimizer.
 export  the time and memory of an export of 8 and of 32 such layers, merged with an adapter, beside the builder's;
-        each a process of its own, ours without and with a cached graph.
+        each a process of its own, ours without and with a cached graph. Python's bytecode is kept between them, after
+        one run of each that is not counted.
 
 Only ratios of paired blocks are judged. "again" is a second session of the peer's graph: its interval is the noise.
 """
@@ -29,7 +33,7 @@ from encoders import ENCODERS, checkpoint, optimized, peer_run
 from encoders import exports as encoder_exports
 from gpu.peers import builder_command, decoder_run, write_builder_graph
 from gpu.timing import Candidate, Device, adapter_arrays, candidate_runs, race, ratio_lines
-from processes import run_measured
+from processes import run_measured, with_bytecode
 from random_models import LlamaShape, write_adapter, write_llama
 from readme_tables import write_into_readme
 from results import RESULTS, Target, heading, host_kind, provenance, table, target_table, write_json
@@ -41,10 +45,14 @@ from lora_export.runtime.session import open_session
 
 _LLAMA = LlamaShape(8, 1024, 2816, heads=16, kv_heads=4, head_dim=64, vocab=32000, dtype="float32")
 _DEEP = replace(_LLAMA, layers=32)
+_SMOLLM2 = LlamaShape(30, 576, 1536, heads=9, kv_heads=3, head_dim=64, vocab=49152, dtype="float32")
 _RANK = 8
 # Rows, new tokens, past.
 _DECODE = ((1, 1, 256), (8, 1, 256), (16, 1, 256), (1, 1, 1024), (8, 1, 1024), (16, 1, 1024), (1, 256, 0), (8, 128, 0))
+_SMOLLM2_DECODE = tuple(shape for shape in _DECODE if shape[0] <= 8)
 _MERGED, _ONE_ADAPTER, _ANOTHER_IN_EACH_ROW = 1.0, 1.05, 1.08
+_ONE_ADAPTER_OF_SMOLLM2 = 1.07
+_BUILDER = "lib/python*/site-packages/onnxruntime_genai/models"
 # Exports are timed this often, one after the other in turn.
 _ROUNDS = 3
 
@@ -57,11 +65,13 @@ class Given:
         work: For models and exports; what is there is reused.
         demo: What `ci/demo` made: MiniLM, and a tokenizer for the builder.
         builder: The folder of GenAI's builder.py.
+        smollm2: The base with SmolLM2's weights; None if it is not measured.
     """
 
     work: Path
     demo: Path
     builder: Path
+    smollm2: Path | None
     blocks: int
 
     @property
@@ -85,16 +95,42 @@ def _llama(given: Given, shape: LlamaShape) -> tuple[Path, Path]:
 
 
 def decode(given: Given) -> list[dict]:
-    base, adapter = _llama(given, _LLAMA)
-    peer = given.work / "builder"
+    return _decoded(given, _LLAMA, *_llama(given, _LLAMA), given.work, "decode", _DECODE)
+
+
+def smollm2(given: Given) -> list[dict]:
+    if given.smollm2 is None:
+        raise SystemExit("smollm2: --smollm2 FOLDER is missing (samples/smollm2.py writes it)")
+    work = given.work / "smollm2"
+    # A copy: the builder wants a tokenizer beside the weights, and gets the model's own.
+    base = Path(shutil.copytree(given.smollm2, work / "base", dirs_exist_ok=True))
+    linears = _SMOLLM2.linears()
+    adapter = write_adapter(
+        work / "all", linears, rank=_RANK, base=base, task_type="CAUSAL_LM", seed=1, fan_in_fan_out=False
+    )
+    own = replace(given, demo=work)
+    (work / "tiny-llama").mkdir(exist_ok=True)
+    return _decoded(own, _SMOLLM2, base, adapter, work, "SmolLM2-135M", _SMOLLM2_DECODE)
+
+
+def _decoded(
+    given: Given,
+    llama: LlamaShape,
+    base: Path,
+    adapter: Path,
+    work: Path,
+    name: str,
+    shapes: Sequence[tuple[int, int, int]],
+) -> list[dict]:
+    peer = work / "builder"
     if not (peer / "model.onnx").exists():
         write_builder_graph(base, given.tokenizer, peer, given.builder, "float32", "cpu")
-    folders = {mode: _exported(base, adapter, mode, given.work / mode) for mode in ("merge", "dynamic")}
+    folders = {mode: _exported(base, adapter, mode, work / mode) for mode in ("merge", "dynamic")}
     paths = {"peer": peer, "again": peer, "merged": folders["merge"], "dynamic": folders["dynamic"]}
     sessions = {name: open_session(path / "model.onnx", "cpu", stop_spinning=True) for name, path in paths.items()}
     contract = read_manifest(folders["dynamic"]).contract
     found = []
-    for shape in _DECODE:
+    for shape in shapes:
         rows, new, past = shape
         fed = {
             "peer": ("peer", None),
@@ -104,13 +140,13 @@ def decode(given: Given) -> list[dict]:
         }
         if rows > 1:
             fed["another in each row"] = ("dynamic", adapter_arrays(contract, rows, _RANK))
-        size = {"head_size": _LLAMA.head_dim, "slots": past + new}
+        size = {"head_size": llama.head_dim, "slots": past + new}
         device = Device("cpu")
         runs = {
-            name: decoder_run(sessions[session], device, shape, _LLAMA.vocab, adapters=adapters, **size)
-            for name, (session, adapters) in fed.items()
+            variant: decoder_run(sessions[session], device, shape, llama.vocab, adapters=adapters, **size)
+            for variant, (session, adapters) in fed.items()
         }
-        found.append(_raced(runs, f"decode, {rows} × {new} on {past}", given.blocks))
+        found.append(_raced(runs, f"{name}, {rows} × {new} on {past}", given.blocks))
     return found
 
 
@@ -164,12 +200,15 @@ def exports(given: Given) -> list[dict]:
         ours += ["--provider", "cpu"]
         theirs = builder_command(base, given.tokenizer, given.work / "built", given.builder, "float32", "cpu")
         samples: dict = {"builder": [], "cold": [], "cached": []}
-        environment = os.environ | {"LORA_EXPORT_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-        for _ in range(_ROUNDS):
+        offline = os.environ | {"LORA_EXPORT_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+        environment = with_bytecode(offline, given.work / "bytecode")
+        for number in range(-1, _ROUNDS):
             shutil.rmtree(cache, ignore_errors=True)
             shutil.rmtree(given.work / "built", ignore_errors=True)
             for name, command in (("builder", theirs), ("cold", ours), ("cached", ours)):
                 usage = run_measured(command, environment)
+                if number < 0:  # compiles what is imported
+                    continue
                 samples[name].append({"seconds": usage.seconds, "peak_bytes": usage.peak_bytes})
                 print(shape.layers, name, f"{usage.seconds:.1f} s, {usage.peak_bytes / 1e9:.2f} GB", flush=True)
         found.append({"layers": shape.layers, "samples": samples})
@@ -189,6 +228,8 @@ def race_targets(races: Sequence[dict]) -> list[Target]:
             if ratio["variant"] not in limits:
                 continue
             limit = limits[ratio["variant"]]
+            if each["name"].startswith("SmolLM2") and ratio["variant"] == "one adapter":
+                limit = _ONE_ADAPTER_OF_SMOLLM2
             verdict = "pass" if ratio["high"] <= limit else "fail" if ratio["low"] > limit else "ambiguous"
             detail = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
             found.append(Target(f"{each['name']}: {ratio['variant']} ÷ peer", ratio["median"], limit, detail, verdict))
@@ -213,7 +254,7 @@ def export_targets(found: Sequence[dict]) -> list[Target]:
 
 def peers_table(result: Mapping[str, dict]) -> str:
     """Where and on which commit each part was measured, and its targets."""
-    parts = [part for part in ("decode", "encode", "export") if part in result]
+    parts = [part for part in ("decode", "smollm2", "encode", "export") if part in result]
     where = [(part, heading(result[part]["environment"])) for part in parts]
     targets: list[Target] = []
     for part in parts:
@@ -224,19 +265,23 @@ def peers_table(result: Mapping[str, dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=("decode", "encode", "export"))
+    parser.add_argument("parts", nargs="+", choices=("decode", "smollm2", "encode", "export"))
     parser.add_argument("--work", type=Path, required=True, help="for models and exports; what is there is reused")
     parser.add_argument("--demo", type=Path, default=Path(".demo"))
-    parser.add_argument("--builder", type=Path, required=True, help="the folder of ONNX Runtime GenAI's builder.py")
+    parser.add_argument("--builder", type=Path, help="the folder of ONNX Runtime GenAI's builder.py [.venv-genai's]")
+    parser.add_argument("--smollm2", type=Path, help="SmolLM2-135M in float32, as samples/smollm2.py writes it")
     parser.add_argument("--blocks", type=int, default=12)
     arguments = parser.parse_args()
-    given = Given(arguments.work, arguments.demo, arguments.builder, arguments.blocks)
+    builder = arguments.builder or next(Path(".venv-genai").glob(_BUILDER), None)
+    if builder is None:
+        parser.error("there is no .venv-genai: run ci/setup genai, or name --builder FOLDER")
+    given = Given(arguments.work, arguments.demo, builder.resolve(), arguments.smollm2, arguments.blocks)
     given.work.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"peers-{host_kind()}.json"
     result: dict = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for part in arguments.parts:
         environment = provenance()
-        found = {"decode": decode, "encode": encode, "export": exports}[part](given)
+        found = {"decode": decode, "smollm2": smollm2, "encode": encode, "export": exports}[part](given)
         result[part] = {"environment": environment, "found": found}
         write_json(path, result)
     write_into_readme("peers", peers_table(result))
