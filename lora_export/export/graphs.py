@@ -244,11 +244,15 @@ def _reattached(model: ir.Model, resolved: Resolved) -> FinishedGraph:
 
 
 def refuse_changed_embedding(resolved: Resolved) -> None:
-    """Several modules of an encoder-decoder read the one embedding, and PEFT changes it in one of them only."""
+    """Several embeddings of an encoder-decoder are the one table, and PEFT changes it in one of them only.
+
+    A head tied to a single embedding is no such case: Whisper's goes with its decoder, as in a decoder alone.
+    """
+    aliases, model = resolved.parameters.aliases, resolved.model
     for adapter in resolved.adapters:
         changed = [path for path in adapter.replaced if path.removesuffix(".weight") not in adapter.replaced_modules]
         changed += [*adapter.token_rows, *(f"{module}.weight" for module in adapter.embeddings)]
-        shared = [path for path in changed if len(resolved.parameters.aliases.get(path, ())) > 1]
+        shared = [path for path in changed if sum(_is_embedding(model, alias) for alias in aliases.get(path, ())) > 1]
         if shared:
             raise InputRefused(
                 f"Adapter {adapter.name!r} changes an embedding that others of an encoder-decoder share",

@@ -17,6 +17,7 @@ FEW = {
     "BERT, features": ("lora", "rank_pattern", "modules_to_save"),
     "Mixtral": ("lora", "all linear"),
     "CLIP": ("lora",),
+    "Whisper": ("trainable_tokens",),  # of an embedding that only its head shares
 }
 BY_NAME = {option.name: option for option in OPTIONS}
 
