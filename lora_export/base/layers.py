@@ -42,6 +42,11 @@ def alike_layers(model: torch.nn.Module) -> Stack | None:
     return Stack(path, n_layers) if all(_is_alike(layers[1], 1, layers[i], i) for i in range(2, n_layers)) else None
 
 
+def is_deep(model: torch.nn.Module) -> bool:
+    """Whether a model has more layers than are traced where they are alike."""
+    return (getattr(model.config.get_text_config(), "num_hidden_layers", None) or 0) > N_TRACED
+
+
 def _is_alike(one: torch.nn.Module, at: int, other: torch.nn.Module, other_at: int) -> bool:
     if type(one) is not type(other) or one._modules.keys() != other._modules.keys():
         return False

@@ -13,7 +13,7 @@ import torch
 
 from lora_export.adapters.factors import Adapter
 from lora_export.artifact import versions
-from lora_export.base.layers import N_TRACED, Stack, alike_layers, shortened
+from lora_export.base.layers import N_TRACED, Stack, alike_layers, is_deep, shortened
 from lora_export.base.tasks import Task, graphs_of
 from lora_export.base.trace import sliding_windows, trace
 from lora_export.base.weightless import is_conv1d
@@ -173,7 +173,8 @@ def _build(
         stamped = stamp(model, stack, facts.small)
         if stamped is not None:
             return _described(stamped, stamped_inputs(inputs, stack))
-        remark("The base's layers do not trace alike, so the whole model is traced, which takes longer.")
+    if is_deep(resolved.model) and facts.graph == graphs_of(plan.task)[0]:
+        remark("The base's layers could not be copied from one another, so all are traced, which takes longer.")
     return _described(*_trace_and_fuse(plan, resolved, facts, use_cache=use_cache))
 
 

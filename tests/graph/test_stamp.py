@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import onnx_ir as ir
 import pytest
 import torch
 import transformers
+from architectures import CATALOGUE, make_base
 from peft import LoraConfig, get_peft_model
 
-from lora_export.base.layers import Stack, alike_layers, shortened
+from lora_export.base.layers import Stack, alike_layers, is_deep, shortened
 from lora_export.base.recipe import RECIPE
 from lora_export.base.tasks import Task
 from lora_export.base.weightless import build_weightless
@@ -27,6 +31,13 @@ BASES = {
     "bert": (BERT, None, ["query", "value", "dense"], "feature-extraction", "cpu"),
 }
 CLASSES = {"llama": "LlamaForCausalLM", "bert": "BertModel"}
+TRACED_WHOLE = "The base's layers could not be copied from one another, so all are traced, which takes longer."
+# Layers of two kinds; one layer that is run several times; several stacks; a layer that reads what the one before the
+# last gave, which of the traced layers the first is too near to the embedding for.
+WHOLE = ("ModernBERT", "Gemma 2", "Gemma 3", "ALBERT", "CLIP", "T5", "T5 1.1", "BART", "Whisper", "GPT-NeoX")
+# Of the kinds whose projections are fused in another way; all with `pytest --whole-matrix`.
+FEW = ("GPT-2",)
+_NUMBERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
 
 
 def computed(model: ir.Model) -> list[tuple]:
@@ -74,6 +85,12 @@ def test_a_stamped_graph_is_the_whole_models(name, tmp_path, monkeypatch):
     options = LoraConfig(r=2, target_modules=targets, task_type=task_type, init_lora_weights=False)
     get_peft_model(model, options).save_pretrained(tmp_path / "adapter")
     request = Request(str(tmp_path / "base"), ((str(tmp_path / "adapter"), "a"),), "dynamic", task, "float32", provider)
+    said, whole_said = require_same(request, tmp_path, monkeypatch)
+    assert (said, whole_said) == ([], [TRACED_WHOLE]), "the layers are copied"
+
+
+def require_same(request: Request, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
+    """The remarks of an export with copied layers and of one that traces all; both have the same graphs."""
     made, original = [], graphs._reattached
 
     def keep(model: ir.Model, resolved):
@@ -81,16 +98,57 @@ def test_a_stamped_graph_is_the_whole_models(name, tmp_path, monkeypatch):
         return original(model, resolved)
 
     monkeypatch.setattr(graphs, "_reattached", keep)
-    said: list[str] = []
-    stamped_out = export(request, ExportOptions(tmp_path / "stamped", use_cache=False), remark=said.append)
-    assert not [text for text in said if "trace alike" in text], "the layers are copied"
+    said, whole_said = [], []
+    stamped_out = export(request, ExportOptions(folder / "stamped", use_cache=False), remark=said.append)
     monkeypatch.setattr(graphs, "alike_layers", lambda model: None)
-    whole = export(request, ExportOptions(tmp_path / "whole", use_cache=False))
-    assert made[0] == made[1] and stamped_out.contract.inputs == whole.contract.inputs
-    assert [entry.name for entry in stamped_out.contract.adapter_inputs] == [
-        entry.name for entry in whole.contract.adapter_inputs
-    ]
-    assert stamped_out.contract.outputs == whole.contract.outputs
+    whole = export(request, ExportOptions(folder / "whole", use_cache=False), remark=whole_said.append)
+    n_graphs = len(whole.graphs)
+    assert len(made) == 2 * n_graphs and made[:n_graphs] == made[n_graphs:]
+    assert stamped_out.graphs.keys() == whole.graphs.keys()
+    for name, contract in whole.graphs.items():
+        found = stamped_out.graphs[name]
+        assert (found.inputs, found.outputs) == (contract.inputs, contract.outputs)
+        assert [each.name for each in found.adapter_inputs] == [each.name for each in contract.adapter_inputs]
+    return said, whole_said
+
+
+def deepened(fields: dict) -> dict:
+    """A config's `fields` with `N_LAYERS` layers."""
+    found = {name: deepened(value) if isinstance(value, dict) else value for name, value in fields.items()}
+    found |= {name: N_LAYERS for name in _NUMBERS if name in fields}
+    if "layer_types" in fields:
+        found["layer_types"] = list(fields["layer_types"]) * (N_LAYERS // len(fields["layer_types"]))
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "architecture" in metafunc.fixturenames:
+        metafunc.parametrize("architecture", CATALOGUE if metafunc.config.getoption("--whole-matrix") else FEW)
+
+
+def test_every_architecture_is_stamped_as_it_is_traced_or_says_that_it_is_not(architecture, tmp_path, monkeypatch):
+    """With one adapter on the architecture's usual targets; see ci/benchmarks/architectures.py."""
+    entry = CATALOGUE[architecture]
+    entry = replace(entry, fields=deepened(entry.fields))
+    base = make_base(entry, tmp_path / "base")
+    model = getattr(transformers, entry.auto).from_pretrained(base)
+    with torch.no_grad():  # norms and biases as they start are equal, and one is kept of equal constants
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1, 0.3)
+    model.save_pretrained(base)
+    options = LoraConfig(r=2, target_modules=entry.targets, task_type=entry.task_type, init_lora_weights=False)
+    get_peft_model(model, options).save_pretrained(tmp_path / "adapter")
+    request = Request(str(base), ((str(tmp_path / "adapter"), "a"),), "dynamic", entry.task, "float32", "cpu")
+    said, _ = require_same(request, tmp_path, monkeypatch)
+    assert [text for text in said if "traced" in text] == ([TRACED_WHOLE] if architecture in WHOLE else [])
+
+
+@pytest.mark.parametrize("kind", ["Gemma 2", "ModernBERT"])
+def test_layers_of_two_kinds_are_not_taken_for_alike(kind):
+    config = getattr(transformers, CATALOGUE[kind].config)(**deepened(CATALOGUE[kind].fields))
+    model = getattr(transformers, CATALOGUE[kind].auto).from_config(config)
+    assert alike_layers(model) is None and is_deep(model)
 
 
 def test_layers_that_differ_are_not_alike():
