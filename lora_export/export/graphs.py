@@ -197,10 +197,7 @@ def _trace_and_fuse(
     """Trace, untie, bind what is small, give adapter inputs, fuse."""
     key = cache_key(facts.traced_from | {"step": "trace"})
     with _refused(plan, "trace", "its trace"):
-        options = {
-            "named": plan.checkpoint.tokenizer_inputs,
-            "attention_operator": _has_attention_operator(plan),
-        }
+        options = {"named": plan.checkpoint.tokenizer_inputs, "attention_operator": _has_attention_operator(plan)}
         model = cached_graph(key, lambda: trace(plan.task, resolved.model, facts.graph, **options), use_cache=use_cache)
     is_only_graph = len(graphs_of(plan.task)) == 1
     for module, other_name in facts.untied.items():
