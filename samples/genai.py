@@ -10,10 +10,48 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import onnxruntime_genai as og
+from onnxruntime import AdapterFormat
+
+_DTYPES = {"float": "float32", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64"}
+_COMPANIONS = {"lora_A": ["lora_B"], "lora_B": ["lora_A"], "token_ids": ["token_delta"], "token_delta": ["token_ids"]}
+
+
+def refuse(what: str) -> NoReturn:
+    print(f"refused: {what}", file=sys.stderr)
+    sys.exit(3)  # as lora-export has it
+
+
+def require_adapter(folder: Path, file: str, contract: dict) -> None:
+    """Leave with the file and the tensor if an adapter does not fit: ONNX Runtime would write as the base does."""
+    try:
+        found = AdapterFormat.read_adapter(str(folder / file)).get_parameters()
+    except Exception as error:  # the package raises no other
+        refuse(f"{file} cannot be read: {error}")
+    entries = {entry["name"]: entry for entry in contract["adapter_inputs"]}
+    by_kind = {(entry["module"], entry["kind"]): name for name, entry in entries.items()}
+    sizes: dict[str, int] = {"rows": 1}
+    for name, value in found.items():
+        entry, dims, dtype = (
+            entries.get(name),
+            value.shape(),
+            _DTYPES.get(value.data_type().removeprefix("tensor(").rstrip(")")),
+        )
+        if entry is None:
+            refuse(f"{file} was made for another graph: {name} is no input")
+        fits = len(dims) == len(entry["dims"]) and dtype == entry["dtype"]
+        # A size that the contract names is the same wherever it is named: a pair's rank.
+        if not fits or any(have != (sizes.setdefault(want, have) if isinstance(want, str) else want)
+                           for want, have in zip(entry["dims"], dims, strict=True)):  # fmt: skip
+            refuse(f"{file} was made for another graph: {name} is {dtype} {dims}, not {entry['dtype']} {entry['dims']}")
+        for kind in _COMPANIONS.get(entry["kind"], ()):
+            if by_kind[entry["module"], kind] not in found:
+                refuse(f"{file} lacks a tensor: {by_kind[entry['module'], kind]}")
 
 
 def start_tokens(folder: Path) -> list[int]:
@@ -52,6 +90,8 @@ def main() -> None:
     manifest = json.loads((arguments.folder / "lora_export.json").read_text(encoding="utf-8"))
     if not (arguments.folder / "genai_config.json").is_file():
         parser.error(f"{arguments.folder} has no genai_config.json: export a decoder with optional inputs")
+    for record in manifest["adapters"]:
+        require_adapter(arguments.folder, record["file"], manifest["contract"])
     model = og.Model(str(arguments.folder))
     adapters = og.Adapters(model)
     for record in manifest["adapters"]:

@@ -93,6 +93,8 @@ export class ExportedFolder {
 }
 
 export function readManifest(text: string): Manifest;
+/** `path` of a manifest, refused where it leaves the folder. */
+export function withinFolder(path: string): string;
 /** The tensors of an `.onnx_adapter` file; `file` is what errors call it. */
 export function readAdapter(bytes: Uint8Array, file: string): Tensors;
 /** `feeds` as tensors of `ort`, an onnxruntime-web or onnxruntime-node. */

@@ -471,9 +471,7 @@ export async function openExport(read, { graph = null, verify = true } = {}) {
         folder.adapters.set(record.name, { tensors: {}, invocationTokens: null }); // it touches other graphs only
       continue;
     }
-    if (/^\/|\\|(^|\/)\.\.(\/|$)/.test(file))
-      throw new AdapterError("The manifest names a file outside its folder", { file: MANIFEST, found: file });
-    const bytes = await read(file);
+    const bytes = await read(withinFolder(file));
     if (verify && (await sha256(bytes)) !== manifest.files[file])
       throw new AdapterError(
         "An adapter file is not the one that was exported: its sha256 is another than the manifest's",
@@ -482,6 +480,13 @@ export async function openExport(read, { graph = null, verify = true } = {}) {
     folder.load(record.name, bytes, { file, invocationTokens: record.invocation_tokens });
   }
   return folder;
+}
+
+/** `path` of a manifest, refused where it leaves the folder. */
+export function withinFolder(path) {
+  if (/^\/|\\|(^|\/)\.\.(\/|$)/.test(path))
+    throw new AdapterError("The manifest names a file outside its folder", { file: MANIFEST, found: path });
+  return path;
 }
 
 async function sha256(bytes) {

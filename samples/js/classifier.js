@@ -3,10 +3,10 @@ import { toTensors } from "./adapters.js";
 import { batchOf } from "./texts.js";
 
 export class Classifier {
-  /** `ort` is an onnxruntime-web or -node, `folder` an `ExportedFolder`, `texts` from `openTokenizer`. */
-  constructor(ort, folder, session, texts) {
+  /** `ort` is an onnxruntime-web or -node, `folder` an `ExportedFolder`, `textsOf` from `openTokenizers`. */
+  constructor(ort, folder, session, textsOf) {
     folder.requireGraph(session);
-    Object.assign(this, { ort, folder, session, texts });
+    Object.assign(this, { ort, folder, session, textsOf });
   }
 
   /** The labels of an adapter, or of the base's own head, by class. */
@@ -18,9 +18,9 @@ export class Classifier {
   /** For each text, its labels and their probabilities, likeliest first; `adapters` has one entry for each text. */
   async classify(texts, adapters) {
     const { inputs } = batchOf(
-      texts.map((text) => this.texts.ids(text)),
+      texts.map((text, row) => this.textsOf(adapters[row]).ids(text)),
       this.folder.contract,
-      this.texts,
+      this.textsOf(null),
     );
     const feeds = this.folder.feeds(adapters, texts.length);
     const { logits } = await this.session.run(toTensors(this.ort, { ...inputs, ...feeds }), ["logits"]);

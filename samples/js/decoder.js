@@ -7,7 +7,8 @@ const PAST = "past_key_values.";
 /**
  * The greedy continuation of each prompt of token ids, without the prompt, up to and without an end token.
  *
- * `adapters` has an entry for each prompt; `onToken(row, id)` is told of each token as it comes.
+ * `adapters` has an entry for each prompt, `eosIds` a list of end tokens for each; `onToken(row, id)` is told of each
+ * token as it comes.
  */
 export async function generate(
   ort,
@@ -36,7 +37,7 @@ export async function generate(
     const results = await session.run({ ...feeds, ...cache }, outputs);
     const best = lastLikeliest(results.logits);
     best.forEach((id, row) => {
-      isOver[row] ||= eosIds.includes(id);
+      isOver[row] ||= !!eosIds[row]?.includes(id);
       if (isOver[row]) return;
       found[row].push(id);
       onToken?.(row, id);

@@ -1,18 +1,37 @@
 /** Texts as a graph's inputs, with a tokenizer of @huggingface/tokenizers; the same in Node.js and in a browser. */
+import { AdapterError, withinFolder } from "./adapters.js";
+
+// As `lora_export/runtime/tokenizer.py` has it.
+const VOCABULARIES = ["tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"];
 
 /**
- * A folder's tokenizer. `Tokenizer` is the class of @huggingface/tokenizers, `read` as `openExport` takes it, `folder` where an
- * adapter's own tokenizer lies: its `preprocessing` in the manifest.
+ * The tokenizers of an exported folder: the function that gives each adapter's, or the base's for null and for a blend.
+ *
+ * `Tokenizer` is the class of @huggingface/tokenizers, `read` as `openExport` takes it. An adapter's own lies where its
+ * `preprocessing` in the manifest says; a place without a vocabulary goes with the tokenizer of the export.
  */
-export async function openTokenizer(Tokenizer, read, folder = ".") {
-  const json = async (name) =>
-    JSON.parse(new TextDecoder().decode(await read(folder === "." ? name : `${folder}/${name}`)));
-  const [settings, config, model] = [
-    await json("tokenizer_config.json"),
-    await json("tokenizer.json"),
-    JSON.parse(new TextDecoder().decode(await read("config.json"))),
-  ];
-  return new Texts(new Tokenizer(config, settings), settings, model);
+export async function openTokenizers(Tokenizer, read, manifest) {
+  const json = async (name) => JSON.parse(new TextDecoder().decode(await read(name)));
+  const within = (place, name) => (place === "." ? name : withinFolder(`${place}/${name}`));
+  const model = await json("config.json"),
+    opened = new Map(),
+    byAdapter = new Map();
+  const open = async (place) => {
+    const has = (name) => within(place, name) in manifest.files;
+    const whole = VOCABULARIES.some(has) ? place : ".";
+    if (!(within(whole, "tokenizer.json") in manifest.files))
+      throw new AdapterError("The tokenizer has no tokenizer.json, which JavaScript needs", { file: whole });
+    const settings = await json(within(has("tokenizer_config.json") ? place : whole, "tokenizer_config.json"));
+    return new Texts(new Tokenizer(await json(within(whole, "tokenizer.json")), settings), settings, model);
+  };
+  for (const [name, place] of [[null, "."], ...manifest.adapters.map(({ name, preprocessing }) => [name, preprocessing ?? "."])]) {
+    if (!opened.has(place)) opened.set(place, await open(place));
+    byAdapter.set(name, opened.get(place));
+  }
+  return (adapter) => {
+    const names = adapter && typeof adapter === "object" ? Object.keys(adapter) : [adapter ?? null];
+    return byAdapter.get(names.length === 1 ? names[0] : null) ?? byAdapter.get(null);
+  };
 }
 
 class Texts {

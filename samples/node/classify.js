@@ -16,10 +16,10 @@ if (!texts.length) {
 }
 
 await run(async () => {
-  const { ort, folder, session, texts: tokenizer } = await openFolder(root);
+  const { ort, folder, session, textsOf } = await openFolder(root);
   const names = values.adapter ?? [...folder.adapters.keys()];
   const rows = texts.flatMap((text) => names.map((adapter) => ({ text, adapter })));
-  const classifier = new Classifier(ort, folder, session, tokenizer);
+  const classifier = new Classifier(ort, folder, session, textsOf);
   const found = await classifier.classify(
     rows.map(({ text }) => text),
     rows.map(({ adapter }) => adapter),

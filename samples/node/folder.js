@@ -4,7 +4,7 @@ import { join } from "node:path";
 import * as ort from "onnxruntime-node";
 import { Tokenizer } from "@huggingface/tokenizers";
 import { openExport } from "../js/adapters.js";
-import { openTokenizer } from "../js/texts.js";
+import { openTokenizers } from "../js/texts.js";
 
 /** Reads files of the folder at `root`, or parts of them. */
 export function reader(root) {
@@ -20,13 +20,13 @@ export function reader(root) {
   };
 }
 
-/** The folder at `root` with its session and its texts. */
+/** The folder at `root` with its session and its tokenizers. */
 export async function openFolder(root) {
   const read = reader(root);
   const folder = await openExport(read);
   const session = await ort.InferenceSession.create(join(root, "model.onnx"), { logSeverityLevel: 3 });
   folder.requireGraph(session);
-  return { ort, folder, session, texts: await openTokenizer(Tokenizer, read) };
+  return { ort, folder, session, textsOf: await openTokenizers(Tokenizer, read, folder.manifest) };
 }
 
 /** Run `main` and print what it refuses as one line: an exit code of 3, as `lora-export` has it. */

@@ -21,19 +21,18 @@ if (text === undefined || more.length || !Number.isInteger(maxNewTokens) || maxN
 }
 
 await run(async () => {
-  const { ort, folder, session, texts } = await openFolder(root);
+  const { ort, folder, session, textsOf } = await openFolder(root);
   const rows = values.adapter ?? [null, ...folder.adapters.keys()];
-  const { padId, eosId } = texts;
-  const eosIds = eosId === undefined ? [] : [eosId];
+  const eosIds = rows.map((adapter) => [textsOf(adapter).eosId].filter((id) => id !== undefined));
   const found = await generate(
     ort,
     folder,
     session,
-    rows.map(() => texts.promptIds(text)),
+    rows.map((adapter) => textsOf(adapter).promptIds(text)),
     rows,
-    { maxNewTokens, eosIds, padId },
+    { maxNewTokens, eosIds, padId: textsOf(null).padId },
   );
-  const results = rows.map((adapter, row) => ({ adapter, ids: found[row], text: texts.decode(found[row]) }));
+  const results = rows.map((adapter, row) => ({ adapter, ids: found[row], text: textsOf(adapter).decode(found[row]) }));
   if (values.json) console.log(JSON.stringify(results));
   else for (const each of results) console.log(`[${each.adapter ?? "base"}] ${text}${each.text}\n`);
 });

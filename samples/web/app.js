@@ -2,7 +2,7 @@
 import { Tokenizer } from "@huggingface/tokenizers";
 import { openExport } from "./js/adapters.js";
 import { Classifier } from "./js/classifier.js";
-import { openTokenizer } from "./js/texts.js";
+import { openTokenizers } from "./js/texts.js";
 import { openSession } from "./session.js";
 
 const EXAMPLES = [
@@ -41,13 +41,13 @@ async function open() {
   const parts = async (path, offset, length) =>
     path === "model.onnx.data" ? data.subarray(offset, offset + length) : read(path, offset, length);
   const folder = await openExport(parts);
-  const texts = await openTokenizer(Tokenizer, read);
+  const textsOf = await openTokenizers(Tokenizer, read, folder.manifest);
   const { ort, session, device } = await openSession(folder, await read("model.onnx"), data);
   const names = [...folder.adapters.keys()].join(", ");
   place("about").textContent =
     `A model of ${megabytes(data.length)} was loaded once. Every line is read by the adapter that you choose for it ` +
     `(${names}), all lines in one run. Nothing leaves this page.`;
-  return { folder, device, classifier: new Classifier(ort, folder, session, texts) };
+  return { folder, device, classifier: new Classifier(ort, folder, session, textsOf) };
 }
 
 function lineOf(text, adapter) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import peft
 import pytest
 import torch
 import transformers
+from faults import FAULTS, damage
 
+from lora_export.artifact import read_manifest
 from lora_export.export.plan import Request
 from lora_export.pipeline import ExportOptions, export
 from lora_export.quantization import Quantization
@@ -124,6 +127,28 @@ def test_the_sample_refuses_an_export_that_genai_cannot_run(exports):
     command = [PYTHON, ROOT / "samples" / "genai.py", exports["llama-kinds-required"], "5 9", "--ids"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and "has no genai_config.json" in done.stderr
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, None])
+def test_the_sample_refuses_an_adapter_file_that_does_not_fit_by_its_tensor(exports, tmp_path, fault):
+    folder = shutil.copytree(exports["llama-dynamic"], tmp_path / "out", copy_function=os.link)
+    record = read_manifest(folder).adapters[0]
+    file = folder / record.file
+    if fault is None:
+        whole = file.read_bytes()
+        file.unlink()
+        file.write_bytes(whole[: len(whole) // 2])
+        words, tensor = "cannot be read", record.file
+    else:
+        shutil.copy(file, tmp_path / "copy")
+        damage(tmp_path / "copy", fault)
+        file.unlink()
+        shutil.move(tmp_path / "copy", file)
+        words, tensor = (FAULTS[fault][0].removeprefix("The adapter "), FAULTS[fault][1])
+    command = [PYTHON, ROOT / "samples" / "genai.py", folder, "5 9", "--ids"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith(f"refused: {record.file} {words}") and tensor in done.stderr
 
 
 def test_a_quantized_export_generates_what_our_session_does(trained, tmp_path):

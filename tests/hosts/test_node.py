@@ -10,6 +10,7 @@ import pytest
 from catalogue import KINDS
 from javascript import SAMPLES, needs_node, node
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.generate import generate
@@ -118,9 +119,10 @@ def test_minilm_texts_become_the_tokens_that_python_makes(tmp_path):
         import {{ readFileSync }} from "node:fs";
         import {{ createRequire }} from "node:module";
         const {{ Tokenizer }} = createRequire("{SAMPLES}/package.json")("@huggingface/tokenizers");
-        import {{ openTokenizer }} from "{SAMPLES}/js/texts.js";
+        import {{ openTokenizers }} from "{SAMPLES}/js/texts.js";
         const read = async (name) => new Uint8Array(readFileSync(`{place}/${{name}}`));
-        const texts = await openTokenizer(Tokenizer, read);
+        const manifest = {{ adapters: [], files: {{ "tokenizer.json": "" }} }};
+        const texts = (await openTokenizers(Tokenizer, read, manifest))(null);
         const cut = texts.ids("word ".repeat(1000));
         console.log(JSON.stringify({{ ids: JSON.parse(readFileSync("{tmp_path}/texts.json")).map((t) => texts.ids(t)), cut }}));
     """)
@@ -133,6 +135,51 @@ def test_minilm_texts_become_the_tokens_that_python_makes(tmp_path):
         expected = tokenizer.encode(text).ids
         assert ids == (expected if len(expected) <= 512 else [*expected[:511], expected[-1]]), text
     assert (len(found["cut"]), found["cut"][0], found["cut"][-1]) == (512, 101, 102)
+
+
+def test_each_adapter_has_its_own_tokenizer_or_the_exports(tmp_path):
+    """A place with a vocabulary stands alone, one with settings only goes with the export's; one not for JavaScript is refused."""
+    words = {"own": ["up", "[UNK]"], ".": ["[UNK]", "up"]}
+    for place, vocabulary in words.items():
+        model = WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]")
+        (tmp_path / place).mkdir(exist_ok=True)
+        Tokenizer(model).save(str(tmp_path / place / "tokenizer.json"))
+    (tmp_path / "config.json").write_text("{}")
+    for place, end in ((".", "[UNK]"), ("own", "[UNK]"), ("settings", "up")):
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "vocab.txt").write_text("up")
+    places = {"plain": None, "own": "own", "settings": "settings"}
+
+    def found(places: dict[str, str | None]) -> str:
+        files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*") if path.suffix != ".mjs"]
+        manifest = {
+            "adapters": [{"name": name, "preprocessing": place} for name, place in places.items()],
+            "files": dict.fromkeys(files, ""),
+        }
+        script = tmp_path / "places.mjs"
+        script.write_text(f"""
+            import {{ readFileSync }} from "node:fs";
+            import {{ createRequire }} from "node:module";
+            const {{ Tokenizer }} = createRequire("{SAMPLES}/package.json")("@huggingface/tokenizers");
+            import {{ openTokenizers }} from "{SAMPLES}/js/texts.js";
+            const read = async (name) => new Uint8Array(readFileSync(`{tmp_path}/${{name}}`));
+            try {{
+              const textsOf = await openTokenizers(Tokenizer, read, {json.dumps(manifest)});
+              const rows = [null, "plain", "own", "settings", {{ own: 0.5 }}, {{ own: 0.5, plain: 0.5 }}];
+              console.log(JSON.stringify(rows.map((row) => [...textsOf(row).ids("up"), textsOf(row).eosId])));
+            }} catch (error) {{ console.log(`${{error.name}}: ${{error.message}}`); }}
+        """)
+        return node(script).strip()
+
+    own, plain = [0, 1], [1, 0]
+    assert json.loads(found(places)) == [plain, plain, own, [1, 1], own, plain]
+    assert (
+        found(places | {"old": "old"})
+        == "AdapterError: The tokenizer has no tokenizer.json, which JavaScript needs [old]"
+    )
+    assert "outside its folder" in found({"plain": "../own"})
 
 
 def test_versions_are_pinned_by_hash_and_no_host_is_named():
