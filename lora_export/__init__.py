@@ -26,6 +26,7 @@
     json_schema.py  whether a JSON value follows a schema of ours
     artifact.py     the exported folder's files and its manifest
     carried.py      what a host needs beside the graph: tokenizers, processors, licences
+    folders.py      folders that one process changes, exchanged at once
     staging.py      a folder that appears whole or not at all
     environment.py  where a result was obtained
     verdict.py      the values that the results of check and bench have in common

@@ -1,4 +1,4 @@
-"""An output folder appears whole or not at all: built beside its place and renamed into it."""
+"""An output folder appears whole or not at all: built beside its place and put there at once."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lora_export.artifact import MANIFEST
 from lora_export.errors import EnvironmentUnusable, InputRefused
+from lora_export.folders import alone_in, put_back, put_in_place
 
 
 def refuse_existing(out: Path, *, overwrite: bool, marker: str = MANIFEST) -> None:
@@ -39,7 +40,9 @@ def refuse_existing(out: Path, *, overwrite: bool, marker: str = MANIFEST) -> No
 
 @contextlib.contextmanager
 def staging(out: Path, *, overwrite: bool, n_bytes: int, marker: str = MANIFEST) -> Iterator[Path]:
-    """A folder beside `out` to build in, renamed to `out` on success and removed on failure.
+    """A folder beside `out` to build in, put in the place of `out` on success and removed on failure.
+
+    Its name is fixed: what a killed process left there goes before the next begins. Of a link, its target is replaced.
 
     Args:
         n_bytes: What the export will need, checked against the free disk first.
@@ -47,17 +50,19 @@ def staging(out: Path, *, overwrite: bool, n_bytes: int, marker: str = MANIFEST)
 
     Raises:
         InputRefused: `out` is in the way (see `refuse_existing`).
-        EnvironmentUnusable: The disk is too small, fills up, or cannot be written.
+        EnvironmentUnusable: Another process builds `out`, or the disk is too small, fills up, or cannot be written.
     """
-    refuse_existing(out, overwrite=overwrite, marker=marker)
-    token = uuid.uuid4().hex[:8]
-    stage = out.parent / f".{out.name}.{token}.partial"
+    place = Path(os.path.realpath(out))
+    stage, before = (place.parent / f".{place.name}.{kind}" for kind in ("partial", "old"))
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        require_disk(out.parent, n_bytes)
-        stage.mkdir()
-        yield stage
-        _publish(stage, out, token)
+        refuse_existing(place, overwrite=overwrite, marker=marker)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        require_disk(place.parent, n_bytes)
+        with alone_in(stage, out):
+            put_back(place, before)
+            refuse_existing(place, overwrite=overwrite, marker=marker)
+            yield stage
+            put_in_place(stage, place, before)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise EnvironmentUnusable(
@@ -68,8 +73,6 @@ def staging(out: Path, *, overwrite: bool, n_bytes: int, marker: str = MANIFEST)
                 "The output folder cannot be written", where=str(out), found=os.strerror(error.errno)
             ) from error
         raise
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> Path:
@@ -96,11 +99,3 @@ def require_disk(folder: Path, n_bytes: int) -> None:
             found=f"{free / 1e6:,.0f} MB free",
             next_step="free some space, or name a folder on another disk with -o",
         )
-
-
-def _publish(stage: Path, out: Path, token: str) -> None:
-    old = out.parent / f".{out.name}.{token}.old"
-    if out.exists():
-        out.rename(old)
-    stage.rename(out)
-    shutil.rmtree(old, ignore_errors=True)

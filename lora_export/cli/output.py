@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -199,7 +201,9 @@ def _system_error(error: OSError) -> EnvironmentUnusable:
 
 @contextlib.contextmanager
 def guarded(display: Display) -> Iterator[None]:
-    """Turn every error into one message and an exit code: exit 1 is left to gates."""
+    """Turn every error into one message and an exit code: exit 1 is left to gates. SIGTERM cleans up as Ctrl-C does."""
+    is_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    before = signal.signal(signal.SIGTERM, _terminated) if is_main else None
     try:
         yield
     except LoraExportError as error:
@@ -220,3 +224,9 @@ def guarded(display: Display) -> Iterator[None]:
         sys.exit(Defect.exit_code)
     finally:
         display.clear()
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, _frame: object) -> NoReturn:
+    raise SystemExit(128 + number)

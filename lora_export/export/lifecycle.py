@@ -1,12 +1,13 @@
 """Adapters of a dynamic export that come, are replaced and go, without exporting its graph again.
 
 New files are made in a folder of their own and put in place once all of them are there; the manifest is last. So an
-adapter that is refused leaves the export as it was.
+adapter that is refused leaves the export as it was. One process at a time changes an export.
 """
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +20,12 @@ from lora_export.export.contracts import require_described
 from lora_export.export.plan import Plan, Request, make_plan
 from lora_export.export.records import adapter_records, hashed_sources, hashes_of, require_gated
 from lora_export.export.resolve import resolve
+from lora_export.folders import held
 from lora_export.integrity.signature import sign, signer_with
 from lora_export.integrity.sources import SourceOverrides, locate_sources
 from lora_export.quantization import requested_of
+
+_MADE = ".add-"
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,21 @@ def add_to(
     progress: Callable[[str, int, int], None],
     remark: Callable[[str], None],
 ) -> Manifest:
-    """See `pipeline.add_adapter`."""
+    """See `pipeline.add_adapter`; of two at once, one waits."""
+    with held(folder):
+        return _add(folder, adapters, overrides, options, progress, remark)
+
+
+def _add(
+    folder: Path,
+    adapters: Sequence[tuple[str, str | None]],
+    overrides: SourceOverrides,
+    options: AddOptions,
+    progress: Callable[[str, int, int], None],
+    remark: Callable[[str], None],
+) -> Manifest:
+    for left in folder.glob(f"{_MADE}*"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     signer = signer_with(options.sign_key) if options.sign_key is not None else None
     manifest = _dynamic_manifest(folder, "A merged export holds one task and takes no more adapters")
     require_described(manifest, folder)
@@ -61,7 +79,7 @@ def add_to(
     for sentence in (*plan.remarks, *_staying(replaced)):
         remark(sentence)
     progress("reading adapters", 0, 1)
-    with hashed_sources(plan) as sources_when_hashed, tempfile.TemporaryDirectory(prefix=".add-", dir=folder) as made:
+    with hashed_sources(plan) as sources_when_hashed, tempfile.TemporaryDirectory(prefix=_MADE, dir=folder) as made:
         resolved = resolve(plan).quantized(manifest.quantization)
         for adapter in resolved.adapters:
             require_gated(adapter, manifest)
@@ -82,6 +100,11 @@ def add_to(
 
 def remove_from(folder: Path, names: Sequence[str], sign_key: Path | None, remark: Callable[[str], None]) -> Manifest:
     """See `pipeline.remove_adapters`."""
+    with held(folder):
+        return _remove(folder, names, sign_key, remark)
+
+
+def _remove(folder: Path, names: Sequence[str], sign_key: Path | None, remark: Callable[[str], None]) -> Manifest:
     signer = signer_with(sign_key) if sign_key is not None else None
     manifest = _dynamic_manifest(folder, "A merged export has its adapters in its weights, and none can be taken out")
     gone = [manifest.adapter(name) for name in dict.fromkeys(names)]

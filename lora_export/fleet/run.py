@@ -28,6 +28,7 @@ from lora_export.fleet.outcomes import AdapterOutcome, FleetReport, Outcome
 from lora_export.fleet.pool import Pool
 from lora_export.fleet.roster import read_roster
 from lora_export.fleet.sources import Opened, open_all
+from lora_export.folders import put_in_place
 from lora_export.runtime.session import choose_provider
 
 Progress = Callable[[str, int, int], None]
@@ -182,11 +183,7 @@ def _publish(graph: FleetGraph, out: Path, found: Sequence[tuple[AdapterOutcome,
     write_manifest(made, manifest)
     state.keep_graph(made, graph.facts)
     state.keep_outcomes(made, outcomes)
-    if out.exists():
-        out.rename(state.before(out))
-    made.rename(out)
-    if state.before(out).is_dir():
-        state.forget(out)
+    put_in_place(made, out, state.before(out))
     shutil.rmtree(work, ignore_errors=True)
     return manifest
 

@@ -1,0 +1,150 @@
+"""Folders that one process at a time changes, and that are exchanged at once."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+from lora_export.errors import EnvironmentUnusable
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+_NOT_KNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+
+
+def put_in_place(made: Path, place: Path, before: Path) -> None:
+    """Make `made` the folder at `place`, on the same disk, and remove what was there.
+
+    1. Where the system can exchange two names, `place` is the old folder or the new one at every moment.
+    2. Where it cannot, the old one lies at `before` for a moment: `put_back` mends what was killed then.
+    """
+    if not place.exists():
+        made.rename(place)
+        return
+    with held(place):
+        if _exchanged(made, place):
+            shutil.rmtree(made, ignore_errors=True)
+        else:
+            place.rename(before)
+            made.rename(place)
+            put_back(place, before)
+
+
+def put_back(place: Path, before: Path) -> None:
+    """What `put_in_place` left at `before` goes to `place` again if there is none, and away otherwise."""
+    if not before.is_dir() or before.is_symlink():
+        return
+    if place.exists():
+        shutil.rmtree(before, ignore_errors=True)
+    else:
+        before.rename(place)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Change what is in `folder` alone; wait while another process of this tool does, or puts another folder there."""
+    folder = Path(os.path.realpath(folder))
+    if not folder.is_dir():  # whoever reads it says what is wrong
+        yield
+        return
+    while True:
+        handle = _open(folder)
+        if handle is None or (_lock(handle, wait=True) and _is_at(handle, folder)):
+            break
+        os.close(handle)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, out: Path) -> Iterator[None]:
+    """`folder`, empty, to build `out` in. What a process that was killed left there is removed.
+
+    Raises:
+        EnvironmentUnusable: Another process is building there, or the folder is somebody else's.
+    """
+    while True:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        if (
+            folder.is_symlink()
+            or not folder.is_dir()
+            or (hasattr(os, "geteuid") and folder.stat().st_uid != os.geteuid())
+        ):
+            raise EnvironmentUnusable(
+                "The place to build in is taken",
+                where=str(folder),
+                next_step="remove it, or name another folder with -o",
+            )
+        handle = _open(folder)
+        if handle is None:
+            break
+        if not _lock(handle, wait=False):
+            os.close(handle)
+            raise EnvironmentUnusable(
+                "Another process is writing this folder",
+                where=str(out),
+                found=f"{folder} is locked",
+                next_step="wait for it, or name another folder with -o",
+            )
+        if _is_at(handle, folder):
+            break
+        os.close(handle)
+    try:
+        for left in folder.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        yield
+    finally:
+        if handle is None or _is_at(handle, folder):  # and not another's, begun since this one was put in its place
+            shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names at once; False where this system or disk cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    if renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NOT_KNOWN:
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _open(folder: Path) -> int | None:
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW) if fcntl else None
+
+
+def _lock(handle: int, *, wait: bool) -> bool:
+    """Whether the folder is this process's now; a disk without locks, such as some of a network, gives it to all."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _is_at(handle: int, folder: Path) -> bool:
+    """Whether what is open still has its name: another process may have put something else there."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(folder))
+    except FileNotFoundError:
+        return False
