@@ -40,13 +40,19 @@ def put_in_place(made: Path, place: Path, before: Path) -> None:
 
 
 def put_back(place: Path, before: Path) -> None:
-    """What `put_in_place` left at `before` goes to `place` again if there is none, and away otherwise."""
+    """What `put_in_place` left at `before` goes to `place` again if there is none, and away otherwise.
+
+    It is removed by another name, so that none is ever put back of which a part is gone.
+    """
     if not before.is_dir() or before.is_symlink():
         return
-    if place.exists():
-        shutil.rmtree(before, ignore_errors=True)
-    else:
+    if not place.exists():
         before.rename(place)
+        return
+    gone = before.with_name(f"{before.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    before.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -60,12 +66,11 @@ def held(folder: Path) -> Iterator[None]:
         handle = _open(folder)
         if handle is None or (_lock(handle, wait=True) and _is_at(handle, folder)):
             break
-        os.close(handle)
+        _close(handle)
     try:
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        _close(handle)
 
 
 @contextlib.contextmanager
@@ -92,7 +97,7 @@ def alone_in(folder: Path, out: Path) -> Iterator[None]:
         if handle is None:
             break
         if not _lock(handle, wait=False):
-            os.close(handle)
+            _close(handle)
             raise EnvironmentUnusable(
                 "Another process is writing this folder",
                 where=str(out),
@@ -101,7 +106,7 @@ def alone_in(folder: Path, out: Path) -> Iterator[None]:
             )
         if _is_at(handle, folder):
             break
-        os.close(handle)
+        _close(handle)
     try:
         for left in folder.iterdir():
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
@@ -109,8 +114,7 @@ def alone_in(folder: Path, out: Path) -> Iterator[None]:
     finally:
         if handle is None or _is_at(handle, folder):  # and not another's, begun since this one was put in its place
             shutil.rmtree(folder, ignore_errors=True)
-        if handle is not None:
-            os.close(handle)
+        _close(handle)
 
 
 def _exchanged(one: Path, other: Path) -> bool:
@@ -129,6 +133,11 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 def _open(folder: Path) -> int | None:
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW) if fcntl else None
+
+
+def _close(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
 
 
 def _lock(handle: int, *, wait: bool) -> bool:

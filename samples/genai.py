@@ -19,7 +19,13 @@ import onnxruntime_genai as og
 from onnxruntime import AdapterFormat
 
 _DTYPES = {"float": "float32", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64"}
-_COMPANIONS = {"lora_A": ["lora_B"], "lora_B": ["lora_A"], "token_ids": ["token_delta"], "token_delta": ["token_ids"]}
+_COMPANIONS = {
+    "lora_A": ["lora_B"],
+    "lora_B": ["lora_A"],
+    "token_ids": ["token_delta"],
+    "token_delta": ["token_ids"],
+    "weight": ["bias"],
+}
 
 
 def refuse(what: str) -> NoReturn:
@@ -50,8 +56,9 @@ def require_adapter(folder: Path, file: str, contract: dict) -> None:
                            for want, have in zip(entry["dims"], dims, strict=True)):  # fmt: skip
             refuse(f"{file} was made for another graph: {name} is {dtype} {dims}, not {entry['dtype']} {entry['dims']}")
         for kind in _COMPANIONS.get(entry["kind"], ()):
-            if by_kind[entry["module"], kind] not in found:
-                refuse(f"{file} lacks a tensor: {by_kind[entry['module'], kind]}")
+            needed = by_kind.get((entry["module"], kind))
+            if needed is not None and needed not in found:
+                refuse(f"{file} lacks a tensor: {needed}")
 
 
 def start_tokens(folder: Path) -> list[int]:

@@ -28,7 +28,7 @@ from lora_export.verdict import Subject
 GENAI_CONFIG, OTHER_TOOL = "genai_config.json", "other"
 # What a graph may do without, since it then takes what the values given here say: all real, at their own places.
 _IMPLIED = ("attention_mask", "position_ids", "token_type_ids")
-_PAST, _SHOWN = "past_key_values.", 6
+_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -205,9 +205,8 @@ def _require_all(contract: GraphContract, own: GraphContract, shapes: Sequence[S
     """Refuse a graph that is not given what this export reads: it would compute something else."""
     taken = {spec.name for spec in contract.inputs}
     has_past = any(past for _, _, past in shapes) or bool(contract.past)
-    needed = [
-        spec.name for spec in own.inputs if spec.name not in _IMPLIED and (has_past or not spec.name.startswith(_PAST))
-    ]
+    unneeded = () if has_past else own.past
+    needed = [spec.name for spec in own.inputs if spec.name not in _IMPLIED and spec not in unneeded]
     missing = [name for name in needed if name not in taken]
     if missing:
         raise InputRefused(

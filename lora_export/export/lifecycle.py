@@ -20,7 +20,6 @@ from lora_export.export.contracts import require_described
 from lora_export.export.plan import Plan, Request, make_plan
 from lora_export.export.records import adapter_records, hashed_sources, hashes_of, require_gated
 from lora_export.export.resolve import resolve
-from lora_export.folders import held
 from lora_export.integrity.signature import sign, signer_with
 from lora_export.integrity.sources import SourceOverrides, locate_sources
 from lora_export.quantization import requested_of
@@ -52,19 +51,7 @@ def add_to(
     progress: Callable[[str, int, int], None],
     remark: Callable[[str], None],
 ) -> Manifest:
-    """See `pipeline.add_adapter`; of two at once, one waits."""
-    with held(folder):
-        return _add(folder, adapters, overrides, options, progress, remark)
-
-
-def _add(
-    folder: Path,
-    adapters: Sequence[tuple[str, str | None]],
-    overrides: SourceOverrides,
-    options: AddOptions,
-    progress: Callable[[str, int, int], None],
-    remark: Callable[[str], None],
-) -> Manifest:
+    """See `pipeline.add_adapter`, which holds the folder."""
     for left in folder.glob(f"{_MADE}*"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     signer = signer_with(options.sign_key) if options.sign_key is not None else None
@@ -99,12 +86,7 @@ def _add(
 
 
 def remove_from(folder: Path, names: Sequence[str], sign_key: Path | None, remark: Callable[[str], None]) -> Manifest:
-    """See `pipeline.remove_adapters`."""
-    with held(folder):
-        return _remove(folder, names, sign_key, remark)
-
-
-def _remove(folder: Path, names: Sequence[str], sign_key: Path | None, remark: Callable[[str], None]) -> Manifest:
+    """See `pipeline.remove_adapters`, which holds the folder."""
     signer = signer_with(sign_key) if sign_key is not None else None
     manifest = _dynamic_manifest(folder, "A merged export has its adapters in its weights, and none can be taken out")
     gone = [manifest.adapter(name) for name in dict.fromkeys(names)]

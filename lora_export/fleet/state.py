@@ -12,13 +12,13 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lora_export.artifact import REPORTS
 from lora_export.errors import EnvironmentUnusable
 from lora_export.fleet.outcomes import AdapterOutcome
+from lora_export.folders import put_back
 from lora_export.staging import write_whole
 
 _KEPT = "fleet"
@@ -37,20 +37,7 @@ def before(out: Path) -> Path:
 
 def take_up(out: Path) -> None:
     """Put back the fleet of a run that was stopped in that moment; of one that was stopped later, forget it."""
-    if not before(out).is_dir():
-        return
-    if out.exists():
-        forget(out)
-    else:
-        before(out).rename(out)
-
-
-def forget(out: Path) -> None:
-    """Remove the fleet that was replaced: by another name, so that none is put back of which a part is gone."""
-    gone = before(out).with_name("gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    before(out).rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    put_back(out, before(out))
 
 
 @contextlib.contextmanager

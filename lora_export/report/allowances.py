@@ -175,7 +175,11 @@ def bench_summary(report: BenchReport) -> str:
         measured = fmt.counted(len(report.workloads), "workload")
         return f"Nothing has an allowance; the figures for {measured} are for information."
     worst = max(figures, key=lambda figure: math.inf if math.isnan(figure.used) else figure.used)
-    nearest = f"“{fmt.plain(worst.name)}” takes the most of its allowance, {_percent(worst.used)}"
+    nearest = f"“{fmt.plain(worst.name)}” "
+    if math.isnan(worst.used):
+        nearest += "has no figure to hold against its allowance"
+    else:
+        nearest += f"takes the most of its allowance, {_percent(worst.used)}"
     of = fmt.counted(len(figures), "gated figure")
     if report.verdict is Verdict.PASS:
         who = "The only gated figure is" if len(figures) == 1 else f"All {of} are"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from javascript import SAMPLES, needs_node, node
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from lora_export.runtime import tokenizer
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.generate import generate
 from lora_export.trial import run_trial
@@ -127,12 +129,12 @@ def test_minilm_texts_become_the_tokens_that_python_makes(tmp_path):
         console.log(JSON.stringify({{ ids: JSON.parse(readFileSync("{tmp_path}/texts.json")).map((t) => texts.ids(t)), cut }}));
     """)
     found = json.loads(node(script))
-    tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    reference = Tokenizer.from_file(str(place / "tokenizer.json"))
+    reference.no_padding()
+    reference.no_truncation()
     assert len(texts) > 300
     for text, ids in zip(texts, found["ids"], strict=True):
-        expected = tokenizer.encode(text).ids
+        expected = reference.encode(text).ids
         assert ids == (expected if len(expected) <= 512 else [*expected[:511], expected[-1]]), text
     assert (len(found["cut"]), found["cut"][0], found["cut"][-1]) == (512, 101, 102)
 
@@ -180,6 +182,8 @@ def test_each_adapter_has_its_own_tokenizer_or_the_exports(tmp_path):
         == "AdapterError: The tokenizer has no tokenizer.json, which JavaScript needs [old]"
     )
     assert "outside its folder" in found({"plain": "../own"})
+    listed = re.search(r"const VOCABULARIES = \[([^\]]*)\]", (SAMPLES / "js" / "texts.js").read_text())[1]
+    assert tuple(re.findall(r'"([^"]+)"', listed)) == (tokenizer._TOKENIZER, *tokenizer._VOCABULARIES)
 
 
 def test_versions_are_pinned_by_hash_and_no_host_is_named():

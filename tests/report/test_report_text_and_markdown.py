@@ -140,6 +140,10 @@ def test_every_kind_of_gate_is_named_where_it_fails(compared_bench: BenchReport)
     text = " ".join(render_bench_text(compared_bench).split())
     assert text.startswith("✕ FAIL: Latency, adapter swap, memory and difference exceed the allowance")
     assert "Of 7 gated figures, 5 are above the allowance and 1 is undecided" in text
+    assert "“pooled − against, 8 × 128 tokens” has no figure to hold against its allowance" in text
+    known = replace(compared_bench, differences=())
+    text_of_known = " ".join(render_bench_text(known).split())
+    assert "“adapter held by the session” takes the most of its allowance, 123%" in text_of_known
     assert "dynamic ÷ against, 8 × 128 tokens: fail" in text
     assert (
         "The median is 12.3 µs; its 75.0% interval is 12.0 µs to 13.1 µs, wholly above the allowance of 10.0 µs."
