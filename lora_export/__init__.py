@@ -28,6 +28,7 @@
     carried.py      what a host needs beside the graph: tokenizers, processors, licences
     folders.py      folders that one process changes, exchanged at once
     staging.py      a folder that appears whole or not at all
+    changing.py     a change of some of an export's files, at once or not at all
     environment.py  where a result was obtained
     verdict.py      the values that the results of check and bench have in common
     compat.py       every private or patched symbol of another library

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,12 +33,17 @@ def put_in_place(made: Path, place: Path, before: Path) -> None:
         made.rename(place)
         return
     with held(place):
-        if _exchanged(made, place):
-            shutil.rmtree(made, ignore_errors=True)
-        else:
-            place.rename(before)
-            made.rename(place)
-            put_back(place, before)
+        swap(made, place, before)
+
+
+def swap(made: Path, place: Path, before: Path) -> None:
+    """`put_in_place` for whoever holds `place`."""
+    if _exchanged(made, place):
+        shutil.rmtree(made, ignore_errors=True)
+    else:
+        place.rename(before)
+        made.rename(place)
+        put_back(place, before)
 
 
 def put_back(place: Path, before: Path) -> None:
@@ -74,7 +81,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, out: Path) -> Iterator[None]:
+def alone_in(folder: Path, out: Path) -> Iterator[Path]:
     """`folder`, empty, to build `out` in. What a process that was killed left there is removed.
 
     Raises:
@@ -110,11 +117,59 @@ def alone_in(folder: Path, out: Path) -> Iterator[None]:
     try:
         for left in folder.iterdir():
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-        yield
+        yield folder
     finally:
         if handle is None or _is_at(handle, folder):  # and not another's, begun since this one was put in its place
             shutil.rmtree(folder, ignore_errors=True)
         _close(handle)
+
+
+@contextlib.contextmanager
+def own_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in `parent`, removed at the end; those with this prefix that a killed process left go first."""
+    for left in parent.glob(f"{glob.escape(prefix)}*"):
+        _remove_if_left(left)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        handle = None
+        with contextlib.suppress(FileNotFoundError):  # another process may take it for one that was left
+            handle = _open(folder)
+            if handle is None or (_lock(handle, wait=False) and _is_at(handle, folder)):
+                break
+        _close(handle)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _close(handle)
+
+
+def link(file: Path, place: Path) -> None:
+    """`place` as another name of `file`, or as a copy where the file system has no such names."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, place, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(file, place, follow_symlinks=False)
+
+
+def can_lock() -> bool:
+    """Whether this system tells a folder in use from one that was left."""
+    return fcntl is not None
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove a folder of this user's that no process has locked."""
+    with contextlib.suppress(OSError):
+        handle = _open(folder)
+        if handle is None:
+            return
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # also fails where there are no locks
+            if os.fstat(handle).st_uid == os.geteuid():
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            _close(handle)
 
 
 def _exchanged(one: Path, other: Path) -> bool:

@@ -21,6 +21,7 @@ from lora_export.bench.plan import BASE, MERGED, BenchOptions, BenchPlan, foldab
 from lora_export.bench.results import BenchReport
 from lora_export.bench.run import Bench, run_measurements
 from lora_export.carried import copy_carried
+from lora_export.changing import changing
 from lora_export.check.context import CheckOptions
 from lora_export.check.opened import opened_check
 from lora_export.check.results import CheckReport
@@ -41,7 +42,6 @@ from lora_export.extract.run import ExtractRequest, run_extract
 from lora_export.fleet.options import FleetOptions
 from lora_export.fleet.outcomes import FleetReport
 from lora_export.fleet.run import run_fleet
-from lora_export.folders import held
 from lora_export.graph.bind import write_graphs
 from lora_export.integrity.signature import sign, signer_with
 from lora_export.integrity.sources import SourceOverrides, locate_sources
@@ -162,8 +162,8 @@ def add_adapter(
         InputRefused: The export is merged, the base is not the one it was made from, an adapter's name is taken, or
             an adapter needs a module that the graph has no inputs for. The export is as it was.
     """
-    with held(folder):
-        return add_to(folder, adapters, overrides, options, progress, remark)
+    with changing(folder) as change:
+        return add_to(change, adapters, overrides, options, progress, remark)
 
 
 def remove_adapters(
@@ -178,8 +178,8 @@ def remove_adapters(
         InputRefused: The export is merged.
         UsageProblem: It has no such adapter; nothing was removed.
     """
-    with held(folder):
-        return remove_from(folder, names, sign_key, remark)
+    with changing(folder) as change:
+        return remove_from(change, names, sign_key, remark)
 
 
 def check(

@@ -17,6 +17,6 @@
     genai.py       genai_config.json
     describe.py    inspect and --dry-run, as values
 
-Imports adapters, agreement, artifact, base, carried, compat, contract, errors, graph, integrity, quantization,
-runtime, staging.
+Imports adapters, agreement, artifact, base, carried, changing, compat, contract, errors, graph, integrity,
+quantization, runtime, staging.
 """

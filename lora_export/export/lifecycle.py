@@ -1,20 +1,20 @@
 """Adapters of a dynamic export that come, are replaced and go, without exporting its graph again.
 
-New files are made in a folder of their own and put in place once all of them are there; the manifest is last. So an
-adapter that is refused leaves the export as it was. One process at a time changes an export.
+All that is new is made in a folder of its own, and the export changes at once (`changing`). So an adapter that is
+refused leaves the export as it was. One process at a time changes an export.
 """
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lora_export.artifact import ADAPTERS, SIGNATURE, AdapterRecord, ExportKind, Manifest, read_manifest, write_manifest
+from lora_export.artifact import ADAPTERS, AdapterRecord, ExportKind, Manifest, read_manifest, write_manifest
 from lora_export.carried import copy_carried, licensed_adapter
+from lora_export.changing import Change
 from lora_export.errors import InputRefused
 from lora_export.export.contracts import require_described
 from lora_export.export.plan import Plan, Request, make_plan
@@ -24,7 +24,8 @@ from lora_export.integrity.signature import sign, signer_with
 from lora_export.integrity.sources import SourceOverrides, locate_sources
 from lora_export.quantization import requested_of
 
-_MADE = ".add-"
+if TYPE_CHECKING:
+    from model_signing import signing
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class AddOptions:
 
 
 def add_to(
-    folder: Path,
+    change: Change,
     adapters: Sequence[tuple[str, str | None]],
     overrides: SourceOverrides,
     options: AddOptions,
@@ -52,8 +53,7 @@ def add_to(
     remark: Callable[[str], None],
 ) -> Manifest:
     """See `pipeline.add_adapter`, which holds the folder."""
-    for left in folder.glob(f"{_MADE}*"):  # of a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    folder = change.place
     signer = signer_with(options.sign_key) if options.sign_key is not None else None
     manifest = _dynamic_manifest(folder, "A merged export holds one task and takes no more adapters")
     require_described(manifest, folder)
@@ -66,37 +66,31 @@ def add_to(
     for sentence in (*plan.remarks, *_staying(replaced)):
         remark(sentence)
     progress("reading adapters", 0, 1)
-    with hashed_sources(plan) as sources_when_hashed, tempfile.TemporaryDirectory(prefix=_MADE, dir=folder) as made:
+    with hashed_sources(plan) as sources_when_hashed:
         resolved = resolve(plan).quantized(manifest.quantization)
         for adapter in resolved.adapters:
             require_gated(adapter, manifest)
-        records = adapter_records(plan, resolved, sources_when_hashed(), manifest.graphs, Path(made))
-        files = hashes_of(records, Path(made)) | copy_carried(plan.carried, Path(made))
-        for file in files:
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (Path(made) / file).replace(folder / file)
+        records = adapter_records(plan, resolved, sources_when_hashed(), manifest.graphs, change.made)
+        files = hashes_of(records, change.made) | copy_carried(plan.carried, change.made)
     kept = files_without(manifest, replaced)
     by_name = {record.name: record for record in records}
     in_place = tuple(by_name.pop(record.name, record) for record in manifest.adapters)
     changed = replace(manifest, adapters=(*in_place, *by_name.values()), files=dict(sorted((kept | files).items())))
-    _publish(folder, manifest, changed)
-    if signer is not None:
-        sign(folder, signer)
+    _publish(change, manifest, changed, signer)
     return changed
 
 
-def remove_from(folder: Path, names: Sequence[str], sign_key: Path | None, remark: Callable[[str], None]) -> Manifest:
+def remove_from(change: Change, names: Sequence[str], sign_key: Path | None, remark: Callable[[str], None]) -> Manifest:
     """See `pipeline.remove_adapters`, which holds the folder."""
     signer = signer_with(sign_key) if sign_key is not None else None
-    manifest = _dynamic_manifest(folder, "A merged export has its adapters in its weights, and none can be taken out")
+    what = "A merged export has its adapters in its weights, and none can be taken out"
+    manifest = _dynamic_manifest(change.place, what)
     gone = [manifest.adapter(name) for name in dict.fromkeys(names)]
     for sentence in _staying(gone):
         remark(sentence)
     left = tuple(record for record in manifest.adapters if record not in gone)
     changed = replace(manifest, adapters=left, files=files_without(manifest, gone))
-    _publish(folder, manifest, changed)
-    if signer is not None:
-        sign(folder, signer)
+    _publish(change, manifest, changed, signer)
     return changed
 
 
@@ -140,12 +134,7 @@ def files_without(manifest: Manifest, gone: Sequence[AdapterRecord]) -> dict[str
     }
 
 
-def _publish(folder: Path, before: Manifest, after: Manifest) -> None:
-    """Write the manifest, then remove the files that it no longer names; a signature speaks of the folder as it was."""
-    (folder / SIGNATURE).unlink(missing_ok=True)
-    write_manifest(folder, after)
-    for file in before.files.keys() - after.files.keys():
-        (folder / file).unlink(missing_ok=True)
-    for record in before.adapters:
-        with contextlib.suppress(OSError):  # not there, or not empty
-            (folder / ADAPTERS / record.name).rmdir()
+def _publish(change: Change, before: Manifest, after: Manifest, signer: signing.Config | None) -> None:
+    write_manifest(change.made, after)
+    change.gone.update(before.files.keys() - after.files.keys())
+    change.publish(partial(sign, signer=signer) if signer is not None else lambda folder: None)

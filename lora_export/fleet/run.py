@@ -9,7 +9,6 @@ found of unchanged adapters is kept while the graph is the same.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from lora_export.fleet.outcomes import AdapterOutcome, FleetReport, Outcome
 from lora_export.fleet.pool import Pool
 from lora_export.fleet.roster import read_roster
 from lora_export.fleet.sources import Opened, open_all
-from lora_export.folders import put_in_place
+from lora_export.folders import link, put_in_place
 from lora_export.runtime.session import choose_provider
 
 Progress = Callable[[str, int, int], None]
@@ -173,10 +172,10 @@ def _publish(graph: FleetGraph, out: Path, found: Sequence[tuple[AdapterOutcome,
     if (out / REPORTS).is_dir():
         shutil.copytree(out / REPORTS, made / REPORTS)
     for name in files:
-        _link(graph.source / name, made / name)
+        link(graph.source / name, made / name)
     for outcome, folder in served:
         for name in outcome.files:
-            _link(folder / name, made / name)
+            link(folder / name, made / name)
         files |= outcome.files
     records = tuple(record_from(outcome.record) for outcome, _ in served)
     manifest = replace(graph.manifest, adapters=records, files=dict(sorted(files.items())))
@@ -186,12 +185,3 @@ def _publish(graph: FleetGraph, out: Path, found: Sequence[tuple[AdapterOutcome,
     put_in_place(made, out, state.before(out))
     shutil.rmtree(work, ignore_errors=True)
     return manifest
-
-
-def _link(file: Path, place: Path) -> None:
-    """`place` as another name of `file`, or as a copy where the file system has no such names."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(file, place)
-    except OSError:
-        shutil.copy2(file, place)
