@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
@@ -92,6 +94,7 @@ def some_of(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+_OF_THE_SYSTEM = re.compile(r"unable to .*file <(?P<file>[^>]*)>.*\((?P<torch>\d+)\)$|\(os error (?P<rust>\d+)\)")
 # What code raises that is called in a way it does not know: a library has changed, or an input has led there.
 _OF_CODE = (TypeError, AttributeError, NameError, ImportError, NotImplementedError)
 _PACKAGE = str(Path(__file__).parent)
@@ -113,6 +116,8 @@ def refused_if_it_fails(what: str, *, where: str | Callable[[], str], next_step:
     except (LoraExportError, MemoryError):
         raise
     except Exception as error:
+        if (of_system := of_the_system(error)) is not None:
+            raise of_system from error
         if "allocate memory" in str(error):
             raise MemoryError(str(error)) from error
         is_of_the_system = isinstance(error, OSError) and error.errno is not None
@@ -122,6 +127,18 @@ def refused_if_it_fails(what: str, *, where: str | Callable[[], str], next_step:
             next_step += f"; if an earlier release of {_versions()} did it, report that: {issue_tracker()}"
         where = where if isinstance(where, str) else where()
         raise InputRefused(what, where=where, found=told(error), next_step=next_step) from error
+
+
+def of_the_system(error: BaseException) -> OSError | None:
+    """The system's error that a library tells in words.
+
+    torch: "unable to open file <…> in read-only mode: Too many open files (24)"; safetensors: "I/O error: No space left
+    on device (os error 28)".
+    """
+    if isinstance(error, OSError) or (found := _OF_THE_SYSTEM.search(str(error))) is None:
+        return None
+    number = int(found["torch"] or found["rust"])
+    return OSError(number, os.strerror(number), found["file"])
 
 
 def told(error: BaseException, n_characters: int = 400) -> str:

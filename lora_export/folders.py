@@ -39,7 +39,7 @@ def put_in_place(made: Path, place: Path, before: Path) -> None:
 def swap(made: Path, place: Path, before: Path) -> None:
     """`put_in_place` for whoever holds `place`."""
     if _exchanged(made, place):
-        shutil.rmtree(made, ignore_errors=True)
+        remove(made)
     else:
         place.rename(before)
         made.rename(place)
@@ -57,9 +57,9 @@ def put_back(place: Path, before: Path) -> None:
         before.rename(place)
         return
     gone = before.with_name(f"{before.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
+    remove(gone)
     before.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    remove(gone)
 
 
 @contextlib.contextmanager
@@ -120,7 +120,7 @@ def alone_in(folder: Path, out: Path) -> Iterator[Path]:
         yield folder
     finally:
         if handle is None or _is_at(handle, folder):  # and not another's, begun since this one was put in its place
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         _close(handle)
 
 
@@ -140,8 +140,21 @@ def own_folder(parent: Path, prefix: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         _close(handle)
+
+
+def own_temporary_folder() -> contextlib.AbstractContextManager[Path]:
+    """The same where the system keeps temporary files."""
+    return own_folder(Path(tempfile.gettempdir()), ".lora-export-")
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder as far as that can be done; where too many files were open, the second try may do it."""
+    for _ in range(2):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.lexists(folder):
+            return
 
 
 def link(file: Path, place: Path) -> None:
@@ -167,7 +180,7 @@ def _remove_if_left(folder: Path) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # also fails where there are no locks
             if os.fstat(handle).st_uid == os.geteuid():
-                shutil.rmtree(folder, ignore_errors=True)
+                remove(folder)
         finally:
             _close(handle)
 

@@ -9,7 +9,6 @@ remove_adapters. A fleet exports one graph and packs the adapters of a list for 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,7 @@ from lora_export.extract.run import ExtractRequest, run_extract
 from lora_export.fleet.options import FleetOptions
 from lora_export.fleet.outcomes import FleetReport
 from lora_export.fleet.run import run_fleet
+from lora_export.folders import own_folder
 from lora_export.graph.bind import write_graphs
 from lora_export.integrity.signature import sign, signer_with
 from lora_export.integrity.sources import SourceOverrides, locate_sources
@@ -240,8 +240,8 @@ def bench(
     """
     plan = plan_bench(folder, options)
     base, adapters = locate_sources(plan.manifest, overrides)
-    with tempfile.TemporaryDirectory(prefix=".bench-", dir=folder.resolve().parent) as temporary:
-        compared = export_compared(plan, base, adapters, Path(temporary), progress)
+    with own_folder(folder.resolve().parent, ".bench-") as temporary:
+        compared = export_compared(plan, base, adapters, temporary, progress)
         running = Bench(plan, compared)
 
         def write(stopped: str | None = None) -> tuple[BenchReport, dict[str, Path]]:

@@ -6,13 +6,12 @@ import contextlib
 import errno
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from lora_export.artifact import MANIFEST
 from lora_export.errors import EnvironmentUnusable, InputRefused
-from lora_export.folders import alone_in, put_back, put_in_place
+from lora_export.folders import alone_in, own_folder, put_back, put_in_place
 
 
 def refuse_existing(out: Path, *, overwrite: bool, marker: str = MANIFEST) -> None:
@@ -77,13 +76,10 @@ def staging(out: Path, *, overwrite: bool, n_bytes: int, marker: str = MANIFEST)
 
 def write_whole(path: Path, content: str | bytes) -> Path:
     """Write a file at once or not at all; its path."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    with own_folder(path.parent, ".partial-") as own:
+        made = own / path.name
+        made.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        return made.replace(path)
 
 
 def require_disk(folder: Path, n_bytes: int) -> None:

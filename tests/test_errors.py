@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
 
 from lora_export import EnvironmentUnusable, InputRefused, LoraExportError, UsageProblem
-from lora_export.errors import nearest, refused_if_it_fails, some_of
+from lora_export.cli.output import Display, guarded
+from lora_export.errors import nearest, of_the_system, refused_if_it_fails, some_of
 
 
 def test_the_message_has_a_line_for_each_part_that_is_given():
@@ -70,6 +72,30 @@ def test_what_is_no_fault_of_the_input_passes(error):
     assert raised.value is error
     with pytest.raises(MemoryError), refused_if_it_fails("It failed", where="here", next_step="none"):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "file"),
+    [
+        (RuntimeError("unable to open file </a/b> in read-only mode: Too many open files (24)"), 24, "/a/b"),
+        (RuntimeError("unable to mmap 9 bytes from file </a b>: Cannot allocate memory (12)"), 12, "/a b"),
+        (ValueError("Error while serializing: I/O error: No space left on device (os error 28)"), 28, None),
+    ],
+)
+def test_an_error_of_the_system_that_a_library_tells_in_words_is_one(error, number, file):
+    found = of_the_system(error)
+    assert (found.errno, found.strerror, found.filename) == (number, os.strerror(number), file)
+    with pytest.raises(OSError) as raised, refused_if_it_fails("It failed", where="here", next_step="none"):
+        raise error
+    assert raised.value.errno == number and raised.value.__cause__ is error
+    with pytest.raises(SystemExit) as ended, guarded(Display(as_json=False, quiet=True)):
+        raise error
+    assert ended.value.code == 4
+
+
+def test_an_error_without_a_number_is_none_of_the_system():
+    assert of_the_system(RuntimeError("unable to open file <x>")) is None
+    assert of_the_system(OSError(28, "(os error 28)")) is None
 
 
 def test_a_misspelled_name_is_answered_with_the_nearest():

@@ -14,7 +14,7 @@ import pytest
 from lora_export import folders
 from lora_export.artifact import MANIFEST
 from lora_export.errors import EnvironmentUnusable
-from lora_export.folders import held
+from lora_export.folders import held, own_folder
 from lora_export.staging import staging
 
 _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "open"}
@@ -116,6 +116,22 @@ def test_a_place_to_build_in_that_is_a_link_is_not_followed(tmp_path):
     with pytest.raises(EnvironmentUnusable, match="The place to build in is taken"):
         _write(tmp_path / "out", "new")
     assert (tmp_path / "precious" / "file").read_text() == "kept"
+
+
+def test_a_folder_of_ones_own_goes_with_its_process_or_with_the_next(tmp_path):
+    (tmp_path / ".mine-file").touch()
+    with own_folder(tmp_path, ".mine-") as first:
+
+        def killed() -> None:
+            with own_folder(tmp_path, ".mine-") as second:
+                (second / "file").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        assert os.WTERMSIG(_in_child(killed)) == signal.SIGKILL
+        assert len(list(tmp_path.glob(".mine-*/file"))) == 1
+        with own_folder(tmp_path, ".mine-") as third:
+            assert sorted(tmp_path.iterdir()) == sorted([tmp_path / ".mine-file", first, third])
+    assert list(tmp_path.iterdir()) == [tmp_path / ".mine-file"]
 
 
 def test_a_change_waits_for_the_one_before_it_and_then_sees_what_is_there(tmp_path):

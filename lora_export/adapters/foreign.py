@@ -6,6 +6,8 @@ gave stays what is recorded and hashed (`source_hashes`).
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import json
 import shutil
@@ -25,6 +27,7 @@ from lora_export.base.tasks import resolve_task
 from lora_export.base.weightless import build_weightless, is_conv1d
 from lora_export.carried import carried_files
 from lora_export.errors import InputRefused, some_of
+from lora_export.folders import own_temporary_folder
 
 SOURCE = "lora_export_source.json"
 _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -171,10 +174,8 @@ def _carry(path: Path, adapter: ForeignAdapter, folder: Path) -> None:
 
 
 @functools.cache
-def _temporary() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="lora-export-")
-
-
-def workplace() -> str:
-    """A folder that is removed when the process ends."""
-    return _temporary().name
+def workplace() -> Path:
+    """A folder that is removed when the process ends, or by a later one if this one is killed."""
+    until_the_end = contextlib.ExitStack()
+    atexit.register(until_the_end.close)
+    return until_the_end.enter_context(own_temporary_folder())

@@ -12,7 +12,7 @@ import torch
 
 from lora_export.adapters.factors import Adapter, LoraFactors, TokenRows, dora_gain, fold, fold_dora, served_pair
 from lora_export.contract import AdapterInputKind, GraphContract, KindSpec, SiteChoice, spec_of
-from lora_export.errors import InputRefused, some_of
+from lora_export.errors import EnvironmentUnusable, InputRefused, some_of
 
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
@@ -157,14 +157,29 @@ class _Packer:
 
 
 def write_onnx_adapter(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write `tensors` as an `.onnx_adapter` file (ONNX Runtime's flatbuffer format, version 1)."""
+    """Write `tensors` as an `.onnx_adapter` file (ONNX Runtime's flatbuffer format, version 1).
+
+    Raises:
+        EnvironmentUnusable: The disk is full or broken; ONNX Runtime does not say which.
+    """
     import onnxruntime as ort
 
     adapter = ort.AdapterFormat()
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)
     adapter.set_parameters({name: _ort_value(tensor) for name, tensor in tensors.items()})
-    adapter.export_adapter(str(path))
+    try:
+        adapter.export_adapter(str(path))
+    except Exception as error:
+        said = str(error)
+        if (start := max(map(said.find, ("Failed to open file", "Failed to write")))) < 0:
+            raise
+        raise EnvironmentUnusable(
+            "The adapter's file could not be written; nothing was published",
+            where=str(path),
+            found=said[start:],
+            next_step="free some space, or name another folder, and run again",
+        ) from error
 
 
 def _ort_value(tensor: torch.Tensor):

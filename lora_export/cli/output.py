@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn, assert_never
 import click
 
 from lora_export.compat import untested
-from lora_export.errors import Defect, EnvironmentUnusable, LoraExportError, issue_tracker
+from lora_export.errors import Defect, EnvironmentUnusable, LoraExportError, issue_tracker, of_the_system
 
 if TYPE_CHECKING:
     from lora_export.report.as_json import Report
@@ -220,8 +220,10 @@ def guarded(display: Display) -> Iterator[None]:
         display.error(_system_error(error))
         sys.exit(EnvironmentUnusable.exit_code)
     except Exception as error:
-        display.error(defect(error), error)
-        sys.exit(Defect.exit_code)
+        found = of_the_system(error)
+        told = defect(error) if found is None else _system_error(found)
+        display.error(told, error)
+        sys.exit(told.exit_code)
     finally:
         display.clear()
         if is_main:

@@ -32,5 +32,5 @@
     stored_integers.py       the quantized weights of a written graph, for check
     module_values.py         find modules in a written graph, and look into it
 
-Imports base, compat, contract, errors, quantization, quiet.
+Imports base, compat, contract, errors, folders, quantization, quiet.
 """

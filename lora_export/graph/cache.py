@@ -9,8 +9,6 @@ import json
 import os
 import platform
 import shutil
-import tempfile
-import uuid
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 import onnx_ir as ir
 import platformdirs
 
+from lora_export.folders import own_folder, own_temporary_folder
 from lora_export.graph.unbound import load_weightless, save_weightless
 
 
@@ -56,8 +55,8 @@ def cached_graph(key: str, build: Callable[[], ir.Model], *, use_cache: bool) ->
     if use_cache and (kept := _kept(key)) is not None:
         return kept
     # A graph just built and one read back give their later nodes other names, so both go through the file.
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / "built.onnx"
+    with own_temporary_folder() as folder:
+        built = folder / "built.onnx"
         save_weightless(build(), built)
         if use_cache:
             _keep(built, key)
@@ -79,11 +78,8 @@ def _name(key: str, content: bytes) -> str:
 
 def _keep(built: Path, key: str) -> None:
     folder = cache_folder()
-    temporary = folder / f".{uuid.uuid4().hex}.onnx"
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(built, temporary)
-        temporary.replace(folder / _name(key, built.read_bytes()))
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with own_folder(folder, ".partial-") as own:
+            shutil.copyfile(built, own / built.name)
+            (own / built.name).replace(folder / _name(key, built.read_bytes()))

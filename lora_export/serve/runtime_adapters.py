@@ -14,13 +14,13 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_export.artifact import MANIFEST, AdapterRecord, Manifest, read_manifest
 from lora_export.errors import InputRefused, UsageProblem
+from lora_export.folders import own_temporary_folder
 from lora_export.runtime.tokenizer import TOKENIZER_FILES
 from lora_export.serve.models import Models, Served
 from lora_export.serve.names import require_free_name
@@ -112,13 +112,13 @@ class RuntimeAdapters:
             return opened.read(self.most_bytes + 1)
 
     def _tensors(self, content: bytes):
-        with tempfile.NamedTemporaryFile(suffix=".onnx_adapter") as copy:
-            copy.write(content)
-            copy.flush()
+        with own_temporary_folder() as folder:
+            copy = folder / "copy.onnx_adapter"
+            copy.write_bytes(content)
             try:
-                return self.models.session.read(Path(copy.name))
+                return self.models.session.read(copy)
             except InputRefused as error:
-                where = (error.where or "").replace(copy.name, "").lstrip(": ") or None
+                where = (error.where or "").replace(str(copy), "").lstrip(": ") or None
                 raise InputRefused(
                     error.what, where=where, expected=error.expected, found=error.found, next_step=error.next_step
                 ) from error

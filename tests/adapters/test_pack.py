@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -12,7 +13,7 @@ import torch
 from lora_export.adapters.factors import Adapter, LoraFactors, TokenRows
 from lora_export.adapters.pack import choose_sites, pack, write_onnx_adapter
 from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract, SiteChoice
-from lora_export.errors import InputRefused
+from lora_export.errors import EnvironmentUnusable, InputRefused
 
 
 def pair_inputs(module: str, n_in: int, n_out: int, dtype: str = "float32") -> list[AdapterInput]:
@@ -118,6 +119,12 @@ def test_the_file_is_what_onnxruntime_reads(dtype, tmp_path):
         assert value.shape() == list(tensor.shape)
         if dtype != "bfloat16":
             assert np.array_equal(value.numpy(), tensor.numpy())
+
+
+def test_a_disk_that_is_full_is_told_in_one_message():
+    with pytest.raises(EnvironmentUnusable, match="could not be written; nothing was published") as failed:
+        write_onnx_adapter(Path("/dev/full"), {"a.lora_A.weight": torch.zeros(1, 64, 64)})
+    assert failed.value.where == "/dev/full" and "Failed to write" in failed.value.found
 
 
 def test_the_file_is_the_same_every_time(tmp_path):
