@@ -1,0 +1,76 @@
+"""Faults injected into commands: what is lost, what is left behind, and what is said.
+
+    python ci/benchmarks/faults.py --work /tmp/faults                                  # all
+    python ci/benchmarks/faults.py --work /tmp/faults --part kill --scenario "remove"  # a part of it
+
+1. `kill`: ended at each call that changes a file, and at random moments, by SIGKILL, SIGTERM and SIGINT.
+2. `errors`: each call that changes a file fails, as on a full or broken disk; each that opens or reads one.
+
+What was recorded of other parts and scenarios stays. `--calls` takes so many of the calls, by `--seed`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from injection.shim import loaded_with_shim
+from results import RESULTS, provenance, write_json
+
+RESULT = RESULTS / "faults.json"
+PARTS = ("kill", "errors")
+
+
+def recorded(path: Path) -> dict:
+    """What was recorded so far: by part, environment and figures by scenario."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def run_parts(options: argparse.Namespace) -> int:
+    """Run what was asked for, recording as it goes; how many points were lost, or left something behind."""
+    from injection import errors, kill
+    from injection.keys import make_key
+    from injection.scenarios import scenarios, warm_up
+    from injection.world import make_world
+
+    run_of: dict[str, Callable] = {"kill": kill.figures, "errors": errors.figures}
+    world = make_world(options.work / "world")
+    key = make_key(world.root / "sources")
+    chosen = [one for one in scenarios(world, key) if options.scenario in (None, one.name)]
+    warm_up(world, chosen)
+    n_bad = 0
+    for scenario in chosen:
+        for part in options.part or PARTS:
+            rng = random.Random(f"{options.seed} {part} {scenario.name}")
+            figures = run_of[part](scenario, world, rng, options)
+            result = recorded(options.result)
+            of_part = result.setdefault(part, {"scenarios": {}})
+            of_part["environment"] = provenance()
+            of_part["scenarios"][scenario.name] = figures
+            write_json(options.result, result)
+            bad = [found for tally in figures.values() for found in (*tally["lost"], *tally["left"])]
+            n_points = sum(tally["points"] for tally in figures.values())
+            print(f"{part}, {scenario.name}: {n_points} points", *bad, sep="\n    ", flush=True)
+            n_bad += len(bad)
+    return n_bad
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--part", action="append", choices=PARTS)
+    parser.add_argument("--scenario")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--seed", default="1")
+    parser.add_argument("--calls", type=int, default=10**6, help="most calls of a kind that are struck in a scenario")
+    parser.add_argument("--moments", type=int, default=50, help="random moments for each signal in a scenario")
+    options = parser.parse_args()
+    loaded_with_shim(options.work)
+    raise SystemExit(min(1, run_parts(options)))
+
+
+if __name__ == "__main__":
+    main()

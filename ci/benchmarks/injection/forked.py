@@ -1,0 +1,110 @@
+"""The command line in a fork of this process, which has the libraries loaded: a run costs what the command does."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from injection.shim import n_calls
+
+_PERIOD_SECONDS = 0.005
+_MOST_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended.
+
+    Attributes:
+        code: Its exit code, or minus the signal that ended it.
+        output: What it printed, standard error included.
+        n_calls: Calls that the shim counted, where the run came to its end.
+        hung: It was ended here, after two minutes.
+    """
+
+    code: int
+    output: str
+    seconds: float
+    n_calls: int | None
+    hung: bool = False
+
+
+def run(
+    arguments: Sequence[object],
+    work: Path,
+    prepare: Callable[[], None] = lambda: None,
+    *,
+    signal_after: tuple[int, float] | None = None,
+) -> Ended:
+    """Run `lora-export` with `arguments` in a fork.
+
+    Args:
+        work: Where what it prints is kept.
+        prepare: Called in the fork before the command.
+        signal_after: A signal to send, and after how many seconds.
+    """
+    printed, counted = work / "printed", work / "counted"
+    counted.unlink(missing_ok=True)
+    started = time.monotonic()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        _be_command(arguments, printed, counted, prepare)
+    status, hung = _wait(child, started, signal_after)
+    count = int(counted.read_text()) if counted.exists() else None
+    code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    return Ended(code, printed.read_text(errors="replace"), time.monotonic() - started, count, hung)
+
+
+def _wait(child: int, started: float, signal_after: tuple[int, float] | None) -> tuple[int, bool]:
+    hung = False
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return status, hung
+        seconds = time.monotonic() - started
+        if signal_after is not None and seconds >= signal_after[1]:
+            os.kill(child, signal_after[0])
+            signal_after = None
+        if seconds > _MOST_SECONDS and not hung:
+            os.kill(child, signal.SIGKILL)
+            hung = True
+        time.sleep(_PERIOD_SECONDS)
+
+
+def _be_command(arguments: Sequence[object], printed: Path, counted: Path, prepare: Callable[[], None]) -> None:
+    """Never returns. What the parent registered for its own end is not done here; what the command registers is."""
+    code = 1
+    try:
+        from lora_export.adapters.foreign import workplace
+        from lora_export.cli.main import main
+
+        workplace.cache_clear()
+        atexit._clear()
+        weakref.finalize._registry.clear()
+        weakref.finalize._registered_with_atexit = False
+        file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for descriptor in (1, 2):
+            os.dup2(file, descriptor)
+        prepare()
+        try:
+            main([str(argument) for argument in arguments], prog_name="lora-export")
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        atexit._run_exitfuncs()
+        n = n_calls()
+        counted.write_text(str(n))
+    finally:
+        os._exit(code)
