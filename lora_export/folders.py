@@ -100,7 +100,12 @@ def alone_in(folder: Path, out: Path) -> Iterator[Path]:
                 where=str(folder),
                 next_step="remove it, or name another folder with -o",
             )
-        handle = _open(folder)
+        try:
+            handle = _open(folder)
+        except OSError:
+            with contextlib.suppress(OSError):  # it is empty, or of a process that was killed
+                folder.rmdir()
+            raise
         if handle is None:
             break
         if not _lock(handle, wait=False):
@@ -131,11 +136,15 @@ def own_folder(parent: Path, prefix: str) -> Iterator[Path]:
         _remove_if_left(left)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        handle = None
-        with contextlib.suppress(FileNotFoundError):  # another process may take it for one that was left
+        try:
             handle = _open(folder)
-            if handle is None or (_lock(handle, wait=False) and _is_at(handle, folder)):
-                break
+        except FileNotFoundError:  # another process took it for one that was left
+            continue
+        except OSError:
+            remove(folder)
+            raise
+        if handle is None or (_lock(handle, wait=False) and _is_at(handle, folder)):
+            break
         _close(handle)
     try:
         yield folder

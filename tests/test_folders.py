@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -132,6 +133,18 @@ def test_a_folder_of_ones_own_goes_with_its_process_or_with_the_next(tmp_path):
         with own_folder(tmp_path, ".mine-") as third:
             assert sorted(tmp_path.iterdir()) == sorted([tmp_path / ".mine-file", first, third])
     assert list(tmp_path.iterdir()) == [tmp_path / ".mine-file"]
+
+
+def test_where_too_many_files_are_open_nothing_is_left(tmp_path, monkeypatch):
+    def fails(_folder: Path) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(folders, "_open", fails)
+    with pytest.raises(OSError, match="Too many"), own_folder(tmp_path, ".mine-"):
+        pass
+    with pytest.raises(OSError, match="Too many"), staging(tmp_path / "out", overwrite=True, n_bytes=1):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_change_waits_for_the_one_before_it_and_then_sees_what_is_there(tmp_path):
