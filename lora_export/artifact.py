@@ -102,6 +102,7 @@ class Manifest:
             graph's `contract` instead, and each adapter's only `file` instead of its `files`.
         pad_token_id: Of a classifier on a decoder, which reads a text at its last token that is not this one.
         quantization: How the base's linear maps are stored as integers; None where all weights are floats.
+        given_graph: The graph of another tool that the adapters were put onto; None where this tool made it.
     """
 
     kind: ExportKind
@@ -116,6 +117,7 @@ class Manifest:
     schema: int = SCHEMA_VERSION
     pad_token_id: int | None = None
     quantization: Quantization | None = None
+    given_graph: SourceRecord | None = None
 
     @property
     def contract(self) -> GraphContract:
@@ -281,8 +283,8 @@ def _manifest_from(fields: dict) -> Manifest:
         "graphs": {graph: GraphContract.from_dict(contract) for graph, contract in graphs.items()},
         "files": dict(fields["files"]),
     }
-    if fields.get("quantization"):
-        changed["quantization"] = Quantization.from_dict(fields["quantization"])
+    read = {"quantization": Quantization.from_dict, "given_graph": lambda source: SourceRecord(**source)}
+    changed |= {name: make(fields[name]) for name, make in read.items() if fields.get(name)}
     return Manifest(**(fields | changed))
 
 

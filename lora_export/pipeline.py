@@ -15,7 +15,6 @@ from pathlib import Path
 
 from lora_export.adapters.pack import choose_sites
 from lora_export.artifact import REPORTS, ExportKind, Manifest, write_manifest
-from lora_export.base.tasks import Task
 from lora_export.bench.plan import BASE, MERGED, BenchOptions, BenchPlan, foldable, plan_bench
 from lora_export.bench.results import BenchReport
 from lora_export.bench.run import Bench, run_measurements
@@ -25,10 +24,9 @@ from lora_export.check.context import CheckOptions
 from lora_export.check.opened import opened_check
 from lora_export.check.results import CheckReport
 from lora_export.check.run import run_cases
-from lora_export.contract import SINGLE
 from lora_export.export.contracts import contract_of
-from lora_export.export.genai import write_genai_config
-from lora_export.export.graphs import finished_graphs, target_modules
+from lora_export.export.genai import write_settings
+from lora_export.export.graphs import finished_graphs
 from lora_export.export.integers import Maker
 from lora_export.export.lifecycle import AddOptions, add_to, remove_from
 from lora_export.export.outputs import planned_bytes
@@ -36,6 +34,7 @@ from lora_export.export.plan import Request, make_plan
 from lora_export.export.quantizing import quantize_graphs, require_kept
 from lora_export.export.records import adapter_records, hashed_sources, hashes_of, write_config
 from lora_export.export.resolve import resolve
+from lora_export.export.targets import target_modules
 from lora_export.extract.results import ExtractReport
 from lora_export.extract.run import ExtractRequest, run_extract
 from lora_export.fleet.options import FleetOptions
@@ -44,7 +43,7 @@ from lora_export.fleet.run import run_fleet
 from lora_export.folders import own_folder
 from lora_export.graph.bind import write_graphs
 from lora_export.integrity.signature import sign, signer_with
-from lora_export.integrity.sources import SourceOverrides, locate_sources
+from lora_export.integrity.sources import SourceOverrides, locate_graph_source, locate_sources
 from lora_export.quantization import requested_of
 from lora_export.report.extract_html import write_extract_reports
 from lora_export.report.fleet import write_fleet_reports
@@ -123,12 +122,11 @@ def export(request: Request, options: ExportOptions, *, progress: Progress = sil
             records = adapter_records(plan, resolved, sources, contracts, folder)
             files = written.sha256 | hashes_of(records, folder)
             files |= write_config(plan, folder) | copy_carried(plan.carried, folder)
-            if plan.task is Task.TEXT_GENERATION and not required:  # GenAI feeds no adapter inputs
-                files |= write_genai_config(folder, plan.config, contracts[SINGLE])
+            files |= write_settings(plan, folder, contracts, required=required)
             kind = ExportKind.DYNAMIC if request.mode == "dynamic" else ExportKind.MERGED
             how = (kind, plan.task, plan.dtype, request.provider)
             files = dict(sorted(files.items()))
-            stored = {"pad_token_id": plan.pad_token_id, "quantization": quantization}
+            stored = {"pad_token_id": plan.pad_token_id, "quantization": quantization, "given_graph": sources.graph}
             manifest = Manifest(*how, sources.base, records, contracts, files, **stored)
             write_manifest(folder, manifest)
             if signer is not None:
@@ -259,6 +257,7 @@ def export_compared(
     """Export the base, and of a dynamic export one adapter folded in, as the export was; the folders under `out`."""
     manifest, chosen = plan.manifest, {BASE: ()}
     name = foldable(manifest) if manifest.kind is ExportKind.DYNAMIC else None
+    graph = None if manifest.given_graph is None else str(locate_graph_source(manifest.given_graph))
     if name is not None:
         chosen[MERGED] = ((str(adapters[name]), name),)
     residual = any(record.residual_base for record in manifest.adapters)
@@ -266,7 +265,7 @@ def export_compared(
     for done, (label, folded) in enumerate(chosen.items()):
         progress("exporting what to compare with", done, len(chosen))
         same = {"residual_base": residual, "pad_token_id": manifest.pad_token_id}
-        same["quantization"] = requested_of(manifest.quantization)
+        same |= {"quantization": requested_of(manifest.quantization), "graph": graph}
         request = Request(str(base), folded, "merge", *how, **same)
         export(request, ExportOptions(out / label, zeros_for_missing_head=True))
     return {label: out / label for label in chosen}

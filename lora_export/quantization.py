@@ -23,6 +23,7 @@ class Method(StrEnum):
     """How scales are chosen."""
 
     RTN = "rtn"  # round to nearest, a block's range over that of the integers
+    GIVEN = "given"  # the tool that made a given graph chose them
 
 
 @dataclass(frozen=True)
@@ -74,5 +75,5 @@ class Quantization:
 
 
 def requested_of(done: Quantization | None) -> Quantization | None:
-    """What was asked for, of what was done."""
-    return None if done is None else replace(done, weights=(), quantizer="")
+    """What was asked for, of what was done; of a given graph, nothing."""
+    return None if done is None or done.method is Method.GIVEN else replace(done, weights=(), quantizer="")

@@ -10,7 +10,6 @@ A cache is two buffers, past and present, unless `genai_config.json` says that t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +19,13 @@ from lora_export.bench.shapes import Shape, shape_text
 from lora_export.bench.workloads import size_of
 from lora_export.contract import LOGITS_TO_KEEP, SINGLE, CacheLayout, GraphContract, TensorSpec
 from lora_export.errors import InputRefused, some_of
+from lora_export.other_tools import GENAI_CONFIG, find_graph, json_beside
 from lora_export.runtime.bank import Bank, RowAdapter
 from lora_export.runtime.described import declared_in
 from lora_export.runtime.session import open_session
 from lora_export.verdict import Subject
 
-GENAI_CONFIG, OTHER_TOOL = "genai_config.json", "other"
+OTHER_TOOL = "other"
 # What a graph may do without, since it then takes what the values given here say: all real, at their own places.
 _IMPLIED = ("attention_mask", "position_ids", "token_type_ids")
 _SHOWN = 6
@@ -117,8 +117,8 @@ def read_peer(path: Path, own: Mapping[str, GraphContract], shapes: Sequence[Sha
             where=str(path),
             next_step=f"give a folder with {MANIFEST}",
         )
-    graph = _graph_at(path)
-    config = _json_beside(graph, GENAI_CONFIG)
+    graph = find_graph(path, or_else=f"{MANIFEST}, ")
+    config = json_beside(graph, GENAI_CONFIG)
     inputs, outputs = declared_in(graph)
     known = {spec.name: spec for spec in own[SINGLE].inputs}
     inputs = tuple(_with_sizes_of(spec, known.get(spec.name)) for spec in inputs)
@@ -129,39 +129,8 @@ def read_peer(path: Path, own: Mapping[str, GraphContract], shapes: Sequence[Sha
     for spec in inputs:
         _require_values(spec, known, shapes, where=f"{graph}: input {spec.name}")
     _require_all(contract, own[SINGLE], shapes, where=str(graph))
-    vocabulary = config.get("model", {}).get("vocab_size") or _json_beside(graph, "config.json").get("vocab_size")
+    vocabulary = config.get("model", {}).get("vocab_size") or json_beside(graph, "config.json").get("vocab_size")
     return Peer(path, graph, contract, vocabulary)
-
-
-def _graph_at(path: Path) -> Path:
-    if path.is_file():
-        return path
-    named = _json_beside(path / "model.onnx", GENAI_CONFIG).get("model", {}).get("decoder", {}).get("filename")
-    for name in (named, "model.onnx"):
-        if name and (path / name).is_file():
-            return path / name
-    found = sorted(path.glob("*.onnx"))
-    if len(found) == 1:
-        return found[0]
-    names = some_of([file.name for file in found], _SHOWN)
-    raise InputRefused(
-        "The folder holds no export, and " + ("more than one other graph" if found else "no other graph either"),
-        where=str(path),
-        expected=f"{MANIFEST}, model.onnx, or one file that ends in .onnx",
-        found=names if found else "none" if path.is_dir() else "no such folder",
-        next_step="name the .onnx file itself" if found else "give the folder that the other tool wrote",
-    )
-
-
-def _json_beside(graph: Path, name: str) -> dict:
-    path = graph.parent / name
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputRefused("The other graph's settings are no JSON", where=str(path), found=str(error)) from error
-    return found if isinstance(found, dict) else {}
 
 
 def _with_sizes_of(spec: TensorSpec, own: TensorSpec | None) -> TensorSpec:

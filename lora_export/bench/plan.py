@@ -16,6 +16,7 @@ from lora_export.bench.shapes import Shape, shape_text
 from lora_export.bench.workloads import source_length
 from lora_export.contract import SINGLE, AdapterInputKind, CacheLayout, GraphContract
 from lora_export.errors import InputRefused, UsageProblem
+from lora_export.quantization import Method
 
 BASE, EXPORT, MERGED = "base", "export", "merged"
 _USUAL_SHAPES = {
@@ -139,8 +140,11 @@ def _vocabulary(folder: Path) -> int:
 def foldable(manifest: Manifest) -> str | None:
     """The first adapter of a dynamic export that `merge` takes; None if it takes none.
 
-    It takes no adapter that is active for some tokens only, and none that adds a bias to a module without one.
+    It takes no adapter that is active for some tokens only, and none that adds a bias to a module without one. A graph
+    that another tool quantized takes none.
     """
+    if manifest.quantization is not None and manifest.quantization.method is Method.GIVEN:
+        return None
     biases = [entry for entry in manifest.adapter_inputs if entry.kind is AdapterInputKind.BIAS]
     bare = {entry.module for entry in biases if not entry.base_has_default}
     for record in manifest.adapters:

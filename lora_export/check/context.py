@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from lora_export.artifact import AdapterRecord, ExportKind
+from lora_export.artifact import AdapterRecord, ExportKind, Manifest
 from lora_export.base.checkpoint import Checkpoint, Located
 from lora_export.base.tasks import Task
 from lora_export.check.inputs.examples import Batch, Examples
@@ -18,6 +19,7 @@ from lora_export.check.reference.on_integers import IntegerBase
 from lora_export.check.reference.trained import TrainedAdapter
 from lora_export.check.reference.unmerged import Reference
 from lora_export.contract import graph_file
+from lora_export.errors import InputRefused, LoraExportError
 from lora_export.graph.module_values import WrittenGraph
 from lora_export.graph.stored_integers import rounds_activations, stored_integers
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
@@ -165,6 +167,23 @@ def with_float_activations(session: AnySession) -> AnySession:
     model = WrittenGraph(session.folder / graph_file(session.graph)).with_outputs(())
     view.session = open_session(model, session.provider, weights=session.folder, prepack=True)
     return view
+
+
+@contextlib.contextmanager
+def run_as_hosts_do(manifest: Manifest) -> Iterator[None]:
+    """Refuse a given graph that ONNX Runtime fails to run in one of the ways in which a host may run it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if manifest.given_graph is None or isinstance(error, LoraExportError):
+            raise
+        raise InputRefused(
+            "ONNX Runtime fails to run the given graph in a way that a host may: on a prompt, a step, or several new "
+            "tokens on a past",
+            where=manifest.given_graph.given,
+            found=str(error)[:300],
+            next_step="make that graph anew with a newer tool, or leave --graph out",
+        ) from error
 
 
 # What the rows of a batch are compared by: the first of these that a model gives; of a dual encoder, two embeddings; of

@@ -29,6 +29,7 @@ from lora_export.check.context import (
     main_outputs,
     read_in_floats,
     rounds,
+    run_as_hosts_do,
     run_reference,
     with_float_activations,
 )
@@ -37,6 +38,7 @@ from lora_export.check.inputs.invoked import with_invocation
 from lora_export.check.inputs.prepared import AnyBatcher, prepare
 from lora_export.check.judge.compare import Comparison, Outputs
 from lora_export.check.judge.tolerances import INT8, Limit, tolerances
+from lora_export.check.judge.weights import of_another_tool
 from lora_export.check.locate.probe import Probe
 from lora_export.check.locate.probes import with_feeds, worst_probes
 from lora_export.check.locate.where import Where
@@ -142,6 +144,7 @@ def begin_check(request: CheckRequest) -> Check:
     integers = integer_base(session)
     is_quantized = integers is not None
     limits = tolerances(manifest.dtype, session.provider, request.tolerances, quantized=is_quantized)
+    limits = limits if manifest.given_graph is None else of_another_tool(limits, request.tolerances)
     lack = lack_of_memory(manifest, request.folder)
     mixed = _mixed_batch(prepared.batcher, prepared.data, manifest)
     exact = with_float_activations(session) if rounds(session) else session
@@ -178,10 +181,9 @@ def run_cases(check: Check, progress: Progress) -> None:
     Raises:
         LoraExportError: The base or an adapter cannot be used; a failed case is a result, not an error.
     """
-    if check.examination.session.manifest.kind is ExportKind.MERGED:
-        _merged_cases(check, progress)
-    else:
-        _dynamic_cases(check, progress)
+    run = _merged_cases if check.examination.session.manifest.kind is ExportKind.MERGED else _dynamic_cases
+    with run_as_hosts_do(check.examination.session.manifest):
+        run(check, progress)
 
 
 def _merged_cases(check: Check, progress: Progress) -> None:

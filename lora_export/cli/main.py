@@ -89,6 +89,7 @@ def _export(mode: str, paths: Sequence[str], flags: options.ExportFlags, how: Ex
             residual_base=flags.residual_base,
             pad_token_id=flags.pad_token_id,
             quantization=quantization_of(flags, provider),
+            graph=flags.graph,
         )
         if flags.dry_run:
             found = describe.describe_plan(request, flags.out, how.targets, flags.sign_key)

@@ -61,6 +61,7 @@ names = click.option(
     "--name", "names", multiple=True, help="Name of an adapter, in their order; repeat.  [default: its folder's name]"
 )
 no_cache = click.option("--no-cache", is_flag=True, help="Build the graph anew and keep nothing of it.")
+graph = click.option("--graph", metavar="PATH", help="Put the adapters onto this graph, which another tool wrote.")
 dry_run = click.option(
     "--dry-run", is_flag=True, help="Say what would be read, folded, served and written; write nothing."
 )
@@ -198,6 +199,7 @@ class ExportFlags:
     asymmetric: bool
     accuracy_level: str | None
     keep: tuple[str, ...]
+    graph: str | None
     no_cache: bool
     sign_key: Path | None
     dry_run: bool
@@ -273,6 +275,7 @@ export_options = as_flags(
         asymmetric,
         accuracy_level,
         keep,
+        graph,
         no_cache,
         sign_key,
         dry_run,

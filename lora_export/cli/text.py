@@ -19,6 +19,8 @@ def export_text(value: dict) -> str:
     lines = [head]
     if value["quantization"] is not None:
         lines.append(f"  {value['quantized_weights']} linear weights in {value['quantization']}; adapters in floats")
+    if value["given_graph"] is not None:
+        lines.append(f"  its graph is that of {value['given_graph']}")
     for graph in [f"{name}.onnx" for name in value.get("graphs", ("model",))]:
         n_bytes = sum(n for file, n in sizes.items() if file in (graph, f"{graph}.data"))
         lines.append(f"  {value['path']}/{graph}  {_megabytes(n_bytes)}")
@@ -62,6 +64,7 @@ def plan_text(value: dict) -> str:
         f"would {_WOULD[value['mode']]} for {value['task']} in {value['dtype']}, fused for {value['provider']}; "
         "wrote nothing",
         *([f"linear weights in {value['quantization']}; adapters in floats"] if value["quantization"] else []),
+        *([f"onto the graph {value['graph']['path']}"] if value["graph"] else []),
         *value["remarks"],
         f"read    {read['path']}: {read['tensors']} tensors, {parameters:,} parameters"
         + (f", quantized: {read['quantization']}" if read["quantization"] else ""),

@@ -4,10 +4,13 @@
     plan.py        what was asked for, checked before any work
     origin.py      the base that an adapter records
     padding.py     the padding token of a classifier on a decoder
+    given_files.py a graph that another tool made, as files
     resolve.py     the adapters, read, and the source of every parameter
     weights.py     the numbers: checkpoint tensors with adapters folded in, one at a time
     integers.py    those as small integers, by ONNX Runtime's quantizer
     completion.py  what an adapter needs of the base, and what of it a mode cannot export
+    targets.py     modules that are named to be served
+    given_graph.py adapters on a graph that another tool made
     graphs.py      the finished weightless graphs of a plan, cached
     quantizing.py  the graphs with their linear maps quantized
     contracts.py   what a written graph takes and gives
@@ -18,5 +21,5 @@
     describe.py    inspect and --dry-run, as values
 
 Imports adapters, agreement, artifact, base, carried, changing, compat, contract, errors, graph, integrity,
-quantization, runtime, staging.
+other_tools, quantization, runtime, staging.
 """

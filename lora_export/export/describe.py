@@ -15,12 +15,13 @@ from lora_export.base.checkpoint import Checkpoint, locate
 from lora_export.base.stored import SAFETENSORS_DTYPES
 from lora_export.contract import SINGLE
 from lora_export.errors import InputRefused, LoraExportError, some_of
-from lora_export.export.graphs import target_modules
+from lora_export.export.given_graph import given_graph
 from lora_export.export.origin import quantized_training
 from lora_export.export.outputs import planned_bytes, planned_files
 from lora_export.export.plan import Request, make_plan
 from lora_export.export.quantizing import require_kept
 from lora_export.export.resolve import resolve
+from lora_export.export.targets import target_modules
 from lora_export.integrity.signature import signer_with
 from lora_export.runtime.session import choose_provider
 from lora_export.staging import refuse_existing
@@ -45,13 +46,17 @@ def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), si
     """
     signed = sign_key is not None and bool(signer_with(sign_key))
     plan = make_plan(request)
-    resolved = resolve(plan)
+    resolved, said = resolve(plan), list(plan.remarks)
     require_kept(request.quantization, resolved.model)
     served = resolved.adapters if request.mode == "dynamic" else ()
     sites = choose_sites(served, target_modules(targets, resolved.model))
     item = 4 if plan.dtype == "float32" else 2
     # A parameter made of several stored tensors (merged experts) is larger than each of them.
     largest = max((item * math.prod(shape) for shape in resolved.parameters.shapes.values()), default=0)
+    graph = None
+    if plan.given_graph is not None:
+        given_graph(plan.given_graph, resolved, sites, is_merged=request.mode == "merge", remark=said.append)
+        graph = {"path": str(plan.given_graph.path), "bytes": plan.given_graph.n_bytes}
     adapters = []
     for folder, adapter in zip(plan.folders, resolved.adapters, strict=True):
         adapters.append(
@@ -78,7 +83,8 @@ def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), si
         "dtype": plan.dtype,
         "provider": request.provider,
         "quantization": None if request.quantization is None else request.quantization.described,
-        "remarks": list(plan.remarks),
+        "graph": graph,
+        "remarks": said,
         "read": _base_fields(plan.checkpoint),
         "adapters": adapters,
         "inputs": {"pairs": len(sites.lora_modules), "replaced_modules": list(sites.replaced_modules)},
@@ -202,6 +208,7 @@ def describe_export(folder: Path, manifest: Manifest) -> dict:
         "quantization": None if manifest.quantization is None else manifest.quantization.described,
         "quantized_weights": 0 if manifest.quantization is None else len(manifest.quantization.weights),
         "base": manifest.base.given,
+        "given_graph": None if manifest.given_graph is None else manifest.given_graph.given,
         "adapters": [
             {
                 "name": record.name,

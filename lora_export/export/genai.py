@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from lora_export.artifact import sha256_of
+from lora_export.base.tasks import Task
 from lora_export.contract import SINGLE, CacheLayout, GraphContract, graph_file
+from lora_export.export.given_files import copy_settings
+from lora_export.export.plan import Plan
+from lora_export.other_tools import GENAI_CONFIG
 
-GENAI_CONFIG = "genai_config.json"
 # GenAI runs every other decoder with per-layer caches under its generic type.
 _GENAI_TYPES = ("gemma", "gemma2", "granite", "llama", "mistral", "olmo", "phi", "phi3", "qwen2", "qwen3", "smollm3")
 
 
-def write_genai_config(folder: Path, config, contract: GraphContract) -> dict[str, str]:
+def write_settings(
+    plan: Plan, folder: Path, contracts: Mapping[str, GraphContract], *, required: bool
+) -> dict[str, str]:
+    """Write what GenAI needs of a decoder into `folder`, of a given graph its own; sha256 by name.
+
+    Args:
+        required: The graph's adapter inputs are without defaults, and GenAI feeds none: there is no file then.
+    """
+    if plan.task is not Task.TEXT_GENERATION or required:
+        return {}
+    if plan.given_graph is not None and plan.given_graph.settings:
+        return copy_settings(plan.given_graph, folder)
+    return _write_genai_config(folder, plan.config, contracts[SINGLE])
+
+
+def _write_genai_config(folder: Path, config, contract: GraphContract) -> dict[str, str]:
     """Write the file for a decoder of `config` (a `PretrainedConfig`) and return its sha256 by name.
 
     Greedy search without sampling, so that a first run is reproducible; hosts override it per request. There is no file

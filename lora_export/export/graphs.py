@@ -16,13 +16,9 @@ from lora_export.artifact import versions
 from lora_export.base.layers import N_TRACED, Stack, alike_layers, is_deep, shortened
 from lora_export.base.tasks import Task, graphs_of
 from lora_export.base.trace import sliding_windows, trace
-from lora_export.base.weightless import is_conv1d
-from lora_export.contract import (
-    AdapterInput,
-    GraphContract,
-    SiteChoice,
-)
-from lora_export.errors import InputRefused, UsageProblem, refused_if_it_fails
+from lora_export.contract import SINGLE, AdapterInput, GraphContract, SiteChoice
+from lora_export.errors import InputRefused, refused_if_it_fails
+from lora_export.export.given_graph import given_graph
 from lora_export.export.plan import Plan
 from lora_export.export.resolve import Resolved
 from lora_export.export.weights import digest
@@ -39,36 +35,6 @@ from lora_export.graph.unbound import bind_small, rename_weight, untie
 _ADAPTER_INPUTS = "lora_export.adapter_inputs"
 # What a config holds besides the architecture; it changes no graph.
 _NOT_ARCHITECTURE = ("_name_or_path", "architectures", "transformers_version", "id2label", "label2id", "torch_dtype")
-
-
-ALL_LINEAR = "all-linear"
-_HEADS = ("score", "classifier")  # PEFT's SEQ_CLS_HEAD_NAMES
-
-
-def target_modules(targets: Sequence[str], model) -> tuple[str, ...]:
-    """The linear modules of a weightless `model` that `targets` name, by path or by its last parts.
-
-    `all-linear` names all of them but heads, as in PEFT: what gives the model's output (`lm_head`, `classifier`).
-
-    Raises:
-        UsageProblem: A target names no linear module.
-    """
-    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) or is_conv1d(m)]
-    found: dict[str, None] = {}
-    for target in targets:
-        if target == ALL_LINEAR:
-            head = model.get_output_embeddings()
-            of_body = [name for name in linear if model.get_submodule(name) is not head and name not in _HEADS]
-            found |= dict.fromkeys(of_body)
-            continue
-        matches = [name for name in linear if name == target or name.endswith(f".{target}")]
-        if not matches:
-            raise UsageProblem(
-                f"--targets {target!r} names no linear module of the base",
-                expected=f"{ALL_LINEAR}, or one of " + ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear})),
-            )
-        found |= dict.fromkeys(matches)
-    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -89,6 +55,10 @@ def finished_graphs(
     Raises:
         InputRefused: A chosen module is a linear map of none of the graphs.
     """
+    if plan.given_graph is not None:
+        is_merged = plan.request.mode == "merge"
+        model, inputs = given_graph(plan.given_graph, resolved, choice, is_merged=is_merged, remark=remark)
+        return {SINGLE: FinishedGraph(model, _with_known_defaults(inputs, resolved))}
     graphs = graphs_of(plan.task)
     found = {
         graph: _finished_graph(plan, resolved, choice, graph, use_cache=use_cache, remark=remark) for graph in graphs
@@ -236,9 +206,7 @@ def _reattached(model: ir.Model, resolved: Resolved) -> FinishedGraph:
     """A graph from the cache, or just built, with what goes along as metadata and what no cache may decide."""
     model.producer_name, model.producer_version = "lora-export", versions()["lora-export"]
     fields = {"inputs": [], "outputs": [], "adapter_inputs": json.loads(model.metadata_props.pop(_ADAPTER_INPUTS))}
-    inputs = GraphContract.from_dict(fields).adapter_inputs
-    inputs = tuple(replace(entry, base_has_default=_has_default(entry, resolved)) for entry in inputs)
-    return FinishedGraph(model, inputs)
+    return FinishedGraph(model, _with_known_defaults(GraphContract.from_dict(fields).adapter_inputs, resolved))
 
 
 def refuse_changed_embedding(resolved: Resolved) -> None:
@@ -259,8 +227,11 @@ def refuse_changed_embedding(resolved: Resolved) -> None:
             )
 
 
-def _has_default(entry: AdapterInput, resolved: Resolved) -> bool:
-    return not entry.spec.is_stored or resolved.parameters.stored_name(entry.name) is not None
+def _with_known_defaults(inputs: Sequence[AdapterInput], resolved: Resolved) -> tuple[AdapterInput, ...]:
+    """`inputs`, each with whether the base has a tensor for its stored default."""
+    stored_name = resolved.parameters.stored_name
+    has = {entry: not entry.spec.is_stored or stored_name(entry.name) is not None for entry in inputs}
+    return tuple(replace(entry, base_has_default=has[entry]) for entry in inputs)
 
 
 def untied_modules(resolved: Resolved) -> dict[str, str]:

@@ -9,11 +9,11 @@ from lora_export.adapters.factors import Adapter
 from lora_export.artifact import ADAPTERS, MANIFEST, SIGNATURE
 from lora_export.base.tasks import SEQ2SEQ, Task, graphs_of
 from lora_export.contract import DECODER, ENCODER, SINGLE, SiteChoice, adapter_file, data_file, graph_file
-from lora_export.export.genai import GENAI_CONFIG
 from lora_export.export.graphs import refuse_changed_embedding, untied_modules
 from lora_export.export.plan import Plan
 from lora_export.export.quantizing import planned_sizes
 from lora_export.export.resolve import Resolved
+from lora_export.other_tools import GENAI_CONFIG
 
 # Modules of a decoder that only its first step computes: keys and values of the source.
 _OF_THE_SOURCE = (
@@ -53,9 +53,13 @@ def planned_bytes(plan: Plan, resolved: Resolved, choice: SiteChoice) -> int:
     3. Of an encoder-decoder, the embedding that encoder and decoder share, which each has in its own file.
     4. A linear map that is quantized, its integers and scales; of a head tied to an embedding, beside the floats.
 
+    Of a graph that was given, the bytes of its files.
+
     Raises:
         InputRefused: An adapter changes what several embeddings share.
     """
+    if plan.given_graph is not None:
+        return plan.given_graph.n_bytes
     if len(graphs_of(plan.task)) > 1:
         refuse_changed_embedding(resolved)
     item = 4 if plan.dtype == "float32" else 2

@@ -21,6 +21,7 @@ from lora_export.base.tasks import CLASSIFICATION, SEQ2SEQ, Task
 from lora_export.base.weightless import build_weightless, vocabulary_tables
 from lora_export.carried import Carried, plan_added, plan_carried
 from lora_export.errors import InputRefused, UsageProblem
+from lora_export.export.given_files import GivenGraph, locate_graph
 from lora_export.export.origin import another_base, locate_base, quantized_training, remark_on, remark_on_training
 from lora_export.export.padding import choose_padding, reads_last_token, with_padding
 from lora_export.export.task_choice import choose_task
@@ -43,6 +44,7 @@ class Request:
             are plain ones on it.
         pad_token_id: The padding token of a classifier on a decoder; None for the adapters', else the base's.
         quantization: How to store the base's linear maps as integers; None for floats.
+        graph: A folder or ONNX file that another tool wrote, to put the adapters onto; None to make a graph.
         base_files_stay: The base's tokenizer and settings stay also where all adapters bring the same others, as more
             adapters come later.
     """
@@ -59,6 +61,7 @@ class Request:
     pad_token_id: int | None = None
     quantization: Quantization | None = None
     base_files_stay: bool = False
+    graph: str | None = None
 
     @property
     def weight_of_each(self) -> tuple[float, ...]:
@@ -78,6 +81,7 @@ class Plan:
             without adapters. `resolve` goes on with it.
         other_bases: The base that an adapter records, where it is another than `checkpoint`, by the adapter's name.
         remarks: What was decided for the user and is worth a word.
+        given_graph: The graph that another tool made; None to make one.
     """
 
     request: Request
@@ -92,10 +96,13 @@ class Plan:
     model: torch.nn.Module | None = None
     other_bases: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    given_graph: GivenGraph | None = None
 
     @property
     def n_bytes(self) -> int:
         """Bytes that the exported weights take, before packing and metadata."""
+        if self.given_graph is not None:
+            return self.given_graph.n_bytes
         item = 4 if self.dtype == "float32" else 2
         sizes = [item * math.prod(info.shape) for info in self.checkpoint.files.tensors.values()]
         # An encoder and a decoder each have the embedding that they share.
@@ -129,7 +136,8 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     chosen = choose_task(request.task, checkpoint, folders)
     task, model = chosen.task, chosen.model
     _refuse_activated(folders, task)
-    dtype, of_dtype = _dtype_of(request, checkpoint)
+    given = _given_graph(request, task)
+    dtype, of_dtype = _dtype_of(request, checkpoint) if given is None else (given.dtype, ())
     remarks = chosen.remarks + of_dtype
     config, pad_token_id = checkpoint.load_config(), None
     adapter_configs = ()
@@ -164,13 +172,19 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
         trained = {folder.name: quantized_training(folder) for folder in folders}
         remarks += tuple(remark_on_training(name, how) for name, how in trained.items() if how is not None)
     found = (request, checkpoint, folders, task, dtype, config, adapter_configs, carried, pad_token_id)
-    return Plan(*found, model, others, remarks)
+    return Plan(*found, model, others, remarks, given)
 
 
 def _opened(request: Request, given: str, name: str | None) -> AdapterFolder:
     """An adapter's folder; of a merge, a name that the user has not given is made usable, as no host asks for it."""
     path = peft_folder(given, request.base, request.task)
     return open_adapter(path, given, name or (usable_name(path) if request.mode == "merge" else None))
+
+
+def _given_graph(request: Request, task: Task) -> GivenGraph | None:
+    if request.graph is None:
+        return None
+    return locate_graph(request.graph, task, dtype=request.dtype, is_quantized=request.quantization is not None)
 
 
 def _vocabulary(config) -> int | None:

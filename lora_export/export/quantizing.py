@@ -10,13 +10,13 @@ import onnx_ir as ir
 import torch
 
 from lora_export.base.weightless import is_conv1d
-from lora_export.contract import SiteChoice
+from lora_export.contract import SINGLE, SiteChoice
 from lora_export.errors import InputRefused, UsageProblem, some_of
 from lora_export.export.plan import Plan
 from lora_export.export.resolve import Resolved
 from lora_export.graph.quantize import quantize_weights
 from lora_export.graph.unbound import unbound
-from lora_export.quantization import Quantization
+from lora_export.quantization import Method, Quantization
 
 # Floats that are worth a word: of what stays as it is, as a share of all.
 _WORTH_A_WORD = 0.05
@@ -71,6 +71,8 @@ def quantize_graphs(
         InputRefused: No weight of the graphs is a linear map's.
     """
     how = plan.request.quantization
+    if plan.given_graph is not None:
+        return _as_given(models[SINGLE])
     if how is None:
         return None
     weights = dict.fromkeys(path for model in models.values() for path in quantize_weights(model, how))
@@ -86,6 +88,22 @@ def quantize_graphs(
         remark(sentence)
     quantizer = f"onnxruntime {_onnxruntime_version()}"
     return replace(how, weights=tuple(weights), quantizer=quantizer)
+
+
+def _as_given(model: ir.Model) -> Quantization | None:
+    """How another tool quantized most of its products in `model`; None where they are floats."""
+    nodes = [node for node in model.graph if node.op_type == "MatMulNBits"]
+    if not nodes:
+        return None
+    sizes = [
+        (node.attributes.get_int("bits", 4), node.attributes.get_int("block_size"),
+         len(node.inputs) < 4 or node.inputs[3] is None, node.attributes.get_int("accuracy_level", 0))
+        for node in nodes
+    ]  # fmt: skip
+    weights = dict.fromkeys(path for node in nodes for path in node.inputs[1].name.rpartition("_Q")[0].split("+"))
+    quantizer = " ".join(filter(None, (model.producer_name, model.producer_version)))
+    most = max(sizes, key=sizes.count)
+    return Quantization(*most, method=Method.GIVEN, weights=tuple(weights), quantizer=quantizer or "unknown")
 
 
 def _left(

@@ -24,10 +24,11 @@ from lora_export.export.weights import Parameters
 
 @dataclass(frozen=True)
 class Sources:
-    """The base and the adapters of a plan, as they were given and by sha256 of their files."""
+    """The base and the adapters of a plan, and the graph if it was given, by sha256 of their files."""
 
     base: SourceRecord
     adapters: tuple[SourceRecord, ...]
+    graph: SourceRecord | None = None
 
 
 @contextlib.contextmanager
@@ -43,7 +44,9 @@ def _hash_sources(plan: Plan) -> Sources:
     hashes = {file.relative_to(plan.checkpoint.path).as_posix(): sha256_of(file) for file in base_files}
     base = SourceRecord(local_path(located.given), located.revision, hashes)
     adapters = [SourceRecord(local_path(f.given), None, source_hashes(f.path)) for f in plan.folders]
-    return Sources(base, tuple(adapters))
+    given = plan.given_graph
+    graph = None if given is None else SourceRecord(str(given.path), None, given.hashes())
+    return Sources(base, tuple(adapters), graph)
 
 
 def write_config(plan: Plan, folder: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from lora_export.base.recipe import Part, Quantized, Recipe
 from lora_export.base.weightless import TORCH_DTYPES
 from lora_export.errors import InputRefused
 from lora_export.export.integers import as_served
-from lora_export.quantization import Quantization
+from lora_export.quantization import Method, Quantization
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ class Parameters:
         """
         if self.quantization is None or path not in self.quantization.weights:
             return self.base(path)
+        if self.quantization.method is Method.GIVEN:
+            return self.base(path)  # nothing that is packed depends on it: see `given_graph._require_served`
         how = Quantized.of(self.quantization, Part.INTEGERS, self.dtype)
         weight = self.base(path).to(TORCH_DTYPES[self.dtype])
         is_in_out = path in self.in_out

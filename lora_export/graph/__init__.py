@@ -24,6 +24,9 @@
     batch_transposes.py      a fused transpose that ONNX Runtime refuses
     fuse.py                  optimize and fuse for a provider
     quantize.py              linear maps by small integers
+    given.py                 a graph that another tool wrote
+    matching.py              whose numbers its weights are
+    unpacking.py             its packed projections, taken apart
     runnable.py              whether a provider can run it
     layer_names.py           which layer a name is of
     stamp.py                 one layer of a finished graph, copied

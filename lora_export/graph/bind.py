@@ -102,6 +102,8 @@ class _Binding:
         for value in list(graph.initializers.values()):
             recipe, is_default = recipes.get(value.name), value.name in by_name
             if recipe is None and value.const_value.nbytes < _INLINE_BYTES:
+                if isinstance(value.const_value, ir.ExternalTensor):  # of a given graph, in its own data file
+                    value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
                 continue  # shapes and other small constants stay inline
             key = (recipe or _digest(value.const_value), value.dtype, is_default)
             if key not in self.stored:

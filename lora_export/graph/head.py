@@ -28,7 +28,7 @@ def last_hidden(graph: ir.Graph) -> ir.Value | None:
     value = next((each for each in graph.outputs if each.name == _LOGITS), None)
     while value is not None and value.producer() is not None:
         node = value.producer()
-        if node.op_type in ("MatMul", "FusedMatMul", "Gemm") and node.inputs[1].producer() is None:
+        if node.op_type in ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits") and node.inputs[1].producer() is None:
             hidden = node.inputs[0]
             return hidden if hidden.shape is not None and len(hidden.shape) == 3 and hidden.producer() else None
         value = next((each for each in node.inputs if each is not None and each.const_value is None), None)

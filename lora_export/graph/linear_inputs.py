@@ -11,14 +11,14 @@ from lora_export.contract import ROWS, AdapterInputKind, SiteChoice
 from lora_export.graph.bias_inputs import insert_biases
 from lora_export.graph.declare import DeclaredInputs
 from lora_export.graph.shared_by_rows import is_shared_by_rows, let_rows_through, refuse_gate
-from lora_export.graph.sites import Site, find_sites
+from lora_export.graph.sites import BIAS_INSIDE, Site, find_sites
 from lora_export.graph.tape import Tape, put_in_place_of, reshaped_as, with_row_axis
 
 
 def insert_gate(inputs: DeclaredInputs, choice: SiteChoice) -> None:
     """Give the graph the gate that `insert_pairs` multiplies the pairs of `choice.gate_modules` by."""
     for module in choice.gate_modules[:1]:
-        dtype = find_sites(inputs.graph, [module])[module][0].weight.dtype
+        dtype = find_sites(inputs.graph, [module])[module][0].dtype
         inputs.declare(AdapterInputKind.GATE, "", dtype)
 
 
@@ -30,7 +30,7 @@ def insert_pairs(inputs: DeclaredInputs, choice: SiteChoice) -> None:
     """
     gate = inputs.value(AdapterInputKind.GATE, "")
     for module, sites in find_sites(inputs.graph, choice.lora_modules).items():
-        dtype, out = sites[0].weight.dtype, sites[0].out_features
+        dtype, out = sites[0].dtype, sites[0].out_features
         pair = inputs.declare_pair(module, dtype, sites[0].in_features, out)
         is_dora = module in choice.gain_modules
         gain = inputs.declare(AdapterInputKind.GAIN, module, dtype, out_features=out) if is_dora else None
@@ -45,7 +45,7 @@ def insert_replacements(inputs: DeclaredInputs, choice: SiteChoice) -> None:
         InputRefused: As `insert_pairs`.
     """
     for module, sites in find_sites(inputs.graph, choice.replaced_modules).items():
-        dtype, bias = sites[0].weight.dtype, None
+        dtype, bias = sites[0].dtype, None
         weight = inputs.declare(AdapterInputKind.WEIGHT, module, dtype, in_features=sites[0].in_features)
         if has_bias(sites[0]):
             bias = inputs.declare(AdapterInputKind.BIAS, module, dtype)
@@ -97,10 +97,11 @@ def add_pair(
 
 def _take_bias_out(graph: ir.Graph, site: Site) -> None:
     """Turn a `Gemm` with a bias into one without and an `Add`: a gain multiplies the product, not the bias."""
-    if site.node.op_type != "Gemm" or not has_bias(site):
+    place = BIAS_INSIDE.get(site.node.op_type)
+    if place is None or not has_bias(site):
         return
-    output, users, bias = site.output, tuple(site.output.uses()), site.node.inputs[2]
-    site.node.replace_input_with(2, None)
+    output, users, bias = site.output, tuple(site.output.uses()), site.node.inputs[place]
+    site.node.replace_input_with(place, None)
     total = Tape(graph, site.node).op("Add", [output, bias], site.output_dims, output.dtype)
     put_in_place_of(graph, output, total, users)
 
@@ -139,8 +140,8 @@ def _bias_add(site: Site) -> ir.Node | None:
 
 def has_bias(site: Site) -> bool:
     """Whether the linear map of `site` has a bias of its own."""
-    if site.node.op_type == "Gemm":
-        return len(site.node.inputs) > 2 and site.node.inputs[2] is not None
+    if (place := BIAS_INSIDE.get(site.node.op_type)) is not None and len(site.node.inputs) > place:
+        return site.node.inputs[place] is not None
     return _bias_add(site) is not None
 
 

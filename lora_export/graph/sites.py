@@ -15,6 +15,14 @@ import onnx_ir as ir
 from lora_export.errors import InputRefused, some_of
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+# The last two are in graphs that other tools wrote: a trace has neither before fusion.
+_LINEAR = (
+    ("MatMul", ""), ("Gemm", ""), ("FusedMatMul", "com.microsoft"), ("MatMulNBits", "com.microsoft"),
+)  # fmt: skip
+
+
+# Operators that add a bias themselves → the input that it is.
+BIAS_INSIDE = {"Gemm": 2, "MatMulNBits": 5}
 
 
 @dataclass(frozen=True)
@@ -23,8 +31,8 @@ class Site:
 
     Attributes:
         module: The module's path in the base model.
-        node: The `MatMul` (bias added by a later node) or `Gemm` (bias inside).
-        weight: The initializer `<module>.weight`.
+        node: The `MatMul` or `FusedMatMul` (bias added by a later node), or `Gemm` or `MatMulNBits` (bias inside).
+        weight: The initializer `<module>.weight`; of `MatMulNBits`, its integers.
         in_features, out_features: The map's sizes.
         weight_is_transposed: True if the initializer is `[out, in]` (`nn.Linear`), False if it is `[in, out]`
             (`Conv1D` of GPT-2).
@@ -36,6 +44,16 @@ class Site:
     in_features: int
     out_features: int
     weight_is_transposed: bool
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Of the floats that it computes in."""
+        return self.node.inputs[2].dtype if self.is_integers else self.weight.dtype
+
+    @property
+    def is_integers(self) -> bool:
+        """Whether its weight is stored as integers, which nothing can replace."""
+        return self.node.op_type == "MatMulNBits"
 
     @property
     def input(self) -> ir.Value:
@@ -79,7 +97,7 @@ def sites_in(graph: ir.Graph, modules: Iterable[str]) -> dict[str, list[Site]]:
     """As `find_sites`, with none for a module that has no linear map in this graph."""
     sites: dict[str, list[Site]] = {module: [] for module in modules}
     for node in graph.all_nodes():
-        if node.domain == "" and node.op_type in ("MatMul", "Gemm"):
+        if (node.op_type, node.domain) in _LINEAR:
             module = module_of(node)
             if module in sites and (site := _linear_site(module, node)) is not None:
                 sites[module].append(site)
@@ -99,7 +117,9 @@ def refuse_unlinked(missing: Sequence[str]) -> None:
 
 def _linear_site(module: str, node: ir.Node) -> Site | None:
     operand = node.inputs[1]
-    transposed = bool(node.attributes.get_int("transB", 0)) if node.op_type == "Gemm" else False
+    if node.op_type == "MatMulNBits":
+        return Site(module, node, operand, node.attributes.get_int("K"), node.attributes.get_int("N"), True)
+    transposed = bool(node.attributes.get_int("transB", 0))
     producer = operand.producer()
     if producer is not None and producer.op_type == "Transpose":
         operand, transposed = producer.inputs[0], not transposed

@@ -7,6 +7,7 @@ by the other as well.
 
 `B` is `[N, blocks, block_size · bits / 8]` bytes, of which each holds 8 / bits numbers, the first in the lowest bits.
 Zeros are packed likewise, a row of blocks after the other, or are floats; where there are none, each is 2**(bits − 1).
+An embedding's table is stored alike where other tools read it by `GatherBlockQuantized`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-_OPERATOR = ("MatMulNBits", "com.microsoft")
+from lora_export.graph.sites import module_of
+
+_OPERATOR, LOOKUP = ("MatMulNBits", "com.microsoft"), ("GatherBlockQuantized", "com.microsoft")
 _INTEGERS = re.compile(r"_Q[248]$")
+_AXES = {"gather_axis": 0, "quantize_axis": 1}
 _LEVEL = "accuracy_level"
 # MatMulNBits may round its other operand to 8-bit integers.
 _INT8_LEVEL = 4
@@ -84,27 +88,64 @@ def stored_integers(graph: Path) -> Iterator[StoredInteger]:
         if _is_quantized(node):
             read = tuple(value.name if value is not None else "" for value in node.inputs[1:4])
             if read not in seen:
-                yield _read(node)
+                yield read_integers(node)
             seen.add(read)
+
+
+def stored_tables(graph: Path) -> Iterator[StoredInteger]:
+    """The tables of embeddings that the graph in this file looks up as integers, by the path of the node's module."""
+    for node in ir.load(graph).graph.all_nodes():
+        if is_lookup(node) and (module := module_of(node)):
+            yield read_table(node, module)
+
+
+def is_lookup(node: ir.Node) -> bool:
+    """Whether `node` looks rows up in a table `[vocabulary, dim]` of blocks along `dim`, packed in bytes."""
+    if (node.op_type, node.domain) != LOOKUP:
+        return False
+    data, (gather, quantize) = _table_of(node), (node.attributes.get_int(n, d) for n, d in _AXES.items())
+    return data is not None and data.dtype == ir.DataType.UINT8 and gather == 0 and quantize in (1, -1)
+
+
+def _table_of(node: ir.Node) -> ir.Value | None:
+    """The initializer that `node` looks up in, reshaped or not."""
+    value = node.inputs[0]
+    producer = value.producer()
+    value = producer.inputs[0] if producer is not None and producer.op_type == "Reshape" else value
+    return value if value.is_initializer() else None
+
+
+def read_table(node: ir.Node, module: str = "", rows: slice = slice(None)) -> StoredInteger:
+    """The table of a node that `is_lookup`, or some of its rows."""
+    bits, block_size = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 128)
+    scales = node.inputs[2].const_value.numpy()
+    packed = _table_of(node).const_value.numpy().reshape(len(scales), -1)[rows]
+    integers = _numbers(packed, bits)
+    scales = scales.reshape(len(scales), -1)[rows].astype(np.float64)
+    zeros, given = np.full(scales.shape, float(1 << (bits - 1))), node.inputs[3] if len(node.inputs) > 3 else None
+    if given is not None:
+        array = given.const_value.numpy()
+        zeros = _numbers(array.reshape(len(array), -1)[rows], bits)[:, : scales.shape[1]].astype(np.float64)
+    return StoredInteger((f"{module}.weight",), bits, block_size, integers, scales, zeros, given is not None)
 
 
 def _is_quantized(node: ir.Node) -> bool:
     return (node.op_type, node.domain) == _OPERATOR
 
 
-def _read(node: ir.Node) -> StoredInteger:
-    size = {name: node.attributes.get_int(name) for name in ("K", "N", "bits", "block_size")}
-    n_out, n_in, bits, block_size = size["N"], size["K"], size["bits"], size["block_size"]
+def read_integers(node: ir.Node, rows: slice = slice(None)) -> StoredInteger:
+    """The weight of a `MatMulNBits` node, or some of its rows `[out]`."""
+    size = {name: node.attributes.get_int(name) for name in ("K", "N", "block_size")}
+    n_out, n_in, block_size, bits = size["N"], size["K"], size["block_size"], node.attributes.get_int("bits", 4)
     blocks = -(-n_in // block_size)
-    packed, scales = (value.const_value.numpy() for value in node.inputs[1:3])
-    integers = _numbers(packed.reshape(n_out, -1), bits)[:, :n_in]
-    scales = scales.astype(np.float64).reshape(n_out, blocks)
-    zeros = np.full((n_out, blocks), float(1 << (bits - 1)))
+    packed, scales = (value.const_value.numpy().reshape(n_out, -1)[rows] for value in node.inputs[1:3])
+    integers = _numbers(packed, bits)[:, :n_in]
+    scales = scales.astype(np.float64).reshape(-1, blocks)
+    zeros = np.full(scales.shape, float(1 << (bits - 1)))
     given = node.inputs[3] if len(node.inputs) > 3 else None
     if given is not None:
-        array = given.const_value.numpy()
-        is_packed = array.dtype == np.uint8
-        array = _numbers(array.reshape(n_out, -1), bits) if is_packed else array.reshape(n_out, -1)
+        array = given.const_value.numpy().reshape(n_out, -1)[rows]
+        array = _numbers(array, bits) if array.dtype == np.uint8 else array
         zeros = array[:, :blocks].astype(np.float64)
     parameters = tuple(_INTEGERS.sub("", node.inputs[1].name).split("+"))
     return StoredInteger(parameters, bits, block_size, integers, scales, zeros, given is not None)

@@ -58,8 +58,25 @@ def locate_source(source: SourceRecord, override: str | None, kind: str, *, hint
         raise InputRefused(
             f"The export's {kind} is not where it was", where=given, next_step=f"say where it is now with {hint}"
         ) from error
+    folder = path.parent if path.is_file() else path
+    _require_same(folder, source, kind=kind, next_step=f"name the original with {hint}")
+    return path
+
+
+def locate_graph_source(source: SourceRecord) -> Path:
+    """The graph of another tool that an export was made from, each of its files compared with its recorded hash.
+
+    Raises:
+        InputRefused: It is not where it was, or is not the one that was exported.
+    """
+    path = Path(source.given)
+    _require_same(path.parent, source, kind="graph", next_step="put it back where it was")
+    return path
+
+
+def _require_same(folder: Path, source: SourceRecord, *, kind: str, next_step: str) -> None:
     for name, expected in source.files.items():
-        file = (path.parent if path.is_file() else path) / name
+        file = folder / name
         found = sha256_of(file) if file.is_file() else None
         if found != expected:
             raise InputRefused(
@@ -67,6 +84,5 @@ def locate_source(source: SourceRecord, override: str | None, kind: str, *, hint
                 where=str(file),
                 expected=f"sha256 {expected}",
                 found=f"sha256 {found}" if found else "no such file",
-                next_step=f"name the original with {hint}, or export again",
+                next_step=f"{next_step}, or export again",
             )
-    return path

@@ -32,6 +32,7 @@ GREEDY_TOKENS = 32
 _PROMPT_TOKENS = 12
 # First and last position of a step, what it starts from, and its logits `[batch, new, n]`.
 Step = tuple[int, int, object, np.ndarray]
+_NO_CACHE = "Steps on a cache, and generation: the given graph has none."
 _NO_GREEDY = (
     "The cached steps of given tokens agree with PyTorch, so the tokens that a generation chooses are looked into no "
     "further: their inputs are its own."
@@ -41,6 +42,9 @@ _NO_GREEDY = (
 def decoding_cases(examination: Examination, examined: Examined, batcher: Batcher, *, examples: Examples) -> None:
     """Left padding, cached steps (a chunk, then single tokens) and greedy agreement of one adapter."""
     session, adapter, reference = examination.session, examined.adapter, examined.reference
+    if not session.contract.past:
+        examination.skipped.append(_NO_CACHE)
+        return
     limits = examination.context.limits
     invocation = session.manifest.adapter(adapter).invocation_tokens if isinstance(adapter, str) else None
     batch = with_invocation(_ragged(batcher.batch(examples.rows[-_ROWS:], padding_side="left")), invocation)

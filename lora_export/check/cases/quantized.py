@@ -30,6 +30,10 @@ _AS_DEPLOYED = (
     "The graph agrees with PyTorch where its products round no activations, so the difference is in that rounding."
 )
 _OF_WEIGHTS = "The file's numbers differ from the base's by more than rounding to their block's grid."
+_OF_ANOTHER_TOOL = (
+    "How the given graph's integers were chosen: another tool did, so their distance from the base's weights is shown "
+    "and not limited (--tolerance weights=, scales=, clipping= limit it). What they cost is shown."
+)
 _COST = "What quantization costs was to be limited, and no node differs: the weights do."
 # Measured on so many batches.
 _BATCHES = 8
@@ -45,6 +49,8 @@ def weight_cases(examination: Examination) -> None:
         (path,) = stored.parameters
         errors.take(path, stored, linear_weight(reference.inner, path).float().numpy())
     against = "PEFT's merge" if records else "the base"
+    if context.session.manifest.given_graph is not None:
+        examination.skipped.append(_OF_ANOTHER_TOOL)
     case = weights_case(errors, context.limits, f"{against}, rounded to the grid of each block")
     examination.cases.append(case)
     examination.where.cannot(case, _OF_WEIGHTS)

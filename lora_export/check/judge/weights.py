@@ -16,12 +16,13 @@ measures over all blocks of all weights:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
-from lora_export.check.judge.tolerances import Tolerances
+from lora_export.check.judge.tolerances import Limit, Tolerances
 from lora_export.check.results import Measured, ParityCase
 
 _TINY = float(np.finfo(np.float64).tiny)
@@ -102,6 +103,14 @@ def _clipped(stored: Stored, expected: np.ndarray) -> float:
     steps = 0.5 if stored.has_zeros else 1.0
     beyond = np.abs(scales * (stored.integers - zeros) - expected) - steps * np.abs(scales)
     return float((beyond / np.maximum((1 << stored.bits) * np.abs(scales), _TINY)).max(initial=0))
+
+
+def of_another_tool(limits: Tolerances, asked: Collection[str]) -> Tolerances:
+    """`limits` for integers that another tool chose, in whatever way: only what was `asked` for limits how it did."""
+    free = {measure for measure in ("weights", "scales", "clipping") if measure not in asked}
+    reason = "none: another tool chose the integers"
+    recorded = tuple(Limit(e.measure, None, reason) if e.measure in free else e for e in limits.recorded)
+    return replace(limits, **dict.fromkeys(free), recorded=recorded)
 
 
 def weights_case(errors: WeightErrors, limits: Tolerances, against: str) -> ParityCase:

@@ -14,7 +14,7 @@ import torch
 
 from lora_export.base.weightless import is_conv1d
 from lora_export.errors import InputRefused
-from lora_export.graph.stored_integers import StoredInteger, stored_integers
+from lora_export.graph.stored_integers import StoredInteger, stored_integers, stored_tables
 
 _INT8_MOST = 127
 
@@ -56,8 +56,15 @@ class IntegerBase:
     def put_in(self, model: torch.nn.Module) -> torch.nn.Module:
         """`model` (changed in place) whose linear maps multiply by the stored weights, in its own dtype.
 
-        A linear map that is tied to one that is stored gets its numbers too; an embedding stays as it is.
+        A linear map that is tied to one that is stored gets its numbers too. An embedding stays as it is, but where the
+        graph looks it up as integers.
         """
+        for graph in self.graphs:
+            for table in stored_tables(graph):
+                (path,) = table.parameters
+                module = model.get_submodule(path.removesuffix(".weight"))
+                values = torch.from_numpy(table.values).to(module.weight.dtype)
+                module.weight = torch.nn.Parameter(values, requires_grad=False)
         done: set[str] = set()
         groups = _tied_linears(model)
         for stored in self.stored(model):

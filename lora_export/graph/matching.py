@@ -1,0 +1,291 @@
+"""Whose numbers a given graph's weights are: found from the numbers, names only decide between equals.
+
+A weight of a linear map is held against the base's as `[out, in]`, however it is stored:
+
+1. as `[in, out]` or `[out, in]`, in the graph's dtype: it must be the base's to the last bit, after one rounding to
+   that dtype;
+2. as blocks of integers (`MatMulNBits`): each number must be within a few steps of the base's, and all together within
+   a fifth of its norm. A step is a block's largest number over half of the grid. Another matrix is nowhere near;
+3. projections below each other, as a query, key and value in one: each part as above.
+
+An embedding's table is compared as a whole. What is matched is then named by the base's paths, as in a trace of it: an
+initializer `<module>.weight`, its node's scope; floats become unbound, made from the base when they are written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.base.recipe import Recipe
+from lora_export.graph.sites import BIAS_INSIDE, NAME_SCOPES
+from lora_export.graph.stored_integers import LOOKUP, is_lookup, read_integers, read_table
+from lora_export.graph.unbound import is_matrix_transpose, set_recipe
+
+# Of integers: the most steps between a number and the base's, and the largest part of the norm.
+_MOST_STEPS, _LARGEST_PART = 3.0, 0.2
+_CHUNK_ROWS = 4096
+_WORDS = re.compile(r"[./]+")
+_FLOAT_PRODUCTS = (
+    ("MatMul", ""), ("Gemm", ""), ("FusedMatMul", "com.microsoft"), ("Attention", "com.microsoft"),
+)  # fmt: skip
+_PARTS = {1: "_Q{bits}", 2: "_scales", 3: "_zero_points"}
+
+
+@dataclass(frozen=True)
+class BaseMatrix:
+    """A module of the base with a matrix: `nn.Linear`, `Conv1D`, or an embedding's table as `[vocabulary, dim]`.
+
+    Attributes:
+        is_in_out: Whether the base stores it `[in, out]` (`Conv1D`).
+    """
+
+    module: str
+    n_in: int
+    n_out: int
+    is_in_out: bool = False
+    is_table: bool = False
+
+
+# Rows of a module's matrix as `[out, in]` in a dtype.
+ReadRows = Callable[[BaseMatrix, slice, str], np.ndarray]
+
+
+@dataclass(eq=False)
+class GivenWeight:
+    """One matrix of a given graph.
+
+    Attributes:
+        value: The initializer; of integers, the packed ones, or of a table of them, its scales.
+        is_out_in: Whether floats are stored `[out, in]`.
+        nodes: The nodes that read it so.
+        modules: Whose numbers it holds, in order; empty where that is not known.
+    """
+
+    value: ir.Value
+    n_in: int
+    n_out: int
+    is_out_in: bool
+    nodes: list[ir.Node] = field(default_factory=list)
+    modules: tuple[BaseMatrix, ...] = ()
+
+    @property
+    def node(self) -> ir.Node:
+        return self.nodes[0]
+
+    @property
+    def is_integers(self) -> bool:
+        return self.node.op_type in ("MatMulNBits", LOOKUP[0])
+
+    @property
+    def is_table(self) -> bool:
+        return self.node.op_type in ("Gather", LOOKUP[0])
+
+    @property
+    def is_product(self) -> bool:
+        """Whether adapters can be added beside it: it is multiplied by in a node of its own."""
+        return self.node.op_type in ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits")
+
+    @property
+    def dtype(self) -> str:
+        """Of the floats that it is compared in."""
+        return "float32" if self.is_integers else str(self.value.dtype.numpy())
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """`[stop − start, in]`."""
+        if self.is_integers:
+            rows = slice(start, stop)
+            return (read_table(self.node, rows=rows) if self.is_table else read_integers(self.node, rows)).values
+        array = self.value.const_value.numpy()
+        return array[start:stop] if self.is_out_in else array[:, start:stop].T
+
+    def agrees(self, start: int, expected: np.ndarray) -> bool:
+        """Whether the rows from `start` on are those of the base, `expected` `[n, in]`."""
+        found = self.rows(start, start + len(expected))
+        if not self.is_integers:
+            return np.array_equal(found, expected)
+        return _is_rounded(found, expected, self.node)
+
+
+def _is_rounded(found: np.ndarray, expected: np.ndarray, node: ir.Node) -> bool:
+    bits, block = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 128)
+    padding = -expected.shape[1] % block
+    blocks = np.pad(np.abs(expected), ((0, 0), (0, padding))).reshape(len(expected), -1, block)
+    steps = np.repeat(blocks.max(axis=2) / (1 << (bits - 1)), block, axis=1)[:, : expected.shape[1]]
+    off = np.abs(found - expected)
+    if not (off <= _MOST_STEPS * steps + np.finfo(np.float32).tiny).all():
+        return False
+    return float(np.linalg.norm(off)) <= _LARGEST_PART * float(np.linalg.norm(expected))
+
+
+def given_weights(graph: ir.Graph) -> list[GivenWeight]:
+    """The matrices of `graph`, in its order. What a branch of it reads is left out."""
+    found: dict[tuple[ir.Value, bool, bool], GivenWeight] = {}
+    for node in graph:
+        for value, is_out_in in _matrices(node):
+            n_out, n_in = (value.shape[0], value.shape[1]) if is_out_in else (value.shape[1], value.shape[0])
+            if node.op_type == "MatMulNBits":
+                n_in, n_out = node.attributes.get_int("K"), node.attributes.get_int("N")
+            elif is_lookup(node):
+                n_out, n_in = node.inputs[2].shape[0], read_table(node, rows=slice(0, 1)).integers.shape[1]
+            key = (value, is_out_in, is_lookup(node))
+            weight = found.setdefault(key, GivenWeight(value, n_in, n_out, is_out_in))
+            weight.nodes.append(node)
+    return list(found.values())
+
+
+def _matrices(node: ir.Node) -> Iterator[tuple[ir.Value, bool]]:
+    """The weights that `node` reads as matrices, and whether each lies `[out, in]`."""
+    kind = (node.op_type, node.domain)
+    if kind == ("MatMulNBits", "com.microsoft"):
+        yield node.inputs[1], True
+    elif is_lookup(node):
+        yield node.inputs[2], True  # by its scales: the integers may be those of a product, too
+    elif kind == ("Gather", ""):
+        if _is_matrix(node.inputs[0]):
+            yield node.inputs[0], True
+    elif kind in _FLOAT_PRODUCTS and not _has_factor(node):
+        is_out_in, value = bool(node.attributes.get_int("transB", 0)), node.inputs[1]
+        if value is not None and value.producer() is not None and is_matrix_transpose(value.producer()):
+            is_out_in, value = not is_out_in, value.producer().inputs[0]
+        if value is not None and _is_matrix(value):
+            yield value, is_out_in
+
+
+def _has_factor(node: ir.Node) -> bool:
+    """Whether a `Gemm` or `FusedMatMul` does more than multiply, transpose its weight and add a bias."""
+    factors = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
+    others = [node.attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB")]
+    return node.op_type in ("Gemm", "FusedMatMul") and (factors != [1.0, 1.0] or any(others))
+
+
+def _is_matrix(value: ir.Value | None) -> bool:
+    if value is None or not value.is_initializer() or value.const_value is None or value.is_graph_input():
+        return False
+    return len(value.shape) == 2 and value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+class Matcher:
+    """Finds whose numbers weights hold; what it has read of the base it reads again only to be sure."""
+
+    def __init__(self, matrices: Sequence[BaseMatrix], read: ReadRows) -> None:
+        self._matrices, self._read = matrices, read
+        self._first: dict[tuple[str, str], np.ndarray] = {}
+
+    def match(self, weights: Sequence[GivenWeight]) -> None:
+        """Give each of `weights` its modules, if they are found."""
+        for weight in weights:
+            weight.modules = self._modules_of(weight)
+
+    def _modules_of(self, weight: GivenWeight) -> tuple[BaseMatrix, ...]:
+        found: list[BaseMatrix] = []
+        start = 0
+        while start < weight.n_out:
+            fits = [each for each in self._fitting(weight, start) if each not in found]
+            if not fits:
+                return ()
+            chosen = _nearest_by_name(fits, weight)
+            found.append(chosen)
+            start += chosen.n_out
+        return tuple(found)
+
+    def _fitting(self, weight: GivenWeight, start: int) -> list[BaseMatrix]:
+        left = weight.n_out - start
+        may = [m for m in self._matrices if m.n_in == weight.n_in and m.is_table == weight.is_table]
+        may = [m for m in may if (m.n_out == weight.n_out if weight.is_table else m.n_out <= left)]
+        may = [m for m in may if weight.agrees(start, self._first_row(m, weight.dtype))]
+        return [m for m in may if self._agrees(weight, start, m)]
+
+    def _first_row(self, matrix: BaseMatrix, dtype: str) -> np.ndarray:
+        key = (matrix.module, dtype)
+        if key not in self._first:
+            self._first[key] = self._read(matrix, slice(0, 1), dtype)
+        return self._first[key]
+
+    def _agrees(self, weight: GivenWeight, start: int, matrix: BaseMatrix) -> bool:
+        for row in range(0, matrix.n_out, _CHUNK_ROWS):
+            stop = min(row + _CHUNK_ROWS, matrix.n_out)
+            if not weight.agrees(start + row, self._read(matrix, slice(row, stop), weight.dtype)):
+                return False
+        return True
+
+
+def _nearest_by_name(fits: Sequence[BaseMatrix], weight: GivenWeight) -> BaseMatrix:
+    """Of modules with equal numbers, the one whose path has most words in common with the weight and its nodes."""
+    names = [weight.value.name or "", *(node.name or "" for node in weight.nodes)]
+    words = {word for name in names for word in _WORDS.split(name)}
+    return max(fits, key=lambda each: len(words.intersection(each.module.split("."))))
+
+
+def name_weights(graph: ir.Graph, weights: Sequence[GivenWeight]) -> None:
+    """Name the matched of `weights` by the base's paths, in `graph` (changed in place); floats become unbound."""
+    for weight in weights:
+        if not weight.modules:
+            continue
+        paths = tuple(f"{each.module}.weight" for each in weight.modules)
+        name = "+".join(paths)
+        if weight.is_integers and weight.is_table:
+            pass  # known by its node
+        elif weight.is_integers:
+            bits = weight.node.attributes.get_int("bits", 4)
+            for place, suffix in _PARTS.items():
+                part = weight.node.inputs[place] if place < len(weight.node.inputs) else None
+                if part is not None and part.is_initializer():
+                    rename(graph, part, name + suffix.format(bits=bits))
+        else:
+            rename(graph, weight.value, name)
+            # A recipe says whether a parameter is stored the other way round than the base has it.
+            transposed = weight.modules[0].is_in_out == weight.is_out_in
+            set_recipe(weight.value, Recipe(paths, transposed, axis=0 if weight.is_out_in else 1))
+            weight.value.const_value = None
+        if len(weight.modules) == 1:
+            for node in weight.nodes:
+                set_scope(node, weight.modules[0].module)
+
+
+def set_scope(node: ir.Node, module: str) -> None:
+    """Record on `node` the path of the module that it computes, as the exporter does."""
+    node.metadata_props[NAME_SCOPES] = repr(["", module, node.name or node.op_type])
+
+
+def rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
+    """Name an initializer of `graph`, unless another has that name."""
+    if name == value.name or name in graph.initializers:
+        return  # a second copy of the same numbers keeps its name
+    graph.initializers.pop(value.name)
+    value.name = name
+    graph.initializers[name] = value
+
+
+def name_biases(graph: ir.Graph, weights: Sequence[GivenWeight], biases: Mapping[str, np.ndarray]) -> frozenset[str]:
+    """Name the base's `biases` (by module) where they are added to the products of `weights`, in `graph` (changed in
+    place); they become unbound. The modules whose bias was found.
+    """
+    found = set()
+    for weight in weights:
+        module = weight.modules[0].module if len(weight.modules) == 1 else None
+        if module not in biases:
+            continue
+        for value in _added_to(weight.node):
+            array = value.const_value.numpy() if value.const_value is not None else None
+            if array is not None and np.array_equal(array, biases[module].astype(array.dtype)):
+                rename(graph, value, f"{module}.bias")
+                set_recipe(value, Recipe((f"{module}.bias",)))
+                value.const_value = None
+                found.add(module)
+                break
+    return frozenset(found)
+
+
+def _added_to(node: ir.Node) -> Iterator[ir.Value]:
+    """The initializers that may be the bias of the product `node`."""
+    place = BIAS_INSIDE.get(node.op_type)
+    if place is not None and len(node.inputs) > place and node.inputs[place] is not None:
+        yield node.inputs[place]
+    for user, _ in node.outputs[0].uses():
+        if user.op_type == "Add":
+            yield from (value for value in user.inputs if value is not None and value.is_initializer())

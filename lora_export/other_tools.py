@@ -1,0 +1,55 @@
+"""What other tools write: the ONNX file in a folder, and ONNX Runtime GenAI's settings beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lora_export.errors import InputRefused, some_of
+
+GENAI_CONFIG = "genai_config.json"
+_MODEL = "model.onnx"
+_SHOWN = 6
+
+
+def find_graph(path: Path, *, or_else: str = "") -> Path:
+    """The ONNX file at `path`: itself; of a folder the one that GenAI's settings name, `model.onnx`, or its only one.
+
+    Args:
+        or_else: What else would have done, for the message.
+
+    Raises:
+        InputRefused: There is none, or more than one.
+    """
+    if path.is_file():
+        return path
+    named = json_beside(path / _MODEL, GENAI_CONFIG).get("model", {}).get("decoder", {}).get("filename")
+    for name in (named, _MODEL):
+        if name and (path / name).is_file():
+            return path / name
+    found = sorted(path.glob("*.onnx"))
+    if len(found) == 1:
+        return found[0]
+    raise InputRefused(
+        "The folder holds more than one graph" if found else "There is no graph in the folder",
+        where=str(path),
+        expected=f"{or_else}{_MODEL}, or one file that ends in .onnx",
+        found=some_of([file.name for file in found], _SHOWN) or ("none" if path.is_dir() else "no such folder or file"),
+        next_step="name the .onnx file itself" if found else "give the folder or the file that the other tool wrote",
+    )
+
+
+def json_beside(graph: Path, name: str) -> dict:
+    """The fields of the file `name` beside `graph`; none where there is no such file.
+
+    Raises:
+        InputRefused: It is no JSON.
+    """
+    path = graph.parent / name
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputRefused("The other graph's settings are no JSON", where=str(path), found=str(error)) from error
+    return found if isinstance(found, dict) else {}
