@@ -118,7 +118,7 @@ def test_a_head_takes_the_place_of_the_graphs(bases, adapters, tmp_path):
     graph = old_export(bases["classifier"], "BertForSequenceClassification", tmp_path / "model.onnx")
     export(request(bases["classifier"], adapters["shades"], graph), ExportOptions(tmp_path / "out"))
     feeds = references.inputs_for("classifier")
-    model = references.unmerged(bases["classifier"], "BertForSequenceClassification", [adapters["shades"]], n_labels=5)
+    model = references.unmerged(bases["classifier"], "BertForSequenceClassification", [adapters["shades"]], n_labels=4)
     found = AdapterSession(tmp_path / "out", "cpu").run(feeds, "shades")["logits"]
     np.testing.assert_allclose(found, references.outputs_of(model, feeds), atol=2e-5)
 
