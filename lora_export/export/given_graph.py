@@ -67,7 +67,9 @@ def matched_graph(given: GivenGraph, resolved: Resolved, choice: SiteChoice) -> 
     Raises:
         InputRefused: The graph cannot be read, or not with adapters.
     """
-    model = normalized(open_given(given.path), given.path, head_size=_head_size(resolved.model.config))
+    config = resolved.model.config
+    model = open_given(given.path)
+    normalized(model, given.path, head_size=_head_size(config), image=_image_of(config))
     rows = _Rows(resolved)
     weights = given_weights(model.graph)
     Matcher(_matrices(resolved), rows).match(weights)
@@ -148,6 +150,13 @@ def _head_size(config) -> int | None:
     config = config.get_text_config()
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     return getattr(config, "head_dim", None) or (hidden // heads if heads and hidden else None)
+
+
+def _image_of(config) -> tuple[int, int, int] | None:
+    config = getattr(config, "vision_config", None) or config
+    size = getattr(config, "image_size", None)
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
+    return (getattr(config, "num_channels", 3), *sides) if len(sides) == 2 else None
 
 
 def _require_served(matched: MatchedGraph, resolved: Resolved, choice: SiteChoice) -> None:

@@ -90,11 +90,14 @@ def float_dtype(model: ir.Model) -> str:
     return _FLOATS[max(sizes, key=sizes.__getitem__)]
 
 
-def normalized(model: ir.Model, where: Path, *, head_size: int | None) -> ir.Model:
+def normalized(
+    model: ir.Model, where: Path, *, head_size: int | None = None, image: tuple[int, int, int] | None = None
+) -> ir.Model:
     """`model` (changed in place and returned) as the passes take it: no functions, weights as initializers, shapes.
 
     Args:
         head_size: Of a decoder's cache, where the graph leaves it open.
+        image: Channels, height and width of the base's images, where the graph leaves them open.
 
     Raises:
         InputRefused: It is of an operator set without what the passes use.
@@ -117,6 +120,10 @@ def normalized(model: ir.Model, where: Path, *, head_size: int | None) -> ir.Mod
     if not all(_has_shape(value) for node in products for value in (node.inputs[0], node.outputs[0])):
         _infer_shapes(model)
     _fix_cache_sizes(model.graph, head_size)
+    for value in model.graph.inputs:
+        if value.name == "pixel_values" and image is not None and value.shape is not None and len(value.shape) == 4:
+            dims = zip(list(value.shape)[1:], image, strict=True)
+            value.shape = ir.Shape([value.shape[0], *(dim if isinstance(dim, int) else size for dim, size in dims)])
     return model
 
 

@@ -39,7 +39,7 @@ class Named(torch.nn.Module):
 
     @property
     def options(self) -> dict:
-        return {"use_cache": False} if "token_type_ids" not in self.inputs else {}
+        return {"use_cache": False} if self.inputs == ("input_ids", "attention_mask") else {}
 
 
 def old_export(base: Path, model_class: str, path: Path, inputs=TEXT, outputs=("logits",), opset: int = 17) -> Path:
@@ -121,6 +121,21 @@ def test_a_head_takes_the_place_of_the_graphs(bases, adapters, tmp_path):
     model = references.unmerged(bases["classifier"], "BertForSequenceClassification", [adapters["shades"]], n_labels=4)
     found = AdapterSession(tmp_path / "out", "cpu").run(feeds, "shades")["logits"]
     np.testing.assert_allclose(found, references.outputs_of(model, feeds), atol=2e-5)
+
+
+def test_an_image_model_s_open_sizes_are_those_of_the_base(bases, adapters, tmp_path):
+    path = tmp_path / "vit.onnx"
+    model = transformers.ViTForImageClassification.from_pretrained(bases["vit"], attn_implementation="eager").eval()
+    names = {0: "batch_size", 1: "channels", 2: "height", 3: "width"}
+    torch.onnx.export(
+        Named(model, ("pixel_values",), ("logits",)), (torch.zeros(2, 3, 16, 16),), str(path), dynamo=False,
+        input_names=["pixel_values"], output_names=["logits"], opset_version=17,
+        dynamic_axes={"pixel_values": names, "logits": {0: "batch_size"}},
+    )  # fmt: skip
+    manifest = export(request(bases["vit"], adapters["sights"], path), ExportOptions(tmp_path / "out"))
+    assert [list(spec.dims) for spec in manifest.contract.inputs] == [["batch_size", 3, 16, 16]]
+    report, _ = check(tmp_path / "out")
+    assert report.verdict is Verdict.PASS
 
 
 def test_a_decoder_of_the_old_exporter_reads_conv1d(bases, adapters, tmp_path):
