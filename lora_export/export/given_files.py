@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,11 @@ def locate_graph(given: str, task: Task, *, dtype: str | None, is_quantized: boo
 
 def copy_settings(given: GivenGraph, folder: Path) -> dict[str, str]:
     """Write the graph's own settings into `folder`, for the name that its file has there; sha256 by name."""
-    model = dict(given.settings.get("model", {}))
-    model["decoder"] = dict(model.get("decoder", {})) | {"filename": graph_file(SINGLE)}
-    path = folder / GENAI_CONFIG
-    path.write_text(json.dumps(dict(given.settings) | {"model": model}, indent=2) + "\n", encoding="utf-8")
+    model, path = dict(given.settings.get("model", {})), folder / GENAI_CONFIG
+    decoder = dict(model.get("decoder", {}))
+    if decoder.get("filename") == graph_file(SINGLE):
+        shutil.copyfile(given.path.parent / GENAI_CONFIG, path)
+    else:
+        model["decoder"] = decoder | {"filename": graph_file(SINGLE)}
+        path.write_text(json.dumps(dict(given.settings) | {"model": model}, indent=2) + "\n", encoding="utf-8")
     return {GENAI_CONFIG: sha256_of(path)}
