@@ -1,6 +1,6 @@
 """The main path. Data flows one way, through values that are not changed:
 
-    request ─► plan (refusals) ─► resolve (PEFT reads the adapters) ─► finished weightless graphs (cached)
+    request ─► plan (refusals) ─► resolve (PEFT reads the adapters) ─► finished weightless graphs (all cached)
             ─► write, one weight at a time ─► side files ─► manifest ─► the folder appears
 
 and from the folder: check (unmerged PEFT against ONNX Runtime), bench (paired latencies), add_adapter and
@@ -10,7 +10,6 @@ remove_adapters. A fleet exports one graph and packs the adapters of a list for 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from lora_export.adapters.pack import choose_sites
@@ -29,9 +28,11 @@ from lora_export.export.genai import write_settings
 from lora_export.export.graphs import finished_graphs
 from lora_export.export.integers import Maker
 from lora_export.export.lifecycle import AddOptions, add_to, remove_from
+from lora_export.export.options import ExportOptions
 from lora_export.export.outputs import planned_bytes
 from lora_export.export.plan import Request, make_plan
 from lora_export.export.quantizing import quantize_graphs, require_kept
+from lora_export.export.recall import keep, recalled, record_key
 from lora_export.export.records import adapter_records, hashed_sources, hashes_of, write_config
 from lora_export.export.resolve import resolve
 from lora_export.export.targets import target_modules
@@ -65,26 +66,6 @@ def mute(sentence: str) -> None:
     """The default remark: none."""
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """How to write an export, as opposed to what (`Request`).
-
-    Attributes:
-        targets: Modules to give LoRA inputs besides those that the adapters touch: paths, or their last parts.
-        zeros_for_missing_head: Export a head that the checkpoint lacks as zeros (a benchmark's base).
-        sign_key: Private key (PEM) to sign the folder with.
-        required_inputs: Adapter inputs have no defaults in the graph, for hosts that cannot feed optional inputs.
-    """
-
-    out: Path
-    overwrite: bool = False
-    use_cache: bool = True
-    targets: tuple[str, ...] = ()
-    zeros_for_missing_head: bool = False
-    sign_key: Path | None = None
-    required_inputs: bool = False
-
-
 def export(request: Request, options: ExportOptions, *, progress: Progress = silent, remark: Remark = mute) -> Manifest:
     """Export a merged or a dynamic graph to `options.out` and return its manifest.
 
@@ -93,19 +74,26 @@ def export(request: Request, options: ExportOptions, *, progress: Progress = sil
     """
     refuse_existing(options.out, overwrite=options.overwrite)
     signer = signer_with(options.sign_key) if options.sign_key is not None else None
-    plan = make_plan(request)
+    key = record_key(request, options)
+    known = recalled(key, request)
+    plan = make_plan(request) if known is None else known.plan
     for sentence in plan.remarks:
         remark(sentence)
     require_disk(options.out.parent, plan.n_bytes)
     with hashed_sources(plan) as sources_when_hashed:
         progress("reading adapters", 0, 1)
-        resolved = resolve(plan, zeros_for_missing_head=options.zeros_for_missing_head)
+        zeros = options.zeros_for_missing_head
+        resolved = resolve(plan, zeros_for_missing_head=zeros) if known is None else known.resolved
         require_kept(request.quantization, resolved.model)
         targets = target_modules(options.targets, resolved.model)
         choice = choose_sites(resolved.adapters if request.mode == "dynamic" else (), targets)
         n_bytes = planned_bytes(plan, resolved, choice)
         progress("building the graph", 0, 1)
-        graphs = finished_graphs(plan, resolved, choice, use_cache=options.use_cache, remark=remark)
+        if known is None:
+            graphs = finished_graphs(plan, resolved, choice, use_cache=options.use_cache, remark=remark)
+            keep(key, request, options, (plan, resolved))
+        else:
+            graphs = known.graphs
         models = {name: graph.model for name, graph in graphs.items()}
         quantization = quantize_graphs(models, plan, resolved, remark)
         resolved = resolved.quantized(quantization)

@@ -41,7 +41,7 @@ def read_trained_adapter(folder: AdapterFolder, base: torch.nn.Module) -> Adapte
     carried = {key: path for key, path in _base_parameters(folder, base).items() if path not in found.replaced}
     known = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     require_all_placed(folder, model, known | carried.keys(), _check_base(folder))
-    _require_finite(folder)
+    require_finite(folder)
     brought = {path: model.get_parameter(key).detach() for key, path in carried.items()}
     copies = {path: tensor for path, tensor in brought.items() if path.endswith(".weight")}
     biases = {path: tensor for path, tensor in brought.items() if path not in copies}
@@ -102,11 +102,21 @@ def _base_parameters(folder: AdapterFolder, base: torch.nn.Module) -> dict[str, 
     Biases (`bias="all"` or `"lora_only"`), and the weight of an adapted embedding or `lm_head`, or of a resized one.
     """
     known = dict(base.named_parameters(remove_duplicate=False))
-    paths = {key: key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in folder.shapes}
+    paths = {key: base_path_of(key) for key in folder.shapes}
     return {key: path for key, path in paths.items() if path in known}
 
 
-def _require_finite(folder: AdapterFolder) -> None:
+def base_path_of(key: str) -> str:
+    """The parameter of the base that a tensor of the file stands for as a whole, if it is one."""
+    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+
+
+def require_finite(folder: AdapterFolder) -> None:
+    """Refuse an adapter that holds numbers that are none.
+
+    Raises:
+        InputRefused: A tensor is not finite.
+    """
     with safetensors.safe_open(folder.path / WEIGHTS, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 not a dict
             tensor = file.get_tensor(name)

@@ -78,8 +78,11 @@ class Checkpoint:
     quantization: str | None = None
 
     @classmethod
-    def open(cls, located: Located) -> Checkpoint:
+    def open(cls, located: Located, *, is_known: bool = False) -> Checkpoint:
         """Open the base at `located`, reading headers only.
+
+        Args:
+            is_known: Transformers knows the architecture of this very config: it was asked before.
 
         Raises:
             InputRefused: No config, only pickled weights, a truncated or missing shard, weights quantized in a way that
@@ -94,7 +97,8 @@ class Checkpoint:
                 next_step="name the base first, then the adapters: lora-export merge BASE ADAPTER…",
             )
         config = read_json(located.path / "config.json")
-        refuse_unsafe_or_unknown(config, located.path)
+        if not is_known:
+            refuse_unsafe_or_unknown(config, located.path)
         files = SafetensorsFiles.open(weight_files(located.path))
         plain, restored, method = in_floats(config, files)
         if restored is None:

@@ -2,6 +2,7 @@
 
     task_choice.py the task, told by base and adapters
     plan.py        what was asked for, checked before any work
+    options.py     how to write it
     origin.py      the base that an adapter records
     padding.py     the padding token of a classifier on a decoder
     given_files.py a graph that another tool made, as files
@@ -11,7 +12,9 @@
     completion.py  what an adapter needs of the base, and what of it a mode cannot export
     targets.py     modules that are named to be served
     given_graph.py adapters on a graph that another tool made
+    tied.py        what is one tensor in several places
     graphs.py      the finished weightless graphs of a plan, cached
+    recall.py      all of these of an earlier export of the same files
     quantizing.py  the graphs with their linear maps quantized
     contracts.py   what a written graph takes and gives
     outputs.py     the files of an export, and the bytes of its weights

@@ -6,24 +6,24 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
-from lora_export.adapters.factors import Adapter
 from lora_export.artifact import versions
 from lora_export.base.layers import N_TRACED, Stack, alike_layers, is_deep, shortened
 from lora_export.base.tasks import Task, graphs_of
 from lora_export.base.trace import sliding_windows, trace
 from lora_export.contract import SINGLE, AdapterInput, GraphContract, SiteChoice
-from lora_export.errors import InputRefused, refused_if_it_fails
+from lora_export.errors import refused_if_it_fails
 from lora_export.export.given_graph import given_graph
 from lora_export.export.plan import Plan
 from lora_export.export.resolve import Resolved
+from lora_export.export.tied import untied_modules
 from lora_export.export.weights import digest
 from lora_export.graph.adapter_inputs import add_adapter_inputs, attach_defaults, present_in
-from lora_export.graph.cache import cache_key, cached_graph
+from lora_export.graph.cache import cache_key, cached_graph, kept_graph
 from lora_export.graph.fuse import fuse
 from lora_export.graph.head import keep_last_logits
 from lora_export.graph.layer_names import is_uniform, stamped_inputs, stand_ins, traced_choice
@@ -87,16 +87,27 @@ class _Facts:
     small: dict[str, np.ndarray]
     untied: dict[str, str]
 
+    @property
+    def key(self) -> str:
+        """The finished graph's, in the cache."""
+        return cache_key(self.finished_from | {"step": "finished"})
+
 
 def _finished_graph(
     plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str, *, use_cache: bool, remark: Callable[[str], None]
 ) -> FinishedGraph:
     facts = _facts(plan, resolved, choice, graph)
-    key = cache_key(facts.finished_from | {"step": "finished"})
-    model = cached_graph(
-        key, lambda: _build(plan, resolved, facts, use_cache=use_cache, remark=remark), use_cache=use_cache
-    )
-    return _reattached(model, resolved)
+    build = partial(_build, plan, resolved, facts, use_cache=use_cache, remark=remark)
+    return _reattached(cached_graph(facts.key, build, use_cache=use_cache), resolved)
+
+
+def kept_graphs(plan: Plan, resolved: Resolved, choice: SiteChoice) -> dict[str, FinishedGraph] | None:
+    """`finished_graphs` where all of them are kept; None if one is not, as it would have to be built."""
+    keys = {graph: _facts(plan, resolved, choice, graph).key for graph in graphs_of(plan.task)}
+    found = {graph: kept_graph(key) for graph, key in keys.items()}
+    if any(model is None for model in found.values()):
+        return None
+    return {graph: _reattached(model, resolved) for graph, model in found.items()}
 
 
 def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str) -> _Facts:
@@ -107,7 +118,7 @@ def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str) -> _F
         "labels": plan.config.num_labels,
         "task": plan.task,
         "dtype": plan.dtype,
-        "class": type(resolved.model).__name__,
+        "class": resolved.model_class,
         "versions": versions(),
         "graph": graph,
         "tied": tied,
@@ -209,62 +220,8 @@ def _reattached(model: ir.Model, resolved: Resolved) -> FinishedGraph:
     return FinishedGraph(model, _with_known_defaults(GraphContract.from_dict(fields).adapter_inputs, resolved))
 
 
-def refuse_changed_embedding(resolved: Resolved) -> None:
-    """Several embeddings of an encoder-decoder are the one table, and PEFT changes it in one of them only.
-
-    A head tied to a single embedding is no such case: Whisper's goes with its decoder, as in a decoder alone.
-    """
-    aliases, model = resolved.parameters.aliases, resolved.model
-    for adapter in resolved.adapters:
-        changed = [path for path in adapter.replaced if path.removesuffix(".weight") not in adapter.replaced_modules]
-        changed += [*adapter.token_rows, *(f"{module}.weight" for module in adapter.embeddings)]
-        shared = [path for path in changed if sum(_is_embedding(model, alias) for alias in aliases.get(path, ())) > 1]
-        if shared:
-            raise InputRefused(
-                f"Adapter {adapter.name!r} changes an embedding that others of an encoder-decoder share",
-                where=", ".join(shared),
-                next_step="merge it in PEFT, save the model untied, and export that as a base without adapters",
-            )
-
-
 def _with_known_defaults(inputs: Sequence[AdapterInput], resolved: Resolved) -> tuple[AdapterInput, ...]:
     """`inputs`, each with whether the base has a tensor for its stored default."""
     stored_name = resolved.parameters.stored_name
     has = {entry: not entry.spec.is_stored or stored_name(entry.name) is not None for entry in inputs}
     return tuple(replace(entry, base_has_default=has[entry]) for entry in inputs)
-
-
-def untied_modules(resolved: Resolved) -> dict[str, str]:
-    """Modules to split off a tied weight, as merged adapters change its uses differently → the path under which the
-    rest keeps the shared tensor.
-
-    1. An embedding and the heads tied to it: the heads are split off.
-    2. Linear modules tied to each other: those that change are.
-    """
-    found: dict[str, str] = {}
-    for group in {id(paths): paths for paths in resolved.parameters.aliases.values() if len(paths) > 1}.values():
-        changes = {path: [_signature(adapter, path) for adapter, _ in resolved.parameters.adapters] for path in group}
-        tables = [path for path in group if _is_embedding(resolved.model, path)]
-        unchanged = [path for path in group if not any(map(any, changes[path]))]
-        keeper = next(iter(tables or unchanged or group))
-        if any(changes[path] != changes[keeper] for path in tables):
-            raise InputRefused(
-                "An adapter changes one of several embeddings that share a weight",
-                where=", ".join(tables),
-                next_step="merge it in PEFT, save the model untied, and export that as a base without adapters",
-            )
-        split = [path for path in group if path not in tables and changes[path] != changes[keeper]]
-        found |= {path.removesuffix(".weight"): keeper for path in split}
-    return found
-
-
-def _signature(adapter: Adapter, path: str) -> tuple[int, ...]:
-    """What an adapter does to a parameter, comparable between tied paths: identities of its values, () for nothing."""
-    module = path.removesuffix(".weight")
-    values = (adapter.replaced.get(path), adapter.pairs.get(module))
-    values += (adapter.token_rows.get(path), adapter.layers.get(module))
-    return tuple(id(value) for value in values) if any(value is not None for value in values) else ()
-
-
-def _is_embedding(model: torch.nn.Module, path: str) -> bool:
-    return isinstance(model.get_submodule(path.rpartition(".")[0]), torch.nn.Embedding)

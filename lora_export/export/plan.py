@@ -118,9 +118,7 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     Raises:
         LoraExportError: Anything that cannot be exported, by name, with the way out.
     """
-    folders = tuple(_opened(request, given, name) for given, name in request.adapters)
-    if request.residual_base:
-        folders = tuple(replace(folder, config=folder.config | PLAIN_START) for folder in folders)
+    folders = opened_folders(request)
     _refuse_equal_names(folders)
     if len(request.weight_of_each) != len(folders):
         raise UsageProblem(
@@ -173,6 +171,18 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
         remarks += tuple(remark_on_training(name, how) for name, how in trained.items() if how is not None)
     found = (request, checkpoint, folders, task, dtype, config, adapter_configs, carried, pad_token_id)
     return Plan(*found, model, others, remarks, given)
+
+
+def opened_folders(request: Request) -> tuple[AdapterFolder, ...]:
+    """The headers of the adapters that were asked for, in order.
+
+    Raises:
+        LoraExportError: See `peft_folder` and `open_adapter`.
+    """
+    folders = tuple(_opened(request, given, name) for given, name in request.adapters)
+    if request.residual_base:
+        folders = tuple(replace(folder, config=folder.config | PLAIN_START) for folder in folders)
+    return folders
 
 
 def _opened(request: Request, given: str, name: str | None) -> AdapterFolder:

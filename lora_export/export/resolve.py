@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from lora_export.adapters.factors import Adapter
 from lora_export.adapters.peft_reader import read_trained_adapter
 from lora_export.base.checkpoint import checkpoint_names, stored_apart
@@ -19,11 +21,17 @@ from lora_export.quantization import Quantization
 
 @dataclass(frozen=True)
 class Resolved:
-    """A plan's tensors: adapters as PEFT resolved them, and the source of every parameter."""
+    """A plan's tensors: adapters as PEFT resolved them, and the source of every parameter.
+
+    Attributes:
+        model: The weightless model; None where all this was recalled, as the graphs are there.
+        model_class: The name of its class.
+    """
 
     adapters: tuple[Adapter, ...]
     parameters: Parameters
-    model: object
+    model: torch.nn.Module | None
+    model_class: str
 
     def quantized(self, how: Quantization | None) -> Resolved:
         """The same, of a graph that stores linear maps as `how` says."""
@@ -51,14 +59,15 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
     untie(model, stored_apart(model, names, plan.checkpoint.files))
     aliases = parameter_aliases(model)
     computed = computed_parameters(model, (path for path in shapes if names.keys().isdisjoint(aliases[path])))
-    in_out = frozenset(f"{name}.weight" for name, module in model.named_modules() if is_conv1d(module))
+    modules = dict(model.named_modules())
+    in_out = frozenset(f"{name}.weight" for name, module in modules.items() if is_conv1d(module))
+    tables = frozenset(f"{name}.weight" for name, each in modules.items() if isinstance(each, torch.nn.Embedding))
     stored = {"quantization": plan.request.quantization, "dtype": plan.dtype}
-    base = Parameters(
-        plan.checkpoint, names, aliases, shapes, zeros_for=head, computed=computed, in_out=in_out, **stored
-    )
+    stored |= {"zeros_for": head, "computed": computed, "in_out": in_out, "embeddings": tables}
+    base = Parameters(plan.checkpoint, names, aliases, shapes, **stored)
     adapters = tuple(completed(adapter, base, model, plan.request.mode, plan.request.convert_rank) for adapter in read)
     merged = tuple(zip(adapters, plan.request.weight_of_each, strict=True)) if plan.request.mode == "merge" else ()
-    return Resolved(adapters, replace(base, adapters=merged), model)
+    return Resolved(adapters, replace(base, adapters=merged), model, type(model).__name__)
 
 
 def _read_adapters(plan: Plan, model) -> tuple[Adapter, ...]:

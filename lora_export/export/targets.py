@@ -21,6 +21,8 @@ def target_modules(targets: Sequence[str], model) -> tuple[str, ...]:
     Raises:
         UsageProblem: A target names no linear module.
     """
+    if not targets:
+        return ()
     linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) or is_conv1d(m)]
     found: dict[str, None] = {}
     for target in targets:

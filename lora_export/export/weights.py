@@ -34,6 +34,7 @@ class Parameters:
         zeros_for: Paths that may be missing from the checkpoint: the default of a head that the base never had.
         computed: What no checkpoint need hold, such as sinusoidal positions, by path.
         in_out: Paths of the linear maps that are stored `[in, out]` (`Conv1D` of GPT-2).
+        embeddings: Paths of the tables of embeddings.
         quantization: How a dynamic graph stores linear maps, and which; None for floats.
         dtype: Of the graph.
     """
@@ -46,6 +47,7 @@ class Parameters:
     zeros_for: frozenset[str] = frozenset()
     computed: Mapping[str, torch.Tensor] = field(default_factory=dict)
     in_out: frozenset[str] = frozenset()
+    embeddings: frozenset[str] = frozenset()
     quantization: Quantization | None = None
     dtype: str = "float32"
 

@@ -1,4 +1,4 @@
-"""Finished weightless graphs, kept under the user's cache directory by everything that decides them."""
+"""Weightless graphs, and records beside them, kept under the user's cache directory by everything that decides them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -52,34 +51,51 @@ def cached_graph(key: str, build: Callable[[], ir.Model], *, use_cache: bool) ->
 
     A file's name holds a hash of its key and its content: what is damaged, or was put there by another, is removed.
     """
-    if use_cache and (kept := _kept(key)) is not None:
+    if use_cache and (kept := kept_graph(key)) is not None:
         return kept
     # A graph just built and one read back give their later nodes other names, so both go through the file.
     with own_temporary_folder() as folder:
         built = folder / "built.onnx"
         save_weightless(build(), built)
         if use_cache:
-            _keep(built, key)
+            _keep(built.read_bytes(), key, "onnx")
         return load_weightless(built)
 
 
-def _kept(key: str) -> ir.Model | None:
+def kept_graph(key: str) -> ir.Model | None:
+    """The graph `key` if it is kept."""
+    path = _kept(key, "onnx")
+    return None if path is None else load_weightless(path)
+
+
+def kept_record(key: str) -> dict | None:
+    """The JSON object that was kept under `key`; None if there is none."""
+    path = _kept(key, "json")
+    return None if path is None else json.loads(path.read_bytes())
+
+
+def keep_record(key: str, fields: Mapping[str, object]) -> None:
+    """Keep `fields`, a JSON object, for `kept_record`."""
+    _keep(json.dumps(fields).encode(), key, "json")
+
+
+def _kept(key: str, kind: str) -> Path | None:
     with contextlib.suppress(OSError):  # of a cache that cannot be read
-        for path in sorted(cache_folder().glob(f"{key}.*.onnx")):
-            if path.name == _name(key, path.read_bytes()):
-                return load_weightless(path)
+        for path in sorted(cache_folder().glob(f"{key}.*.{kind}")):
+            if path.name == _name(key, path.read_bytes(), kind):
+                return path
             path.unlink(missing_ok=True)
     return None
 
 
-def _name(key: str, content: bytes) -> str:
-    return f"{key}.{hashlib.sha256(key.encode() + content).hexdigest()[:32]}.onnx"
+def _name(key: str, content: bytes, kind: str) -> str:
+    return f"{key}.{hashlib.sha256(key.encode() + content).hexdigest()[:32]}.{kind}"
 
 
-def _keep(built: Path, key: str) -> None:
+def _keep(content: bytes, key: str, kind: str) -> None:
     folder = cache_folder()
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         with own_folder(folder, ".partial-") as own:
-            shutil.copyfile(built, own / built.name)
-            (own / built.name).replace(folder / _name(key, built.read_bytes()))
+            (own / kind).write_bytes(content)
+            (own / kind).replace(folder / _name(key, content, kind))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftType
 
 from lora_export.base.checkpoint import Checkpoint, Located
 from lora_export.base.tasks import Task, model_class
@@ -205,6 +204,8 @@ class Reference:
         PEFT's other tuners make theirs on their way too, and keep their parameters in float32 (FourierFT).
         """
         tuners = getattr(self._model, "peft_config", {}).values()
+        from peft import PeftType
+
         if any(config.peft_type != PeftType.LORA for config in tuners):
             return contextlib.nullcontext()
         return _default_dtype(torch.promote_types(self._dtype, torch.float32))
