@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import signal
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lora_export.report.as_json import Report
 
 _SLOW_SECONDS = 1.0
+_LINE_SECONDS = 30.0  # between lines of one stage where no terminal is
 _BAR_WIDTH = 28
 
 
@@ -83,6 +85,19 @@ def _onnxruntime_version() -> str:
     return "not installed"
 
 
+def time_left(n_done: int, n_left: int, seconds: float) -> str:
+    """How long `n_left` steps will take if they take as long as `n_done` took; nothing before it can be told.
+
+    Returns:
+        Such as ", 3.4 a second, 4 min 10 s left"; of thousands a second, which are bytes, without the rate.
+    """
+    if n_done <= 0 or n_left <= 0 or seconds < _SLOW_SECONDS:
+        return ""
+    rate, left = n_done / seconds, round(n_left * seconds / n_done)
+    shown = f"{left} s" if left < 60 else f"{left // 60} min {left % 60} s" if left < 3600 else f"{left / 3600:.1f} h"
+    return f"{'' if rate >= 1000 else f', {rate:.3g} a second'}, {shown} left"
+
+
 class Display:
     """Prints a command's result to standard output, and progress to standard error."""
 
@@ -92,7 +107,7 @@ class Display:
         self._shows_progress = sys.stderr.isatty() and not (as_json or quiet)
         self._started = time.monotonic()
         self._line_open = False
-        self._stage = ""
+        self._stage, self._stage_began, self._line_written = "", (self._started, 0), -math.inf
         self._streamed = ""
 
     def start(self, what: str) -> None:
@@ -103,17 +118,24 @@ class Display:
             self._draw(f"{what}: loading")
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Draw a bar for a stage, once the command has taken over a second; where no terminal is, a line a stage."""
+        """Draw a bar for a stage, once the command has taken over a second; where no terminal is, a line a stage, and
+        of a long one how far it is every half a minute."""
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._stage_began, self._line_written = stage, (now, done), -math.inf
+        began, done_then = self._stage_began
+        left = time_left(done - done_then, total - done, now - began)
         if not self._shows_progress:
-            if stage != self._stage and not (self.as_json or self.quiet):
-                self._stage = stage
-                print_to_reader(f"{time.monotonic() - self._started:6.1f} s  {stage}", err=True)
+            if now - self._line_written >= _LINE_SECONDS and not (self.as_json or self.quiet):
+                of_total = "" if self._line_written == -math.inf else f", {done:,} of {total:,}{left}"
+                self._line_written = now
+                print_to_reader(f"{now - self._started:6.1f} s  {stage}{of_total}", err=True)
             return
-        if time.monotonic() - self._started < _SLOW_SECONDS:
+        if now - self._started < _SLOW_SECONDS:
             return
         share = min(1.0, done / total) if total else 0.0
         bar = ("█" * round(share * _BAR_WIDTH)).ljust(_BAR_WIDTH, "░")
-        self._draw(f"{stage:<28} {bar} {share:4.0%}" if total > 1 else f"{stage} …")
+        self._draw(f"{stage:<28} {bar} {share:4.0%}{left}" if total > 1 else f"{stage} …")
 
     def _draw(self, text: str) -> None:
         print_to_reader(f"\r\033[K{text}", end="", err=True)
