@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import onnxruntime as ort
 import pytest
 import safetensors.torch
 from command_line import call, fails
+from jsonschema import Draft202012Validator
 
 from lora_export import pipeline
 from lora_export.artifact import read_manifest
 from lora_export.errors import EnvironmentUnusable
 from lora_export.fleet import run as fleet_run
 from lora_export.fleet.options import FleetOptions
-from lora_export.fleet.outcomes import Outcome
+from lora_export.fleet.outcomes import FLEET_SCHEMA, AdapterOutcome, FleetReport, Outcome
 from lora_export.fleet.state import before, kept_outcomes, locked, take_up, work_folder
 from lora_export.integrity.verify import verify
 from lora_export.pipeline import add_adapter
@@ -57,6 +60,19 @@ def fleet(tmp_path_factory, adapters, bases) -> tuple[Path, Path]:
     assert result.exit_code == 1, result.output
     assert "6 adapters: 3 served, 2 refused, 1 failed." in result.output
     return listed, out
+
+
+def test_the_report_follows_its_published_schema_which_names_every_field(fleet):
+    found = json.loads((fleet[1] / "reports/fleet.json").read_text())
+    schema = json.loads(files("lora_export.report").joinpath("schema/fleet-1.schema.json").read_text("utf-8"))
+    validator = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+    validator.validate(found)
+    assert schema["properties"]["schema"] == {"const": FLEET_SCHEMA}
+    derived = {"report", "counts", "exit_code"}
+    for kind, part, more in ((FleetReport, schema, derived), (AdapterOutcome, schema["$defs"]["adapter"], set())):
+        assert part["properties"].keys() == {field.name for field in dataclasses.fields(kind)} | more
+    assert set(schema["properties"]["counts"]["properties"]) == set(Outcome)
+    assert not validator.is_valid(found | {"more": 1}) and not validator.is_valid(found | {"exit_code": 2})
 
 
 def test_each_adapter_has_its_own_outcome(fleet):
