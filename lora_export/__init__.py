@@ -26,6 +26,7 @@
     named.py        what a user names: a path, or a hub id
     json_schema.py  whether a JSON value follows a schema of ours
     artifact.py     the exported folder's files and its manifest
+    own_hash.py     a JSON file that holds a hash of itself
     carried.py      what a host needs beside the graph: tokenizers, processors, licences
     folders.py      folders that one process changes, exchanged at once
     staging.py      a folder that appears whole or not at all

@@ -24,6 +24,7 @@ from lora_export.contract import (
 )
 from lora_export.errors import InputRefused, UsageProblem, nearest
 from lora_export.json_schema import violations
+from lora_export.own_hash import KEY, with_own_hash
 from lora_export.quantization import Quantization
 
 MANIFEST = "lora_export.json"
@@ -189,7 +190,7 @@ class Manifest:
             fields["contract"] = fields.pop("graphs")[SINGLE]
             for entry in fields["adapters"]:
                 entry["file"] = entry.pop("files").get(SINGLE)
-        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+        return with_own_hash(fields)
 
 
 def versions() -> dict[str, str]:
@@ -270,6 +271,7 @@ def record_from(entry: Mapping) -> AdapterRecord:
 
 
 def _manifest_from(fields: dict) -> Manifest:
+    fields = {key: value for key, value in fields.items() if key != KEY}
     if "contract" in fields:
         graphs = {SINGLE: fields["contract"]}
         fields = {key: value for key, value in fields.items() if key != "contract"}

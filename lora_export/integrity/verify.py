@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lora_export.artifact import MANIFEST, REPORTS, SIGNATURE, Manifest, read_manifest, sha256_of
 from lora_export.errors import InputRefused
 from lora_export.integrity.signature import signature_problem, verifier_with
+from lora_export.own_hash import own_hash_problem
 
 if TYPE_CHECKING:
     from lora_export.integrity.sources import SourceOverrides
@@ -97,6 +98,8 @@ def verify(
 
 
 def _file_problems(folder: Path, manifest: Manifest) -> Iterator[Problem]:
+    if (found := own_hash_problem((folder / MANIFEST).read_bytes())) is not None:
+        yield Problem(ProblemKind.CHANGED, MANIFEST, found)
     for name, expected in sorted(manifest.files.items()):
         path = folder / name
         if not path.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from command_line import call, fails
 
 from lora_export.artifact import read_manifest
-from lora_export.errors import UsageProblem
+from lora_export.errors import InputRefused, UsageProblem
 from lora_export.integrity.sources import SourceOverrides
 from lora_export.integrity.verify import Problem, ProblemKind, SignatureState, verify
 
@@ -60,6 +61,27 @@ def test_what_the_manifest_does_not_know_is_named(exports, own):
     assert [(problem.kind, problem.name) for problem in verify(folder).problems] == [
         ("extra", "adapters/other.onnx_adapter"), ("extra", "link"), ("extra", "sub/.hidden"),
     ]  # fmt: skip
+
+
+def test_a_manifest_whose_meaning_changed_is_noticed_by_its_hash_of_itself(exports, own):
+    """Each of these is JSON that the schema allows."""
+    folder = own(exports["bert-dynamic"])
+    path = folder / "lora_export.json"
+    content = path.read_bytes()
+    scale, given = re.search(rb'"scales": \[\s+\d', content).end() - 1, content.index(b'"given": "') + 12
+    digits = content.index(b'"manifest_sha256": "') + 25
+    for position in (scale, given, digits, len(content) - 2):
+        wrong = bytearray(content)
+        wrong[position] ^= 1
+        path.write_bytes(wrong)
+        if position < len(content) - 2:
+            (problem,) = verify(folder).problems
+            assert (problem.kind, problem.name) == ("changed", "lora_export.json") and "of itself" in problem.detail
+        else:
+            with pytest.raises(InputRefused, match="manifest is damaged"):
+                verify(folder)
+    path.write_bytes(re.sub(rb'  "manifest_sha256".*\n', b"", content))
+    assert verify(folder).passed, "a manifest of an earlier release has no such hash"
 
 
 def test_sources_are_compared_each_by_name(exports, bases, adapters, own, tmp_path):
