@@ -5,6 +5,7 @@
 
 1. `kill`: ended at each call that changes a file, and at random moments, by SIGKILL, SIGTERM and SIGINT.
 2. `errors`: each call that changes a file fails, as on a full or broken disk; each that opens or reads one.
+3. `bits`: one bit of one file of an export is another.
 
 What was recorded of other parts and scenarios stays. `--calls` takes so many of the calls, by `--seed`.
 """
@@ -15,13 +16,15 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from injection.shim import loaded_with_shim
 from results import RESULTS, provenance, write_json
 
 RESULT = RESULTS / "faults.json"
-PARTS = ("kill", "errors")
+PARTS = ("kill", "errors", "bits")
+OF_BITS = ("merge", "dynamic", "dynamic --sign-key")
 
 
 def recorded(path: Path) -> dict:
@@ -31,19 +34,22 @@ def recorded(path: Path) -> dict:
 
 def run_parts(options: argparse.Namespace) -> int:
     """Run what was asked for, recording as it goes; how many points were lost, or left something behind."""
-    from injection import errors, kill
+    from injection import bits, errors, kill
     from injection.keys import make_key
     from injection.scenarios import scenarios, warm_up
     from injection.world import make_world
 
-    run_of: dict[str, Callable] = {"kill": kill.figures, "errors": errors.figures}
     world = make_world(options.work / "world")
     key = make_key(world.root / "sources")
+    of_bits = partial(bits.figures, public=key.with_suffix(".pub"))
+    run_of: dict[str, Callable] = {"kill": kill.figures, "errors": errors.figures, "bits": of_bits}
     chosen = [one for one in scenarios(world, key) if options.scenario in (None, one.name)]
     warm_up(world, chosen)
     n_bad = 0
     for scenario in chosen:
         for part in options.part or PARTS:
+            if part == "bits" and scenario.name not in OF_BITS:
+                continue
             rng = random.Random(f"{options.seed} {part} {scenario.name}")
             figures = run_of[part](scenario, world, rng, options)
             result = recorded(options.result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from injection.shim import n_calls
 
 _PERIOD_SECONDS = 0.005
-_MOST_SECONDS = 120.0
+_MOST_SECONDS = 40.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Ended:
         code: Its exit code, or minus the signal that ended it.
         output: What it printed, standard error included.
         n_calls: Calls that the shim counted, where the run came to its end.
-        hung: It was ended here, after two minutes.
+        hung: It was ended here, after 40 seconds.
     """
 
     code: int
@@ -95,6 +96,7 @@ def _be_command(arguments: Sequence[object], printed: Path, counted: Path, prepa
         file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for descriptor in (1, 2):
             os.dup2(file, descriptor)
+        faulthandler.dump_traceback_later(_MOST_SECONDS / 2, file=2)
         prepare()
         try:
             main([str(argument) for argument in arguments], prog_name="lora-export")

@@ -112,7 +112,7 @@ def judge(scenario: Scenario, world: World, found: Known, ended: Ended, tally: T
     if state not in (found.old, found.new):
         tally.lost.append(f"{point}: neither the old nor the new: {', '.join(listing([world.out]))}")
     if "Traceback" in ended.output or ended.hung:
-        tally.lost.append(f"{point}: {'hung' if ended.hung else ended.output[-600:]}")
+        tally.lost.append(f"{point}: {'hung: ' * ended.hung}{ended.output[-2000:]}")
     again = run(scenario.again, world.root)
     if again.code != 0 and not (state == found.new and again.code in scenario.done):
         tally.lost.append(f"{point}: the next run ended with {again.code}: {again.output[-600:]}")
