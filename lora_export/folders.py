@@ -63,15 +63,19 @@ def put_back(place: Path, before: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Change what is in `folder` alone; wait while another process of this tool does, or puts another folder there."""
+def held(folder: Path, *, to_read: bool = False) -> Iterator[None]:
+    """Change what is in `folder` alone; wait while another process of this tool does, or puts another folder there.
+
+    Args:
+        to_read: Several processes may hold it so at a time, and whoever changes it waits for them.
+    """
     folder = Path(os.path.realpath(folder))
     if not folder.is_dir():  # whoever reads it says what is wrong
         yield
         return
     while True:
         handle = _open(folder)
-        if handle is None or (_lock(handle, wait=True) and _is_at(handle, folder)):
+        if handle is None or (_lock(handle, wait=True, shared=to_read) and _is_at(handle, folder)):
             break
         _close(handle)
     try:
@@ -217,10 +221,10 @@ def _close(handle: int | None) -> None:
         os.close(handle)
 
 
-def _lock(handle: int, *, wait: bool) -> bool:
+def _lock(handle: int, *, wait: bool, shared: bool = False) -> bool:
     """Whether the folder is this process's now; a disk without locks, such as some of a network, gives it to all."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:

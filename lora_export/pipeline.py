@@ -41,7 +41,7 @@ from lora_export.extract.run import ExtractRequest, run_extract
 from lora_export.fleet.options import FleetOptions
 from lora_export.fleet.outcomes import FleetReport
 from lora_export.fleet.run import run_fleet
-from lora_export.folders import own_folder
+from lora_export.folders import held, own_folder
 from lora_export.graph.bind import write_graphs
 from lora_export.integrity.signature import sign, signer_with
 from lora_export.integrity.sources import SourceOverrides, locate_graph_source, locate_sources
@@ -185,17 +185,18 @@ def check(
         LoraExportError: The export, its base or an adapter cannot be used; a failed gate is a result, not an error.
             What was compared before anything is raised is written as a partial report.
     """
-    running = opened_check(folder, overrides, options)
-    for sentence in running.described:
-        remark(sentence)
+    with held(folder, to_read=True):
+        running = opened_check(folder, overrides, options)
+        for sentence in running.described:
+            remark(sentence)
 
-    def write(stopped: str | None = None) -> tuple[CheckReport, dict[str, Path]]:
-        report, reports = running.report(stopped), folder / REPORTS
-        return report, write_reports(report, reports) | write_reproduction(running.reproduction, reports)
+        def write(stopped: str | None = None) -> tuple[CheckReport, dict[str, Path]]:
+            report, reports = running.report(stopped), folder / REPORTS
+            return report, write_reports(report, reports) | write_reproduction(running.reproduction, reports)
 
-    with written_if_stopped(write, lambda: bool(running.examination.cases)):
-        run_cases(running, progress)
-    return write()
+        with written_if_stopped(write, lambda: bool(running.examination.cases)):
+            run_cases(running, progress)
+        return write()
 
 
 def plan_check(
@@ -226,7 +227,7 @@ def bench(
     """
     plan = plan_bench(folder, options)
     base, adapters = locate_sources(plan.manifest, overrides)
-    with own_folder(folder.resolve().parent, ".bench-") as temporary:
+    with held(folder, to_read=True), own_folder(folder.resolve().parent, ".bench-") as temporary:
         compared = export_compared(plan, base, adapters, temporary, progress)
         running = Bench(plan, compared)
 

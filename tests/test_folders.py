@@ -169,6 +169,25 @@ def test_a_change_waits_for_the_one_before_it_and_then_sees_what_is_there(tmp_pa
     os.waitpid(child, 0)
 
 
+def test_who_reads_does_not_wait_for_others_that_read_but_who_changes_waits_for_them(tmp_path):
+    out = tmp_path / "out"
+    _write(out, "old")
+    with held(out, to_read=True):
+
+        def reads() -> None:
+            with held(out, to_read=True):
+                pass
+
+        def changes() -> None:
+            signal.alarm(1)
+            with held(out):
+                pass
+
+        assert _in_child(reads) == 0
+        assert os.WTERMSIG(_in_child(changes)) == signal.SIGALRM
+    assert _in_child(changes) == 0
+
+
 def test_an_export_waits_until_an_adapter_is_added_to_the_one_it_replaces(tmp_path):
     out = tmp_path / "out"
     _write(out, "old")

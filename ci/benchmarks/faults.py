@@ -5,7 +5,9 @@
 
 1. `kill`: ended at each call that changes a file, and at random moments, by SIGKILL, SIGTERM and SIGINT.
 2. `errors`: each call that changes a file fails, as on a full or broken disk; each that opens or reads one.
+   Open files, sizes of files and memory are limited.
 3. `bits`: one bit of one file of an export is another.
+4. `together`: two commands at once.
 
 What was recorded of other parts and scenarios stays. `--calls` takes so many of the calls, by `--seed`.
 """
@@ -15,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from injection.shim import loaded_with_shim
 from results import RESULTS, provenance, write_json
 
 RESULT = RESULTS / "faults.json"
-PARTS = ("kill", "errors", "bits")
+PARTS = ("kill", "errors", "bits", "together")
 OF_BITS = ("merge", "dynamic", "dynamic --sign-key")
 
 
@@ -34,32 +35,35 @@ def recorded(path: Path) -> dict:
 
 def run_parts(options: argparse.Namespace) -> int:
     """Run what was asked for, recording as it goes; how many points were lost, or left something behind."""
-    from injection import bits, errors, kill
+    from injection import bits, errors, kill, together
     from injection.keys import make_key
     from injection.scenarios import scenarios, warm_up
     from injection.world import make_world
 
     world = make_world(options.work / "world")
     key = make_key(world.root / "sources")
+    every = scenarios(world, key)
+    pairs = together.pairs(world, {one.name: one for one in every})
+    chosen = [one for one in every if options.scenario in (None, one.name)]
     of_bits = partial(bits.figures, public=key.with_suffix(".pub"))
-    run_of: dict[str, Callable] = {"kill": kill.figures, "errors": errors.figures, "bits": of_bits}
-    chosen = [one for one in scenarios(world, key) if options.scenario in (None, one.name)]
-    warm_up(world, chosen)
+    cases = {"kill": chosen, "errors": chosen, "bits": [one for one in chosen if one.name in OF_BITS]}
+    cases["together"] = [pair for pair in pairs if options.scenario in (None, pair.name)]
+    run_of = {"kill": kill.figures, "errors": errors.figures, "bits": of_bits, "together": together.figures}
+    parts = options.part or PARTS
+    warm_up(world, [*chosen, *(pair.before for pair in cases["together"] if "together" in parts)])
     n_bad = 0
-    for scenario in chosen:
-        for part in options.part or PARTS:
-            if part == "bits" and scenario.name not in OF_BITS:
-                continue
-            rng = random.Random(f"{options.seed} {part} {scenario.name}")
-            figures = run_of[part](scenario, world, rng, options)
+    for part in parts:
+        for case in cases[part]:
+            rng = random.Random(f"{options.seed} {part} {case.name}")
+            figures = run_of[part](case, world, rng, options)
             result = recorded(options.result)
             of_part = result.setdefault(part, {"scenarios": {}})
             of_part["environment"] = provenance()
-            of_part["scenarios"][scenario.name] = figures
+            of_part["scenarios"][case.name] = figures
             write_json(options.result, result)
             bad = [found for tally in figures.values() for found in (*tally["lost"], *tally["left"])]
             n_points = sum(tally["points"] for tally in figures.values())
-            print(f"{part}, {scenario.name}: {n_points} points", *bad, sep="\n    ", flush=True)
+            print(f"{part}, {case.name}: {n_points} points", *bad, sep="\n    ", flush=True)
             n_bad += len(bad)
     return n_bad
 
@@ -73,6 +77,7 @@ def main() -> None:
     parser.add_argument("--seed", default="1")
     parser.add_argument("--calls", type=int, default=10**6, help="most calls of a kind that are struck in a scenario")
     parser.add_argument("--moments", type=int, default=50, help="random moments for each signal in a scenario")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds of each two commands at once")
     options = parser.parse_args()
     loaded_with_shim(options.work)
     raise SystemExit(min(1, run_parts(options)))

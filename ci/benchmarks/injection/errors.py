@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import errno
 import random
+import resource
 from functools import partial
+from pathlib import Path
 
 from injection.forked import Ended, run
 from injection.judge import digest, listing
@@ -28,6 +30,13 @@ WAYS = {
     "EIO of a read": (Calls.READS, errno.EIO, False),
 }
 
+_MB = 1 << 20
+LIMITS = {
+    "RLIMIT_FSIZE": (resource.RLIMIT_FSIZE, (1000, 2000, 4000, 10_000, 30_000, 60_000)),
+    "RLIMIT_NOFILE": (resource.RLIMIT_NOFILE, tuple(range(12))),
+    "RLIMIT_AS": (resource.RLIMIT_AS, (0, _MB, 2 * _MB, 4 * _MB, 8 * _MB, 12 * _MB, 16 * _MB, 32 * _MB, 64 * _MB)),
+}
+
 
 def figures(scenario: Scenario, world: World, rng: random.Random, options: argparse.Namespace) -> dict:
     """What came of each way of failing."""
@@ -44,7 +53,28 @@ def figures(scenario: Scenario, world: World, rng: random.Random, options: argpa
             strike = Strike(calls, nth, number, is_signal=False, is_sticky=is_sticky)
             ended = run(scenario.command, world.root, partial(arm, folders, strike))
             judge(world, found, listed, ended, tally, f"call {nth}")
+    tallies |= {name: under_limits(scenario, world, found, limit, values) for name, (limit, values) in LIMITS.items()}
     return {name: tally.to_dict() for name, tally in tallies.items()}
+
+
+def under_limits(scenario: Scenario, world: World, found: Known, limit: int, values: tuple[int, ...]) -> Tally:
+    """Run the command under each value of a limit of the system."""
+    tally = Tally()
+    for value in values:
+        world.go_back("before")
+        listed = listing(world.changed)
+        ended = run(scenario.command, world.root, partial(_limit, limit, value))
+        judge(world, found, listed, ended, tally, f"at most {value}")
+    return tally
+
+
+def _limit(limit: int, value: int) -> None:
+    """Files may have `value` bytes; open files and memory may grow by `value` from here."""
+    if limit == resource.RLIMIT_NOFILE:
+        value += max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 1
+    if limit == resource.RLIMIT_AS:
+        value += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(limit, (value, value))
 
 
 def judge(world: World, found: Known, listed: list[str], ended: Ended, tally: Tally, point: str) -> None:

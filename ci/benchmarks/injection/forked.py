@@ -38,6 +38,58 @@ class Ended:
     hung: bool = False
 
 
+@dataclass(frozen=True)
+class Started:
+    """A run under way, since `began` on the monotonic clock."""
+
+    child: int
+    printed: Path
+    counted: Path
+    began: float
+
+    def ended(self, signal_after: tuple[int, float] | None = None) -> Ended:
+        """Wait for it, and meanwhile send it a signal after so many seconds."""
+        hung = False
+        while True:
+            found, status = os.waitpid(self.child, os.WNOHANG)
+            seconds = time.monotonic() - self.began
+            if found:
+                break
+            if signal_after is not None and seconds >= signal_after[1]:
+                os.kill(self.child, signal_after[0])
+                signal_after = None
+            if seconds > _MOST_SECONDS and not hung:
+                os.kill(self.child, signal.SIGKILL)
+                hung = True
+            time.sleep(_PERIOD_SECONDS)
+        count = int(self.counted.read_text()) if self.counted.exists() else None
+        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        return Ended(code, self.printed.read_text(errors="replace"), seconds, count, hung)
+
+
+def start(
+    arguments: Sequence[object], work: Path, prepare: Callable[[], None] = lambda: None, name: str = "run"
+) -> Started:
+    """Begin `lora-export` with `arguments` in a fork, which is at the command's first line when this returns.
+
+    Args:
+        work: Where what it prints is kept, under `name`.
+        prepare: Called in the fork before the command.
+    """
+    printed, counted = work / f"{name}.printed", work / f"{name}.counted"
+    counted.unlink(missing_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    is_there, there = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _be_command(arguments, printed, counted, prepare, there)
+    os.close(there)
+    os.read(is_there, 1)  # a signal before that would reach Python while it sets the fork up
+    os.close(is_there)
+    return Started(child, printed, counted, time.monotonic())
+
+
 def run(
     arguments: Sequence[object],
     work: Path,
@@ -45,44 +97,13 @@ def run(
     *,
     signal_after: tuple[int, float] | None = None,
 ) -> Ended:
-    """Run `lora-export` with `arguments` in a fork.
-
-    Args:
-        work: Where what it prints is kept.
-        prepare: Called in the fork before the command.
-        signal_after: A signal to send, and after how many seconds.
-    """
-    printed, counted = work / "printed", work / "counted"
-    counted.unlink(missing_ok=True)
-    started = time.monotonic()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        _be_command(arguments, printed, counted, prepare)
-    status, hung = _wait(child, started, signal_after)
-    count = int(counted.read_text()) if counted.exists() else None
-    code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-    return Ended(code, printed.read_text(errors="replace"), time.monotonic() - started, count, hung)
+    """Run `lora-export` with `arguments` in a fork to its end, and send it a signal after so many seconds."""
+    return start(arguments, work, prepare).ended(signal_after)
 
 
-def _wait(child: int, started: float, signal_after: tuple[int, float] | None) -> tuple[int, bool]:
-    hung = False
-    while True:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return status, hung
-        seconds = time.monotonic() - started
-        if signal_after is not None and seconds >= signal_after[1]:
-            os.kill(child, signal_after[0])
-            signal_after = None
-        if seconds > _MOST_SECONDS and not hung:
-            os.kill(child, signal.SIGKILL)
-            hung = True
-        time.sleep(_PERIOD_SECONDS)
-
-
-def _be_command(arguments: Sequence[object], printed: Path, counted: Path, prepare: Callable[[], None]) -> None:
+def _be_command(
+    arguments: Sequence[object], printed: Path, counted: Path, prepare: Callable[[], None], there: int
+) -> None:
     """Never returns. What the parent registered for its own end is not done here; what the command registers is."""
     code = 1
     try:
@@ -98,6 +119,7 @@ def _be_command(arguments: Sequence[object], printed: Path, counted: Path, prepa
             os.dup2(file, descriptor)
         faulthandler.dump_traceback_later(_MOST_SECONDS / 2, file=2)
         prepare()
+        os.write(there, b".")
         try:
             main([str(argument) for argument in arguments], prog_name="lora-export")
         except SystemExit as ended:

@@ -9,7 +9,7 @@ from pathlib import Path
 _SIGNATURE = "model.sig"
 
 
-def digest(folder: Path) -> str | None:
+def digest(folder: Path, *, with_reports: bool = True) -> str | None:
     """Of every file and folder in `folder`, by name and content; None where there is no folder.
 
     A signature and what lies in `reports/` differ each time that they are made, so only their being there counts.
@@ -19,6 +19,8 @@ def digest(folder: Path) -> str | None:
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if name.startswith("reports") and not with_reports:
+            continue
         differs = name == _SIGNATURE or name.startswith("reports/")
         content = path.read_bytes() if path.is_file() and not differs else b""
         found.update(f"{name}\0{path.is_dir()}\0{hashlib.sha256(content).hexdigest()}\n".encode())
