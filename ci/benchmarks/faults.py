@@ -17,11 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import textwrap
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from injection.shim import loaded_with_shim
-from results import RESULTS, provenance, write_json
+from readme_tables import write_into_readme
+from results import RESULTS, heading, provenance, table, write_json
 
 RESULT = RESULTS / "faults.json"
 PARTS = ("kill", "errors", "bits", "together")
@@ -31,6 +34,45 @@ OF_BITS = ("merge", "dynamic", "dynamic --sign-key")
 def recorded(path: Path) -> dict:
     """What was recorded so far: by part, environment and figures by scenario."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _sum(figures: dict, field: str, chosen: Callable[[str], bool] = lambda way: True) -> int:
+    found = [tally[field] for way, tally in figures.items() if chosen(way)]
+    return sum(value if isinstance(value, int) else len(value) for value in found)
+
+
+def summary(result: dict) -> str:
+    """The page's tables of a result."""
+    rows = []
+    kill, errors = result["kill"]["scenarios"], result["errors"]["scenarios"]
+    for name in kill:
+        both = {**kill[name], **errors.get(name, {})}
+        counted = (
+            _sum(kill[name], "points", lambda way: way.endswith("call")),
+            _sum(kill[name], "points", lambda way: way.endswith("moment")),
+            _sum(errors.get(name, {}), "points", lambda way: "RLIMIT" not in way),
+            _sum(errors.get(name, {}), "points", lambda way: "RLIMIT" in way),
+            _sum(both, "lost"),
+            _sum(both, "left"),
+        )
+        rows.append((name, *counted))
+    rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
+    columns = ("command", "ended at a call", "at a moment", "a call failed", "under a limit", "lost", "left behind")
+    tables = [table(columns, [(name, *(f"{n:,}" for n in counted)) for name, *counted in rows])]
+    columns = ("two at once", "rounds", "how both ended", "mixed or lost", "left behind")
+    pairs = [(name, figures["rounds"]) for name, figures in result["together"]["scenarios"].items()]
+    told = [
+        (name, str(of["points"]), "; ".join(f"{codes}: {n}" for codes, n in of["ended"].items()), str(len(of["lost"])),
+         str(len(of["left"])))
+        for name, of in pairs
+    ]  # fmt: skip
+    tables.append(table(columns, told))
+    columns = ("an export's flipped bits", "files", "bits", "not noticed by verify")
+    bits = result["bits"]["scenarios"].items()
+    told = [(name, str(len(of)), f"{_sum(of, 'points'):,}", str(_sum(of, "lost"))) for name, of in bits]
+    tables.append(table(columns, told))
+    where = textwrap.fill(heading(result["kill"]["environment"]), 128)
+    return "\n\n".join((where, *tables)) + "\n"
 
 
 def run_parts(options: argparse.Namespace) -> int:
@@ -80,7 +122,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="rounds of each two commands at once")
     options = parser.parse_args()
     loaded_with_shim(options.work)
-    raise SystemExit(min(1, run_parts(options)))
+    n_bad = run_parts(options)
+    if options.result == RESULT and set(PARTS) <= set(recorded(RESULT)):
+        write_into_readme("faults", summary(recorded(RESULT)))
+    raise SystemExit(min(1, n_bad))
 
 
 if __name__ == "__main__":
