@@ -13,15 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from lora_export.contract import (
-    DECODER,
-    DECODER_WITH_PAST,
-    ENCODER,
-    SINGLE,
-    AdapterInput,
-    GraphContract,
-    data_file,
-    graph_file,
-)
+    DECODER, DECODER_WITH_PAST, ENCODER, SINGLE, AdapterInput, GraphContract, data_file, graph_file,
+)  # fmt: skip
 from lora_export.errors import InputRefused, UsageProblem, nearest
 from lora_export.json_schema import violations
 from lora_export.own_hash import KEY, with_own_hash
