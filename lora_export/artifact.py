@@ -13,16 +13,22 @@ from importlib.resources import files
 from pathlib import Path
 
 from lora_export.contract import (
-    DECODER, DECODER_WITH_PAST, ENCODER, SINGLE, AdapterInput, GraphContract, data_file, graph_file,
+    DECODER,
+    DECODER_WITH_PAST,
+    ENCODER,
+    SINGLE,
+    AdapterInput,
+    GraphContract,
+    data_file,
+    graph_file,
 )  # fmt: skip
 from lora_export.errors import InputRefused, UsageProblem, nearest
 from lora_export.json_schema import violations
 from lora_export.own_hash import KEY, with_own_hash
 from lora_export.quantization import Quantization
 
-MANIFEST = "lora_export.json"
+MANIFEST, SIGNATURE = "lora_export.json", "model.sig"
 ADAPTERS, REPORTS = "adapters", "reports"
-SIGNATURE = "model.sig"
 SCHEMA_VERSION = 1
 
 # Everything whose version decides the bytes of an export.
@@ -264,13 +270,11 @@ def record_from(entry: Mapping) -> AdapterRecord:
 
 
 def _manifest_from(fields: dict) -> Manifest:
-    fields = {key: value for key, value in fields.items() if key != KEY}
-    if "contract" in fields:
-        graphs = {SINGLE: fields["contract"]}
-        fields = {key: value for key, value in fields.items() if key != "contract"}
-    else:
-        # JSON keeps names sorted; graphs are kept in the order they run.
-        graphs = {graph: fields["graphs"][graph] for graph in (ENCODER, DECODER, DECODER_WITH_PAST)}
+    # JSON keeps names sorted; graphs are kept in the order they run.
+    in_order = (ENCODER, DECODER, DECODER_WITH_PAST)
+    one = "contract" in fields
+    graphs = {SINGLE: fields["contract"]} if one else {graph: fields["graphs"][graph] for graph in in_order}
+    fields = {key: value for key, value in fields.items() if key not in (KEY, "contract")}
     changed = {
         "kind": ExportKind(fields["kind"]),
         "base": SourceRecord(**fields["base"]),
