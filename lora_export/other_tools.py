@@ -23,9 +23,11 @@ def find_graph(path: Path, *, or_else: str = "") -> Path:
     """
     if path.is_file():
         return path
-    named = json_beside(path / _MODEL, GENAI_CONFIG).get("model", {}).get("decoder", {}).get("filename")
+    named: object = json_beside(path / _MODEL, GENAI_CONFIG)
+    for key in ("model", "decoder", "filename"):
+        named = named.get(key) if isinstance(named, dict) else None
     for name in (named, _MODEL):
-        if name and (path / name).is_file():
+        if isinstance(name, str) and (path / name).is_file():
             return path / name
     found = sorted(path.glob("*.onnx"))
     if len(found) == 1:

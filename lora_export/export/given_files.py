@@ -59,7 +59,8 @@ def locate_graph(given: str, task: Task, *, dtype: str | None, is_quantized: boo
             found=f"{task}, which has {', '.join(graphs_of(task))}",
             next_step="leave --graph out",
         )
-    path = find_graph(Path(given).expanduser()).resolve()
+    path = find_graph(Path(given).expanduser())
+    path = path.parent.resolve() / path.name  # a link in a hub's cache has its weights beside the link
     model = open_given(path)
     found = GivenGraph(path, (path, *external_files(model, path)), float_dtype(model), json_beside(path, GENAI_CONFIG))
     if is_quantized:

@@ -16,7 +16,7 @@ import torch
 from lora_export.adapters.merging import change_of
 from lora_export.base.weightless import TORCH_DTYPES, is_conv1d
 from lora_export.contract import AdapterInput, SiteChoice
-from lora_export.errors import InputRefused, some_of
+from lora_export.errors import InputRefused, refused_if_it_fails, some_of
 from lora_export.export.given_files import GivenGraph
 from lora_export.export.resolve import Resolved
 from lora_export.export.weights import as_numpy
@@ -34,6 +34,7 @@ from lora_export.graph.matching import (
 from lora_export.graph.unpacking import unpack
 
 _SHOWN = 6
+_LOOKUPS = ("Gather", "Shape")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ def given_graph(
         InputRefused: The graph lacks a module that is adapted, by name, or holds it in a way that adapters cannot be
             put onto.
     """
-    matched = matched_graph(given, resolved, choice)
+    unread = "leave --graph out, or make the graph again"
+    with refused_if_it_fails("The given graph could not be read", where=str(given.path), next_step=unread):
+        matched = matched_graph(given, resolved, choice)
     (_require_foldable if is_merged else _require_served)(matched, resolved, choice)
     remark(matched.described)
     for weight in matched.weights:
@@ -166,6 +169,7 @@ def _require_served(matched: MatchedGraph, resolved: Resolved, choice: SiteChoic
     linear = (*choice.lora_modules, *choice.replaced_modules)
     missing = [module for module in linear if module not in products]
     missing += [module for module in (*choice.embedding_modules, *choice.token_modules) if module not in tables]
+    missing += [module for module in linear if module in products and _is_multiplied_elsewhere(products[module])]
     _refuse_missing(matched, missing)
     integers = [m for m in (*choice.gain_modules, *choice.replaced_modules) if products[m].is_integers]
     if integers:
@@ -175,13 +179,14 @@ def _require_served(matched: MatchedGraph, resolved: Resolved, choice: SiteChoic
             expected="plain pairs on modules of integers",
             next_step="give a graph in floats, or leave --graph out and use --quantize",
         )
-    own = {module for module in choice.bias_modules if f"{module}.bias" in resolved.parameters.shapes}
-    others = [module for module in choice.bias_modules if module not in products or module in own - matched.biases]
+    with_biases = (*choice.bias_modules, *choice.replaced_modules)
+    own = {module for module in with_biases if f"{module}.bias" in resolved.parameters.shapes}
+    others = [module for module in with_biases if module not in products or module in own - matched.biases]
     others += choice.convolution_modules
     if others:
         raise InputRefused(
             "The given graph has no place of their own for biases or convolutions that adapters bring",
-            where=some_of(dict.fromkeys(others), _SHOWN),
+            where=some_of(list(dict.fromkeys(others)), _SHOWN),
             expected="pairs on linear modules, and biases that one Add adds to them",
             next_step="leave --graph out: this tool's own graph takes them",
         )
@@ -207,7 +212,7 @@ def _require_foldable(matched: MatchedGraph, resolved: Resolved, choice: SiteCho
     if shared:
         raise InputRefused(
             "An adapter changes a weight that the given graph, or the base, uses in several places",
-            where=some_of(dict.fromkeys(shared), _SHOWN),
+            where=some_of(list(dict.fromkeys(shared)), _SHOWN),
             next_step="leave --graph out: this tool's own graph takes them apart",
         )
 
@@ -222,10 +227,20 @@ def _changed(resolved: Resolved) -> list[str]:
     ]
 
 
-def _is_read_elsewhere(weight: GivenWeight) -> bool:
+def _readers(weight: GivenWeight) -> set[ir.Node]:
+    """The nodes that read the weight, as it is or transposed, and are not those that were matched."""
     readers = {node for node, _ in weight.value.uses()}
     through = {user for node in readers if node.op_type == "Transpose" for user, _ in node.outputs[0].uses()}
-    return not {node for node in readers | through if node.op_type != "Transpose"} <= set(weight.nodes)
+    return {node for node in readers | through if node.op_type != "Transpose"} - set(weight.nodes)
+
+
+def _is_read_elsewhere(weight: GivenWeight) -> bool:
+    return bool(_readers(weight))
+
+
+def _is_multiplied_elsewhere(weight: GivenWeight) -> bool:
+    """Whether anything but a lookup reads the weight beside its module's nodes: another use of the module, perhaps."""
+    return not weight.is_integers and any(node.op_type not in _LOOKUPS for node in _readers(weight))
 
 
 def _refuse_missing(matched: MatchedGraph, missing: Collection[str]) -> None:

@@ -20,6 +20,7 @@ from lora_export.graph.token_order import TokenOrder
 from lora_export.quiet import quiet
 
 _PAST, _PRESENT = "past_key_values.", "present."
+_OF_ADAPTERS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude", ".token_ids", ".token_delta", "lora_gate")
 # What adapters are added to: their shapes say where the batch is.
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits")
 _GROUPED = "GroupQueryAttention"
@@ -63,15 +64,31 @@ def external_files(model: ir.Model, path: Path) -> tuple[Path, ...]:
     graphs = [model.graph, *model.graph.subgraphs()]
     tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
     places = dict.fromkeys(tensor.location for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
-    files = tuple(path.parent / place for place in places)
+    outside = [place for place in places if Path(place).is_absolute() or ".." in Path(place).parts]
+    files = tuple(path.parent / place for place in places if place not in outside)
     missing = [str(file) for file in files if not file.is_file()]
-    if missing:
+    if missing or outside:
         raise InputRefused(
             "The given graph's weights are not beside it",
             where=str(path),
-            expected=some_of(missing, 4),
+            expected=some_of(missing, 4) or "files in the graph's folder or below it",
+            found=None if missing else some_of(outside, 4),
             next_step="fetch the whole folder that the other tool wrote",
         )
+    ends = {tensor.location: 0 for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    for tensor in tensors:
+        if isinstance(tensor, ir.ExternalTensor):
+            end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
+            ends[tensor.location] = max(ends[tensor.location], end)
+    for file, place in zip(files, places, strict=True):
+        if file.stat().st_size < ends[place]:
+            raise InputRefused(
+                "A file of the given graph's weights is cut off",
+                where=str(file),
+                expected=f"{ends[place]} bytes or more",
+                found=f"{file.stat().st_size} bytes",
+                next_step="fetch it again",
+            )
     return files
 
 
@@ -111,11 +128,20 @@ def normalized(
             found=f"opset {opset}",
             next_step="export it again with a newer one (Optimum: --opset 17), or convert it (onnx.version_converter)",
         )
+    taken = [value.name for value in model.graph.inputs if value.name.endswith(_OF_ADAPTERS)]
+    if taken:
+        raise InputRefused(
+            "The given graph has inputs for adapters already",
+            where=str(where),
+            found=some_of(taken, 4),
+            next_step="give the graph without them; to a dynamic export of this tool `lora-export add` adds adapters",
+        )
     if model.functions:
         common_passes.InlinePass()(model)
     common_passes.LiftSubgraphInitializersToMainGraphPass()(model)
     common_passes.LiftConstantsToInitializersPass()(model)
     common_passes.RemoveInitializersFromInputsPass()(model)
+    common_passes.IdentityEliminationPass()(model)  # equal weights go by one initializer and an Identity
     products = [node for node in model.graph if node.op_type in _PRODUCTS]
     if not all(_has_shape(value) for node in products for value in (node.inputs[0], node.outputs[0])):
         _infer_shapes(model)
@@ -187,8 +213,8 @@ def order_tokens(model: ir.Model, where: Path) -> None:
     if not grouped:
         return
     hidden, mask = last_hidden(graph), next((value for value in graph.inputs if value.name == "attention_mask"), None)
-    if hidden is None or mask is None:
-        _refuse_order(where, "no head after the last hidden states" if mask is not None else "no attention_mask")
+    if hidden is None or mask is None or all(value.name != "input_ids" for value in graph.inputs):
+        _refuse_order(where, "no head after the last hidden states, no attention_mask, or no input_ids")
     before = set(graph)
     order = TokenOrder(graph, hidden)
     own = set(graph) - before

@@ -114,7 +114,9 @@ def _reshaped(graph: ir.Graph, tape: Tape, output: ir.Value, site: Site) -> ir.V
 
 def replace_linear(graph: ir.Graph, site: Site, weight: ir.Value, bias: ir.Value | None) -> None:
     """Compute `site` from `weight` `[rows, in, out]` and `bias` `[rows, 1, out]` instead of the base's own."""
-    add = _bias_add(site) if site.node.op_type == "MatMul" else None
+    place = BIAS_INSIDE.get(site.node.op_type)
+    is_inside = place is not None and len(site.node.inputs) > place and site.node.inputs[place] is not None
+    add = None if is_inside else _bias_add(site)
     last = add or site.node
     replaced, users = last.outputs[0], tuple(last.outputs[0].uses())
     tape = Tape(graph, last)

@@ -4,8 +4,8 @@ A weight of a linear map is held against the base's as `[out, in]`, however it i
 
 1. as `[in, out]` or `[out, in]`, in the graph's dtype: it must be the base's to the last bit, after one rounding to
    that dtype;
-2. as blocks of integers (`MatMulNBits`): each number must be within a few steps of the base's, and all together within
-   a fifth of its norm. A step is a block's largest number over half of the grid. Another matrix is nowhere near;
+2. as blocks of integers (`MatMulNBits`): each number must be within a few steps of the base's, and all of the matrix
+   within a fifth of its norm. A step is a block's largest number over half of the grid. A fine-tune may be as near;
 3. projections below each other, as a query, key and value in one: each part as above.
 
 An embedding's table is compared as a whole. What is matched is then named by the base's paths, as in a trace of it: an
@@ -103,23 +103,19 @@ class GivenWeight:
         array = self.value.const_value.numpy()
         return array[start:stop] if self.is_out_in else array[:, start:stop].T
 
-    def agrees(self, start: int, expected: np.ndarray) -> bool:
-        """Whether the rows from `start` on are those of the base, `expected` `[n, in]`."""
+    def off(self, start: int, expected: np.ndarray) -> float | None:
+        """How far the rows from `start` on are from those of the base, `expected` `[n, in]`: a sum of squares, 0 for
+        floats; None if they are not the base's."""
         found = self.rows(start, start + len(expected))
         if not self.is_integers:
-            return np.array_equal(found, expected)
-        return _is_rounded(found, expected, self.node)
-
-
-def _is_rounded(found: np.ndarray, expected: np.ndarray, node: ir.Node) -> bool:
-    bits, block = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 128)
-    padding = -expected.shape[1] % block
-    blocks = np.pad(np.abs(expected), ((0, 0), (0, padding))).reshape(len(expected), -1, block)
-    steps = np.repeat(blocks.max(axis=2) / (1 << (bits - 1)), block, axis=1)[:, : expected.shape[1]]
-    off = np.abs(found - expected)
-    if not (off <= _MOST_STEPS * steps + np.finfo(np.float32).tiny).all():
-        return False
-    return float(np.linalg.norm(off)) <= _LARGEST_PART * float(np.linalg.norm(expected))
+            return 0.0 if np.array_equal(found, expected) else None
+        bits, block = self.node.attributes.get_int("bits", 4), self.node.attributes.get_int("block_size", 128)
+        padding = -expected.shape[1] % block
+        blocks = np.pad(np.abs(expected), ((0, 0), (0, padding))).reshape(len(expected), -1, block)
+        steps = np.repeat(blocks.max(axis=2) / (1 << (bits - 1)), block, axis=1)[:, : expected.shape[1]]
+        off = np.abs(found - expected)
+        is_near = (off <= _MOST_STEPS * steps + np.finfo(np.float32).tiny).all()
+        return float(np.square(off).sum()) if is_near else None
 
 
 def given_weights(graph: ir.Graph) -> list[GivenWeight]:
@@ -132,7 +128,7 @@ def given_weights(graph: ir.Graph) -> list[GivenWeight]:
                 n_in, n_out = node.attributes.get_int("K"), node.attributes.get_int("N")
             elif is_lookup(node):
                 n_out, n_in = node.inputs[2].shape[0], read_table(node, rows=slice(0, 1)).integers.shape[1]
-            key = (value, is_out_in, is_lookup(node))
+            key = (value, is_out_in, is_lookup(node) or node.op_type == "Gather")
             weight = found.setdefault(key, GivenWeight(value, n_in, n_out, is_out_in))
             weight.nodes.append(node)
     return list(found.values())
@@ -142,7 +138,8 @@ def _matrices(node: ir.Node) -> Iterator[tuple[ir.Value, bool]]:
     """The weights that `node` reads as matrices, and whether each lies `[out, in]`."""
     kind = (node.op_type, node.domain)
     if kind == ("MatMulNBits", "com.microsoft"):
-        yield node.inputs[1], True
+        if all(value is not None and value.const_value is not None for value in node.inputs[1:3]):
+            yield node.inputs[1], True
     elif is_lookup(node):
         yield node.inputs[2], True  # by its scales: the integers may be those of a product, too
     elif kind == ("Gather", ""):
@@ -185,40 +182,50 @@ class Matcher:
         found: list[BaseMatrix] = []
         start = 0
         while start < weight.n_out:
-            fits = [each for each in self._fitting(weight, start) if each not in found]
-            if not fits:
+            chosen = _chosen({m: off for m, off in self._fitting(weight, start).items() if m not in found}, weight)
+            if chosen is None:
                 return ()
-            chosen = _nearest_by_name(fits, weight)
             found.append(chosen)
             start += chosen.n_out
         return tuple(found)
 
-    def _fitting(self, weight: GivenWeight, start: int) -> list[BaseMatrix]:
+    def _fitting(self, weight: GivenWeight, start: int) -> dict[BaseMatrix, float]:
+        """The modules whose numbers the rows from `start` on hold, each with how far off they are."""
         left = weight.n_out - start
         may = [m for m in self._matrices if m.n_in == weight.n_in and m.is_table == weight.is_table]
         may = [m for m in may if (m.n_out == weight.n_out if weight.is_table else m.n_out <= left)]
-        may = [m for m in may if weight.agrees(start, self._first_row(m, weight.dtype))]
-        return [m for m in may if self._agrees(weight, start, m)]
+        found = {m: self._off(weight, start, m) for m in may if self._begins(weight, start, m)}
+        return {m: off for m, off in found.items() if off is not None}
 
-    def _first_row(self, matrix: BaseMatrix, dtype: str) -> np.ndarray:
-        key = (matrix.module, dtype)
+    def _begins(self, weight: GivenWeight, start: int, matrix: BaseMatrix) -> bool:
+        """Whether the first row fits, which is told soonest."""
+        key = (matrix.module, weight.dtype)
         if key not in self._first:
-            self._first[key] = self._read(matrix, slice(0, 1), dtype)
-        return self._first[key]
+            self._first[key] = self._read(matrix, slice(0, 1), weight.dtype)
+        return weight.off(start, self._first[key]) is not None
 
-    def _agrees(self, weight: GivenWeight, start: int, matrix: BaseMatrix) -> bool:
+    def _off(self, weight: GivenWeight, start: int, matrix: BaseMatrix) -> float | None:
+        total = of_base = 0.0
         for row in range(0, matrix.n_out, _CHUNK_ROWS):
-            stop = min(row + _CHUNK_ROWS, matrix.n_out)
-            if not weight.agrees(start + row, self._read(matrix, slice(row, stop), weight.dtype)):
-                return False
-        return True
+            expected = self._read(matrix, slice(row, min(row + _CHUNK_ROWS, matrix.n_out)), weight.dtype)
+            off = weight.off(start + row, expected)
+            if off is None:
+                return None
+            total += off
+            of_base += float(np.square(expected.astype(np.float32)).sum()) if weight.is_integers else 0.0
+        return total if total <= _LARGEST_PART**2 * of_base or not weight.is_integers else None
 
 
-def _nearest_by_name(fits: Sequence[BaseMatrix], weight: GivenWeight) -> BaseMatrix:
-    """Of modules with equal numbers, the one whose path has most words in common with the weight and its nodes."""
-    names = [weight.value.name or "", *(node.name or "" for node in weight.nodes)]
-    words = {word for name in names for word in _WORDS.split(name)}
-    return max(fits, key=lambda each: len(words.intersection(each.module.split("."))))
+def _chosen(fits: Mapping[BaseMatrix, float], weight: GivenWeight) -> BaseMatrix | None:
+    """The module whose numbers are nearest. Of several with equal numbers, the one whose path has most words in common
+    with the weight and its node; None where that tells none, or where nodes of several read them."""
+    nearest = [each for each, off in fits.items() if off == min(fits.values())]
+    if len(nearest) < 2:
+        return nearest[0] if nearest else None
+    words = {word for name in (weight.value.name, weight.node.name) for word in _WORDS.split(name or "")}
+    shared = {each: len(words.intersection(each.module.split("."))) for each in nearest}
+    best = [each for each, n in shared.items() if n == max(shared.values())]
+    return best[0] if len(best) == 1 and len(weight.nodes) == 1 else None
 
 
 def name_weights(graph: ir.Graph, weights: Sequence[GivenWeight]) -> None:
@@ -228,11 +235,9 @@ def name_weights(graph: ir.Graph, weights: Sequence[GivenWeight]) -> None:
             continue
         paths = tuple(f"{each.module}.weight" for each in weight.modules)
         name = "+".join(paths)
-        if weight.is_integers and weight.is_table:
-            pass  # known by its node
-        elif weight.is_integers:
+        if weight.is_integers:  # a table of them is known by its node
             bits = weight.node.attributes.get_int("bits", 4)
-            for place, suffix in _PARTS.items():
+            for place, suffix in () if weight.is_table else _PARTS.items():
                 part = weight.node.inputs[place] if place < len(weight.node.inputs) else None
                 if part is not None and part.is_initializer():
                     rename(graph, part, name + suffix.format(bits=bits))
@@ -253,8 +258,9 @@ def set_scope(node: ir.Node, module: str) -> None:
 
 
 def rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
-    """Name an initializer of `graph`, unless another has that name."""
-    if name == value.name or name in graph.initializers:
+    """Name an initializer of `graph`, unless something else has that name or a host knows it by its own."""
+    taken = name in graph.initializers or any(each.name == name for each in (*graph.inputs, *graph.outputs))
+    if name == value.name or taken or value.is_graph_output():
         return  # a second copy of the same numbers keeps its name
     graph.initializers.pop(value.name)
     value.name = name
@@ -270,7 +276,10 @@ def name_biases(graph: ir.Graph, weights: Sequence[GivenWeight], biases: Mapping
         module = weight.modules[0].module if len(weight.modules) == 1 else None
         if module not in biases:
             continue
+        adders = {user for node in weight.nodes for user, _ in node.outputs[0].uses() if user.op_type == "Add"}
         for value in _added_to(weight.node):
+            if not {user for user, _ in value.uses()} <= adders.union(weight.nodes):
+                continue  # other modules with equal numbers add it, too
             array = value.const_value.numpy() if value.const_value is not None else None
             if array is not None and np.array_equal(array, biases[module].astype(array.dtype)):
                 rename(graph, value, f"{module}.bias")

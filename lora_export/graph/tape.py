@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx_ir as ir
 
 from lora_export.errors import InputRefused
+
+_FACTORS = re.compile(r"[^\w.]+")
 
 
 class Tape:
@@ -49,8 +53,16 @@ class Tape:
 
 def batch_input(graph: ir.Graph, value: ir.Value) -> ir.Value:
     """The graph input whose rows `value` holds: a dual encoder has texts and images, each with a batch of its own."""
-    leading = "" if value.shape is None or not len(value.shape) else str(value.shape[0])
-    return next((entry for entry in graph.inputs if str(entry.shape[0]) in leading), graph.inputs[0])
+    leading = factors_of(value)
+    ranked = [entry for entry in graph.inputs if entry.shape is not None and len(entry.shape)]
+    return next((entry for entry in ranked if str(entry.shape[0]) in leading), ranked[0])
+
+
+def factors_of(value: ir.Value) -> frozenset[str]:
+    """The sizes that the first axis of `value` is made of: batch and sequence of `batch*sequence`."""
+    if value.shape is None or not len(value.shape):
+        return frozenset()
+    return frozenset(_FACTORS.split(str(value.shape[0])))
 
 
 def with_row_axis(graph: ir.Graph, tape: Tape, value: ir.Value, features: int, module: str) -> ir.Value:
@@ -67,7 +79,7 @@ def with_row_axis(graph: ir.Graph, tape: Tape, value: ir.Value, features: int, m
     if value.shape is not None and len(value.shape) == 3 and value.shape[0] == rows.shape[0]:
         return value
     batch = str(getattr(rows.shape[0], "value", ""))
-    if value.shape is None or batch not in str(value.shape[0]):
+    if not batch or batch not in factors_of(value):
         raise InputRefused(
             "A module's input does not start with the batch axis, so adapters cannot be told apart by row",
             where=module,

@@ -31,7 +31,8 @@ def unpack(graph: ir.Graph, weights: Sequence[GivenWeight], modules: Collection[
     found: list[GivenWeight] = []
     for weight in weights:
         is_chosen = len(weight.modules) > 1 and any(each.module in modules for each in weight.modules)
-        found += _apart(graph, weight) if is_chosen and weight.is_product else [weight]
+        is_inside = weight.is_product and not any(node.outputs[0].is_graph_output() for node in weight.nodes)
+        found += _apart(graph, weight) if is_chosen and is_inside else [weight]
     return found
 
 
@@ -102,10 +103,10 @@ def _product(graph: ir.Graph, node: ir.Node, each: BaseMatrix, operands: Sequenc
         operand = [transpose.outputs[0]]
     product = ir.node(
         node.op_type, [node.inputs[0], *operand], attributes=attributes, domain=node.domain,
-        name=f"{node.name}.{each.module.rpartition('.')[2]}",
+        name=f"{node.name}.{each.module}",
     )  # fmt: skip
     packed, output = node.outputs[0], product.outputs[0]
-    output.name = f"{packed.name}.{each.module.rpartition('.')[2]}"
+    output.name = f"{packed.name}.{each.module}"
     output.dtype = packed.dtype
     output.shape = None if packed.shape is None else ir.Shape([*list(packed.shape)[:-1], each.n_out])
     set_scope(product, each.module)
@@ -145,7 +146,7 @@ def _with_bias(
     else:
         last = add
     found = []
-    for output, part in zip(outputs, np.split(bias.const_value.numpy(), np.cumsum(sizes)[:-1]), strict=True):
+    for output, part in zip(outputs, np.split(bias.const_value.numpy(), np.cumsum(sizes)[:-1], axis=-1), strict=True):
         value = ir.Value(name=f"{output.name}.bias", type=bias.type, shape=ir.Shape(part.shape))
         value.const_value = ir.tensor(np.ascontiguousarray(part), dtype=bias.dtype, name=value.name)
         graph.initializers[value.name] = value

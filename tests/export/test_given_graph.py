@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import peft
 import pytest
 import references
 import torch
@@ -209,6 +212,56 @@ def test_what_is_no_graph_is_refused_by_what_it_is(bases, adapters, bert_graph, 
     assert "opset 11" in said(tmp_path / "old.onnx") and "no graph" not in said(tmp_path / "old.onnx")
     t5 = Request(str(bases["t5"]), ((str(adapters["t5-all"]), None),), "dynamic", graph=str(bert_graph))
     assert "one graph only" in refused(InputRefused, t5, out)
+
+
+def test_numbers_that_several_modules_share_are_nobodys(bases, tmp_path):
+    """The old exporter stores equal tensors once: two queries of the same weights, and biases of zeros."""
+    model = transformers.BertModel.from_pretrained(bases["bert"], attn_implementation="eager").eval()
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            layer.attention.self.query.bias.zero_()
+            layer.attention.self.key.bias.zero_()
+        first, second = (layer.attention.self.query for layer in model.encoder.layer)
+        second.weight.copy_(first.weight)
+    model.save_pretrained(tmp_path / "base")
+    for file in bases["bert"].glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "base")
+    outputs = ("last_hidden_state", "pooler_output")
+    graph = old_export(tmp_path / "base", "BertModel", tmp_path / "model.onnx", outputs=outputs)
+    for name, module, bias in (
+        ("one", "layer.0.attention.self.query", "none"),
+        ("biases", "layer.0.attention.self.key", "lora_only"),
+    ):
+        options = peft.LoraConfig(r=2, task_type="FEATURE_EXTRACTION", target_modules=[module], bias=bias)
+        tuned = peft.get_peft_model(transformers.BertModel.from_pretrained(tmp_path / "base"), options)
+        for key, parameter in tuned.named_parameters():
+            if "lora_B" in key or key.endswith("key.bias"):
+                torch.nn.init.normal_(parameter, std=0.2)
+        tuned.save_pretrained(tmp_path / name)
+        for mode in ("dynamic", "merge"):
+            asked = request(tmp_path / "base", tmp_path / name, graph, mode, task="feature-extraction")
+            assert "layer.0" in refused(InputRefused, asked, tmp_path / "out")
+
+
+def test_a_graph_with_adapter_inputs_is_refused(bases, adapters, bert_graph, tmp_path):
+    asked = request(bases["bert"], adapters["features"], bert_graph, task="feature-extraction")
+    export(asked, ExportOptions(tmp_path / "first"))
+    again = request(bases["bert"], adapters["features"], tmp_path / "first", task="feature-extraction")
+    assert "inputs for adapters already" in refused(InputRefused, again, tmp_path / "out")
+
+
+def test_damaged_weights_beside_the_graph_are_refused(bases, adapters, new_graph, tmp_path):
+    for name in ("bert.onnx", "bert.onnx.data"):
+        shutil.copy(new_graph.parent / name, tmp_path / name)
+    os.truncate(tmp_path / "bert.onnx.data", 5000)
+    asked = request(bases["bert"], adapters["features"], tmp_path / "bert.onnx", task="feature-extraction")
+    assert "is cut off" in refused(InputRefused, asked, tmp_path / "out")
+    model = onnx.load(new_graph, load_external_data=False)
+    for entry in (entry for tensor in model.graph.initializer for entry in tensor.external_data):
+        if entry.key == "location":
+            entry.value = "../elsewhere.data"
+    onnx.save(model, tmp_path / "bert.onnx")
+    assert "../elsewhere.data" in refused(InputRefused, asked, tmp_path / "out")
 
 
 def test_a_graph_of_other_weights_is_refused_by_module(bases, adapters, bert_graph, tmp_path):

@@ -148,6 +148,8 @@ def test_kinds_of_inputs_on_the_builders_graph(bases, adapters, built, tmp_path)
     for kind in ("tokens", "words"):
         with pytest.raises(InputRefused, match="embed_tokens"):
             exported(bases["llama"], [adapters[kind]], graph, tmp_path / kind)
+    with pytest.raises(InputRefused, match="uses in several places"):
+        exported(bases["llama"], [adapters["speak"]], graph, tmp_path / "speak", "merge")
     for kind, mode in (("gains", "dynamic"), ("voice", "dynamic"), ("chat", "merge")):
         with pytest.raises(InputRefused, match="integers"):
             exported(bases["llama"], [adapters[kind]], built(bases["llama"], "int4"), tmp_path / kind, mode)

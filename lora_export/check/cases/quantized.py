@@ -32,7 +32,8 @@ _AS_DEPLOYED = (
 _OF_WEIGHTS = "The file's numbers differ from the base's by more than rounding to their block's grid."
 _OF_ANOTHER_TOOL = (
     "How the given graph's integers were chosen: another tool did, so their distance from the base's weights is shown "
-    "and not limited (--tolerance weights=, scales=, clipping= limit it). What they cost is shown."
+    "and not limited (--tolerance weights=, scales=, clipping= limit it). What they cost is shown. Whether they are of "
+    "the base or of a fine-tune within rounding of it is not told."
 )
 _COST = "What quantization costs was to be limited, and no node differs: the weights do."
 # Measured on so many batches.
