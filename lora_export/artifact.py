@@ -21,7 +21,7 @@ from lora_export.contract import (
     GraphContract,
     data_file,
     graph_file,
-)  # fmt: skip
+)
 from lora_export.errors import InputRefused, UsageProblem, nearest
 from lora_export.json_schema import violations
 from lora_export.own_hash import KEY, with_own_hash

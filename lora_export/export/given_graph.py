@@ -6,7 +6,7 @@ deltas (`merge`), at the weights whose numbers are those of the adapted modules 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -223,7 +223,7 @@ def _changed(resolved: Resolved) -> list[str]:
     return [
         path
         for path in parameters.shapes
-        if any(path in a.replaced or change_of(a, w, path, parameters.base) for a, w in parameters.adapters)
+        if any(change_of(adapter, weight, path, parameters.base) for adapter, weight in parameters.adapters)
     ]
 
 
@@ -247,16 +247,11 @@ def _refuse_missing(matched: MatchedGraph, missing: Collection[str]) -> None:
     if not missing:
         return
     inside = {m.module: w.node.op_type for w in matched.weights for m in w.modules}
-    names = list(dict.fromkeys(missing))
-    found = [f"{name} (inside {inside[name]})" if name in inside else name for name in names]
+    found = [f"{name} (inside {inside[name]})" if name in inside else name for name in dict.fromkeys(missing)]
     raise InputRefused(
         "The given graph lacks modules that adapters change",
-        where=f"{matched.given.path}: {_shown(found, len(names))}",
+        where=f"{matched.given.path}: {some_of(found, _SHOWN)}",
         expected="products by the base's own numbers, as they are, transposed, packed or rounded to integers",
         found=matched.described,
         next_step="export that graph from this base, without an optimizer after it, or leave --graph out",
     )
-
-
-def _shown(names: Sequence[str], n: int) -> str:
-    return some_of(list(names), _SHOWN) + (f" ({n} modules)" if n > _SHOWN else "")

@@ -166,11 +166,17 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     remarks += carried.remarks
     others = {f.name: other for f in folders if (other := another_base(f, checkpoint.located)) is not None}
     remarks += tuple(remark_on(name, other, checkpoint.located.given) for name, other in others.items())
-    if checkpoint.quantization is None:
-        trained = {folder.name: quantized_training(folder) for folder in folders}
-        remarks += tuple(remark_on_training(name, how) for name, how in trained.items() if how is not None)
+    remarks += _remarks_on_training(folders, checkpoint)
     found = (request, checkpoint, folders, task, dtype, config, adapter_configs, carried, pad_token_id)
     return Plan(*found, model, others, remarks, given)
+
+
+def _remarks_on_training(folders: Sequence[AdapterFolder], checkpoint: Checkpoint) -> tuple[str, ...]:
+    """A word on each adapter that was trained on a quantized base, where this one is not."""
+    if checkpoint.quantization is not None:
+        return ()
+    trained = {folder.name: quantized_training(folder) for folder in folders}
+    return tuple(remark_on_training(name, how) for name, how in trained.items() if how is not None)
 
 
 def opened_folders(request: Request) -> tuple[AdapterFolder, ...]:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
 from lora_export.errors import InputRefused, some_of
+from lora_export.graph.grouped_attention import GROUPED
 from lora_export.graph.head import last_hidden
 from lora_export.graph.token_order import TokenOrder
 from lora_export.quiet import quiet
@@ -23,7 +24,6 @@ _PAST, _PRESENT = "past_key_values.", "present."
 _OF_ADAPTERS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude", ".token_ids", ".token_delta", "lora_gate")
 # What adapters are added to: their shapes say where the batch is.
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits")
-_GROUPED = "GroupQueryAttention"
 # GroupQueryAttention's inputs: key, value, seqlens_k, total_sequence_length.
 _KEY, _VALUE, _LENGTHS, _TOTAL = 1, 2, 5, 6
 # `Shape` has had its bounds since then, which the passes use; the oldest of their operators.
@@ -59,14 +59,17 @@ def external_files(model: ir.Model, path: Path) -> tuple[Path, ...]:
     """The files that hold the weights of `model`, which was read from `path`.
 
     Raises:
-        InputRefused: One of them is not there.
+        InputRefused: One of them is not there, is cut off, or lies elsewhere.
     """
     graphs = [model.graph, *model.graph.subgraphs()]
-    tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
-    places = dict.fromkeys(tensor.location for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
-    outside = [place for place in places if Path(place).is_absolute() or ".." in Path(place).parts]
-    files = tuple(path.parent / place for place in places if place not in outside)
-    missing = [str(file) for file in files if not file.is_file()]
+    ends: dict[str, int] = {}
+    for tensor in (value.const_value for graph in graphs for value in graph.initializers.values()):
+        if isinstance(tensor, ir.ExternalTensor):
+            end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
+            ends[tensor.location] = max(ends.get(tensor.location, 0), end)
+    outside = [place for place in ends if Path(place).is_absolute() or ".." in Path(place).parts]
+    sizes = {path.parent / place: end for place, end in ends.items() if place not in outside}
+    missing = [str(file) for file in sizes if not file.is_file()]
     if missing or outside:
         raise InputRefused(
             "The given graph's weights are not beside it",
@@ -75,21 +78,16 @@ def external_files(model: ir.Model, path: Path) -> tuple[Path, ...]:
             found=None if missing else some_of(outside, 4),
             next_step="fetch the whole folder that the other tool wrote",
         )
-    ends = {tensor.location: 0 for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-    for tensor in tensors:
-        if isinstance(tensor, ir.ExternalTensor):
-            end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
-            ends[tensor.location] = max(ends[tensor.location], end)
-    for file, place in zip(files, places, strict=True):
-        if file.stat().st_size < ends[place]:
+    for file, end in sizes.items():
+        if file.stat().st_size < end:
             raise InputRefused(
                 "A file of the given graph's weights is cut off",
                 where=str(file),
-                expected=f"{ends[place]} bytes or more",
+                expected=f"{end} bytes or more",
                 found=f"{file.stat().st_size} bytes",
                 next_step="fetch it again",
             )
-    return files
+    return tuple(sizes)
 
 
 def float_dtype(model: ir.Model) -> str:
@@ -182,7 +180,7 @@ def _infer_shapes(model: ir.Model) -> None:
 
 def _fix_cache_sizes(graph: ir.Graph, head_size: int | None) -> None:
     """Write a cache's sizes where the graph has symbols for them: a host makes an empty one by them."""
-    grouped = next((node for node in graph if node.op_type == _GROUPED), None)
+    grouped = next((node for node in graph if node.op_type == GROUPED), None)
     if grouped is not None:
         queries, keys = (grouped.attributes.get_int(name) for name in ("num_heads", "kv_num_heads"))
         width = grouped.inputs[0].shape[-1] if grouped.inputs[0].shape is not None else None
@@ -209,7 +207,7 @@ def order_tokens(model: ir.Model, where: Path) -> None:
         InputRefused: The graph computes more from its mask than the lengths of rows, or its head is not found.
     """
     graph = model.graph
-    grouped = [node for node in graph if node.op_type == _GROUPED]
+    grouped = [node for node in graph if node.op_type == GROUPED]
     if not grouped:
         return
     hidden, mask = last_hidden(graph), next((value for value in graph.inputs if value.name == "attention_mask"), None)
@@ -232,7 +230,7 @@ def _refuse_order(where: Path, found: str) -> None:
     raise InputRefused(
         "The given graph's attention keeps tokens in an order that this tool cannot prove for padded rows",
         where=str(where),
-        expected=f"{_GROUPED} by the number of a row's tokens, and a head that is one product",
+        expected=f"{GROUPED} by the number of a row's tokens, and a head that is one product",
         found=found,
         next_step="leave --graph out: this tool's own graph takes padding on either side",
     )

@@ -29,6 +29,7 @@ from lora_export.graph.heads import merged_heads, read_instead
 from lora_export.graph.mask import CausalMask, causal_mask, is_false_for_real_tokens
 from lora_export.graph.token_order import TokenOrder
 
+GROUPED = "GroupQueryAttention"
 _PAST = "past_key_values."
 _DTYPES = {
     "cpu": (ir.DataType.FLOAT, ir.DataType.FLOAT16),
@@ -81,7 +82,7 @@ def cache_layout(model: ir.Model) -> CacheLayout | None:
     """Where `model` keeps a token in its cache; None if it has no cache."""
     if not any(value.name.startswith(_PAST) for value in model.graph.inputs):
         return None
-    is_grouped = any(node.op_type == "GroupQueryAttention" for node in model.graph)
+    is_grouped = any(node.op_type == GROUPED for node in model.graph)
     return CacheLayout.TOKENS if is_grouped else CacheLayout.COLUMNS
 
 
@@ -172,7 +173,7 @@ def _attend(graph: ir.Graph, layer: _Layer, order: TokenOrder, mask: CausalMask)
     nodes: list[ir.Node] = []
     operands = [merged_heads(nodes, operand) for operand in (query, *layer.new)]
     grouped = ir.node(
-        "GroupQueryAttention",
+        GROUPED,
         [*operands, key, value, order.lengths, order.total],
         attributes=attributes,
         domain="com.microsoft",

@@ -11,7 +11,7 @@ from lora_export.contract import ROWS, AdapterInputKind, SiteChoice
 from lora_export.graph.bias_inputs import insert_biases
 from lora_export.graph.declare import DeclaredInputs
 from lora_export.graph.shared_by_rows import is_shared_by_rows, let_rows_through, refuse_gate
-from lora_export.graph.sites import BIAS_INSIDE, Site, find_sites
+from lora_export.graph.sites import BIAS_INSIDE, Site, bias_inside, find_sites
 from lora_export.graph.tape import Tape, put_in_place_of, reshaped_as, with_row_axis
 
 
@@ -97,11 +97,11 @@ def add_pair(
 
 def _take_bias_out(graph: ir.Graph, site: Site) -> None:
     """Turn a `Gemm` with a bias into one without and an `Add`: a gain multiplies the product, not the bias."""
-    place = BIAS_INSIDE.get(site.node.op_type)
-    if place is None or not has_bias(site):
+    bias = bias_inside(site.node)
+    if bias is None:
         return
-    output, users, bias = site.output, tuple(site.output.uses()), site.node.inputs[place]
-    site.node.replace_input_with(place, None)
+    output, users = site.output, tuple(site.output.uses())
+    site.node.replace_input_with(BIAS_INSIDE[site.node.op_type], None)
     total = Tape(graph, site.node).op("Add", [output, bias], site.output_dims, output.dtype)
     put_in_place_of(graph, output, total, users)
 
@@ -114,9 +114,7 @@ def _reshaped(graph: ir.Graph, tape: Tape, output: ir.Value, site: Site) -> ir.V
 
 def replace_linear(graph: ir.Graph, site: Site, weight: ir.Value, bias: ir.Value | None) -> None:
     """Compute `site` from `weight` `[rows, in, out]` and `bias` `[rows, 1, out]` instead of the base's own."""
-    place = BIAS_INSIDE.get(site.node.op_type)
-    is_inside = place is not None and len(site.node.inputs) > place and site.node.inputs[place] is not None
-    add = None if is_inside else _bias_add(site)
+    add = _bias_add(site) if bias_inside(site.node) is None else None
     last = add or site.node
     replaced, users = last.outputs[0], tuple(last.outputs[0].uses())
     tape = Tape(graph, last)
@@ -142,9 +140,7 @@ def _bias_add(site: Site) -> ir.Node | None:
 
 def has_bias(site: Site) -> bool:
     """Whether the linear map of `site` has a bias of its own."""
-    if (place := BIAS_INSIDE.get(site.node.op_type)) is not None and len(site.node.inputs) > place:
-        return site.node.inputs[place] is not None
-    return _bias_add(site) is not None
+    return bias_inside(site.node) is not None or _bias_add(site) is not None
 
 
 def _forget_last_axis_downstream(value: ir.Value, static: int, symbol: object) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.base.recipe import Recipe
-from lora_export.graph.sites import BIAS_INSIDE, NAME_SCOPES
+from lora_export.graph.sites import NAME_SCOPES, bias_inside
 from lora_export.graph.stored_integers import LOOKUP, is_lookup, read_integers, read_table
 from lora_export.graph.unbound import is_matrix_transpose, set_recipe
 
@@ -33,7 +33,8 @@ _WORDS = re.compile(r"[./]+")
 _FLOAT_PRODUCTS = (
     ("MatMul", ""), ("Gemm", ""), ("FusedMatMul", "com.microsoft"), ("Attention", "com.microsoft"),
 )  # fmt: skip
-_PARTS = {1: "_Q{bits}", 2: "_scales", 3: "_zero_points"}
+# MatMulNBits' inputs that are a weight, and how their names end.
+PARTS = {1: "_Q{bits}", 2: "_scales", 3: "_zero_points"}
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def name_weights(graph: ir.Graph, weights: Sequence[GivenWeight]) -> None:
         name = "+".join(paths)
         if weight.is_integers:  # a table of them is known by its node
             bits = weight.node.attributes.get_int("bits", 4)
-            for place, suffix in () if weight.is_table else _PARTS.items():
+            for place, suffix in () if weight.is_table else PARTS.items():
                 part = weight.node.inputs[place] if place < len(weight.node.inputs) else None
                 if part is not None and part.is_initializer():
                     rename(graph, part, name + suffix.format(bits=bits))
@@ -249,12 +250,9 @@ def name_weights(graph: ir.Graph, weights: Sequence[GivenWeight]) -> None:
             weight.value.const_value = None
         if len(weight.modules) == 1:
             for node in weight.nodes:
-                set_scope(node, weight.modules[0].module)
-
-
-def set_scope(node: ir.Node, module: str) -> None:
-    """Record on `node` the path of the module that it computes, as the exporter does."""
-    node.metadata_props[NAME_SCOPES] = repr(["", module, node.name or node.op_type])
+                # The path of the module that it computes, as the exporter records it.
+                scopes = ["", weight.modules[0].module, node.name or node.op_type]
+                node.metadata_props[NAME_SCOPES] = repr(scopes)
 
 
 def rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
@@ -292,9 +290,8 @@ def name_biases(graph: ir.Graph, weights: Sequence[GivenWeight], biases: Mapping
 
 def _added_to(node: ir.Node) -> Iterator[ir.Value]:
     """The initializers that may be the bias of the product `node`."""
-    place = BIAS_INSIDE.get(node.op_type)
-    if place is not None and len(node.inputs) > place and node.inputs[place] is not None:
-        yield node.inputs[place]
+    if (bias := bias_inside(node)) is not None:
+        yield bias
     for user, _ in node.outputs[0].uses():
         if user.op_type == "Add":
             yield from (value for value in user.inputs if value is not None and value.is_initializer())

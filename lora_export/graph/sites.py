@@ -19,8 +19,6 @@ NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 _LINEAR = (
     ("MatMul", ""), ("Gemm", ""), ("FusedMatMul", "com.microsoft"), ("MatMulNBits", "com.microsoft"),
 )  # fmt: skip
-
-
 # Operators that add a bias themselves → the input that it is.
 BIAS_INSIDE = {"Gemm": 2, "MatMulNBits": 5}
 
@@ -80,6 +78,12 @@ def module_of(node: ir.Node) -> str | None:
         return None
     entries = ast.literal_eval(scopes)
     return entries[-2] if len(entries) >= 2 else ""
+
+
+def bias_inside(node: ir.Node) -> ir.Value | None:
+    """The bias that the linear map `node` adds itself; None if it adds none."""
+    place = BIAS_INSIDE.get(node.op_type)
+    return node.inputs[place] if place is not None and len(node.inputs) > place else None
 
 
 def find_sites(graph: ir.Graph, modules: Iterable[str]) -> dict[str, list[Site]]:

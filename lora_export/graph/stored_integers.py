@@ -118,15 +118,9 @@ def _table_of(node: ir.Node) -> ir.Value | None:
 def read_table(node: ir.Node, module: str = "", rows: slice = slice(None)) -> StoredInteger:
     """The table of a node that `is_lookup`, or some of its rows."""
     bits, block_size = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 128)
-    scales = node.inputs[2].const_value.numpy()
-    packed = _table_of(node).const_value.numpy().reshape(len(scales), -1)[rows]
-    integers = _numbers(packed, bits)
-    scales = scales.reshape(len(scales), -1)[rows].astype(np.float64)
-    zeros, given = np.full(scales.shape, float(1 << (bits - 1))), node.inputs[3] if len(node.inputs) > 3 else None
-    if given is not None:
-        array = given.const_value.numpy()
-        zeros = _numbers(array.reshape(len(array), -1)[rows], bits)[:, : scales.shape[1]].astype(np.float64)
-    return StoredInteger((f"{module}.weight",), bits, block_size, integers, scales, zeros, given is not None)
+    parts = (_table_of(node), *node.inputs[2:4])
+    n_out = node.inputs[2].shape[0]
+    return _stored((f"{module}.weight",), parts, rows, n_out=n_out, n_in=None, bits=bits, block_size=block_size)
 
 
 def _is_quantized(node: ir.Node) -> bool:
@@ -135,20 +129,36 @@ def _is_quantized(node: ir.Node) -> bool:
 
 def read_integers(node: ir.Node, rows: slice = slice(None)) -> StoredInteger:
     """The weight of a `MatMulNBits` node, or some of its rows `[out]`."""
-    size = {name: node.attributes.get_int(name) for name in ("K", "N", "block_size")}
-    n_out, n_in, block_size, bits = size["N"], size["K"], size["block_size"], node.attributes.get_int("bits", 4)
-    blocks = -(-n_in // block_size)
-    packed, scales = (value.const_value.numpy().reshape(n_out, -1)[rows] for value in node.inputs[1:3])
+    n_out, n_in, block_size = (node.attributes.get_int(name) for name in ("N", "K", "block_size"))
+    bits, parameters = node.attributes.get_int("bits", 4), tuple(_INTEGERS.sub("", node.inputs[1].name).split("+"))
+    return _stored(parameters, node.inputs[1:4], rows, n_out=n_out, n_in=n_in, bits=bits, block_size=block_size)
+
+
+def _stored(
+    parameters: tuple[str, ...],
+    parts: Sequence[ir.Value | None],
+    rows: slice,
+    *,
+    n_out: int,
+    n_in: int | None,
+    bits: int,
+    block_size: int,
+) -> StoredInteger:
+    """Some rows of the weight whose integers, scales and, if it has such, zeros are `parts`.
+
+    Args:
+        n_in: Where the last block may be longer than the weight; None where it is not.
+    """
+    packed, scales, *rest = (None if p is None else p.const_value.numpy().reshape(n_out, -1)[rows] for p in parts)
+    zeros = rest[0] if rest else None
+    scales = scales.astype(np.float64)
+    if zeros is None:
+        numbers = np.full(scales.shape, float(1 << (bits - 1)))
+    else:
+        numbers = _numbers(zeros, bits) if zeros.dtype == np.uint8 else zeros
+        numbers = numbers[:, : scales.shape[1]].astype(np.float64)
     integers = _numbers(packed, bits)[:, :n_in]
-    scales = scales.astype(np.float64).reshape(-1, blocks)
-    zeros = np.full(scales.shape, float(1 << (bits - 1)))
-    given = node.inputs[3] if len(node.inputs) > 3 else None
-    if given is not None:
-        array = given.const_value.numpy().reshape(n_out, -1)[rows]
-        array = _numbers(array, bits) if array.dtype == np.uint8 else array
-        zeros = array[:, :blocks].astype(np.float64)
-    parameters = tuple(_INTEGERS.sub("", node.inputs[1].name).split("+"))
-    return StoredInteger(parameters, bits, block_size, integers, scales, zeros, given is not None)
+    return StoredInteger(parameters, bits, block_size, integers, scales, numbers, zeros is not None)
 
 
 def _numbers(rows: np.ndarray, bits: int) -> np.ndarray:

@@ -7,7 +7,8 @@ the parts:
 2. a `Split` at the same sizes goes;
 3. anything else reads their `Concat`.
 
-A row of integers has blocks, scales and zeros of its own, so no number changes.
+A row of integers has blocks, scales and zeros of its own, so no number changes. A float's part is without numbers until
+`name_weights` says whose it is.
 """
 
 from __future__ import annotations
@@ -18,12 +19,9 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.base.recipe import Recipe
-from lora_export.graph.matching import BaseMatrix, GivenWeight, set_scope
-from lora_export.graph.sites import BIAS_INSIDE
-from lora_export.graph.unbound import set_recipe
-
-_GROUPED = "GroupQueryAttention"
+from lora_export.graph.grouped_attention import GROUPED
+from lora_export.graph.matching import PARTS, BaseMatrix, GivenWeight
+from lora_export.graph.sites import bias_inside
 
 
 def unpack(graph: ir.Graph, weights: Sequence[GivenWeight], modules: Collection[str]) -> list[GivenWeight]:
@@ -53,8 +51,8 @@ def _apart(graph: ir.Graph, weight: GivenWeight) -> list[GivenWeight]:
 
 
 def _split_weights(graph: ir.Graph, weight: GivenWeight) -> list[list[ir.Value | None]]:
-    """For each module, what its product reads in the places from 1 on, but a bias: one unbound weight, or integers,
-    scales and zeros."""
+    """For each module, what its product reads in the places from 1 on, but a bias: one weight, or integers, scales and
+    zeros."""
     found, start = [], 0
     for each in weight.modules:
         path, rows = f"{each.module}.weight", slice(start, start + each.n_out)
@@ -63,7 +61,6 @@ def _split_weights(graph: ir.Graph, weight: GivenWeight) -> list[list[ir.Value |
         else:
             shape = [each.n_out, each.n_in] if weight.is_out_in else [each.n_in, each.n_out]
             value = ir.Value(name=path, type=ir.TensorType(weight.value.dtype), shape=ir.Shape(shape))
-            set_recipe(value, Recipe((path,), each.is_in_out == weight.is_out_in))
             graph.initializers[path] = value
             found.append([value])
         start += each.n_out
@@ -73,7 +70,7 @@ def _split_weights(graph: ir.Graph, weight: GivenWeight) -> list[list[ir.Value |
 def _rows_of_integers(graph: ir.Graph, node: ir.Node, path: str, rows: slice) -> list[ir.Value | None]:
     n_out, bits = node.attributes.get_int("N"), node.attributes.get_int("bits", 4)
     found: list[ir.Value | None] = []
-    for place, suffix in ((1, f"_Q{bits}"), (2, "_scales"), (3, "_zero_points")):
+    for place, suffix in PARTS.items():
         given = node.inputs[place] if place < len(node.inputs) else None
         if given is None:
             found.append(None)
@@ -81,7 +78,8 @@ def _rows_of_integers(graph: ir.Graph, node: ir.Node, path: str, rows: slice) ->
         array = given.const_value.numpy()
         part = np.ascontiguousarray(array.reshape(n_out, -1, *array.shape[2:])[rows] if array.ndim < 3 else array[rows])
         part = part if array.ndim > 1 else part.reshape(-1)
-        value = ir.Value(name=f"{path}{suffix}", type=given.type, shape=ir.Shape(part.shape))
+        name = path + suffix.format(bits=bits)
+        value = ir.Value(name=name, type=given.type, shape=ir.Shape(part.shape))
         value.const_value = ir.tensor(part, dtype=given.dtype, name=value.name)
         graph.initializers[value.name] = value
         found.append(value)
@@ -109,7 +107,6 @@ def _product(graph: ir.Graph, node: ir.Node, each: BaseMatrix, operands: Sequenc
     output.name = f"{packed.name}.{each.module}"
     output.dtype = packed.dtype
     output.shape = None if packed.shape is None else ir.Shape([*list(packed.shape)[:-1], each.n_out])
-    set_scope(product, each.module)
     graph.insert_before(node, product)
     return product
 
@@ -133,8 +130,7 @@ def _with_bias(
     graph: ir.Graph, node: ir.Node, outputs: list[ir.Value], sizes: list[int]
 ) -> tuple[list[ir.Value], ir.Node]:
     """`outputs` with their parts of a packed bias added, and the last node of the packed product."""
-    place = BIAS_INSIDE.get(node.op_type)
-    inside = node.inputs[place] if place is not None and len(node.inputs) > place else None
+    inside = bias_inside(node)
     users = list(node.outputs[0].uses())
     add = users[0][0] if len(users) == 1 and users[0][0].op_type == "Add" else None
     bias = next((v for v in add.inputs if v is not None and v.const_value is not None), None) if add else None
@@ -159,7 +155,7 @@ def _with_bias(
 
 def _takes_apart(graph: ir.Graph, user: ir.Node, index: int, outputs: list[ir.Value], sizes: list[int]) -> bool:
     """Let `user` read the parts, if it is of cases 1 and 2."""
-    if user.op_type == _GROUPED and index == 0 and len(outputs) == 3 and user.inputs[1] is None:
+    if user.op_type == GROUPED and index == 0 and len(outputs) == 3 and user.inputs[1] is None:
         for place, output in enumerate(outputs):
             user.replace_input_with(place, output)
         return True

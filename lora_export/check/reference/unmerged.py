@@ -203,9 +203,9 @@ class Reference:
 
         PEFT's other tuners make theirs on their way too, and keep their parameters in float32 (FourierFT).
         """
-        tuners = getattr(self._model, "peft_config", {}).values()
-        from peft import PeftType
+        from peft import PeftType  # which an export that checks nothing need not import
 
+        tuners = getattr(self._model, "peft_config", {}).values()
         if any(config.peft_type != PeftType.LORA for config in tuners):
             return contextlib.nullcontext()
         return _default_dtype(torch.promote_types(self._dtype, torch.float32))
