@@ -7,6 +7,7 @@ else is raised is a defect, of this package or of a library.
 from __future__ import annotations
 
 import contextlib
+import errno
 import difflib
 import os
 import re
@@ -95,6 +96,8 @@ def some_of(names: Sequence[str], most: int) -> str:
 
 
 _OF_THE_SYSTEM = re.compile(r"unable to .*file <(?P<file>[^>]*)>.*\((?P<torch>\d+)\)$|\(os error (?P<rust>\d+)\)")
+# Python, ONNX Runtime and C++ (std::thread): the limit of threads is reached, or there is no memory for one's stack.
+_NO_THREAD = re.compile(r"can't start new thread|pthread_create failed|Resource temporarily unavailable")
 # What code raises that is called in a way it does not know: a library has changed, or an input has led there.
 _OF_CODE = (TypeError, AttributeError, NameError, ImportError, NotImplementedError)
 _PACKAGE = str(Path(__file__).parent)
@@ -133,9 +136,13 @@ def of_the_system(error: BaseException) -> OSError | None:
     """The system's error that a library tells in words.
 
     torch: "unable to open file <…> in read-only mode: Too many open files (24)"; safetensors: "I/O error: No space left
-    on device (os error 28)".
+    on device (os error 28)"; Python: "can't start new thread".
     """
-    if isinstance(error, OSError) or (found := _OF_THE_SYSTEM.search(str(error))) is None:
+    if isinstance(error, OSError):
+        return None
+    if isinstance(error, RuntimeError) and _NO_THREAD.search(str(error)):
+        return OSError(errno.EAGAIN, str(error).strip())
+    if (found := _OF_THE_SYSTEM.search(str(error))) is None:
         return None
     number = int(found["torch"] or found["rust"])
     return OSError(number, os.strerror(number), found["file"])

@@ -93,6 +93,17 @@ def test_an_error_of_the_system_that_a_library_tells_in_words_is_one(error, numb
     assert ended.value.code == 4
 
 
+@pytest.mark.parametrize(
+    "said", ["can't start new thread", "pthread_create failed, error code: 11", "Resource temporarily unavailable"]
+)
+def test_a_thread_that_the_system_refuses_is_an_error_of_the_system(said, capsys):
+    with pytest.raises(SystemExit) as ended, guarded(Display(as_json=False, quiet=True)):
+        raise RuntimeError(said)
+    told = capsys.readouterr().err
+    assert ended.value.code == 4 and said in told and "ulimit -u" in told and "defect" not in told
+    assert of_the_system(ValueError(said)) is None
+
+
 def test_an_error_without_a_number_is_none_of_the_system():
     assert of_the_system(RuntimeError("unable to open file <x>")) is None
     assert of_the_system(OSError(28, "(os error 28)")) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -211,13 +212,20 @@ def _tell_github(report: Report, markdown: Path, display: Display) -> None:
             print_to_reader(f"the job summary was not written: {error}", err=True)  # the verdict stands without it
 
 
+_NEXT_STEPS = {
+    errno.EAGAIN: "free memory, or allow more threads (ulimit -u, the container's limit of processes)",
+    errno.ENOMEM: "free memory; --dry-run tells the need",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+}
+
+
 def _system_error(error: OSError) -> EnvironmentUnusable:
     """A disk that is full, a file that may not be read or written, a connection that broke."""
     return EnvironmentUnusable(
         "The system refused what the command needs",
         where=str(error.filename) if error.filename is not None else None,
         found=error.strerror or str(error),
-        next_step="free the disk, or change the permissions or the path",
+        next_step=_NEXT_STEPS.get(error.errno, "free the disk, or change the permissions or the path"),
     )
 
 

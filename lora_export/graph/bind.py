@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import queue
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -182,26 +181,21 @@ class _HashingWriter:
 
     def __init__(self, path: Path) -> None:
         self._path, self._digest, self.n_bytes = path, hashlib.sha256(), 0
-        # One tensor in flight: memory stays bounded by two tensors.
-        self._queue: queue.Queue[memoryview | None] = queue.Queue(maxsize=1)
-        self._thread = threading.Thread(target=self._hash, daemon=True)
+        self._hashing = ThreadPoolExecutor(max_workers=1)
+        self._hashed: Future[None] | None = None
 
     def __enter__(self) -> _HashingWriter:
         self._file = self._path.open("wb")
-        self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._queue.put(None)
-        self._thread.join()
+        self._hashing.shutdown()
         self._file.close()
-
-    def _hash(self) -> None:
-        while (chunk := self._queue.get()) is not None:
-            self._digest.update(chunk)
 
     @property
     def sha256(self) -> str:
+        if self._hashed is not None:
+            self._hashed.result()
         return self._digest.hexdigest()
 
     def next_offset(self) -> int:
@@ -215,7 +209,9 @@ class _HashingWriter:
         return offset
 
     def _put(self, data: memoryview) -> None:
-        self._queue.put(data)
+        if self._hashed is not None:
+            self._hashed.result()  # one tensor in flight: memory stays bounded by two tensors
+        self._hashed = self._hashing.submit(self._digest.update, data)
         for start in range(0, len(data), _CHUNK_BYTES):
             self._file.write(data[start : start + _CHUNK_BYTES])
         self.n_bytes += len(data)
