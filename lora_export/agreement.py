@@ -65,9 +65,9 @@ def require_agreement_in(
     folder: Path,
     graph: str,
     contract: GraphContract,
+    *,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
-    *,
     optional: Collection[str],
 ) -> None:
     """`require_agreement` for the graph `graph` of the export in `folder`, by its manifest and its data file.

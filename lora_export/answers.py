@@ -38,7 +38,7 @@ def class_values(logits: np.ndarray, problem_type: str | None = None) -> np.ndar
     return 1 / (1 + np.exp(-values)) if problem_type == MULTI_LABEL else _softmax(values)
 
 
-def answer_span(start: np.ndarray, end: np.ndarray, first: int, last: int) -> tuple[int, int, float]:
+def answer_span(start: np.ndarray, end: np.ndarray, first: int, *, last: int) -> tuple[int, int, float]:
     """The likeliest answer among the tokens `first` to `last`: its first and last token, and its probability."""
     starts, ends = (_softmax(scores[first : last + 1].astype(np.float64)) for scores in (start, end))
     joint = np.triu(starts[:, None] * ends[None, :])

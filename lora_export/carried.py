@@ -67,8 +67,8 @@ def plan_carried(
     base: Path,
     adapters: Mapping[str, Path],
     mode: str,
-    vocabularies: Mapping[str, int | None] = MappingProxyType({}),
     *,
+    vocabularies: Mapping[str, int | None] = MappingProxyType({}),
     base_stays: bool = False,
 ) -> Carried:
     """What an export of `mode` ("merge" or "dynamic") takes from the folders of its base and its adapters.
@@ -85,7 +85,7 @@ def plan_carried(
     places: dict[str, str] = {}
     remarks: list[str] = []
     for kind in _GROUPS:
-        brought = _brought_by(kind, base, adapters, vocabularies, remarks)
+        brought = _brought_by(kind, base, adapters, vocabularies=vocabularies, remarks=remarks)
         first = next(iter(brought), None)
         one_for_all = all(_equal(kind, adapters[name], adapters[first]) for name in brought)
         if brought and mode == "merge" and not one_for_all:
@@ -120,7 +120,7 @@ def plan_added(
     files: dict[str, Path] = {}
     remarks: list[str] = []
     for kind in _GROUPS:
-        for name, found in _brought_by(kind, export, adapters, vocabularies, remarks).items():
+        for name, found in _brought_by(kind, export, adapters, vocabularies=vocabularies, remarks=remarks).items():
             files |= {f"{ADAPTERS}/{name}/{file}": path for file, path in found.items()}
             remarks.append(f"adapter {name!r} keeps its own {kind}, other than the export's, in {ADAPTERS}/{name}/")
     own = dict.fromkeys(name for name in adapters if any(file.startswith(f"{ADAPTERS}/{name}/") for file in files))
@@ -180,6 +180,7 @@ def _brought_by(
     kind: str,
     base: Path,
     adapters: Mapping[str, Path],
+    *,
     vocabularies: Mapping[str, int | None],
     remarks: list[str],
 ) -> dict[str, dict[str, Path]]:
@@ -187,7 +188,7 @@ def _brought_by(
     found = {}
     for name, folder in adapters.items():
         brought = _brought(kind, base, folder)
-        if brought and kind == "tokenizer" and not _fits(name, folder, brought, vocabularies.get(name)):
+        if brought and kind == "tokenizer" and not _fits(name, folder, brought, n_tokens=vocabularies.get(name)):
             remarks.append(
                 f"the tokenizer of adapter {name!r} pads with a token that the model has no row for: the base's is used"
             )
@@ -204,7 +205,7 @@ def _brought(kind: str, base: Path, adapter: Path) -> dict[str, Path]:
     return own
 
 
-def _fits(name: str, folder: Path, brought: Mapping[str, Path], n_tokens: int | None) -> bool:
+def _fits(name: str, folder: Path, brought: Mapping[str, Path], *, n_tokens: int | None) -> bool:
     """Whether the model has a row for every token of the tokenizer in `folder`, its padding token aside.
 
     Raises:

@@ -87,7 +87,7 @@ def changing(folder: Path) -> Iterator[Change]:
         yield Change(place, place, is_beside=False)
         return
     with held(place), contextlib.ExitStack() as stack:
-        made = _made_beside(place, beside, folder, stack) if can_lock() and not place.is_mount() else None
+        made = _made_beside(place, beside, folder, stack=stack) if can_lock() and not place.is_mount() else None
         if made is None:
             for left in place.glob(f".{SIGNATURE}.*"):
                 left.unlink()
@@ -95,7 +95,7 @@ def changing(folder: Path) -> Iterator[Change]:
         yield Change(place, inside, is_beside=made is not None)
 
 
-def _made_beside(place: Path, beside: Path, folder: Path, stack: contextlib.ExitStack) -> Path | None:
+def _made_beside(place: Path, beside: Path, folder: Path, *, stack: contextlib.ExitStack) -> Path | None:
     """A folder beside `place` that can hold links to its files; None if there can be none."""
     with contextlib.ExitStack() as trial:
         try:

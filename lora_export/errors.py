@@ -7,8 +7,8 @@ else is raised is a defect, of this package or of a library.
 from __future__ import annotations
 
 import contextlib
-import errno
 import difflib
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -15,7 +15,7 @@ _TYPES = {
 }  # fmt: skip
 
 
-def violations(value: object, schema: Mapping, root: Mapping, path: str = "") -> Iterator[str]:
+def violations(value: object, schema: Mapping, root: Mapping, *, path: str = "") -> Iterator[str]:
     """A sentence for each place where `value` does not follow `schema`.
 
     Args:
@@ -23,7 +23,7 @@ def violations(value: object, schema: Mapping, root: Mapping, path: str = "") ->
         path: Where `value` stands, for the sentences.
     """
     if "$ref" in schema:
-        yield from violations(value, _referred(schema["$ref"], root), root, path)
+        yield from violations(value, _referred(schema["$ref"], root), root, path=path)
     here, shown = path or "the whole", repr(value)[:80]
     if "const" in schema and value != schema["const"]:
         yield f"{here} is {shown}, not {schema['const']!r}"
@@ -37,28 +37,28 @@ def violations(value: object, schema: Mapping, root: Mapping, path: str = "") ->
     if isinstance(value, int | float) and "minimum" in schema and value < schema["minimum"]:
         yield f"{here} is {shown}, less than {schema['minimum']}"
     if isinstance(value, dict):
-        yield from _of_object(value, schema, root, path)
+        yield from _of_object(value, schema, root, path=path)
     if isinstance(value, list) and "items" in schema:
         for index, item in enumerate(value):
-            yield from violations(item, schema["items"], root, f"{path}[{index}]")
+            yield from violations(item, schema["items"], root, path=f"{path}[{index}]")
     if "oneOf" in schema and sum(not any(violations(value, each, root)) for each in schema["oneOf"]) != 1:
         yield f"{here} is {shown}, not exactly one of what it may be"
 
 
-def _of_object(value: dict, schema: Mapping, root: Mapping, path: str) -> Iterator[str]:
+def _of_object(value: dict, schema: Mapping, root: Mapping, *, path: str) -> Iterator[str]:
     for name in schema.get("required", ()):
         if name not in value:
             yield f"{path or 'the whole'} has no {name!r}"
     known, rest = schema.get("properties", {}), schema.get("additionalProperties", {})
     for name, entry in value.items():
         place = f"{path}.{name}" if path else name
-        yield from violations(name, schema.get("propertyNames", {}), root, f"the name {place}")
+        yield from violations(name, schema.get("propertyNames", {}), root, path=f"the name {place}")
         if name in known:
-            yield from violations(entry, known[name], root, place)
+            yield from violations(entry, known[name], root, path=place)
         elif rest is False:
             yield f"{place} is not known"
         else:
-            yield from violations(entry, rest, root, place)
+            yield from violations(entry, rest, root, path=place)
 
 
 def _referred(reference: str, root: Mapping) -> Mapping:

@@ -91,23 +91,25 @@ def export(request: Request, options: ExportOptions, *, progress: Progress = sil
         progress("building the graph", 0, 1)
         if known is None:
             graphs = finished_graphs(plan, resolved, choice, use_cache=options.use_cache, remark=remark)
-            keep(key, request, options, (plan, resolved))
+            keep(key, request, options, found=(plan, resolved))
         else:
             graphs = known.graphs
         models = {name: graph.model for name, graph in graphs.items()}
-        quantization = quantize_graphs(models, plan, resolved, remark)
+        quantization = quantize_graphs(models, plan, resolved, remark=remark)
         resolved = resolved.quantized(quantization)
         adapter_inputs = {name: graph.adapter_inputs for name, graph in graphs.items()}
         with staging(options.out, overwrite=options.overwrite, n_bytes=n_bytes) as folder:
             meter = _Meter(progress, n_bytes)
             make, required = Maker(resolved.parameters.make_weight), options.required_inputs
-            written = write_graphs(models, folder, make, adapter_inputs, meter, required=required)
+            written = write_graphs(
+                models, folder, make, adapter_inputs=adapter_inputs, on_weight=meter, required=required
+            )
             contracts = {
                 name: contract_of(model, written.adapter_inputs[name], required=required)
                 for name, model in models.items()
             }
             sources = sources_when_hashed()
-            records = adapter_records(plan, resolved, sources, contracts, folder)
+            records = adapter_records(plan, resolved, sources, graphs=contracts, folder=folder)
             files = written.sha256 | hashes_of(records, folder)
             files |= write_config(plan, folder) | copy_carried(plan.carried, folder)
             files |= write_settings(plan, folder, contracts, required=required)
@@ -137,8 +139,8 @@ def add_adapter(
     folder: Path,
     adapters: Sequence[tuple[str, str | None]],
     overrides: SourceOverrides = _NOT_MOVED,
-    options: AddOptions = AddOptions(),  # noqa: B008 a value that does not change
     *,
+    options: AddOptions = AddOptions(),  # noqa: B008 a value that does not change
     progress: Progress = silent,
     remark: Remark = mute,
 ) -> Manifest:
@@ -149,7 +151,7 @@ def add_adapter(
             an adapter needs a module that the graph has no inputs for. The export is as it was.
     """
     with changing(folder) as change:
-        return add_to(change, adapters, overrides, options, progress, remark)
+        return add_to(change, adapters, overrides, options=options, progress=progress, remark=remark)
 
 
 def remove_adapters(
@@ -165,7 +167,7 @@ def remove_adapters(
         UsageProblem: It has no such adapter; nothing was removed.
     """
     with changing(folder) as change:
-        return remove_from(change, names, sign_key, remark)
+        return remove_from(change, names, sign_key, remark=remark)
 
 
 def check(
@@ -228,7 +230,7 @@ def bench(
     plan = plan_bench(folder, options)
     base, adapters = locate_sources(plan.manifest, overrides)
     with held(folder, to_read=True), own_folder(folder.resolve().parent, ".bench-") as temporary:
-        compared = export_compared(plan, base, adapters, temporary, progress)
+        compared = export_compared(plan, base, adapters, out=temporary, progress=progress)
         running = Bench(plan, compared)
 
         def write(stopped: str | None = None) -> tuple[BenchReport, dict[str, Path]]:
@@ -241,7 +243,7 @@ def bench(
 
 
 def export_compared(
-    plan: BenchPlan, base: Path, adapters: Mapping[str, Path], out: Path, progress: Progress
+    plan: BenchPlan, base: Path, adapters: Mapping[str, Path], *, out: Path, progress: Progress
 ) -> dict[str, Path]:
     """Export the base, and of a dynamic export one adapter folded in, as the export was; the folders under `out`."""
     manifest, chosen = plan.manifest, {BASE: ()}
@@ -283,5 +285,5 @@ def fleet(
     def made(request: Request, out: Path, targets: tuple[str, ...]) -> Manifest:
         return export(request, ExportOptions(out, targets=targets), progress=progress)
 
-    report = run_fleet(source, base, options, made, progress)
+    report = run_fleet(source, base, options, export=made, progress=progress)
     return report, write_fleet_reports(report, options.out / REPORTS)

@@ -34,9 +34,9 @@ def run_trial(
     folder: Path,
     inputs: Sequence[str],
     blend: Mapping[str, float],
+    *,
     provider: str | None,
     max_new_tokens: int,
-    *,
     is_raw: bool = False,
     stream: Callable[[str], None] | None = None,
 ) -> dict:
@@ -56,9 +56,11 @@ def run_trial(
     place = _preprocessing_of(manifest, folder, blend)
     head = {"task": manifest.task, "adapter": dict(blend), "provider": session.provider, "inputs": list(inputs)}
     if task in SEQ2SEQ:
-        return head | {"results": _write_targets(session, place, inputs, adapters, max_new_tokens)}
+        return head | {
+            "results": _write_targets(session, place, inputs, adapters=adapters, max_new_tokens=max_new_tokens)
+        }
     if task is Task.TEXT_GENERATION:
-        return head | _write(session, inputs, adapters, max_new_tokens, is_raw=is_raw, stream=stream)
+        return head | _write(session, inputs, adapters, max_new_tokens=max_new_tokens, is_raw=is_raw, stream=stream)
     batcher = Batcher(place, task, manifest.contract, pad_token_id=manifest.pad_token_id)
     if {"input_ids", "pixel_values"} <= {spec.name for spec in manifest.contract.inputs}:
         raise UsageProblem(
@@ -94,15 +96,17 @@ class _Answers:
         if self.batcher.takes_images and (missing := [name for name in inputs if not Path(name).is_file()]):
             raise InputRefused("There is no such image file", where=missing[0])
         if self.batcher.takes_sounds:  # sounds of different lengths are no batch
-            return [self._answer(task, self._run(_sound(self.place, name, self.session)), None, 0) for name in inputs]
+            return [
+                self._answer(task, self._run(_sound(self.place, name, self.session)), None, row=0) for name in inputs
+            ]
         batch = self.batcher.batch([Example(text) for text in inputs])
         outputs = self._run(batch.inputs)
-        return [self._answer(task, outputs, batch, row) for row in range(len(inputs))]
+        return [self._answer(task, outputs, batch, row=row) for row in range(len(inputs))]
 
     def _run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return self.session.run(inputs, self.adapters)
 
-    def _answer(self, task: Task, outputs: Mapping[str, np.ndarray], batch: Batch | None, row: int) -> dict:
+    def _answer(self, task: Task, outputs: Mapping[str, np.ndarray], batch: Batch | None, *, row: int) -> dict:
         if "predicted_depth" in outputs:
             return depth_answer(outputs["predicted_depth"][row])
         if "logits" not in outputs:
@@ -153,7 +157,10 @@ class _Answers:
         for row, question in enumerate(questions):
             first = min(len(tokenizer(question)["input_ids"]), batch.real[row].sum() - 1)
             place = answer_span(
-                outputs["start_logits"][row], outputs["end_logits"][row], int(first), int(batch.real[row].sum()) - 1
+                outputs["start_logits"][row],
+                outputs["end_logits"][row],
+                int(first),
+                last=int(batch.real[row].sum()) - 1,
             )
             tokens = batch.inputs["input_ids"][row][place[0] : place[1] + 1]
             results.append({"text": tokenizer.decode(tokens, skip_special_tokens=True).strip(), "score": place[2]})
@@ -187,8 +194,8 @@ def _write(
     session: AdapterSession,
     texts: Sequence[str],
     adapters: Mapping[str, float] | None,
-    max_new_tokens: int,
     *,
+    max_new_tokens: int,
     is_raw: bool,
     stream: Callable[[str], None] | None,
 ) -> dict:
@@ -226,7 +233,7 @@ def _written(found: Generated, is_chat: bool) -> dict:
 
 
 def _write_targets(
-    session: Seq2SeqSession, folder: Path, inputs: Sequence[str], adapters, max_new_tokens: int
+    session: Seq2SeqSession, folder: Path, inputs: Sequence[str], *, adapters, max_new_tokens: int
 ) -> list[dict]:
     tokenizer = load_tokenizer(folder)
     if session.manifest.task == Task.SPEECH_RECOGNITION:

@@ -37,7 +37,7 @@ def test_an_answer_begins_before_it_ends_and_lies_in_the_text():
         first, last = 7, 45
         places = [(i, j) for i in range(first, last + 1) for j in range(i, min(last, i + 29) + 1)]
         best = max(places, key=lambda place: start[place[0]] + end[place[1]])
-        found = answer_span(start, end, first, last)
+        found = answer_span(start, end, first, last=last)
         assert found[:2] == best
         total = sum(math.exp(start[i] + end[j]) for i in range(first, last + 1) for j in range(first, last + 1))
         assert found[2] == pytest.approx(math.exp(start[best[0]] + end[best[1]]) / total)

@@ -125,7 +125,7 @@ def test_several_adapters_of_a_dynamic_export_keep_their_own(bases, adapters, tm
     assert tokens_of(out) == tokens_of(bases["llama"])
     assert "adapters/mine/tokenizer.json" in manifest.files
     # `run` reads a prompt with the tokenizer of the adapter that it is for.
-    found = run_trial(out, ["a text"], {"mine": 1.0}, "cpu", 4)["results"][0]["tokens"]
+    found = run_trial(out, ["a text"], {"mine": 1.0}, provider="cpu", max_new_tokens=4)["results"][0]["tokens"]
     from lora_export.runtime.adapter_session import AdapterSession
     from lora_export.runtime.generate import generate
 

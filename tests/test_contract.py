@@ -175,7 +175,7 @@ def test_the_default_leaves_the_base_untouched(spec):
 @each_stacked_kind
 def test_rows_of_the_base_alone_are_fed_nothing(spec):
     adapters = {"a": adapter(together(spec), 2, 0)}
-    assert stack_rows(contract_of(together(spec)), adapters, [(), ()], stored_defaults()) == {}
+    assert stack_rows(contract_of(together(spec)), adapters, [(), ()], defaults=stored_defaults()) == {}
 
 
 @each_stacked_kind
@@ -188,7 +188,7 @@ def test_padding_a_row_does_not_change_it(spec, sizes):
     sizes = [max(size, 1) for size in sizes] if spec.is_stored else sizes
     adapters = {f"a{row}": adapter(specs, size, row) for row, size in enumerate(sizes)}
     rows = [((name, 1.0),) for name in adapters]
-    fed = stack_rows(contract, adapters, rows, stored_defaults())
+    fed = stack_rows(contract, adapters, rows, defaults=stored_defaults())
     for row, name in enumerate(adapters):
         alone = output(spec, row_of(contract, adapters[name]))
         found = output(spec, row_of(contract, fed, row))
@@ -199,7 +199,7 @@ def test_padding_a_row_does_not_change_it(spec, sizes):
 def test_a_row_of_fewer_tokens_is_filled_up_with_none():
     specs = together(spec_of(K.TOKEN_IDS))
     adapters = {"one": adapter(specs, 1, 0), "three": adapter(specs, 3, 1)}
-    fed = stack_rows(contract_of(specs), adapters, [(("one", 1.0),), (("three", 1.0),)], {})
+    fed = stack_rows(contract_of(specs), adapters, [(("one", 1.0),), (("three", 1.0),)], defaults={})
     assert fed["m.token_ids"].dtype == np.int64
     assert fed["m.token_ids"][0, 1:].tolist() == [-1, -1] and not fed["m.token_delta"][0, 1:].any()
 
@@ -217,7 +217,7 @@ def test_a_blend_is_the_weighted_sum_of_what_each_adapter_changes(spec, blend):
     sizes = [N_OUT if spec.is_stored else size for size, _ in blend]
     adapters = {f"a{k}": adapter(specs, size, k) for k, size in enumerate(sizes)}
     row = tuple((name, weight) for name, (_, weight) in zip(adapters, blend, strict=True))
-    fed = stack_rows(contract, adapters, [row, ()], stored_defaults())
+    fed = stack_rows(contract, adapters, [row, ()], defaults=stored_defaults())
     base = output(spec, {})
     expected = base + sum(w * (output(spec, row_of(contract, adapters[name])) - base) for name, w in row)
     np.testing.assert_allclose(output(spec, row_of(contract, fed)), expected, atol=1e-4)
@@ -239,7 +239,9 @@ def test_a_file_without_a_companion_is_refused(spec):
 def test_a_gate_in_an_adapters_file_is_not_fed():
     """It is made of the prompt; of an adapter's own tensors nothing is known of its tokens."""
     contract = contract_of([spec_of(K.GATE)])
-    assert stack_rows(contract, {"a": {"lora_gate": np.zeros((1, 1, 1), np.float32)}}, [(("a", 1.0),)], {}) == {}
+    assert (
+        stack_rows(contract, {"a": {"lora_gate": np.zeros((1, 1, 1), np.float32)}}, [(("a", 1.0),)], defaults={}) == {}
+    )
     assert default_inputs(contract, {}) == {}
 
 

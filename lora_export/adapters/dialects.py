@@ -83,7 +83,9 @@ def recognise(keys: list[str]) -> Dialect | None:
     return None
 
 
-def group(dialect: Dialect, tensors: Mapping[str, torch.Tensor], mlx: Mapping, header: HeaderOptions) -> ForeignAdapter:
+def group(
+    dialect: Dialect, tensors: Mapping[str, torch.Tensor], mlx: Mapping, *, header: HeaderOptions
+) -> ForeignAdapter:
     """Sort a file's tensors by module.
 
     Raises:
@@ -117,7 +119,7 @@ def group(dialect: Dialect, tensors: Mapping[str, torch.Tensor], mlx: Mapping, h
     return ForeignAdapter(dialect, file, found, mlx, header)
 
 
-def convert(adapter: ForeignAdapter, places: Mapping[str, Place], prefix: str, base: str, folder: Path) -> None:
+def convert(adapter: ForeignAdapter, places: Mapping[str, Place], prefix: str, *, base: str, folder: Path) -> None:
     """Write the adapter as a PEFT folder whose ranks, scales and tensors are the file's.
 
     Args:
@@ -128,7 +130,9 @@ def convert(adapter: ForeignAdapter, places: Mapping[str, Place], prefix: str, b
     Raises:
         InputRefused: A name fits no module or several, a shape does not fit, a setting of the format is missing.
     """
-    modules = resolve_all(list(adapter.tensors), places, prefix, str(adapter.file), adapter.dialect is Dialect.KOHYA)
+    modules = resolve_all(
+        list(adapter.tensors), places, prefix, where=str(adapter.file), underscored=adapter.dialect is Dialect.KOHYA
+    )
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -152,7 +156,7 @@ def convert(adapter: ForeignAdapter, places: Mapping[str, Place], prefix: str, b
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    write_config(folder, ranks, alphas, list(places), options)
+    write_config(folder, ranks, alphas, everything=list(places), options=options)
 
 
 def _pair(adapter: ForeignAdapter, name: str, place: Place) -> tuple[torch.Tensor, torch.Tensor]:

@@ -71,7 +71,7 @@ def peft_folder(given: str, base: str | None, task: str | None) -> Path:
     checkpoint = Checkpoint.open(locate(base, kind="base"))
     places, prefix = _places(checkpoint, task)
     folder = Path(tempfile.mkdtemp(dir=workplace())) / name_of(path)
-    convert(adapter, places, prefix, base, folder)
+    convert(adapter, places, prefix, base=base, folder=folder)
     _carry(path, adapter, folder)
     return folder
 
@@ -112,7 +112,7 @@ def read_foreign(path: Path) -> ForeignAdapter | None:
     require_floats({name: info.dtype for name, info in files.tensors.items()}, file)
     header = HeaderOptions.of(file, files.metadata[file])
     header.require_enough()
-    return group(dialect, {name: files.read(name) for name in files.tensors}, settings, header)
+    return group(dialect, {name: files.read(name) for name in files.tensors}, settings, header=header)
 
 
 def _weights_and_settings(path: Path) -> tuple[Path | None, dict]:
@@ -147,7 +147,7 @@ def _weights_and_settings(path: Path) -> tuple[Path | None, dict]:
 
 
 def _places(checkpoint: Checkpoint, task: str | None) -> tuple[dict[str, Place], str]:
-    resolved = resolve_task(task, checkpoint.config, {}, str(checkpoint.path))
+    resolved = resolve_task(task, checkpoint.config, {}, where=str(checkpoint.path))
     most = checkpoint.most_parameters
     model = build_weightless(resolved, checkpoint.load_config(), "float32", most_parameters=most)
     places = {}

@@ -27,7 +27,7 @@ class Change:
     function: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
-def change_of(adapter: Adapter, weight: float, path: str, read: Read) -> Change | None:
+def change_of(adapter: Adapter, weight: float, path: str, *, read: Read) -> Change | None:
     """What `adapter`, with `weight` in the sum, does to the parameter at `path`; None if nothing.
 
     Args:
@@ -49,7 +49,7 @@ def change_of(adapter: Adapter, weight: float, path: str, read: Read) -> Change 
         steps.append(lambda w: with_rows(w, adapter.token_rows[path]))
     for layer_module, layer in adapter.layers.items():
         if path.startswith(f"{layer_module}.") and path.removeprefix(f"{layer_module}.") in layer.parameters:
-            steps.append(lambda w, m=layer_module, each=layer: _merged(m, each, path, w, read))
+            steps.append(lambda w, m=layer_module, each=layer: _merged(m, each, path, own=w, read=read))
     return Change(weight, function=_in_turn(steps)) if steps else None
 
 
@@ -62,7 +62,7 @@ def _in_turn(steps: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> Callabl
     return apply
 
 
-def _merged(module: str, layer, path: str, own: torch.Tensor, read: Read) -> torch.Tensor:
+def _merged(module: str, layer, path: str, *, own: torch.Tensor, read: Read) -> torch.Tensor:
     paths = {name: f"{module}.{name}" for name in layer.parameters}
     base = {name: own if other == path else read(other) for name, other in paths.items()}
     return layer.merged(base)[path.removeprefix(f"{module}.")]

@@ -37,7 +37,7 @@ class Place:
 
 
 def resolve_all(
-    names: Sequence[str], places: Mapping[str, Place], prefix: str, where: str, underscored: bool
+    names: Sequence[str], places: Mapping[str, Place], prefix: str, *, where: str, underscored: bool
 ) -> dict[str, Place]:
     """The place of every name.
 
@@ -77,7 +77,7 @@ def resolve_all(
             unknown.append(name)
     twice = _fitting_twice(found)
     if unknown or twice:
-        _refuse_unknown(unknown, names, places, where)
+        _refuse_unknown(unknown, names, places, where=where)
         raise InputRefused(
             "Two names of the file fit the same module",
             where=f"{where}: {' and '.join(twice)}",
@@ -122,7 +122,7 @@ def _refuse_several_models(names: Sequence[str], where: str) -> None:
         )
 
 
-def _refuse_unknown(unknown: list[str], names: Sequence[str], places: Mapping[str, Place], where: str) -> None:
+def _refuse_unknown(unknown: list[str], names: Sequence[str], places: Mapping[str, Place], *, where: str) -> None:
     if unknown:
         raise InputRefused(
             f"{len(unknown)} of {len(names)} names fit no Linear, Conv1D or Embedding module of the base",

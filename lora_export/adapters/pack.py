@@ -53,6 +53,7 @@ def pack(
     adapter: Adapter,
     contract: GraphContract,
     base_weight: Callable[[str], torch.Tensor],
+    *,
     elsewhere: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """The tensors `adapter` feeds to a graph of `contract`, by input name, sorted; absent inputs keep their default.

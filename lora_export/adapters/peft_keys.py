@@ -21,7 +21,7 @@ from lora_export.errors import InputRefused, some_of
 _AGAIN, _OF_THE_BASE = ".modules_to_save.", ".original_module."
 
 
-def require_all_placed(folder: AdapterFolder, model: torch.nn.Module, known: Iterable[str], next_step: str) -> None:
+def require_all_placed(folder: AdapterFolder, model: torch.nn.Module, known: Iterable[str], *, next_step: str) -> None:
     """Refuse an adapter of whose file PEFT has left a tensor unloaded that says something.
 
     Args:

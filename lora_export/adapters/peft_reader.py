@@ -40,7 +40,7 @@ def read_trained_adapter(folder: AdapterFolder, base: torch.nn.Module) -> Adapte
         found.add(path, module)
     carried = {key: path for key, path in _base_parameters(folder, base).items() if path not in found.replaced}
     known = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    require_all_placed(folder, model, known | carried.keys(), _check_base(folder))
+    require_all_placed(folder, model, known | carried.keys(), next_step=_check_base(folder))
     require_finite(folder)
     brought = {path: model.get_parameter(key).detach() for key, path in carried.items()}
     copies = {path: tensor for path, tensor in brought.items() if path.endswith(".weight")}

@@ -28,7 +28,12 @@ def exact_names(modules: Iterable[str], everything: Collection[str]) -> list[str
 
 
 def write_config(
-    folder: Path, ranks: Mapping[str, int], alphas: Mapping[str, float], everything: Collection[str], options: Mapping
+    folder: Path,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    *,
+    everything: Collection[str],
+    options: Mapping,
 ) -> None:
     """Write the config of an adapter with exactly these ranks and alphas.
 

@@ -62,7 +62,7 @@ def with_todays_names(folder: AdapterFolder, model: torch.nn.Module) -> AdapterF
             found=f"{old}; and what is not renamed here: " + some_of([*others, *left], 4),
             next_step="load it with Transformers 4, merge it, and export that as a base without adapters",
         )
-    return _written(folder, modules, renamed, model)
+    return _written(folder, modules, renamed, model=model)
 
 
 def folder_with_todays_names(path: Path, base: Path, task: str) -> Path:
@@ -80,7 +80,7 @@ def _module_of(key: str) -> str | None:
 
 
 def _written(
-    folder: AdapterFolder, modules: Mapping[str, str], renamed: Mapping[str, str], model: torch.nn.Module
+    folder: AdapterFolder, modules: Mapping[str, str], renamed: Mapping[str, str], *, model: torch.nn.Module
 ) -> AdapterFolder:
     target = Path(tempfile.mkdtemp(dir=workplace())) / folder.name
     target.mkdir()
@@ -98,8 +98,8 @@ def _written(
         target,
         {new: ranks[old] for new, old in changed.items()},
         {new: alphas[old] for new, old in changed.items()},
-        everything,
-        {name: value for name, value in rest.items() if value is not None},
+        everything=everything,
+        options={name: value for name, value in rest.items() if value is not None},
     )
     _carry(folder.path, target)
     config = json.loads((target / CONFIG).read_text(encoding="utf-8"))

@@ -60,7 +60,7 @@ def _ignored(name: str, note: str) -> Option:
     return Option(name, _never, Handling.NO_EFFECT, Handling.NO_EFFECT, note)
 
 
-def _refused(name: str, note: str, way_out: str, is_set: Callable[[object], bool] = _given) -> Option:
+def _refused(name: str, note: str, way_out: str, *, is_set: Callable[[object], bool] = _given) -> Option:
     return Option(name, is_set, Handling.REFUSED, Handling.REFUSED, note, way_out)
 
 
@@ -230,7 +230,7 @@ def require_supported(config: dict, mode: str, adapter: str, *, convert_rank: fl
         InputRefused: The tuner or an option is refused or unknown.
     """
     if config.get("peft_type") != "LORA":
-        _require_tuner(config.get("peft_type"), mode, adapter, convert_rank)
+        _require_tuner(config.get("peft_type"), mode, adapter, convert_rank=convert_rank)
         return
     refused = [use for use in options_in_use(config) if use.verdict(mode) is Handling.REFUSED]
     if refused:
@@ -251,7 +251,7 @@ def tuner_verdict(config: dict, mode: str) -> tuple[Handling, str]:
     return (tuner.merge if mode == "merge" else tuner.dynamic), tuner.note
 
 
-def _require_tuner(name: object, mode: str, adapter: str, convert_rank: float | None) -> None:
+def _require_tuner(name: object, mode: str, adapter: str, *, convert_rank: float | None) -> None:
     verdict, note = tuner_verdict({"peft_type": name}, mode)
     if verdict is Handling.CONVERTED and convert_rank is None:
         raise InputRefused(

@@ -46,10 +46,10 @@ def refuse_unsafe_or_unknown(fields: Mapping[str, object], folder: Path) -> None
         )
     names = fields.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        _refuse(file, "architectures", "a list of class names", names)
+        _refuse(file, "architectures", "a list of class names", found=names)
     for name in ("auto_map", "id2label", "label2id"):
         if fields.get(name) is not None and not isinstance(fields[name], Mapping):
-            _refuse(file, name, "an object", fields[name])
+            _refuse(file, name, "an object", found=fields[name])
     model_type = fields.get("model_type")
     if isinstance(model_type, str) and model_type in CONFIG_MAPPING_NAMES:
         return
@@ -81,12 +81,14 @@ def require_headers(fields: Mapping[str, object], files: SafetensorsFiles, folde
     for path, name, value in _numbers(fields):
         inner = "." in path
         if _LAYERS.fullmatch(name):
-            _require_at_most(value, n_tensors, f"layers, as the checkpoint has {n_tensors} tensors", folder, path)
+            _require_at_most(
+                value, n_tensors, f"layers, as the checkpoint has {n_tensors} tensors", folder=folder, path=path
+            )
         elif name in _WIDTHS:
             # The config of another part of the model may stand here, whose tensors this checkpoint lacks.
             few = _FEW_NAMED if name in ("num_labels", "vocab_size") else _FEW
             most = max(n_elements if inner else largest, few)
-            _require_at_most(value, most, "as no dimension of the checkpoint is larger", folder, path)
+            _require_at_most(value, most, "as no dimension of the checkpoint is larger", folder=folder, path=path)
 
 
 def _numbers(fields: Mapping[str, object], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str, object]]:
@@ -98,7 +100,7 @@ def _numbers(fields: Mapping[str, object], prefix: str = "", depth: int = 0) -> 
             yield from _numbers(value, f"{prefix}{name}.", depth + 1)
 
 
-def _require_at_most(value: float, most: int, why: str, folder: Path, path: str) -> None:
+def _require_at_most(value: float, most: int, why: str, *, folder: Path, path: str) -> None:
     if not 0 <= value <= most:
         raise InputRefused(
             "The base's config does not fit its checkpoint",
@@ -109,7 +111,7 @@ def _require_at_most(value: float, most: int, why: str, folder: Path, path: str)
         )
 
 
-def _refuse(file: Path, name: str, expected: str, found: object) -> None:
+def _refuse(file: Path, name: str, expected: str, *, found: object) -> None:
     raise InputRefused(
         "A field of the base's config is not what it should be",
         where=f"{file}: {name}",

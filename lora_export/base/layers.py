@@ -39,7 +39,8 @@ def alike_layers(model: torch.nn.Module) -> Stack | None:
     if len(outer) != 1 or len(outer[0][1]) != n_layers or n_layers <= N_TRACED:
         return None
     path, layers = outer[0]
-    return Stack(path, n_layers) if all(_is_alike(layers[1], 1, layers[i], i) for i in range(2, n_layers)) else None
+    are_alike = all(_is_alike(layers[1], 1, layers[i], other_at=i) for i in range(2, n_layers))
+    return Stack(path, n_layers) if are_alike else None
 
 
 def is_deep(model: torch.nn.Module) -> bool:
@@ -47,7 +48,7 @@ def is_deep(model: torch.nn.Module) -> bool:
     return (getattr(model.config.get_text_config(), "num_hidden_layers", None) or 0) > N_TRACED
 
 
-def _is_alike(one: torch.nn.Module, at: int, other: torch.nn.Module, other_at: int) -> bool:
+def _is_alike(one: torch.nn.Module, at: int, other: torch.nn.Module, *, other_at: int) -> bool:
     if type(one) is not type(other) or one._modules.keys() != other._modules.keys():
         return False
     if not _are_equal_tensors(one._parameters, other._parameters) or not _are_equal_buffers(one, other):
@@ -62,7 +63,7 @@ def _is_alike(one: torch.nn.Module, at: int, other: torch.nn.Module, other_at: i
         if not is_number and not _is_equal(value, others[name]):
             return False
     parts = ((one._modules[name], other._modules[name]) for name in one._modules)
-    return all(a is b or (a is not None and b is not None and _is_alike(a, at, b, other_at)) for a, b in parts)
+    return all(a is b or (a is not None and b is not None and _is_alike(a, at, b, other_at=other_at)) for a, b in parts)
 
 
 def _is_equal(one: object, other: object) -> bool:

@@ -66,7 +66,7 @@ class RestoredFiles(SafetensorsFiles):
         restored = self.restored[name]
         value = restored.make(self.stored.read)
         if tuple(value.shape) != restored.info.shape:
-            _refuse(self.stored, name, f"{list(restored.info.shape)}", f"{list(value.shape)}")
+            _refuse(self.stored, name, f"{list(restored.info.shape)}", found=f"{list(value.shape)}")
         return value.to(_TORCH[restored.info.dtype])
 
 
@@ -88,7 +88,7 @@ def restored_files(files: SafetensorsFiles, quantization: Mapping, dtype: str | 
         prefix = name.partition(ending)[0]
         ending = ".weight_packed" if f"{prefix}.weight_packed" in files.tensors else ending
         if f"{prefix}.weight" not in found:
-            found[f"{prefix}.weight"] = _BY_ENDING[ending](files, prefix, quantization, dtype)
+            found[f"{prefix}.weight"] = _BY_ENDING[ending](files, prefix, quantization, dtype=dtype)
     if not found:
         return None
     used = {source for restored in found.values() for source in restored.sources}
@@ -97,7 +97,7 @@ def restored_files(files: SafetensorsFiles, quantization: Mapping, dtype: str | 
     return RestoredFiles(tensors, files.metadata, restored=found, stored=files)
 
 
-def _refuse(files: SafetensorsFiles, name: str, expected: str, found: str) -> None:
+def _refuse(files: SafetensorsFiles, name: str, expected: str, *, found: str) -> None:
     near = next((info.file for other, info in files.tensors.items() if other.startswith(name.rpartition(".")[0])), "")
     raise InputRefused(
         "A quantized weight of the base is not stored as its method says",
@@ -112,7 +112,7 @@ def _need(files: SafetensorsFiles, prefix: str, *endings: str) -> tuple[str, ...
     names = tuple(f"{prefix}{ending}" for ending in endings)
     missing = [name for name in names if name not in files.tensors]
     if missing:
-        _refuse(files, f"{prefix}.weight", ", ".join(names), f"no {missing[0]}")
+        _refuse(files, f"{prefix}.weight", ", ".join(names), found=f"no {missing[0]}")
     return names
 
 
@@ -120,7 +120,7 @@ def _there(files: SafetensorsFiles, prefix: str, *endings: str) -> tuple[str, ..
     return tuple(name for ending in endings if (name := f"{prefix}{ending}") in files.tensors)
 
 
-def _bitsandbytes_4bit(files: SafetensorsFiles, prefix: str, quantization: Mapping, dtype: str | None) -> Restored:
+def _bitsandbytes_4bit(files: SafetensorsFiles, prefix: str, quantization: Mapping, *, dtype: str | None) -> Restored:
     state_name = next(name for name in files.tensors if name.startswith(f"{prefix}{_STATE}"))
     weight, absmax, codes = _need(files, prefix, ".weight", ".weight.absmax", ".weight.quant_map")
     nested = _there(files, prefix, ".weight.nested_absmax", ".weight.nested_quant_map")
@@ -130,7 +130,7 @@ def _bitsandbytes_4bit(files: SafetensorsFiles, prefix: str, quantization: Mappi
         block, element = int(state["blocksize"]), _DTYPES[state["dtype"]]
         nested_block, offset = int(state.get("nested_blocksize", 1)), float(state.get("nested_offset", 0.0))
     except (ValueError, KeyError, TypeError) as error:
-        _refuse(files, state_name, "a state with shape, blocksize and dtype", repr(error))
+        _refuse(files, state_name, "a state with shape, blocksize and dtype", found=repr(error))
     n = math.prod(shape)
     n_blocks = -(-n // max(block, 1))
     sizes = math.prod(files.tensors[weight].shape), math.prod(files.tensors[absmax].shape)
@@ -140,7 +140,7 @@ def _bitsandbytes_4bit(files: SafetensorsFiles, prefix: str, quantization: Mappi
         or sizes != (-(-n // 2), n_blocks)
         or ("nested_blocksize" in state) != bool(nested)
     ):
-        _refuse(files, weight, f"{-(-n // 2)} bytes and {n_blocks} scales for {list(shape)}", f"{sizes}")
+        _refuse(files, weight, f"{-(-n // 2)} bytes and {n_blocks} scales for {list(shape)}", found=f"{sizes}")
 
     def make(read: Read) -> torch.Tensor:
         scales = read(absmax)
@@ -157,11 +157,11 @@ def _bitsandbytes_4bit(files: SafetensorsFiles, prefix: str, quantization: Mappi
     return Restored(info, (weight, absmax, codes, state_name, *nested), make)
 
 
-def _bitsandbytes_8bit(files: SafetensorsFiles, prefix: str, quantization: Mapping, dtype: str | None) -> Restored:
+def _bitsandbytes_8bit(files: SafetensorsFiles, prefix: str, quantization: Mapping, *, dtype: str | None) -> Restored:
     weight, scale = _need(files, prefix, ".weight", ".SCB")
     info = files.tensors[weight]
     if info.dtype != "I8" or len(info.shape) != 2 or files.tensors[scale].shape != (info.shape[0],):
-        _refuse(files, weight, "8-bit integers and a scale a row", f"{info.dtype} {list(info.shape)}")
+        _refuse(files, weight, "8-bit integers and a scale a row", found=f"{info.dtype} {list(info.shape)}")
     sources = (weight, scale, *_there(files, prefix, ".weight_format"))
 
     def make(read: Read) -> torch.Tensor:
@@ -177,20 +177,20 @@ def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
     return numbers.flatten(-2)
 
 
-def _gptq_or_awq(files: SafetensorsFiles, prefix: str, quantization: Mapping, dtype: str | None) -> Restored:
+def _gptq_or_awq(files: SafetensorsFiles, prefix: str, quantization: Mapping, *, dtype: str | None) -> Restored:
     method, bits = quantization.get("quant_method"), quantization.get("bits", quantization.get("w_bit", 4))
     packed, zeros, scale = _need(files, prefix, ".qweight", ".qzeros", ".scales")
     if method not in ("gptq", "awq") or bits not in (4, 8) or (method == "awq" and bits != 4):
-        _refuse(files, packed, "quant_method gptq (4 or 8 bits) or awq (4 bits)", f"{method}, {bits} bits")
+        _refuse(files, packed, "quant_method gptq (4 or 8 bits) or awq (4 bits)", found=f"{method}, {bits} bits")
     if method == "awq" and str(quantization.get("version", "gemm")).lower() != "gemm":
-        _refuse(files, packed, "AWQ's version gemm", repr(quantization["version"]))
+        _refuse(files, packed, "AWQ's version gemm", found=repr(quantization["version"]))
     index = _there(files, prefix, ".g_idx")
     shape, per_word = files.tensors[packed].shape, 32 // bits
     n_in = shape[0] * (per_word if method == "gptq" else 1)
     n_out = shape[1] * (1 if method == "gptq" else per_word)
     groups = files.tensors[scale].shape[0] if files.tensors[scale].shape else 0
     if groups < 1 or files.tensors[scale].shape != (groups, n_out):
-        _refuse(files, scale, f"[groups, {n_out}]", f"{list(files.tensors[scale].shape)}")
+        _refuse(files, scale, f"[groups, {n_out}]", found=f"{list(files.tensors[scale].shape)}")
     # GPTQ's first format stores a zero less one.
     less = 1 if method == "gptq" and quantization.get("checkpoint_format", "gptq") == "gptq" else 0
 
@@ -215,14 +215,14 @@ def _awq_order(numbers: torch.Tensor) -> torch.Tensor:
     return numbers.unflatten(-1, (-1, 8))[..., list(_AWQ_ORDER)].flatten(-2)
 
 
-def _compressed_integers(files: SafetensorsFiles, prefix: str, quantization: Mapping, dtype: str | None) -> Restored:
+def _compressed_integers(files: SafetensorsFiles, prefix: str, quantization: Mapping, *, dtype: str | None) -> Restored:
     packed, scale, shape_name = _need(files, prefix, ".weight_packed", ".weight_scale", ".weight_shape")
     others = _there(files, prefix, ".weight_zero_point", ".weight_g_idx")
     shape = tuple(int(size) for size in files.read(shape_name).tolist())
     words = files.tensors[packed].shape
     bits = words[-1] * 32 // max(shape[-1], 1) if len(shape) == 2 and len(words) == 2 else 0
     if bits not in (4, 8) or words[0] != shape[0] or any(name.endswith("g_idx") for name in others):
-        _refuse(files, packed, "4 or 8 bits a number, groups in order", f"{list(words)} words for {list(shape)}")
+        _refuse(files, packed, "4 or 8 bits a number, groups in order", found=f"{list(words)} words for {list(shape)}")
     groups = files.tensors[scale].shape[-1]
 
     def make(read: Read) -> torch.Tensor:
@@ -243,7 +243,7 @@ def _wide(of_groups: torch.Tensor, n_in: int) -> torch.Tensor:
     return of_groups.repeat_interleave(-(-n_in // of_groups.shape[1]), dim=1)[:, :n_in]
 
 
-def _scaled(files: SafetensorsFiles, prefix: str, quantization: Mapping, dtype: str | None) -> Restored:
+def _scaled(files: SafetensorsFiles, prefix: str, quantization: Mapping, *, dtype: str | None) -> Restored:
     """fp8 or 8-bit integers with a scale for the tensor, a row, a group or a block."""
     weight = _need(files, prefix, ".weight")[0]
     (scale, *_) = _there(files, prefix, ".weight_scale_inv", ".weight_scale")
@@ -257,10 +257,10 @@ def _scaled(files: SafetensorsFiles, prefix: str, quantization: Mapping, dtype: 
             files,
             weight,
             "8 bits a number, and scales that divide it",
-            f"{info.dtype} {list(info.shape)}, {list(shape)}",
+            found=f"{info.dtype} {list(info.shape)}, {list(shape)}",
         )
     if _there(files, prefix, ".weight_zero_point"):
-        _refuse(files, weight, "a symmetric weight", "weight_zero_point")
+        _refuse(files, weight, "a symmetric weight", found="weight_zero_point")
     element = scales.dtype if scales.dtype in _TORCH and scale.endswith(".weight_scale") else _DTYPES.get(dtype, "BF16")
     sources = (weight, scale, *_there(files, prefix, ".input_scale", ".activation_scale", ".input_global_scale"))
 

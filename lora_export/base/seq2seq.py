@@ -135,7 +135,7 @@ def _decoder_with_past_sample(model: torch.nn.Module) -> Sample:
                 renamed[f"past_key_values.{len(past)}"] = name
                 axes[name] = {0: _BATCH_AXIS, 2: axis}
                 past.append(torch.zeros(_BATCH, n_heads, length, head_size, dtype=model.dtype))
-    return _sample(forward, inputs | {"past_key_values": past}, axes, renamed)
+    return _sample(forward, inputs | {"past_key_values": past}, axes, renamed=renamed)
 
 
 def _cache_sizes(config) -> tuple[int, int, int]:
@@ -168,7 +168,7 @@ def _present(cache, sides: Iterable[str]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _sample(forward: Callable, inputs: dict, axes: dict, renamed: dict | None = None) -> Sample:
+def _sample(forward: Callable, inputs: dict, axes: dict, *, renamed: dict | None = None) -> Sample:
     """A sample whose dynamic shapes are the named axes: `axes` by final name, those of a list in its order."""
     dims = {label: torch.export.Dim(label, max=2**20) for labels in axes.values() for label in labels.values()}
     names = {final: given for given, final in (renamed or {}).items()}

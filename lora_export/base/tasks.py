@@ -111,6 +111,7 @@ def resolve_task(
     requested: str | None,
     config: dict,
     peft_task_types: Mapping[str, str | None],
+    *,
     where: str,
     trained_classes: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Task:

@@ -68,7 +68,7 @@ def trace(
     """
     exporter_class = borrow("OnnxExporter")
     config_class = borrow("OnnxConfig")
-    sample = _sample(task, model, graph, named)
+    sample = _sample(task, model, graph, named=named)
     opset = _ATTENTION_OPSET if attention_operator else config_class().opset_version
     config = config_class(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False, opset_version=opset)
     forward = _forward(model, sample.forward)
@@ -99,7 +99,7 @@ def sliding_windows(config) -> tuple[int, ...]:
     return tuple(sorted(size for size in found if isinstance(size, int) and size > 0))
 
 
-def _sample(task: Task, model: torch.nn.Module, graph: str, named: Collection[str] | None) -> Sample:
+def _sample(task: Task, model: torch.nn.Module, graph: str, *, named: Collection[str] | None) -> Sample:
     if task in SEQ2SEQ:
         return seq2seq_sample(model, graph)
     return decoder_sample(model) if task is Task.TEXT_GENERATION else encoder_sample(task, model, named)

@@ -40,7 +40,7 @@ def build_weightless(task: Task, config, dtype: str, *, most_parameters: int | N
 
     def where() -> str:
         def build(fields: dict) -> torch.nn.Module:
-            return _on_meta(task, type(config).from_dict(fields), dtype, most_parameters)
+            return _on_meta(task, type(config).from_dict(fields), dtype, most=most_parameters)
 
         field = field_at_fault(config.to_diff_dict(), build)
         return "config.json" + (f": {field}" if field else "")
@@ -50,7 +50,7 @@ def build_weightless(task: Task, config, dtype: str, *, most_parameters: int | N
         where=where,
         next_step="mend the field, or fetch the base's config.json again",
     ):
-        model = _on_meta(task, config, dtype, most_parameters)
+        model = _on_meta(task, config, dtype, most=most_parameters)
         if task is Task.TEXT_GENERATION:
             language_model_of(model)
             refuse_other_states(model)
@@ -64,7 +64,7 @@ def build_weightless(task: Task, config, dtype: str, *, most_parameters: int | N
     return model.eval().requires_grad_(False)
 
 
-def _on_meta(task: Task, config, dtype: str, most: int | None) -> torch.nn.Module:
+def _on_meta(task: Task, config, dtype: str, *, most: int | None) -> torch.nn.Module:
     """The model on the meta device: modules and shapes, no memory."""
     kind = model_class(task, config)
     try:

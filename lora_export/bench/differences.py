@@ -48,7 +48,7 @@ def outputs_of(session: Session, candidate: Candidate, inputs: Inputs, *, where:
             values.setdefault(GATE_INPUT, to_ort_value(gate, single.provider))
         single.bind_adapters(binding, candidate.adapters, len(next(iter(feeds.values()))))
         try:
-            found |= run_bound(single.session, binding, values, names)
+            found |= run_bound(single.session, binding, values, names=names)
         except LoraExportError:
             raise
         except Exception as error:  # ONNX Runtime's have no base of their own

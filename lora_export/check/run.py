@@ -291,7 +291,7 @@ def _body_case(examination: Examination, examined: Examined, record: AdapterReco
     with reference.without_pairs():
         expected = run_reference(reference, batches, precisely=True)
         names = main_outputs(spec.name for spec in session.manifest.contract.outputs)
-        runs = [run_arrays(session.session, session.provider, feeds(batch), names) for batch in batches]
+        runs = [run_arrays(session.session, session.provider, feeds(batch), names=names) for batch in batches]
         values = [main_of(run, names).astype(np.float32) for run in runs]
         found = Outputs(expected.name, tuple(values), expected.real, expected.labels)
         described = f"PEFT with {record.name}'s head and its pairs off"

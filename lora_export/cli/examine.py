@@ -72,7 +72,7 @@ def check(
             )
             return
         report, files = pipeline.check(out, overrides, how, progress=display.progress, remark=display.say)
-        conclude(report, render_check_text(report), files, display)
+        conclude(report, render_check_text(report), files, display=display)
 
 
 @click.command()
@@ -141,4 +141,4 @@ def bench(
         )
         overrides = SourceOverrides(flags.base, adapters)
         report, files = pipeline.bench(out, overrides, how, progress=display.progress)
-        conclude(report, render_bench_text(report), files, display)
+        conclude(report, render_bench_text(report), files, display=display)

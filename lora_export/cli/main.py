@@ -66,7 +66,7 @@ def collect_rarely() -> None:
     atexit.register(gc.freeze)
 
 
-def _export(mode: str, paths: Sequence[str], flags: options.ExportFlags, how: ExportHow) -> None:
+def _export(mode: str, paths: Sequence[str], flags: options.ExportFlags, *, how: ExportHow) -> None:
     display = Display(as_json=flags.as_json, quiet=flags.quiet)
     with guarded(display):
         base, adapters = base_and_adapters(paths, flags.names)
@@ -94,7 +94,7 @@ def _export(mode: str, paths: Sequence[str], flags: options.ExportFlags, how: Ex
             graph=flags.graph,
         )
         if flags.dry_run:
-            found = describe.describe_plan(request, flags.out, how.targets, flags.sign_key)
+            found = describe.describe_plan(request, flags.out, how.targets, sign_key=flags.sign_key)
             display.result(found, text.plan_text)
             return
         choice = pipeline.ExportOptions(
@@ -136,7 +136,7 @@ def merge(paths: tuple[str, ...], weights: tuple[float, ...], flags: options.Exp
       lora-export merge all-MiniLM-L6-v2/ adapters/topic -o topic-onnx
       lora-export merge llama/ style tone --weight 0.7 --weight 0.3 -o blend-onnx
     """
-    _export("merge", paths, flags, ExportHow(weights=weights))
+    _export("merge", paths, flags, how=ExportHow(weights=weights))
 
 
 @main.command()
@@ -163,7 +163,7 @@ def dynamic(
       lora-export dynamic all-MiniLM-L6-v2/ adapters/topic adapters/kind -o served
       lora-export dynamic all-MiniLM-L6-v2/ adapters/topic --inputs required -o served-in-a-browser
     """
-    _export("dynamic", paths, flags, ExportHow(targets=targets, convert_rank=convert_rank, inputs=inputs))
+    _export("dynamic", paths, flags, how=ExportHow(targets=targets, convert_rank=convert_rank, inputs=inputs))
 
 
 @main.command()
@@ -194,7 +194,7 @@ def add(out: Path, paths: tuple[str, ...], flags: options.AddFlags) -> None:
         was_signed = (out / SIGNATURE).exists()
         how = pipeline.AddOptions(flags.convert_rank, flags.residual_base, flags.sign_key, flags.replace)
         manifest = pipeline.add_adapter(
-            out, adapters, SourceOverrides(flags.base), how, progress=display.progress, remark=display.say
+            out, adapters, SourceOverrides(flags.base), options=how, progress=display.progress, remark=display.say
         )
         if was_signed and flags.sign_key is None:
             display.say(f"removed {out / SIGNATURE}: it signed the folder without this adapter (--sign-key signs anew)")

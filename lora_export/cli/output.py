@@ -183,7 +183,7 @@ class Display:
             print_to_reader(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
 
 
-def conclude(report: Report, text: str, files: dict[str, Path], display: Display) -> NoReturn:
+def conclude(report: Report, text: str, files: dict[str, Path], *, display: Display) -> NoReturn:
     """Print a report (`text` is for people) and where it was written, tell GitHub, and exit with the verdict's code."""
     from lora_export.report.as_json import json_value
 

@@ -52,5 +52,7 @@ def run(
         from lora_export import trial
 
         stream = display.stream if len(inputs) == 1 and not as_json else None
-        found = trial.run_trial(out, inputs, blend, provider, max_new_tokens, is_raw=raw, stream=stream)
+        found = trial.run_trial(
+            out, inputs, blend, provider=provider, max_new_tokens=max_new_tokens, is_raw=raw, stream=stream
+        )
         display.result(found, text.trial_text)

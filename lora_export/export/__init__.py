@@ -5,6 +5,7 @@
     options.py     how to write it
     origin.py      the base that an adapter records
     padding.py     the padding token of a classifier on a decoder
+    model_configs.py the model config that each adapter makes of its base's
     given_files.py a graph that another tool made, as files
     resolve.py     the adapters, read, and the source of every parameter
     weights.py     the numbers: checkpoint tensors with adapters folded in, one at a time

@@ -21,7 +21,7 @@ from lora_export.export.weights import Parameters
 
 
 def completed(
-    adapter: Adapter, base: Parameters, model: torch.nn.Module, mode: str, convert_rank: float | None
+    adapter: Adapter, base: Parameters, model: torch.nn.Module, *, mode: str, convert_rank: float | None
 ) -> Adapter:
     """`adapter` as `mode` ("merge" or "dynamic") exports it on the pristine `base`.
 

@@ -41,4 +41,6 @@ def require_described(manifest: Manifest, folder: Path) -> None:
     """
     for graph, contract in manifest.graphs.items():
         model = ir.load(folder / graph_file(graph))
-        require_agreement_in(folder, graph, contract, *_specs(model), optional=model.graph.initializers.keys())
+        inputs, outputs = _specs(model)
+        optional = model.graph.initializers.keys()
+        require_agreement_in(folder, graph, contract, inputs=inputs, outputs=outputs, optional=optional)

@@ -38,7 +38,7 @@ def fuse_provider(requested: str | None) -> tuple[str, str]:
     return choice.name, choice.reason
 
 
-def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), sign_key: Path | None = None) -> dict:
+def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), *, sign_key: Path | None = None) -> dict:
     """What an export would do: read, folded, served, refused, written; bytes, memory and disk.
 
     Raises:

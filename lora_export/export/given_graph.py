@@ -99,7 +99,7 @@ def given_graph(
     (_require_foldable if is_merged else _require_served)(matched, resolved, choice)
     remark(matched.described)
     for weight in matched.weights:
-        _give_its_name_up(matched.model.graph, weight, resolved, choice)
+        _give_its_name_up(matched.model.graph, weight, resolved, choice=choice)
     model, inputs = add_adapter_inputs(matched.model, choice)
     without_unused(model)
     order_tokens(model, given.path)
@@ -107,7 +107,7 @@ def given_graph(
     return model, inputs
 
 
-def _give_its_name_up(graph: ir.Graph, weight: GivenWeight, resolved: Resolved, choice: SiteChoice) -> None:
+def _give_its_name_up(graph: ir.Graph, weight: GivenWeight, resolved: Resolved, *, choice: SiteChoice) -> None:
     """Name a weight that is read elsewhere too, such as a head that is an embedding's table, by another of its paths,
     where an adapter's input is to have its name."""
     module = weight.modules[0].module if len(weight.modules) == 1 else None
@@ -223,7 +223,7 @@ def _changed(resolved: Resolved) -> list[str]:
     return [
         path
         for path in parameters.shapes
-        if any(change_of(adapter, weight, path, parameters.base) for adapter, weight in parameters.adapters)
+        if any(change_of(adapter, weight, path, read=parameters.base) for adapter, weight in parameters.adapters)
     ]
 
 

@@ -61,7 +61,8 @@ def finished_graphs(
         return {SINGLE: FinishedGraph(model, _with_known_defaults(inputs, resolved))}
     graphs = graphs_of(plan.task)
     found = {
-        graph: _finished_graph(plan, resolved, choice, graph, use_cache=use_cache, remark=remark) for graph in graphs
+        graph: _finished_graph(plan, resolved, choice, graph=graph, use_cache=use_cache, remark=remark)
+        for graph in graphs
     }
     served = {entry.module for finished in found.values() for entry in finished.adapter_inputs}
     chosen = dict.fromkeys(module for modules in asdict(choice).values() for module in modules)
@@ -94,23 +95,23 @@ class _Facts:
 
 
 def _finished_graph(
-    plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str, *, use_cache: bool, remark: Callable[[str], None]
+    plan: Plan, resolved: Resolved, choice: SiteChoice, *, graph: str, use_cache: bool, remark: Callable[[str], None]
 ) -> FinishedGraph:
-    facts = _facts(plan, resolved, choice, graph)
+    facts = _facts(plan, resolved, choice, graph=graph)
     build = partial(_build, plan, resolved, facts, use_cache=use_cache, remark=remark)
     return _reattached(cached_graph(facts.key, build, use_cache=use_cache), resolved)
 
 
 def kept_graphs(plan: Plan, resolved: Resolved, choice: SiteChoice) -> dict[str, FinishedGraph] | None:
     """`finished_graphs` where all of them are kept; None if one is not, as it would have to be built."""
-    keys = {graph: _facts(plan, resolved, choice, graph).key for graph in graphs_of(plan.task)}
+    keys = {graph: _facts(plan, resolved, choice, graph=graph).key for graph in graphs_of(plan.task)}
     found = {graph: kept_graph(key) for graph, key in keys.items()}
     if any(model is None for model in found.values()):
         return None
     return {graph: _reattached(model, resolved) for graph, model in found.items()}
 
 
-def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, graph: str) -> _Facts:
+def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, *, graph: str) -> _Facts:
     config = {key: value for key, value in plan.config.to_dict().items() if key not in _NOT_ARCHITECTURE}
     tied = sorted({group for group in resolved.parameters.aliases.values() if len(group) > 1})
     traced_from = {
@@ -184,7 +185,7 @@ def _trace_and_fuse(
     for module, other_name in facts.untied.items():
         sites = find_sites(model.graph, [module]) if is_only_graph else sites_in(model.graph, [module])
         if sites[module]:
-            untie(model, module, [site.node for site in sites[module]], other_name)
+            untie(model, module, [site.node for site in sites[module]], other_name=other_name)
         else:
             rename_weight(model, f"{module}.weight", other_name)
     bind_small(model, facts.small)

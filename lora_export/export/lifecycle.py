@@ -48,6 +48,7 @@ def add_to(
     change: Change,
     adapters: Sequence[tuple[str, str | None]],
     overrides: SourceOverrides,
+    *,
     options: AddOptions,
     progress: Callable[[str, int, int], None],
     remark: Callable[[str], None],
@@ -70,17 +71,19 @@ def add_to(
         resolved = resolve(plan).quantized(manifest.quantization)
         for adapter in resolved.adapters:
             require_gated(adapter, manifest)
-        records = adapter_records(plan, resolved, sources_when_hashed(), manifest.graphs, change.made)
+        records = adapter_records(plan, resolved, sources_when_hashed(), graphs=manifest.graphs, folder=change.made)
         files = hashes_of(records, change.made) | copy_carried(plan.carried, change.made)
     kept = files_without(manifest, replaced)
     by_name = {record.name: record for record in records}
     in_place = tuple(by_name.pop(record.name, record) for record in manifest.adapters)
     changed = replace(manifest, adapters=(*in_place, *by_name.values()), files=dict(sorted((kept | files).items())))
-    _publish(change, manifest, changed, signer)
+    _publish(change, manifest, changed, signer=signer)
     return changed
 
 
-def remove_from(change: Change, names: Sequence[str], sign_key: Path | None, remark: Callable[[str], None]) -> Manifest:
+def remove_from(
+    change: Change, names: Sequence[str], sign_key: Path | None, *, remark: Callable[[str], None]
+) -> Manifest:
     """See `pipeline.remove_adapters`, which holds the folder."""
     signer = signer_with(sign_key) if sign_key is not None else None
     what = "A merged export has its adapters in its weights, and none can be taken out"
@@ -90,7 +93,7 @@ def remove_from(change: Change, names: Sequence[str], sign_key: Path | None, rem
         remark(sentence)
     left = tuple(record for record in manifest.adapters if record not in gone)
     changed = replace(manifest, adapters=left, files=files_without(manifest, gone))
-    _publish(change, manifest, changed, signer)
+    _publish(change, manifest, changed, signer=signer)
     return changed
 
 
@@ -134,7 +137,7 @@ def files_without(manifest: Manifest, gone: Sequence[AdapterRecord]) -> dict[str
     }
 
 
-def _publish(change: Change, before: Manifest, after: Manifest, signer: signing.Config | None) -> None:
+def _publish(change: Change, before: Manifest, after: Manifest, *, signer: signing.Config | None) -> None:
     write_manifest(change.made, after)
     change.gone.update(before.files.keys() - after.files.keys())
     change.publish(partial(sign, signer=signer) if signer is not None else lambda folder: None)

@@ -29,7 +29,7 @@ def reads_last_token(task: Task, model: torch.nn.Module) -> bool:
 
 
 def choose_padding(
-    requested: int | None, folders: Sequence[AdapterFolder], checkpoint: Checkpoint, config, *, is_fixed: bool = False
+    requested: int | None, folders: Sequence[AdapterFolder], checkpoint: Checkpoint, *, config, is_fixed: bool = False
 ) -> tuple[int, tuple[str, ...]]:
     """The padding token to export a classifier on a decoder with, and what to say of it.
 
@@ -74,7 +74,7 @@ def choose_padding(
             next_step=f"name it with {_OPTION}, often the id of the end token",
         )
     _require_row(token, n_tokens)
-    return token, _remarks(token, base, own, requested)
+    return token, _remarks(token, base, own, requested=requested)
 
 
 def with_padding(config, token: int):
@@ -117,7 +117,7 @@ def _require_row(token: int, n_tokens: int) -> None:
         )
 
 
-def _remarks(token: int, base: int | None, own: Mapping[str, int], requested: int | None) -> tuple[str, ...]:
+def _remarks(token: int, base: int | None, own: Mapping[str, int], *, requested: int | None) -> tuple[str, ...]:
     if requested is not None or token == base:
         return ()
     whose = f"adapter {next(iter(own))!r}" if own else "the base's tokenizer"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,11 +16,12 @@ from lora_export.adapters.on_quantized import require_taken
 from lora_export.adapters.renamed import with_todays_names
 from lora_export.adapters.support import require_supported
 from lora_export.base.checkpoint import Checkpoint
-from lora_export.base.tasks import CLASSIFICATION, SEQ2SEQ, Task
-from lora_export.base.weightless import build_weightless, vocabulary_tables
+from lora_export.base.tasks import SEQ2SEQ, Task
+from lora_export.base.weightless import build_weightless
 from lora_export.carried import Carried, plan_added, plan_carried
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.export.given_files import GivenGraph, locate_graph
+from lora_export.export.model_configs import configs_for, merged_config, vocabulary_of
 from lora_export.export.origin import another_base, locate_base, quantized_training, remark_on, remark_on_training
 from lora_export.export.padding import choose_padding, reads_last_token, with_padding
 from lora_export.export.task_choice import choose_task
@@ -145,10 +145,10 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
         folders = tuple(with_todays_names(folder, model) for folder in folders)
         if reads_last_token(task, model):
             pad_token_id, said = choose_padding(
-                request.pad_token_id, folders, checkpoint, config, is_fixed=added_to is not None
+                request.pad_token_id, folders, checkpoint, config=config, is_fixed=added_to is not None
             )
             config, remarks = with_padding(config, pad_token_id), remarks + said
-        adapter_configs = _configs_for(config, task, folders, model)
+        adapter_configs = configs_for(config, task, folders, model=model)
     if request.pad_token_id is not None and pad_token_id is None:
         raise UsageProblem(
             "--pad-token-id is for classifiers on decoders, which read a text at its last token",
@@ -156,13 +156,15 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
             next_step="leave it out",
         )
     paths = {folder.name: folder.path for folder in folders}
-    sizes = {f.name: _vocabulary(config) for f, config in zip(folders, adapter_configs, strict=True)}
+    sizes = {f.name: vocabulary_of(config) for f, config in zip(folders, adapter_configs, strict=True)}
     is_new = added_to is None
-    carry = (checkpoint.path, paths, request.mode, sizes)
-    stays = request.base_files_stay
-    carried = plan_carried(*carry, base_stays=stays) if is_new else plan_added(added_to, paths, sizes)
+    if is_new:
+        stays = request.base_files_stay
+        carried = plan_carried(checkpoint.path, paths, request.mode, vocabularies=sizes, base_stays=stays)
+    else:
+        carried = plan_added(added_to, paths, sizes)
     if request.mode == "merge" and adapter_configs:
-        config = _merged_config(folders, adapter_configs)
+        config = merged_config(folders, adapter_configs)
     remarks += carried.remarks
     others = {f.name: other for f in folders if (other := another_base(f, checkpoint.located)) is not None}
     remarks += tuple(remark_on(name, other, checkpoint.located.given) for name, other in others.items())
@@ -203,10 +205,6 @@ def _given_graph(request: Request, task: Task) -> GivenGraph | None:
     return locate_graph(request.graph, task, dtype=request.dtype, is_quantized=request.quantization is not None)
 
 
-def _vocabulary(config) -> int | None:
-    return getattr(config.get_text_config(), "vocab_size", None)
-
-
 def _dtype_of(request: Request, checkpoint: Checkpoint) -> tuple[str, tuple[str, ...]]:
     """The dtype to export in, and what to say of it: ONNX Runtime's CPU provider has no kernels for bfloat16.
 
@@ -243,55 +241,6 @@ def _refuse_activated(folders: Sequence[AdapterFolder], task: Task) -> None:
             found=f"task {task}",
             next_step="export it as text-generation (--task)",
         )
-
-
-def _configs_for(config, task: Task, folders: Sequence[AdapterFolder], model) -> tuple:
-    """For each adapter, the `config` of `model` with the number of labels and the vocabulary that its file has."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return tuple(_config_for(config, task, folder, shapes, vocabulary_tables(model)) for folder in folders)
-
-
-def _config_for(
-    config, task: Task, folder: AdapterFolder, shapes: Mapping[str, tuple[int, ...]], tables: Sequence[str]
-):
-    """`config`, changed where the adapter's file has another number of rows than the base's `shapes`."""
-    labels = config.num_labels
-    for key, shape in folder.shapes.items():
-        path = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        expected = shapes.get(path)
-        if not expected or shape[1:] != expected[1:] or shape[0] == expected[0]:
-            continue
-        if path in tables:
-            config = copy.deepcopy(config)
-            config.get_text_config().vocab_size = shape[0]
-        elif task in CLASSIFICATION and expected[0] == config.num_labels:
-            labels = shape[0]
-    brings_head = task in CLASSIFICATION and bool(folder.config.get("modules_to_save"))
-    return with_labels(config, folder.labels, labels) if brings_head else config
-
-
-def with_labels(config, labels: dict[int, str] | None, n_labels: int):
-    """A copy of `config` for `n_labels` classes, named by `labels` where they fit, else `LABEL_i`."""
-    config = copy.deepcopy(config)
-    if labels is not None and sorted(labels) == list(range(n_labels)):
-        config.id2label, config.label2id = dict(labels), {name: index for index, name in labels.items()}
-    elif n_labels != config.num_labels:
-        config.num_labels = n_labels
-    return config
-
-
-def _merged_config(folders: Sequence[AdapterFolder], configs: Sequence):
-    sizes = {folder.name: config.num_labels for folder, config in zip(folders, configs, strict=True)}
-    with_heads = [
-        config for folder, config in zip(folders, configs, strict=True) if folder.config.get("modules_to_save")
-    ]
-    if len(with_heads) > 1:
-        raise InputRefused(
-            "Several adapters bring a module of their own (modules_to_save); a merged graph holds one",
-            where=", ".join(f"{name} ({n} labels)" for name, n in sizes.items()),
-            next_step="merge one of them, or serve all of them with `lora-export dynamic`",
-        )
-    return with_heads[0] if with_heads else configs[0]
 
 
 def local_path(given: str) -> str:

@@ -63,7 +63,7 @@ def planned_sizes(plan: Plan, resolved: Resolved, choice: SiteChoice) -> dict[st
 
 
 def quantize_graphs(
-    models: Mapping[str, ir.Model], plan: Plan, resolved: Resolved, remark: Callable[[str], None]
+    models: Mapping[str, ir.Model], plan: Plan, resolved: Resolved, *, remark: Callable[[str], None]
 ) -> Quantization | None:
     """Let `models` (changed in place) read integers, and say what was done; None where nothing is quantized.
 
@@ -84,7 +84,7 @@ def quantize_graphs(
         )
     if plan.request.mode == "merge" and plan.folders:
         remark(f"adapters are folded into the floats first; the sums are quantized to {how.name} after")
-    for sentence in _left(models, how, resolved.parameters.aliases, weights):
+    for sentence in _left(models, how, resolved.parameters.aliases, weights=weights):
         remark(sentence)
     quantizer = f"onnxruntime {_onnxruntime_version()}"
     return replace(how, weights=tuple(weights), quantizer=quantizer)
@@ -110,6 +110,7 @@ def _left(
     models: Mapping[str, ir.Model],
     how: Quantization,
     aliases: Mapping[str, tuple[str, ...]],
+    *,
     weights: Collection[str],
 ) -> list[str]:
     """What stays in floats, if it is worth a word."""

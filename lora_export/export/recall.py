@@ -101,7 +101,7 @@ def _content_of(path: Path) -> object:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def keep(key: str | None, request: Request, options: ExportOptions, found: tuple[Plan, Resolved]) -> None:
+def keep(key: str | None, request: Request, options: ExportOptions, *, found: tuple[Plan, Resolved]) -> None:
     """Keep what a plan and its resolution say under `key`, where headers alone decide it; with a file that changed
     meanwhile, the key is another."""
     plan, resolved = found
@@ -192,7 +192,7 @@ def recalled(key: str | None, request: Request) -> Recalled | None:
         return None
     folders = opened_folders(request)
     checkpoint = Checkpoint.open(locate_base(request.base, folders), is_known=True)
-    plan = _plan_of(fields, request, checkpoint, folders)
+    plan = _plan_of(fields, request, checkpoint, folders=folders)
     for folder in folders:
         require_finite(folder)
     resolved = _resolved_of(fields, plan)
@@ -201,7 +201,7 @@ def recalled(key: str | None, request: Request) -> Recalled | None:
     return None if graphs is None else Recalled(plan, resolved, graphs)
 
 
-def _plan_of(fields: Mapping, request: Request, checkpoint: Checkpoint, folders: tuple[AdapterFolder, ...]) -> Plan:
+def _plan_of(fields: Mapping, request: Request, checkpoint: Checkpoint, *, folders: tuple[AdapterFolder, ...]) -> Plan:
     of_config = fields["config"]
     labels = {"id2label": dict(map(tuple, of_config["labels"])), "label2id": of_config["label2id"]}
     text = KeptConfig({}, of_config["of_text"])

@@ -61,7 +61,7 @@ def write_config(plan: Plan, folder: Path) -> dict[str, str]:
 
 
 def adapter_records(
-    plan: Plan, resolved: Resolved, sources: Sources, graphs: Mapping[str, GraphContract], folder: Path
+    plan: Plan, resolved: Resolved, sources: Sources, *, graphs: Mapping[str, GraphContract], folder: Path
 ) -> tuple[AdapterRecord, ...]:
     """The entries of the manifest for a plan's adapters; of a dynamic export, each is packed into `folder/adapters/`.
 
@@ -74,7 +74,7 @@ def adapter_records(
     records = []
     for place, (source, adapter) in enumerate(zip(plan.folders, resolved.adapters, strict=True)):
         is_merged = plan.request.mode == "merge"
-        files = {} if is_merged else _pack(adapter, graphs, resolved.parameters, folder)
+        files = {} if is_merged else _pack(adapter, graphs, resolved.parameters, folder=folder)
         is_converted = source.config.get("peft_type") not in ("LORA", "ADALORA", "TRAINABLE_TOKENS")
         records.append(
             AdapterRecord(
@@ -99,12 +99,12 @@ def adapter_records(
     return tuple(records)
 
 
-def _pack(adapter: Adapter, graphs: Mapping[str, GraphContract], base: Parameters, folder: Path) -> dict[str, str]:
+def _pack(adapter: Adapter, graphs: Mapping[str, GraphContract], base: Parameters, *, folder: Path) -> dict[str, str]:
     """Write a file for each of `graphs` that takes any of `adapter`; their paths in `folder`."""
     packed = {}
     for graph, contract in graphs.items():
         elsewhere = {module for other in graphs.values() if other is not contract for module in other.modules}
-        packed[graph] = pack(adapter, contract, base.served, elsewhere)
+        packed[graph] = pack(adapter, contract, base.served, elsewhere=elsewhere)
     (folder / ADAPTERS).mkdir(exist_ok=True)
     files = {}
     for graph, tensors in packed.items():

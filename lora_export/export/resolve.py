@@ -65,7 +65,10 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
     stored = {"quantization": plan.request.quantization, "dtype": plan.dtype}
     stored |= {"zeros_for": head, "computed": computed, "in_out": in_out, "embeddings": tables}
     base = Parameters(plan.checkpoint, names, aliases, shapes, **stored)
-    adapters = tuple(completed(adapter, base, model, plan.request.mode, plan.request.convert_rank) for adapter in read)
+    adapters = tuple(
+        completed(adapter, base, model, mode=plan.request.mode, convert_rank=plan.request.convert_rank)
+        for adapter in read
+    )
     merged = tuple(zip(adapters, plan.request.weight_of_each, strict=True)) if plan.request.mode == "merge" else ()
     return Resolved(adapters, replace(base, adapters=merged), model, type(model).__name__)
 

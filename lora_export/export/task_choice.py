@@ -41,7 +41,7 @@ def choose_task(requested: str | None, checkpoint: Checkpoint, folders: Sequence
     is_told = requested is not None or any(types.values())
     classes = {folder.name: _trained_class(folder) for folder in folders}
     try:
-        task = resolve_task(requested, checkpoint.config, types, str(checkpoint.path), classes)
+        task = resolve_task(requested, checkpoint.config, types, where=str(checkpoint.path), trained_classes=classes)
     except InputRefused:
         is_whole = any(map(is_multimodal, checkpoint.config.get("architectures") or []))
         fitting = [] if is_told or is_whole or not folders else _fitting(checkpoint, folders)

@@ -70,7 +70,7 @@ class Parameters:
         Raises:
             InputRefused: The checkpoint lacks it, or it is not finite, or overflows `dtype`.
         """
-        found = (change_of(adapter, weight, path, self.base) for adapter, weight in self.adapters)
+        found = (change_of(adapter, weight, path, read=self.base) for adapter, weight in self.adapters)
         changes = [change for change in found if change is not None]
         brought = [adapter.replaced[path] for adapter, _ in self.adapters if path in adapter.replaced]
         lacks = bool(brought) and self.stored_name(path) is None

@@ -89,7 +89,7 @@ def write_config(
         "task_type": task_type,
         "base_model_name_or_path": base,
     }
-    peft_writer.write_config(folder, ranks, ranks, list(modules), options)
+    peft_writer.write_config(folder, ranks, ranks, everything=list(modules), options=options)
 
 
 def prove_loads(folder: Path, model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -69,7 +69,7 @@ class _Found:
 def _find(request: ExtractRequest, progress: Progress) -> _Found:
     base = Checkpoint.open(locate(request.base, kind="base"))
     tuned = Checkpoint.open(locate(request.tuned, kind="fine-tune"))
-    task = resolve_task(request.task, tuned.config, {}, str(tuned.path))
+    task = resolve_task(request.task, tuned.config, {}, where=str(tuned.path))
     checkpoints = open_checkpoints(base, tuned, task)
     total, done = len(checkpoints.model.state_dict()), 0
 

@@ -50,7 +50,7 @@ class FleetGraph:
         return state.hash_of([*(self.manifest.files[name] for name in self.manifest.graph_files), versions()])
 
 
-def graph_for(opened: Sequence[Opened], base: str, options: FleetOptions, pool: Pool, export: Export) -> FleetGraph:
+def graph_for(opened: Sequence[Opened], base: str, options: FleetOptions, *, pool: Pool, export: Export) -> FleetGraph:
     """The graph that serves all of `opened`: of the fleet that is there, of a run that was stopped, or exported now.
 
     Raises:
@@ -66,7 +66,7 @@ def graph_for(opened: Sequence[Opened], base: str, options: FleetOptions, pool: 
             locate_source(manifest.base, base, "base", hint="BASE")
             return FleetGraph(_bare(folder, manifest, work), folder, manifest, kept)
     shutil.rmtree(work / "export", ignore_errors=True)
-    chosen = _readable(opened, base, options, pool)
+    chosen = _readable(opened, base, options, pool=pool)
     adapters = tuple((str(folder.path), folder.name) for folder in chosen)
     how = (options.task, options.dtype, options.provider)
     request = Request(base, adapters, "dynamic", *how, base_files_stay=True)
@@ -83,7 +83,7 @@ def graph_for(opened: Sequence[Opened], base: str, options: FleetOptions, pool: 
     return FleetGraph(_bare(work / "export", manifest, work), work / "export", manifest, facts)
 
 
-def _readable(opened: Sequence[Opened], base: str, options: FleetOptions, pool: Pool) -> list[AdapterFolder]:
+def _readable(opened: Sequence[Opened], base: str, options: FleetOptions, *, pool: Pool) -> list[AdapterFolder]:
     """An adapter of each kind that PEFT reads on the base, found by workers: an adapter may take a process with it."""
     by_kind: dict[str, list[Opened]] = defaultdict(list)
     for each in opened:

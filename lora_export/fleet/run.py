@@ -35,7 +35,7 @@ Progress = Callable[[str, int, int], None]
 WORK = "lora_export.fleet.worker:work"
 
 
-def run_fleet(source: Path, base: str, options: FleetOptions, export: Export, progress: Progress) -> FleetReport:
+def run_fleet(source: Path, base: str, options: FleetOptions, *, export: Export, progress: Progress) -> FleetReport:
     """Make or renew the fleet of `source` in `options.out`.
 
     Raises:
@@ -50,14 +50,14 @@ def run_fleet(source: Path, base: str, options: FleetOptions, export: Export, pr
     work = state.work_folder(options.out)
     with state.locked(options.out):
         state.take_up(options.out)
-        opened, refused = open_all(entries, base, options.task, work / "fetched", progress)
+        opened, refused = open_all(entries, base, options.task, fetched=work / "fetched", progress=progress)
         if not opened:
             _refuse_all(refused)
         n_workers = options.workers(len(opened))
         with Pool(WORK, n_workers=n_workers, limits=options.limits(n_workers), broken=broken) as pool:
-            graph = graph_for(opened, base, options, pool, export)
+            graph = graph_for(opened, base, options, pool=pool, export=export)
             packing = time.monotonic()
-            found = _outcomes(graph, base, opened, options, pool, progress)
+            found = _outcomes(graph, base, opened, options=options, pool=pool, progress=progress)
             seconds_packing = time.monotonic() - packing
         by_name = {outcome.name: (outcome, work) for outcome in refused} | found
         in_order = [by_name[entry.name] for entry in entries]
@@ -82,7 +82,7 @@ def describe_fleet(source: Path, base: str, options: FleetOptions) -> dict:
     entries = read_roster(source)[: options.limit]
     _refuse_others(options.out)
     here = [entry for entry in entries if not entry.is_address]
-    opened, refused = open_all(here, base, options.task, Path(), lambda *_: None)
+    opened, refused = open_all(here, base, options.task, fetched=Path(), progress=lambda *_: None)
     return {
         "folder": str(options.out),
         "adapters": len(entries),
@@ -117,6 +117,7 @@ def _outcomes(
     graph: FleetGraph,
     base: str,
     opened: Sequence[Opened],
+    *,
     options: FleetOptions,
     pool: Pool,
     progress: Progress,

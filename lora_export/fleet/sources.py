@@ -41,7 +41,7 @@ class Opened:
 
 
 def open_all(
-    entries: Sequence[Entry], base: str, task: str | None, fetched: Path, progress: Callable[[str, int, int], None]
+    entries: Sequence[Entry], base: str, task: str | None, *, fetched: Path, progress: Callable[[str, int, int], None]
 ) -> tuple[list[Opened], list[AdapterOutcome]]:
     """Every adapter's headers and hashes, and the outcome of those that have none.
 

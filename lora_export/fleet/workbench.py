@@ -101,7 +101,7 @@ class Workbench:
         resolved = resolve(plan)
         require_gated(resolved.adapters[0], manifest)
         sources = Sources(manifest.base, (SourceRecord(task.given, None, dict(task.hashes)),))
-        (record,) = adapter_records(plan, resolved, sources, manifest.graphs, task.into)
+        (record,) = adapter_records(plan, resolved, sources, graphs=manifest.graphs, folder=task.into)
         return plan, record, hashes_of([record], task.into) | copy_carried(plan.carried, task.into)
 
     def _compared(self, task: Packing, plan: Plan, record: AdapterRecord) -> ParityCase:

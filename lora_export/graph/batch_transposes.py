@@ -22,12 +22,12 @@ def take_batch_transposes_apart(model: ir.Model) -> ir.Model:
             continue
         for attribute, place in _OPERANDS:
             if node.attributes.get_int(attribute, 0) and (rank := ranks[place]) is not None:
-                _transpose(model.graph, node, place, rank)
+                _transpose(model.graph, node, place, rank=rank)
                 node.attributes[attribute] = ir.AttrInt64(attribute, 0)
     return model
 
 
-def _transpose(graph: ir.Graph, node: ir.Node, place: int, rank: int) -> None:
+def _transpose(graph: ir.Graph, node: ir.Node, place: int, *, rank: int) -> None:
     value, perm = node.inputs[place], [*range(1, rank - 1), 0, rank - 1]
     transpose = ir.node("Transpose", [value], attributes={"perm": perm}, metadata_props=dict(node.metadata_props))
     moved = transpose.outputs[0]

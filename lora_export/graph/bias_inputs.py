@@ -49,7 +49,7 @@ def _insert(inputs: DeclaredInputs, module: str, sites: Sequence[Site]) -> None:
         sites = find_sites(inputs.graph, [module])[module]
     like, out = (own, own.shape[0]) if own is not None else (sites[0].weight, sites[0].out_features)
     bias = inputs.declare(AdapterInputKind.BIAS, module, like.dtype, out_features=out, base_has_default=own is not None)
-    add_bias_input(inputs.graph, module, bias, sites)
+    add_bias_input(inputs.graph, module, bias, sites=sites)
 
 
 def uses_of_bias(graph: ir.Graph, module: str) -> tuple[ir.Value | None, list[ir.Node]]:
@@ -58,7 +58,7 @@ def uses_of_bias(graph: ir.Graph, module: str) -> tuple[ir.Value | None, list[ir
     return value, [] if value is None else [node for node, _ in value.uses()]
 
 
-def add_bias_input(graph: ir.Graph, module: str, bias: ir.Value, sites: Sequence[Site]) -> None:
+def add_bias_input(graph: ir.Graph, module: str, bias: ir.Value, *, sites: Sequence[Site]) -> None:
     """Let `bias` `[rows, 1, out]` take the place of the module's own bias; with none, it is added to the output.
 
     1. `Add(y, bias)` reads the input instead.
@@ -76,10 +76,10 @@ def add_bias_input(graph: ir.Graph, module: str, bias: ir.Value, sites: Sequence
             output = next(value for value in node.inputs if value is not own)
             if output.shape is None and node.outputs[0].shape is not None:
                 output.shape = ir.Shape(list(node.outputs[0].shape))  # adding a bias keeps it
-            _add_bias(graph, module, bias, node, output, node.outputs[0])
+            _add_bias(graph, module, bias, after=node, output=output, replaced=node.outputs[0])
         elif node.op_type in ("Gemm", "LayerNormalization"):
             node.replace_input_with(list(node.inputs).index(own), None)
-            _add_bias(graph, module, bias, node, node.outputs[0], node.outputs[0])
+            _add_bias(graph, module, bias, after=node, output=node.outputs[0], replaced=node.outputs[0])
         else:
             raise InputRefused(
                 "A module's bias is part of an operator that takes one for the whole batch only",
@@ -89,20 +89,20 @@ def add_bias_input(graph: ir.Graph, module: str, bias: ir.Value, sites: Sequence
     for site in () if users else sites:
         if site.output.shape is None:
             site.output.shape = ir.Shape(site.output_dims)
-        _add_bias(graph, module, bias, site.node, site.output, site.output)
+        _add_bias(graph, module, bias, after=site.node, output=site.output, replaced=site.output)
 
 
 def _add_bias(
-    graph: ir.Graph, module: str, bias: ir.Value, after: ir.Node, output: ir.Value, replaced: ir.Value
+    graph: ir.Graph, module: str, bias: ir.Value, *, after: ir.Node, output: ir.Value, replaced: ir.Value
 ) -> None:
     """Add `bias` to `output`, the result of or an input of `after`, in place of `replaced`."""
     users = tuple(replaced.uses())
     tape = Tape(graph, after)
     is_shared = is_shared_by_rows(graph, output)
-    y = output if is_shared else with_row_axis(graph, tape, output, bias.shape[2], module)
+    y = output if is_shared else with_row_axis(graph, tape, output, features=bias.shape[2], module=module)
     total = tape.op("Add", [y, bias], list(y.shape), y.dtype or bias.dtype)
     if y is not output:
-        total = reshaped_as(tape, total, output, None if output.shape is None else list(output.shape))
-    put_in_place_of(graph, replaced, total, users)
+        total = reshaped_as(tape, total, output, dims=None if output.shape is None else list(output.shape))
+    put_in_place_of(graph, replaced, total, users=users)
     if is_shared:
         let_rows_through(graph, total, module)

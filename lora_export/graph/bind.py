@@ -42,9 +42,9 @@ def write_graphs(
     models: Mapping[str, ir.Model],
     folder: Path,
     make_weight: Callable[[Recipe, str], np.ndarray],
+    *,
     adapter_inputs: Mapping[str, Sequence[AdapterInput]],
     on_weight: Callable[[str, int], None] = lambda name, n_bytes: None,
-    *,
     required: bool = False,
 ) -> WrittenGraphs:
     """Bind and write the graphs of an export into `folder`; graphs that share a data file share equal weights in it.

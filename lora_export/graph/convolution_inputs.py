@@ -78,16 +78,17 @@ def insert_convolution_pairs(inputs: DeclaredInputs, choice: SiteChoice) -> None
     """
     for module, sites in find_convolutions(inputs.graph, choice.convolution_modules).items():
         dtype = sites[0].node.inputs[1].dtype
-        pair = inputs.declare_pair(module, dtype, sites[0].in_features, sites[0].out_channels)
+        pair = inputs.declare_pair(module, dtype, sites[0].in_features, out_features=sites[0].out_channels)
         for site in sites:
-            add_convolution_pair(inputs.graph, site, *pair)
+            add_convolution_pair(inputs.graph, site, pair)
 
 
 CONVOLUTION_INPUTS = (insert_convolution_pairs,)
 
 
-def add_convolution_pair(graph: ir.Graph, site: ConvolutionSite, a: ir.Value, b: ir.Value) -> None:
+def add_convolution_pair(graph: ir.Graph, site: ConvolutionSite, pair: tuple[ir.Value, ir.Value]) -> None:
     """Add `B (A * x)` to the output of `site`; A `[rows, in_features, rank]`, B `[rows, rank, out_channels]`."""
+    a, b = pair
     output, users = site.node.outputs[0], tuple(site.node.outputs[0].uses())
     tape, x, dtype = Tape(graph, site.node), site.node.inputs[0], a.dtype
     # One rank of zeros more: a convolution has at least one output, and ONNX Runtime 1.31 leaves what a transposed
@@ -98,16 +99,16 @@ def add_convolution_pair(graph: ir.Graph, site: ConvolutionSite, a: ir.Value, b:
     shape = [-1, site.in_channels, *site.kernel]
     flat = tape.op("Reshape", [kernels, tape.ints(shape)], [None, *shape[1:]], dtype)
     attributes = {name: attribute.value for name, attribute in site.node.attributes.items()}
-    low = _own_results(tape, tape.op("Conv", [x, flat], None, dtype, **attributes), kernels, x)
+    low = _own_results(tape, tape.op("Conv", [x, flat], None, dtype, **attributes), kernels, x=x)
     b_transposed = tape.op("Transpose", [b], [b.shape[0], site.out_channels, None], dtype, perm=[0, 2, 1])
     delta = tape.op("MatMul", [b_transposed, low], [x.shape[0], site.out_channels, None], dtype)
     like = tape.op("Shape", [output], None, ir.DataType.INT64)
     dims = None if output.shape is None else list(output.shape)
     total = tape.op("Add", [output, tape.op("Reshape", [delta, like], dims, dtype)], dims, output.dtype or dtype)
-    put_in_place_of(graph, output, total, users)
+    put_in_place_of(graph, output, total, users=users)
 
 
-def _own_results(tape: Tape, all_rows: ir.Value, kernels: ir.Value, x: ir.Value) -> ir.Value:
+def _own_results(tape: Tape, all_rows: ir.Value, kernels: ir.Value, *, x: ir.Value) -> ir.Value:
     """Of `[batch, rows·rank, *sizes]`, each row's own `[batch, rank, positions]`; `rows` is 1 or the batch."""
     int64, dtype = ir.DataType.INT64, all_rows.dtype
     batch = tape.op("Shape", [x], [1], int64, start=0, end=1)
@@ -133,4 +134,4 @@ def add_convolution_bias(graph: ir.Graph, site: ConvolutionSite, bias: ir.Value)
         axes = tape.ints(list(range(3, len(site.kernel) + 2)))
         by_channel = tape.op("Unsqueeze", [by_channel, axes], None, bias.dtype)
     dims = None if output.shape is None else list(output.shape)
-    put_in_place_of(graph, output, tape.op("Add", [output, by_channel], dims, output.dtype or bias.dtype), users)
+    put_in_place_of(graph, output, tape.op("Add", [output, by_channel], dims, output.dtype or bias.dtype), users=users)

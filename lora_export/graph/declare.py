@@ -35,7 +35,7 @@ class DeclaredInputs:
         return value
 
     def declare_pair(
-        self, module: str, dtype: ir.DataType, in_features: int, out_features: int
+        self, module: str, dtype: ir.DataType, in_features: int, *, out_features: int
     ) -> tuple[ir.Value, ir.Value]:
         """A `[rows, in_features, rank]` and B `[rows, rank, out_features]`."""
         return (

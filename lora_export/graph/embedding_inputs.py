@@ -69,9 +69,10 @@ def insert_embedding_pairs(inputs: DeclaredInputs, choice: SiteChoice) -> None:
         InputRefused: See `find_embeddings`.
     """
     for module, sites in find_embeddings(inputs.graph, choice.embedding_modules).items():
-        pair = inputs.declare_pair(module, sites[0].node.inputs[0].dtype, sites[0].vocabulary, sites[0].dim)
+        dtype = sites[0].node.inputs[0].dtype
+        pair = inputs.declare_pair(module, dtype, sites[0].vocabulary, out_features=sites[0].dim)
         for site in sites:
-            add_embedding_pair(inputs.graph, site, *pair)
+            add_embedding_pair(inputs.graph, site, pair)
 
 
 def insert_tokens(inputs: DeclaredInputs, choice: SiteChoice) -> None:
@@ -85,14 +86,15 @@ def insert_tokens(inputs: DeclaredInputs, choice: SiteChoice) -> None:
         ids = inputs.declare(AdapterInputKind.TOKEN_IDS, module, dtype)
         delta = inputs.declare(AdapterInputKind.TOKEN_DELTA, module, dtype, embedding_dim=sites[0].dim)
         for site in sites:
-            add_token_inputs(inputs.graph, site, ids, delta)
+            add_token_inputs(inputs.graph, site, ids, delta=delta)
 
 
 EMBEDDING_INPUTS = (insert_embedding_pairs, insert_tokens)
 
 
-def add_embedding_pair(graph: ir.Graph, site: EmbeddingSite, a: ir.Value, b: ir.Value) -> None:
+def add_embedding_pair(graph: ir.Graph, site: EmbeddingSite, pair: tuple[ir.Value, ir.Value]) -> None:
     """Case 1."""
+    a, b = pair
     output, users = site.node.outputs[0], tuple(site.node.outputs[0].uses())
     tape, int64 = Tape(graph, site.node), ir.DataType.INT64
     rows = tape.op("Shape", [a], [1], int64, start=0, end=1)
@@ -108,10 +110,10 @@ def add_embedding_pair(graph: ir.Graph, site: EmbeddingSite, a: ir.Value, b: ir.
     flat = tape.op("Reshape", [a, flat_shape], [None, a.shape[2]], a.dtype, allowzero=1)
     low = tape.op("Gather", [flat, index], None, a.dtype, axis=0)
     delta = tape.op("MatMul", [low, b], None, a.dtype)
-    _add(graph, tape, output, delta, users)
+    _add(graph, tape, output, delta=delta, users=users)
 
 
-def add_token_inputs(graph: ir.Graph, site: EmbeddingSite, ids: ir.Value, delta: ir.Value) -> None:
+def add_token_inputs(graph: ir.Graph, site: EmbeddingSite, ids: ir.Value, *, delta: ir.Value) -> None:
     """Case 2; an id of -1 is no token."""
     output, users = site.node.outputs[0], tuple(site.node.outputs[0].uses())
     tape = Tape(graph, site.node)
@@ -119,9 +121,9 @@ def add_token_inputs(graph: ir.Graph, site: EmbeddingSite, ids: ir.Value, delta:
     changed = tape.op("Unsqueeze", [ids, tape.ints([1])], None, ir.DataType.INT64)
     same = tape.op("Equal", [asked, changed], None, ir.DataType.BOOL)
     mask = tape.op("Cast", [same], None, delta.dtype, to=int(delta.dtype))
-    _add(graph, tape, output, tape.op("MatMul", [mask, delta], None, delta.dtype), users)
+    _add(graph, tape, output, delta=tape.op("MatMul", [mask, delta], None, delta.dtype), users=users)
 
 
-def _add(graph: ir.Graph, tape: Tape, output: ir.Value, delta: ir.Value, users: tuple) -> None:
+def _add(graph: ir.Graph, tape: Tape, output: ir.Value, *, delta: ir.Value, users: tuple) -> None:
     dims = None if output.shape is None else list(output.shape)
-    put_in_place_of(graph, output, tape.op("Add", [output, delta], dims, output.dtype or delta.dtype), users)
+    put_in_place_of(graph, output, tape.op("Add", [output, delta], dims, output.dtype or delta.dtype), users=users)

@@ -101,19 +101,19 @@ def _simplify(graph: ir.Graph, node: ir.Node, masks: _Masks, *, holds_weights: b
     merged = [before_heads(states) for states in node.inputs[:3]]
     if of_keys is None:
         if None not in merged:
-            _attend(graph, node, merged, traced_mask, node.outputs[0])
+            _attend(graph, node, merged, mask=traced_mask, result=node.outputs[0])
         return
     result = attended(node, masks.is_of_empty_rows)
-    packed = None if None in merged or not holds_weights else _packed(graph, node, merged, of_keys, masks)
+    packed = None if None in merged or not holds_weights else _packed(graph, node, merged, mask=of_keys, masks=masks)
     if packed is not None:
         read_instead(result, packed)
         return
     mask = None if of_keys.given is None else masks.as_boolean(of_keys.given, traced_mask, node.inputs[0])
-    _attend(graph, node, merged, mask, result)
+    _attend(graph, node, merged, mask=mask, result=result)
 
 
 def _attend(
-    graph: ir.Graph, node: ir.Node, merged: list[ir.Value | None], mask: ir.Value | None, result: ir.Value
+    graph: ir.Graph, node: ir.Node, merged: list[ir.Value | None], *, mask: ir.Value | None, result: ir.Value
 ) -> None:
     """The standard operator in place of `node`, whose `result` is read, its heads in one axis where they were merged
     before."""
@@ -134,7 +134,7 @@ def _scale(node: ir.Node) -> float:
     return node.attributes.get_float("scale", node.inputs[0].shape[3] ** -0.5)
 
 
-def _packed(graph: ir.Graph, node: ir.Node, states: list[ir.Value], mask: KeyMask, masks: _Masks) -> ir.Value | None:
+def _packed(graph: ir.Graph, node: ir.Node, states: list[ir.Value], *, mask: KeyMask, masks: _Masks) -> ir.Value | None:
     """`[batch, queries, heads·size]`: the packed operator's result; None where it cannot stand in for `node`."""
     heads = {value.shape[1] for value in node.inputs[:3]}
     projections = [_projection(value) for value in states]

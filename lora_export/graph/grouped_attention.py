@@ -71,7 +71,7 @@ def group_attention(model: ir.Model, provider: str, windows: tuple[int, ...] = (
         return model
     order = TokenOrder(graph, hidden)
     for layer in layers:
-        _attend(graph, layer, order, masks[layer.node.inputs[3]])
+        _attend(graph, layer, order, mask=masks[layer.node.inputs[3]])
     model.graph.opset_imports.setdefault("com.microsoft", 1)
     common_passes.RemoveUnusedNodesPass()(model)
     common_passes.TopologicalSortPass()(model)
@@ -162,7 +162,7 @@ def _is_of_slots(node: ir.Node, value: ir.Value) -> bool:
     return node.op_type != "Shape" or slots in axes
 
 
-def _attend(graph: ir.Graph, layer: _Layer, order: TokenOrder, mask: CausalMask) -> None:
+def _attend(graph: ir.Graph, layer: _Layer, order: TokenOrder, *, mask: CausalMask) -> None:
     node, (key, value) = layer.node, layer.past
     query = node.inputs[0]
     size = query.shape[3]

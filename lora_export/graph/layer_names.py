@@ -83,11 +83,11 @@ def stamped_inputs(inputs: Sequence[AdapterInput], stack: Stack) -> tuple[Adapte
         module = names.moved(entry.module, layer)
         return replace(entry, name=names.moved(entry.name, layer), module=module, dims=dims)
 
-    return tuple(expanded(inputs, lambda entry: names.layer(entry.name), moved, stack.n_layers))
+    return tuple(expanded(inputs, lambda entry: names.layer(entry.name), moved, n_layers=stack.n_layers))
 
 
 def expanded(
-    items: Iterable[T], layer_of: Callable[[T], int | None], moved: Callable[[T, int], T], n_layers: int
+    items: Iterable[T], layer_of: Callable[[T], int | None], moved: Callable[[T, int], T], *, n_layers: int
 ) -> list[T]:
     """`items` with those of every layer: each run of the last but one is followed by its copies."""
     found: list[T] = []

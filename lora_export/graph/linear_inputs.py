@@ -31,11 +31,11 @@ def insert_pairs(inputs: DeclaredInputs, choice: SiteChoice) -> None:
     gate = inputs.value(AdapterInputKind.GATE, "")
     for module, sites in find_sites(inputs.graph, choice.lora_modules).items():
         dtype, out = sites[0].dtype, sites[0].out_features
-        pair = inputs.declare_pair(module, dtype, sites[0].in_features, out)
+        pair = inputs.declare_pair(module, dtype, sites[0].in_features, out_features=out)
         is_dora = module in choice.gain_modules
         gain = inputs.declare(AdapterInputKind.GAIN, module, dtype, out_features=out) if is_dora else None
         for site in sites:
-            add_pair(inputs.graph, site, *pair, gain, gate if module in choice.gate_modules else None)
+            add_pair(inputs.graph, site, pair, gain=gain, gate=gate if module in choice.gate_modules else None)
 
 
 def insert_replacements(inputs: DeclaredInputs, choice: SiteChoice) -> None:
@@ -50,7 +50,7 @@ def insert_replacements(inputs: DeclaredInputs, choice: SiteChoice) -> None:
         if has_bias(sites[0]):
             bias = inputs.declare(AdapterInputKind.BIAS, module, dtype)
         for site in sites:
-            replace_linear(inputs.graph, site, weight, bias)
+            replace_linear(inputs.graph, site, weight, bias=bias)
 
 
 # A bias goes in before the pairs, which go in between the product and its bias.
@@ -58,13 +58,22 @@ LINEAR_INPUTS = (insert_gate, insert_biases, insert_pairs, insert_replacements)
 
 
 def add_pair(
-    graph: ir.Graph, site: Site, a: ir.Value, b: ir.Value, gain: ir.Value | None, gate: ir.Value | None = None
+    graph: ir.Graph,
+    site: Site,
+    pair: tuple[ir.Value, ir.Value],
+    *,
+    gain: ir.Value | None,
+    gate: ir.Value | None = None,
 ) -> None:
     """Add `(x A) B` to the output of `site`, which is multiplied by `gain` first; `gate` multiplies `x A`.
+
+    Args:
+        pair: A `[rows, in_features, rank]` and B `[rows, rank, out_features]`.
 
     Raises:
         InputRefused: The input has an unsupported layout, or a gate over the text's tokens has none to open for.
     """
+    a, b = pair
     if gain is not None:
         _take_bias_out(graph, site)
     output, users = site.output, tuple(site.output.uses())
@@ -73,7 +82,9 @@ def add_pair(
     is_shared = is_shared_by_rows(graph, site.input)
     if is_shared and gate is not None:
         refuse_gate(site.module)
-    x = site.input if is_shared else with_row_axis(graph, tape, site.input, site.in_features, site.module)
+    x = site.input
+    if not is_shared:
+        x = with_row_axis(graph, tape, x, features=site.in_features, module=site.module)
     # The broadcast of `rows` against the batch is the batch, which shape inference cannot know.
     rows_and_tokens = [ROWS, x.shape[1]] if is_shared else list(x.shape[:2])
     low = tape.op("MatMul", [x, a], [*rows_and_tokens, a.shape[2]], output.dtype or x.dtype)
@@ -83,14 +94,14 @@ def add_pair(
     base = output
     if gain is not None:
         by_row = [*rows_and_tokens, site.out_features]
-        base = output if x is site.input else _reshaped(graph, tape, output, site)
+        base = output if x is site.input else _reshaped(graph, tape, output, site=site)
         base = tape.op("Mul", [base, gain], by_row, x.dtype)
         total = tape.op("Add", [base, delta], by_row, x.dtype)
-        total = total if x is site.input else reshaped_as(tape, total, output, dims)
+        total = total if x is site.input else reshaped_as(tape, total, output, dims=dims)
     else:
-        delta = delta if x is site.input else reshaped_as(tape, delta, output, dims)
+        delta = delta if x is site.input else reshaped_as(tape, delta, output, dims=dims)
         total = tape.op("Add", [base, delta], dims, x.dtype)
-    put_in_place_of(graph, output, total, users)
+    put_in_place_of(graph, output, total, users=users)
     if is_shared:
         let_rows_through(graph, total, site.module)
 
@@ -103,22 +114,22 @@ def _take_bias_out(graph: ir.Graph, site: Site) -> None:
     output, users = site.output, tuple(site.output.uses())
     site.node.replace_input_with(BIAS_INSIDE[site.node.op_type], None)
     total = Tape(graph, site.node).op("Add", [output, bias], site.output_dims, output.dtype)
-    put_in_place_of(graph, output, total, users)
+    put_in_place_of(graph, output, total, users=users)
 
 
-def _reshaped(graph: ir.Graph, tape: Tape, output: ir.Value, site: Site) -> ir.Value:
+def _reshaped(graph: ir.Graph, tape: Tape, output: ir.Value, *, site: Site) -> ir.Value:
     if output.shape is None:
         output.shape = ir.Shape(site.output_dims)
-    return with_row_axis(graph, tape, output, site.out_features, site.module)
+    return with_row_axis(graph, tape, output, features=site.out_features, module=site.module)
 
 
-def replace_linear(graph: ir.Graph, site: Site, weight: ir.Value, bias: ir.Value | None) -> None:
+def replace_linear(graph: ir.Graph, site: Site, weight: ir.Value, *, bias: ir.Value | None) -> None:
     """Compute `site` from `weight` `[rows, in, out]` and `bias` `[rows, 1, out]` instead of the base's own."""
     add = _bias_add(site) if bias_inside(site.node) is None else None
     last = add or site.node
     replaced, users = last.outputs[0], tuple(last.outputs[0].uses())
     tape = Tape(graph, last)
-    x = with_row_axis(graph, tape, site.input, site.in_features, site.module)
+    x = with_row_axis(graph, tape, site.input, features=site.in_features, module=site.module)
     out = weight.shape[2]
     y = tape.op("MatMul", [x, weight], [*list(x.shape[:2]), out], x.dtype)
     if bias is not None:
@@ -127,7 +138,7 @@ def replace_linear(graph: ir.Graph, site: Site, weight: ir.Value, bias: ir.Value
         leading = tape.op("Shape", [site.input], None, ir.DataType.INT64, start=0, end=-1)
         shape = tape.op("Concat", [leading, tape.ints([-1])], None, ir.DataType.INT64, axis=0)
         y = tape.op("Reshape", [y, shape], [*list(site.input.shape)[:-1], out], x.dtype)
-    put_in_place_of(graph, replaced, y, users)
+    put_in_place_of(graph, replaced, y, users=users)
     _forget_last_axis_downstream(y, site.out_features, out)
 
 

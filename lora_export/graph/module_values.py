@@ -163,13 +163,16 @@ class WrittenGraph:
         named = [owner["module"] for owner in owners]
         if len(named) == 1:
             module = node.module if _fits(node.module) else named[0]
-            return [self._site(module, named[0], node, node.outputs[0], data)]
+            return [self._site(module, named[0], node, start=node.outputs[0], data=data)]
         split = next((self.nodes[i] for i in self.consumers[node.outputs[0]] if self.nodes[i].op_type == "Split"), None)
         if split is None or len(split.outputs) != len(named):
             return []
-        return [self._site(name, name, node, value, data) for name, value in zip(named, split.outputs, strict=True)]
+        return [
+            self._site(name, name, node, start=value, data=data)
+            for name, value in zip(named, split.outputs, strict=True)
+        ]
 
-    def _site(self, module: str, named: str, node: GraphNode, start: str, data: str | None) -> ModuleSite:
+    def _site(self, module: str, named: str, node: GraphNode, *, start: str, data: str | None) -> ModuleSite:
         chain = [start]
         while own := [value for value in self._following(chain[-1], module) if value not in chain]:
             chain.append(own[0])

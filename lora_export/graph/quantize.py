@@ -48,9 +48,15 @@ def quantize_weights(model: ir.Model, how: Quantization) -> tuple[str, ...]:
         is_out_in = bool(node.attributes.get_int("transB", 0))
         key = (parameters, is_out_in)
         if key not in done:
-            parts = _parts(graph, weight, recipe, "+".join(parameters), is_out_in=is_out_in, how=how)
+            parts = _parts(graph, weight, recipe, name="+".join(parameters), is_out_in=is_out_in, how=how)
             done[key] = _Stored(parts, parameters)
-        _replace(graph, node, done[key].parts, how, list(reversed(weight.shape)) if is_out_in else list(weight.shape))
+        _replace(
+            graph,
+            node,
+            done[key].parts,
+            how=how,
+            shape=list(reversed(weight.shape)) if is_out_in else list(weight.shape),
+        )
     common_passes.RemoveUnusedNodesPass()(model)
     graph.opset_imports.setdefault("com.microsoft", 1)
     return tuple(dict.fromkeys(path for stored in done.values() for path in stored.parameters))
@@ -91,7 +97,7 @@ def _is_plain(node: ir.Node) -> bool:
 
 
 def _parts(
-    graph: ir.Graph, weight: ir.Value, recipe: Recipe, name: str, *, is_out_in: bool, how: Quantization
+    graph: ir.Graph, weight: ir.Value, recipe: Recipe, *, name: str, is_out_in: bool, how: Quantization
 ) -> tuple[ir.Value, ...]:
     """The unbound integers, scales and, where blocks have one, zeros of `weight`, `name`."""
     n_in, n_out = (weight.shape[1], weight.shape[0]) if is_out_in else tuple(weight.shape)
@@ -116,7 +122,7 @@ def _parts(
     return tuple(found)
 
 
-def _replace(graph: ir.Graph, node: ir.Node, parts: tuple[ir.Value, ...], how: Quantization, shape: list) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, parts: tuple[ir.Value, ...], *, how: Quantization, shape: list) -> None:
     bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
     inputs = [node.inputs[0], *parts]
     if bias is not None:

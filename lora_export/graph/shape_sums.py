@@ -25,7 +25,7 @@ def start_ranges_at_sums(model: ir.Model) -> ir.Model:
         for counted, length in (node.inputs, node.inputs[::-1]):
             ranged = counted.producer()
             if ranged is not None and ranged.op_type == "Range" and _is_scalar_of_shapes(length):
-                _rewrite(graph, node, ranged, length)
+                _rewrite(graph, node, ranged, length=length)
                 break
     return model
 
@@ -45,7 +45,7 @@ def _is_of_shapes(value: ir.Value) -> bool:
     return producer.op_type in _ARITHMETIC and bool(operands) and all(map(_is_of_shapes, operands))
 
 
-def _rewrite(graph: ir.Graph, node: ir.Node, ranged: ir.Node, length: ir.Value) -> None:
+def _rewrite(graph: ir.Graph, node: ir.Node, ranged: ir.Node, *, length: ir.Value) -> None:
     start, limit, step = ranged.inputs
     added = []
 

@@ -56,7 +56,7 @@ def let_rows_through(graph: ir.Graph, value: ir.Value, module: str) -> None:
     while pending:
         shared = pending.pop()
         for node, index in tuple(shared.value.uses()):
-            found = _pass(graph, node, index, shared)
+            found = _pass(graph, node, index, shared=shared)
             if found is None or any(each.value.is_graph_output() for each in found):
                 _refuse(module, node.op_type)
             pending.extend(found)
@@ -81,7 +81,7 @@ def refuse_gate(module: str) -> None:
     )
 
 
-def _pass(graph: ir.Graph, node: ir.Node, index: int, shared: _Shared) -> list[_Shared] | None:
+def _pass(graph: ir.Graph, node: ir.Node, index: int, *, shared: _Shared) -> list[_Shared] | None:
     """What has the axis of rows after `node`, nothing if that is the batch's by then; None if `node` may mix rows."""
     result = node.outputs[0]
     if ROWS in _first(result):  # it has the axis already, by another of its inputs
@@ -89,7 +89,7 @@ def _pass(graph: ir.Graph, node: ir.Node, index: int, shared: _Shared) -> list[_
     if node.op_type in _LEFT_AS_IS or (node.op_type == "Transpose" and node.attributes.get_ints("perm")[0] == 0):
         return _with_rows(result, shared.per_row, shared.value if node.op_type in _LEFT_AS_IS else result)
     if node.op_type in (*_ARITHMETIC, "MatMul"):
-        return _broadcast(graph, node, index, shared)
+        return _broadcast(graph, node, index, shared=shared)
     if node.op_type == "Reshape" and index == 0:
         return _reshape(graph, node, shared)
     if node.op_type == "Expand" and index == 0 and _is_all_ones(node.inputs[1]):
@@ -109,7 +109,7 @@ def _with_rows(result: ir.Value, per_row: int, like: ir.Value) -> list[_Shared]:
     return [_Shared(result, per_row)]
 
 
-def _broadcast(graph: ir.Graph, node: ir.Node, index: int, shared: _Shared) -> list[_Shared] | None:
+def _broadcast(graph: ir.Graph, node: ir.Node, index: int, *, shared: _Shared) -> list[_Shared] | None:
     other, result = node.inputs[1 - index], node.outputs[0]
     if other.shape is None or result.shape is None or shared.value.shape is None:
         return None
@@ -134,7 +134,7 @@ def _reshape(graph: ir.Graph, node: ir.Node, shared: _Shared) -> list[_Shared] |
     others = tape.op("Slice", [node.inputs[1], tape.ints([1]), tape.ints([len(result.shape)])], None, first.dtype)
     shape = tape.op("Concat", [first, others], [len(result.shape)], ir.DataType.INT64, axis=0)
     reshaped = tape.op("Reshape", [shared.value, shape], None, result.dtype)
-    put_in_place_of(graph, result, reshaped, tuple(result.uses()))
+    put_in_place_of(graph, result, reshaped, users=tuple(result.uses()))
     graph.remove(node, safe=True)
     return _with_rows(reshaped, per_row, result)
 
@@ -156,7 +156,7 @@ def _repeat(graph: ir.Graph, node: ir.Node, shared: _Shared) -> list[_Shared] | 
     spread = tape.op("Expand", [parted, _joined(tape, [size, tape.ints([1] * rank)])], None, result.dtype)
     first = tape.op("Mul", [size, tape.ints([shared.per_row])], [1], ir.DataType.INT64)
     repeated = tape.op("Reshape", [spread, _joined(tape, [first, tail])], list(result.shape), result.dtype)
-    put_in_place_of(graph, result, repeated, tuple(result.uses()))
+    put_in_place_of(graph, result, repeated, users=tuple(result.uses()))
     graph.remove(node, safe=True)
     return []
 

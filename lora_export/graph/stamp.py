@@ -40,7 +40,7 @@ def stamp(model: ir.Model, stack: Stack, small: Mapping[str, np.ndarray]) -> ir.
     if not layers.is_a_chain() or not layers.middle_is_alike(small):
         return None
     values = (graph.inputs, graph.outputs, graph.initializers.values())
-    order = [expanded([v.name for v in each], names.layer, names.moved, stack.n_layers) for each in values]
+    order = [expanded([v.name for v in each], names.layer, names.moved, n_layers=stack.n_layers) for each in values]
     copier = _Copier(graph, layers, names)
     copier.rename_last(stack.n_layers - 1)
     for layer in range(COPIED + 1, stack.n_layers - 1):
@@ -111,7 +111,7 @@ class _Layers:
             if not _is_same_operation(a, b):
                 return False
             for x, y in zip(a.inputs, b.inputs, strict=True):
-                if not self._is_same_operand(x, y, corresponding, small):
+                if not self._is_same_operand(x, y, corresponding, small=small):
                     return False
             corresponding |= dict(zip(a.outputs, b.outputs, strict=True))
         self.corresponding = corresponding
@@ -122,6 +122,7 @@ class _Layers:
         x: ir.Value | None,
         y: ir.Value | None,
         corresponding: Mapping[ir.Value, ir.Value],
+        *,
         small: Collection[str],
     ) -> bool:
         if x is None or y is None:

@@ -65,7 +65,7 @@ def factors_of(value: ir.Value) -> frozenset[str]:
     return frozenset(_FACTORS.split(str(value.shape[0])))
 
 
-def with_row_axis(graph: ir.Graph, tape: Tape, value: ir.Value, features: int, module: str) -> ir.Value:
+def with_row_axis(graph: ir.Graph, tape: Tape, value: ir.Value, *, features: int, module: str) -> ir.Value:
     """`value`, a module's input or output of `features` numbers a token, as `[batch, tokens, features]`.
 
     1. Already so: as it is.
@@ -92,13 +92,13 @@ def with_row_axis(graph: ir.Graph, tape: Tape, value: ir.Value, features: int, m
     return tape.op("Reshape", [value, shape], [rows.shape[0], None, features], value.dtype)
 
 
-def reshaped_as(tape: Tape, value: ir.Value, like: ir.Value, dims: list | None) -> ir.Value:
+def reshaped_as(tape: Tape, value: ir.Value, like: ir.Value, *, dims: list | None) -> ir.Value:
     """`value` in the shape that `like` has when the graph runs; `dims` is what is known of it."""
     shape = tape.op("Shape", [like], None, ir.DataType.INT64)
     return tape.op("Reshape", [value, shape], dims, value.dtype)
 
 
-def put_in_place_of(graph: ir.Graph, old: ir.Value, new: ir.Value, users: tuple) -> None:
+def put_in_place_of(graph: ir.Graph, old: ir.Value, new: ir.Value, *, users: tuple) -> None:
     """Let `users` (of `old`, from before `new` was made) read `new`, which takes over the name of a graph output."""
     for user, index in users:
         user.replace_input_with(index, new)

@@ -114,7 +114,7 @@ def rename_weight(model: ir.Model, name: str, other_name: str) -> ir.Model:
     return model
 
 
-def untie(model: ir.Model, module: str, sites: Iterable[ir.Node], other_name: str) -> ir.Model:
+def untie(model: ir.Model, module: str, sites: Iterable[ir.Node], *, other_name: str) -> ir.Model:
     """Give `module` its own weight where it shares one (a head tied to an embedding) that an adapter will change.
 
     Args:

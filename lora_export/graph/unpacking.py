@@ -39,10 +39,13 @@ def _apart(graph: ir.Graph, weight: GivenWeight) -> list[GivenWeight]:
     operands = _split_weights(graph, weight)
     for node in list(weight.nodes):
         products = [
-            _product(graph, node, each, operand) for each, operand in zip(weight.modules, operands, strict=True)
+            _product(graph, node, each, operands=operand)
+            for each, operand in zip(weight.modules, operands, strict=True)
         ]
         parts.append(products)
-        _replace(graph, node, [product.outputs[0] for product in products], [each.n_out for each in weight.modules])
+        _replace(
+            graph, node, [product.outputs[0] for product in products], sizes=[each.n_out for each in weight.modules]
+        )
     graph.initializers.pop(weight.value.name, None)
     return [
         replace(weight, value=operand[0], n_out=each.n_out, nodes=[products[i] for products in parts], modules=(each,))
@@ -57,7 +60,7 @@ def _split_weights(graph: ir.Graph, weight: GivenWeight) -> list[list[ir.Value |
     for each in weight.modules:
         path, rows = f"{each.module}.weight", slice(start, start + each.n_out)
         if weight.is_integers:
-            found.append(_rows_of_integers(graph, weight.node, path, rows))
+            found.append(_rows_of_integers(graph, weight.node, path, rows=rows))
         else:
             shape = [each.n_out, each.n_in] if weight.is_out_in else [each.n_in, each.n_out]
             value = ir.Value(name=path, type=ir.TensorType(weight.value.dtype), shape=ir.Shape(shape))
@@ -67,7 +70,7 @@ def _split_weights(graph: ir.Graph, weight: GivenWeight) -> list[list[ir.Value |
     return found
 
 
-def _rows_of_integers(graph: ir.Graph, node: ir.Node, path: str, rows: slice) -> list[ir.Value | None]:
+def _rows_of_integers(graph: ir.Graph, node: ir.Node, path: str, *, rows: slice) -> list[ir.Value | None]:
     n_out, bits = node.attributes.get_int("N"), node.attributes.get_int("bits", 4)
     found: list[ir.Value | None] = []
     for place, suffix in PARTS.items():
@@ -86,7 +89,7 @@ def _rows_of_integers(graph: ir.Graph, node: ir.Node, path: str, rows: slice) ->
     return found
 
 
-def _product(graph: ir.Graph, node: ir.Node, each: BaseMatrix, operands: Sequence[ir.Value | None]) -> ir.Node:
+def _product(graph: ir.Graph, node: ir.Node, each: BaseMatrix, *, operands: Sequence[ir.Value | None]) -> ir.Node:
     """The product of one module, before `node`, which is the packed one."""
     attributes = dict(node.attributes)
     if node.op_type == "MatMulNBits":
@@ -111,11 +114,13 @@ def _product(graph: ir.Graph, node: ir.Node, each: BaseMatrix, operands: Sequenc
     return product
 
 
-def _replace(graph: ir.Graph, node: ir.Node, outputs: list[ir.Value], sizes: list[int]) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, outputs: list[ir.Value], *, sizes: list[int]) -> None:
     """Let what reads the packed product `node` read `outputs`; a packed bias is taken apart with it."""
-    outputs, last = _with_bias(graph, node, outputs, sizes)
+    outputs, last = _with_bias(graph, node, outputs, sizes=sizes)
     users = list(last.outputs[0].uses())
-    reads = [(user, index) for user, index in users if not _takes_apart(graph, user, index, outputs, sizes)]
+    reads = [
+        (user, index) for user, index in users if not _takes_apart(graph, user, index, outputs=outputs, sizes=sizes)
+    ]
     if reads:
         joined = ir.node("Concat", outputs, attributes={"axis": -1})
         joined.outputs[0].dtype, joined.outputs[0].shape = last.outputs[0].dtype, last.outputs[0].shape
@@ -127,7 +132,7 @@ def _replace(graph: ir.Graph, node: ir.Node, outputs: list[ir.Value], sizes: lis
 
 
 def _with_bias(
-    graph: ir.Graph, node: ir.Node, outputs: list[ir.Value], sizes: list[int]
+    graph: ir.Graph, node: ir.Node, outputs: list[ir.Value], *, sizes: list[int]
 ) -> tuple[list[ir.Value], ir.Node]:
     """`outputs` with their parts of a packed bias added, and the last node of the packed product."""
     inside = bias_inside(node)
@@ -153,7 +158,7 @@ def _with_bias(
     return found, last
 
 
-def _takes_apart(graph: ir.Graph, user: ir.Node, index: int, outputs: list[ir.Value], sizes: list[int]) -> bool:
+def _takes_apart(graph: ir.Graph, user: ir.Node, index: int, *, outputs: list[ir.Value], sizes: list[int]) -> bool:
     """Let `user` read the parts, if it is of cases 1 and 2."""
     if user.op_type == GROUPED and index == 0 and len(outputs) == 3 and user.inputs[1] is None:
         for place, output in enumerate(outputs):

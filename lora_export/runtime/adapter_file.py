@@ -17,10 +17,10 @@ from lora_export.runtime.arrays import to_array
 def require_unchanged(path: Path, expected: str | None) -> None:
     """Refuse a file of an export that has another sha256 than its manifest says."""
     next_step = "export again, or pack the adapter with `lora-export add`"
-    _require_sha256(path, expected, "An adapter file is not the one that was exported", next_step)
+    _require_sha256(path, expected, "An adapter file is not the one that was exported", next_step=next_step)
 
 
-def _require_sha256(path: Path, expected: str | None, what: str, next_step: str) -> None:
+def _require_sha256(path: Path, expected: str | None, what: str, *, next_step: str) -> None:
     found = sha256_of(path) if path.is_file() else "no such file"
     if found != expected:
         raise InputRefused(what, where=str(path), expected=f"sha256 {expected}", found=found, next_step=next_step)
@@ -32,7 +32,7 @@ def reader_of(path: Path) -> Callable[[], dict[str, np.ndarray]]:
 
     def read_again() -> dict[str, np.ndarray]:
         what = "An adapter's file changed after it was loaded, and its tensors were dropped from memory"
-        _require_sha256(path, expected, what, "load it again, or pin it where its file does not stay")
+        _require_sha256(path, expected, what, next_step="load it again, or pin it where its file does not stay")
         return read_adapter(path)
 
     return read_again

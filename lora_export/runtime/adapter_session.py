@@ -74,7 +74,7 @@ class AdapterSession:
         self.provider, self.provider_reason = choice.name, choice.reason
         path = self.folder / graph_file(self.graph)
         self.session = open_session(path, self.provider, n_threads=n_threads, stop_spinning=stop_spinning)
-        require_described(self.session, self.contract, self.folder, self.graph)
+        require_described(self.session, self.contract, self.folder, graph=self.graph)
         merged = tuple(record.name for record in self.manifest.adapters if not record.files)
         defaults = stored_defaults(self.folder / data_file(self.graph), self.contract)
         self.residency = max_bytes if isinstance(max_bytes, Residency) else Residency(max_bytes)
@@ -124,7 +124,7 @@ class AdapterSession:
         path = Path(path)
         name = name or path.stem
         reader = {self.graph: reader_of(path)} if self.residency.or_none else {}
-        self._shelf.put(name, {self.graph: self.read(path)}, invocation_tokens, reader)
+        self._shelf.put(name, {self.graph: self.read(path)}, invocation_tokens, readers=reader)
         return name
 
     def read(self, path: Path) -> dict[str, np.ndarray]:
@@ -185,7 +185,7 @@ class AdapterSession:
         require_equal_rows(inputs, rows)
         names = list(outputs or self._output_names(cache))
         fed = bank.with_gate(inputs, rows, n_past=n_cached or 0)
-        results = run_batch(self.session, bank, fed, rows, names, cache=cache)
+        results = run_batch(self.session, bank, fed, rows=rows, names=names, cache=cache)
         mask_padded_classes(results, self.contract, bank.classes(rows))
         return results
 
@@ -222,7 +222,7 @@ class AdapterSession:
 
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         options = TextOptions(max_new_tokens, sampling, stops, eos_ids, max_rows)
-        return write_texts(self, prompts, adapters, options, stream)
+        return write_texts(self, prompts, adapters, options=options, stream=stream)
 
     def tokenizer(self, adapter: RowAdapter = None) -> TextTokenizer:
         """The tokenizer of a decoder's texts, in `preprocessing(adapter)`; see `open_tokenizer` for what it refuses."""
@@ -243,7 +243,7 @@ class AdapterSession:
         Raises:
             UsageProblem: The graph has no cache.
         """
-        return Cache(self.contract, self.provider, batch, longest)
+        return Cache(self.contract, self.provider, batch, longest=longest)
 
     def _output_names(self, cache: Cache | None) -> list[str]:
         held = set() if cache is None else {present_of(spec.name) for spec in self.contract.past}

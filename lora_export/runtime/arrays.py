@@ -57,7 +57,7 @@ def memory_of(value: ort.OrtValue) -> np.ndarray:
 
 
 def run_arrays(
-    session: ort.InferenceSession, device: str, feeds: Mapping[str, np.ndarray], names: Sequence[str]
+    session: ort.InferenceSession, device: str, feeds: Mapping[str, np.ndarray], *, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """The outputs `names` of a session on `device` for `feeds`, in any dtype: `InferenceSession.run` takes and returns
     no bfloat16."""
@@ -73,11 +73,11 @@ def run_values(
     binding = session.io_binding()
     for name in names:
         binding.bind_output(name)
-    return run_bound(session, binding, values, names)
+    return run_bound(session, binding, values, names=names)
 
 
 def run_bound(
-    session: ort.InferenceSession, binding: ort.IOBinding, values: Mapping[str, ort.OrtValue], names: Sequence[str]
+    session: ort.InferenceSession, binding: ort.IOBinding, values: Mapping[str, ort.OrtValue], *, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """As `run_values`, on a `binding` whose first bound outputs are `names`."""
     for name, value in values.items():

@@ -63,6 +63,7 @@ class Bank:
         name: str,
         tensors: Tensors,
         invocation_tokens: Sequence[int] | None = None,
+        *,
         read_again: Callable[[], Tensors] | None = None,
     ) -> Bank:
         """This bank and adapter `name`, in place of the one that has that name, if any.
@@ -105,7 +106,7 @@ class Bank:
     def stacked(self, rows: Sequence[RowSpec]) -> dict[str, np.ndarray]:
         """The adapter inputs of `rows` as arrays; inputs that equal their default are left out, where they may be."""
         defaults = default_inputs(self.contract, self.defaults) if self.contract.adapter_inputs_required else {}
-        return defaults | stack_rows(self.contract, _tensors_of(rows), rows, self.defaults)
+        return defaults | stack_rows(self.contract, _tensors_of(rows), rows, defaults=self.defaults)
 
     @contextlib.contextmanager
     def lent(self, rows: tuple[RowSpec, ...]) -> Iterator[Values]:
@@ -155,7 +156,7 @@ class Bank:
         """The number of each row's classes by the name of their size; empty where all rows have as many."""
         if len(rows) == 1 or not any(entry.kind is AdapterInputKind.WEIGHT for entry in self.contract.adapter_inputs):
             return {}
-        return classes_by_row(self.contract, _tensors_of(rows), rows, self.defaults)
+        return classes_by_row(self.contract, _tensors_of(rows), rows, defaults=self.defaults)
 
     def _row(self, entry: RowAdapter) -> RowSpec:
         blend = {} if entry is None else {entry: 1.0} if isinstance(entry, str) else entry
@@ -197,12 +198,15 @@ class Shelf:
         name: str,
         tensors: Mapping[str, Tensors],
         invocation_tokens: Sequence[int] | None = None,
+        *,
         readers: Mapping[str, Callable[[], Tensors]] = MappingProxyType({}),
     ) -> None:
         """Put adapter `name` into the bank of every graph in `tensors`; `readers` read them again."""
         self._change(
             tensors,
-            lambda graph, bank: bank.with_adapter(name, tensors[graph], invocation_tokens, readers.get(graph)),
+            lambda graph, bank: bank.with_adapter(
+                name, tensors[graph], invocation_tokens, read_again=readers.get(graph)
+            ),
         )
 
     def remove(self, name: str, graphs: Iterable[str]) -> None:

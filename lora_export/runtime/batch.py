@@ -19,9 +19,9 @@ def run_batch(
     session: ort.InferenceSession,
     bank: Bank,
     inputs: Mapping[str, np.ndarray],
+    *,
     rows: tuple[RowSpec, ...],
     names: Sequence[str],
-    *,
     cache: Cache | None = None,
 ) -> dict[str, np.ndarray]:
     """The outputs `names` of a batch.
@@ -32,7 +32,7 @@ def run_batch(
     """
     n_rows = len(next(iter(inputs.values())))
     if n_rows == 1 or not _goes_on_with_several(inputs, bank.contract):
-        return _run(session, bank, inputs, rows, names, cache)
+        return _run(session, bank, inputs, rows=rows, names=names, cache=cache)
     parts = [None] * n_rows if cache is None else cache.by_row()
     found = []
     for row, part in enumerate(parts):
@@ -40,7 +40,7 @@ def run_batch(
             name: array[row : row + 1] if array.ndim and len(array) == n_rows else array
             for name, array in inputs.items()
         }
-        found.append(_run(session, bank, own, (rows[row % len(rows)],), names, part))
+        found.append(_run(session, bank, own, rows=(rows[row % len(rows)],), names=names, cache=part))
     if cache is not None:
         cache.length = parts[0].length
     return {name: np.concatenate([each[name] for each in found]) for name in names}
@@ -57,6 +57,7 @@ def _run(
     session: ort.InferenceSession,
     bank: Bank,
     inputs: Mapping[str, np.ndarray],
+    *,
     rows: tuple[RowSpec, ...],
     names: Sequence[str],
     cache: Cache | None,
@@ -67,7 +68,7 @@ def _run(
         values = {**lent, **given}  # a host may feed an adapter input itself
         if cache is None:
             return run_values(session, values, names)
-        return cache.run(session, values, names, inputs["input_ids"].shape[1])
+        return cache.run(session, values, names, n_new=inputs["input_ids"].shape[1])
 
 
 def require_equal_rows(inputs: Mapping[str, np.ndarray], rows: Sequence[RowSpec]) -> None:

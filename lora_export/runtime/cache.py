@@ -30,14 +30,14 @@ class Cache:
         UsageProblem: The graph has no cache.
     """
 
-    def __init__(self, contract: GraphContract, provider: str, batch: int, longest: int) -> None:
+    def __init__(self, contract: GraphContract, provider: str, batch: int, *, longest: int) -> None:
         if not contract.past:
             raise UsageProblem("The graph has no cache", expected="a decoder for text generation")
         self.batch, self.longest, self.length = batch, longest, 0
         self._provider, self._past = provider, contract.past
         self._is_shared = contract.cache_layout is CacheLayout.TOKENS
         n_slots = longest if self._is_shared else 0
-        self._values = {spec.name: _zeros(spec, batch, n_slots, provider) for spec in contract.past}
+        self._values = {spec.name: _zeros(spec, batch, n_slots, provider=provider) for spec in contract.past}
         # The rows of the values that this cache is of.
         self._first_row = 0
 
@@ -58,7 +58,7 @@ class Cache:
             rows[target, :, :n_tokens] = rows[source, :, :n_tokens]
 
     def run(
-        self, session: ort.InferenceSession, values: Mapping[str, ort.OrtValue], names: Sequence[str], n_new: int
+        self, session: ort.InferenceSession, values: Mapping[str, ort.OrtValue], names: Sequence[str], *, n_new: int
     ) -> dict[str, np.ndarray]:
         """The outputs `names` of a run with `n_new` new tokens a row, which this cache then has too.
 
@@ -76,7 +76,7 @@ class Cache:
             binding.bind_output(name)
         for spec in self._past:
             self._bind(binding, spec)
-        results = run_bound(session, binding, values, names)
+        results = run_bound(session, binding, values, names=names)
         self.length += n_new
         if not self._is_shared:
             present = binding.get_outputs()[len(names) :]
@@ -118,7 +118,7 @@ def written_in_place(contract: GraphContract, values: Mapping[str, ort.OrtValue]
     return {present_of(spec.name): values[spec.name] for spec in shared}
 
 
-def _zeros(spec: TensorSpec, batch: int, n_slots: int, provider: str) -> ort.OrtValue:
+def _zeros(spec: TensorSpec, batch: int, n_slots: int, *, provider: str) -> ort.OrtValue:
     """`[batch, heads, n_slots, size]`."""
     shape = [batch, spec.dims[1], n_slots, spec.dims[3]]
     if spec.dtype == "bfloat16":

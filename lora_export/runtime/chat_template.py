@@ -31,7 +31,7 @@ def read_template(folder: Path, config: Mapping[str, object]) -> str | None:
 
 
 def render(
-    template: str, messages: Messages, special_tokens: Mapping[str, str], where: str, options: Mapping[str, object]
+    template: str, messages: Messages, special_tokens: Mapping[str, str], *, where: str, options: Mapping[str, object]
 ) -> str:
     """`messages` as a prompt that the assistant answers.
 

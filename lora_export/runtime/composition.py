@@ -264,4 +264,4 @@ def value_of(entry: AdapterInput, row: RowAdapters, default: np.ndarray) -> np.n
     """What a row is fed of adapters that all bring the input, `[1, …]`."""
     if len(row) == 1 and row[0][1] == 1:
         return row[0][0].tensors[entry.name]
-    return blended(entry, {adapter: adapter.tensors for adapter, _ in row}, row, default)
+    return blended(entry, {adapter: adapter.tensors for adapter, _ in row}, row, default=default)

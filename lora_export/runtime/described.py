@@ -13,7 +13,7 @@ from lora_export.errors import InputRefused
 _DTYPES = {"float": "float32", "double": "float64"}
 
 
-def require_described(session: ort.InferenceSession, contract: GraphContract, folder: Path, graph: str) -> None:
+def require_described(session: ort.InferenceSession, contract: GraphContract, folder: Path, *, graph: str) -> None:
     """Refuse a `contract` that is not that of `session`, the graph `graph` of the export in `folder`.
 
     Raises:
@@ -23,7 +23,7 @@ def require_described(session: ort.InferenceSession, contract: GraphContract, fo
     inputs = [_spec(value) for value in (*session.get_inputs(), *optional)]
     outputs = [_spec(value) for value in session.get_outputs()]
     names = {value.name for value in optional}
-    require_agreement_in(folder, graph, contract, inputs, outputs, optional=names)
+    require_agreement_in(folder, graph, contract, inputs=inputs, outputs=outputs, optional=names)
 
 
 def declared_in(graph: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

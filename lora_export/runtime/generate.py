@@ -73,6 +73,7 @@ def write_texts(
     session: AdapterSession,
     prompts: Sequence[Prompt],
     adapters: Sequence[RowAdapter] | RowAdapter,
+    *,
     options: TextOptions,
     stream: Callable[[Piece], None] | None,
 ) -> list[Generated]:

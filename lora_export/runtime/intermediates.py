@@ -12,7 +12,7 @@ from lora_export.runtime.session import open_session
 
 
 def run_for_values(
-    model: bytes, folder: Path, provider: str, feeds: Mapping[str, np.ndarray], names: Sequence[str]
+    model: bytes, folder: Path, provider: str, *, feeds: Mapping[str, np.ndarray], names: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """The outputs `names` of `model` for `feeds`, as `AdapterSession.feeds` makes them.
 
@@ -23,4 +23,4 @@ def run_for_values(
         EnvironmentUnusable: The provider cannot run the model.
     """
     session = open_session(model, provider, weights=folder)
-    return run_arrays(session, provider, feeds, names)
+    return run_arrays(session, provider, feeds, names=names)

@@ -94,9 +94,9 @@ class RowCache(ABC):
         """
         session, bank = self._session, self._session.bank
         same = (rows[0],) if len(set(rows)) == 1 else tuple(rows)
-        inputs = _inputs(session.contract, new, lengths, arrays)
+        inputs = _inputs(session.contract, new, lengths, past=arrays)
         names = ["logits", *map(present_of, arrays)]
-        results = run_batch(session.session, bank, inputs, same, names, cache=cache)
+        results = run_batch(session.session, bank, inputs, rows=same, names=names, cache=cache)
         mask_padded_classes(results, session.contract, bank.classes(same))
         return results
 
@@ -196,7 +196,7 @@ def rows_for(session: AdapterSession, n_rows: int, longest: int) -> RowCache:
 
 
 def _inputs(
-    contract: GraphContract, new: Sequence[NewTokens | None], lengths: Sequence[int], past: Mapping[str, np.ndarray]
+    contract: GraphContract, new: Sequence[NewTokens | None], lengths: Sequence[int], *, past: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The graph's own inputs: what a row has, and its new tokens, at the right of its columns."""
     n_past, n_new = max(lengths), max(len(each.ids) for each in new if each is not None)

@@ -126,7 +126,7 @@ class Seq2SeqSession:
         brought = {graph: self.sessions[graph].read(path) for graph, path in paths.items() if path.is_file()}
         self._require_whole(prefix, brought)
         readers = {graph: reader_of(paths[graph]) for graph in brought if self.residency.or_none}
-        self._shelf.put(name, {graph: brought.get(graph, {}) for graph in _GRAPHS}, None, readers)
+        self._shelf.put(name, {graph: brought.get(graph, {}) for graph in _GRAPHS}, None, readers=readers)
         return name
 
     def _require_whole(self, prefix: Path, brought: Mapping[str, Mapping[str, np.ndarray]]) -> None:

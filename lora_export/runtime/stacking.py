@@ -24,7 +24,7 @@ Tensors = Mapping[str, np.ndarray]
 
 
 def stack_rows(
-    contract: GraphContract, adapters: Mapping[Hashable, Tensors], rows: Sequence[RowSpec], defaults: Tensors
+    contract: GraphContract, adapters: Mapping[Hashable, Tensors], rows: Sequence[RowSpec], *, defaults: Tensors
 ) -> dict[str, np.ndarray]:
     """The inputs for a batch, by name; an input that would equal its default is left out.
 
@@ -43,7 +43,7 @@ def stack_rows(
     stacked = {}
     for entry in fed_entries(contract, brought):
         default = default_of(entry, defaults)
-        array = _padded(entry, [blended(entry, adapters, row, default) for row in rows])
+        array = _padded(entry, [blended(entry, adapters, row, default=default) for row in rows])
         if array.size:  # rank 0 and no tokens are the default
             stacked[entry.name] = array
     return stacked
@@ -92,7 +92,9 @@ def is_task_vector(entry: AdapterInput) -> bool:
     return entry.spec.blend is Blend.TASK_VECTORS
 
 
-def blended(entry: AdapterInput, adapters: Mapping[Hashable, Tensors], row: RowSpec, default: np.ndarray) -> np.ndarray:
+def blended(
+    entry: AdapterInput, adapters: Mapping[Hashable, Tensors], row: RowSpec, *, default: np.ndarray
+) -> np.ndarray:
     """What `row` is fed, `[1, …]`, of its own size."""
     brought = [(adapters[name][entry.name], weight) for name, weight in row if entry.name in adapters[name]]
     blend, axis = entry.spec.blend, entry.spec.axis
@@ -107,14 +109,14 @@ def blended(entry: AdapterInput, adapters: Mapping[Hashable, Tensors], row: RowS
             parts = [tensor if weight == 1 else (tensor * weight).astype(tensor.dtype) for tensor, weight in brought]
             return np.concatenate(parts, axis)
         case Blend.TASK_VECTORS:
-            return _added_task_vectors(entry, brought, default, row)
+            return _added_task_vectors(entry, brought, default, row=row)
         case Blend.FROM_PROMPT:
             raise ValueError(f"{entry.name} is made of the prompt, not of adapters")
     assert_never(blend)
 
 
 def _added_task_vectors(
-    entry: AdapterInput, brought: Sequence[tuple[np.ndarray, float]], default: np.ndarray, row: RowSpec
+    entry: AdapterInput, brought: Sequence[tuple[np.ndarray, float]], default: np.ndarray, *, row: RowSpec
 ) -> np.ndarray:
     """`W = W0 + Σ w_k (W_k − W0)`; an adapter without this tensor contributes `W0`, which is 0 if the base has none."""
     sizes = {tensor.shape for tensor, _ in brought}
@@ -150,12 +152,12 @@ def filler_of(entry: AdapterInput, dtype: np.dtype) -> float:
 
 
 def classes_by_row(
-    contract: GraphContract, adapters: Mapping[Hashable, Tensors], rows: Sequence[RowSpec], defaults: Tensors
+    contract: GraphContract, adapters: Mapping[Hashable, Tensors], rows: Sequence[RowSpec], *, defaults: Tensors
 ) -> dict[str, list[int]]:
     """For every size that heads decide (`<module>.out_features`), the number of real classes of each row."""
     found = {}
     for entry in contract.adapter_inputs:
         if entry.kind is AdapterInputKind.WEIGHT:
             default = default_of(entry, defaults)
-            found[str(entry.dims[2])] = [blended(entry, adapters, row, default).shape[-1] for row in rows]
+            found[str(entry.dims[2])] = [blended(entry, adapters, row, default=default).shape[-1] for row in rows]
     return found

@@ -66,7 +66,7 @@ class TextTokenizer:
                 expected="chat_template.jinja, or chat_template in tokenizer_config.json",
                 next_step="give the prompt's text",
             )
-        return render(self.chat_template, messages, self.special_tokens, str(self.folder), options or {})
+        return render(self.chat_template, messages, self.special_tokens, where=str(self.folder), options=options or {})
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, without special tokens."""

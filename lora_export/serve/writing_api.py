@@ -43,7 +43,7 @@ def add_writing(api: FastAPI, service: Service) -> None:
             )
             for ids in prompts
         ]
-        return await _written(service, request, target, wishes, Form.of_completions(body))
+        return await _written(service, request, target, wishes=wishes, form=Form.of_completions(body))
 
     @api.post("/v1/chat/completions", tags=["decoders"])
     async def chat(body: ChatBody, request: Request) -> Response:
@@ -58,7 +58,7 @@ def add_writing(api: FastAPI, service: Service) -> None:
             raise Problem(400, "max_tokens is the older name of max_completion_tokens: give one", param="max_tokens")
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         wish = _wish(body, ids, voice, longest=service.models.longest, asked=asked, default=None)
-        return await _written(service, request, target, [wish], Form.of_chat(body))
+        return await _written(service, request, target, wishes=[wish], form=Form.of_chat(body))
 
 
 async def _prompts(given: str | list, voice: Voice, service: Service) -> list[list[int]]:
@@ -178,15 +178,17 @@ class Form:
         return {"id": f"{self.prefix}-{self.id}", "object": kind, "created": self.created, "model": self.body.model}
 
 
-async def _written(service: Service, request: Request, target: Target, wishes: Sequence[Wish], form: Form) -> Response:
+async def _written(
+    service: Service, request: Request, target: Target, *, wishes: Sequence[Wish], form: Form
+) -> Response:
     """The texts of `wishes`, whole or as a stream."""
     if form.body.stream_options is not None and not form.body.stream:
         raise Problem(400, "stream_options go with stream: true", param="stream_options")
     pieces = Pieces(service.writer, service.writer.submit(target, wishes), service.models.voice(target.place).tokenizer)
-    count = _Count(service, request.state.seen, target, sum(len(wish.prompt) for wish in wishes))
+    count = _Count(service, request.state.seen, target, n_prompt=sum(len(wish.prompt) for wish in wishes))
     watched = count.of(pieces)
     if form.body.stream:
-        return EventStream(_events(watched, form, count, len(wishes)), request.state.seen, pieces.cancel)
+        return EventStream(_events(watched, form, count, n_texts=len(wishes)), request.state.seen, pieces.cancel)
     parts: list[list[str]] = [[] for _ in wishes]
     finishes = [""] * len(wishes)
 
@@ -199,7 +201,7 @@ async def _written(service: Service, request: Request, target: Target, wishes: S
     return JSONResponse(form.whole(["".join(each) for each in parts], finishes, count.usage))
 
 
-async def _events(pieces: AsyncIterator[Piece], form: Form, count: _Count, n_texts: int) -> AsyncIterator[dict]:
+async def _events(pieces: AsyncIterator[Piece], form: Form, count: _Count, *, n_texts: int) -> AsyncIterator[dict]:
     if form.starts:
         for index in range(n_texts):
             yield form.start(index)
@@ -213,7 +215,7 @@ async def _events(pieces: AsyncIterator[Piece], form: Form, count: _Count, n_tex
 class _Count:
     """The tokens of a request, for its answer, the log and the metrics."""
 
-    def __init__(self, service: Service, seen: Seen, target: Target, n_prompt: int) -> None:
+    def __init__(self, service: Service, seen: Seen, target: Target, *, n_prompt: int) -> None:
         self._metrics, self._seen, self._model = service.metrics, seen, target.label
         self._n_prompt, self._n_written = n_prompt, 0
         self._metrics.tokens.labels(self._label(), "prompt").inc(n_prompt)

@@ -277,9 +277,9 @@ def test_an_underscored_name_that_is_two_paths_is_refused():
 
     places = {path: Place(path, "Linear", 4, 4) for path in ("a.b_c", "a_b.c", "model.up", "up.model.up")}
     with pytest.raises(InputRefused, match="fits several modules") as caught:
-        resolve_all(["lora_a_b_c"], places, "model", "file", True)
+        resolve_all(["lora_a_b_c"], places, "model", where="file", underscored=True)
     assert "a.b_c, a_b.c" in str(caught.value)
-    found = resolve_all(["a.b_c", "up"], places, "model", "file", False)
+    found = resolve_all(["a.b_c", "up"], places, "model", where="file", underscored=False)
     assert [place.path for place in found.values()] == ["a.b_c", "model.up"]
 
 

@@ -88,7 +88,7 @@ def test_a_sum_is_weighted_whatever_the_kinds():
     expected += 0.1 * (whole.double() - weight.double())
     for place, index in enumerate([3, 0]):
         expected[index] += 2.0 * (rows.rows[place].double() - weight[index].double())
-    changes = [change_of(adapter, share, "layer.weight", lambda path: weight) for adapter, share in adapters]
+    changes = [change_of(adapter, share, "layer.weight", read=lambda path: weight) for adapter, share in adapters]
     before = weight.clone()
     found = apply_changes(weight, changes, torch.float32)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
@@ -99,7 +99,7 @@ def test_a_sum_is_weighted_whatever_the_kinds():
 
 def test_a_bias_of_the_pair_is_scaled():
     pair, bias = a_pair(bias=True), random(OUT, seed=5)
-    change = change_of(an_adapter(lora={"layer": pair}), 1.0, "layer.bias", lambda path: bias)
+    change = change_of(an_adapter(lora={"layer": pair}), 1.0, "layer.bias", read=lambda path: bias)
     expected = bias.double() + pair.scale * pair.bias.double()
     torch.testing.assert_close(apply_changes(bias, [change], torch.float32).double(), expected, atol=1e-6, rtol=0)
 
@@ -107,7 +107,7 @@ def test_a_bias_of_the_pair_is_scaled():
 def test_what_an_adapter_does_not_touch_has_no_change():
     adapter = an_adapter(lora={"layer": a_pair()}, replaced={"head.weight": random(2, 2)})
     for path in ("other.weight", "layer.bias", "head.bias"):
-        assert change_of(adapter, 1.0, path, lambda _: pytest.fail("nothing is read")) is None
+        assert change_of(adapter, 1.0, path, read=lambda _: pytest.fail("nothing is read")) is None
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -128,7 +128,7 @@ def test_an_untrained_pair_that_changed_the_base_changes_nothing(init, is_in_out
         "layer", layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach(), 3 / RANK, is_in_out
     )
     whole = with_initial_pair(pair, weight, {"init_lora_weights": init})
-    change = change_of(an_adapter(lora={"layer": whole}), 1.0, "layer.weight", lambda _: weight)
+    change = change_of(an_adapter(lora={"layer": whole}), 1.0, "layer.weight", read=lambda _: weight)
     torch.testing.assert_close(apply_changes(weight, [change], torch.float32), weight, atol=1e-5, rtol=0)
     assert whole.rank == 2 * RANK
 
@@ -157,7 +157,7 @@ def test_a_convolution_is_peft_s(layer, dtype):
     adapted = model.base_model.model[0]
     torch.nn.init.normal_(adapted.lora_B["default"].weight)
     pair = convolution_pair_of("layer", adapted)
-    change = change_of(an_adapter(convolutions={"layer": pair}), 1.0, "layer.weight", lambda _: weight)
+    change = change_of(an_adapter(convolutions={"layer": pair}), 1.0, "layer.weight", read=lambda _: weight)
     expected = (weight.double() + adapted.get_delta_weight("default").detach().double()).to(dtype)
     torch.testing.assert_close(apply_changes(weight, [change], dtype), expected, atol=1e-6, rtol=1e-3)
     blended = apply_changes(weight, [replace(change, weight=0.5)], torch.float32)
@@ -179,7 +179,7 @@ def test_one_rounding_is_the_nearest_there_is(rank, alpha, share, shape, dtype):
     pair = LoraFactors("layer", random(rank, n_in, seed=rank), random(n_out, rank, seed=3), alpha / rank, False)
     weight = random(n_out, n_in).to(dtype)
     truth = weight.double() + share * pair.scale * (pair.b.double() @ pair.a.double())
-    change = change_of(an_adapter(lora={"layer": pair}), share, "layer.weight", lambda _: weight)
+    change = change_of(an_adapter(lora={"layer": pair}), share, "layer.weight", read=lambda _: weight)
     found = apply_changes(weight, [change], dtype).double()
     float32_error = 1e-6 * (1 + share * pair.scale * (pair.b.abs().double() @ pair.a.abs().double())).abs()
     step = torch.finfo(dtype).eps / 2 * truth.abs() + torch.finfo(dtype).smallest_normal

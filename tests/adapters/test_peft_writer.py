@@ -47,7 +47,7 @@ def test_a_module_whose_path_ends_another_is_targeted_alone():
 def test_peft_resolves_every_rank_and_alpha(ranks, tmp_path):
     alphas = {module: 2.5 * index + 1 for index, module in enumerate(ranks)}
     everything = [name for name, _ in Net().named_modules()]
-    write_config(tmp_path, ranks, alphas, everything, {"base_model_name_or_path": "somewhere"})
+    write_config(tmp_path, ranks, alphas, everything=everything, options={"base_model_name_or_path": "somewhere"})
     model = get_peft_model(Net(), LoraConfig.from_pretrained(tmp_path))
     layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if hasattr(m, "lora_A")}
     assert {name: layer.r["default"] for name, layer in layers.items()} == ranks

@@ -39,7 +39,7 @@ from lora_export.errors import InputRefused
     ],
 )
 def test_it_follows_from_the_architecture(architecture, task):
-    assert resolve_task(None, {"architectures": [architecture]}, {}, "here") is task
+    assert resolve_task(None, {"architectures": [architecture]}, {}, where="here") is task
 
 
 @pytest.mark.parametrize(
@@ -54,39 +54,39 @@ def test_it_follows_from_the_architecture(architecture, task):
     ],
 )
 def test_the_adapters_task_goes_before_the_architecture(kind, task):
-    assert resolve_task(None, {"architectures": ["BertModel"]}, {"a": kind, "b": None}, "here") is task
+    assert resolve_task(None, {"architectures": ["BertModel"]}, {"a": kind, "b": None}, where="here") is task
 
 
 def test_what_was_asked_for_goes_before_all():
     config = {"architectures": ["LlamaForCausalLM"]}
-    assert resolve_task("feature-extraction", config, {"a": "CAUSAL_LM"}, "here") is Task.FEATURE_EXTRACTION
+    assert resolve_task("feature-extraction", config, {"a": "CAUSAL_LM"}, where="here") is Task.FEATURE_EXTRACTION
 
 
 def test_adapters_of_different_tasks_are_refused():
     with pytest.raises(InputRefused, match="The adapters were trained for different tasks") as refused:
-        resolve_task(None, {}, {"a": "SEQ_CLS", "b": "TOKEN_CLS"}, "here")
+        resolve_task(None, {}, {"a": "SEQ_CLS", "b": "TOKEN_CLS"}, where="here")
     assert refused.value.found == "a: SEQ_CLS, b: TOKEN_CLS"
 
 
 def test_a_task_type_that_is_not_exported_is_refused():
     with pytest.raises(InputRefused, match="Adapters of PEFT task type XYZ are not exported") as refused:
-        resolve_task(None, {}, {"a": "XYZ"}, "here")
+        resolve_task(None, {}, {"a": "XYZ"}, where="here")
     assert "SEQ_CLS" in refused.value.expected
 
 
 @pytest.mark.parametrize("architectures", [None, [], ["BertForPreTraining"]])
 def test_an_architecture_without_a_task_is_refused(architectures):
     with pytest.raises(InputRefused, match="No supported task follows from the base's architecture") as refused:
-        resolve_task(None, {"architectures": architectures}, {}, "here")
+        resolve_task(None, {"architectures": architectures}, {}, where="here")
     assert refused.value.where == "here/config.json: architectures"
 
 
 def test_the_class_that_an_adapter_was_trained_on_goes_before_the_bases():
     config = {"architectures": ["BertForMaskedLM"]}
     trained = {"a": "BertForSequenceClassification", "b": None}
-    assert resolve_task(None, config, {}, "here", trained) is Task.TEXT_CLASSIFICATION
+    assert resolve_task(None, config, {}, where="here", trained_classes=trained) is Task.TEXT_CLASSIFICATION
     with pytest.raises(InputRefused, match="The adapters were trained for different tasks") as refused:
-        resolve_task(None, config, {}, "here", trained | {"b": "BertForTokenClassification"})
+        resolve_task(None, config, {}, where="here", trained_classes=trained | {"b": "BertForTokenClassification"})
     assert refused.value.where == "adapter_config.json: auto_mapping"
 
 
@@ -97,18 +97,18 @@ def test_the_class_that_an_adapter_was_trained_on_goes_before_the_bases():
 def test_a_multimodal_base_is_refused_by_name_unless_text_is_asked_for(architecture):
     config = {"architectures": [architecture]}
     with pytest.raises(InputRefused, match="The base is multimodal") as refused:
-        resolve_task(None, config, {}, "here")
+        resolve_task(None, config, {}, where="here")
     assert refused.value.found == architecture
     assert "--task text-generation" in refused.value.next_step
-    assert resolve_task("text-generation", config, {}, "here") is Task.TEXT_GENERATION
-    assert resolve_task(None, config, {"a": "CAUSAL_LM"}, "here") is Task.TEXT_GENERATION
+    assert resolve_task("text-generation", config, {}, where="here") is Task.TEXT_GENERATION
+    assert resolve_task(None, config, {"a": "CAUSAL_LM"}, where="here") is Task.TEXT_GENERATION
 
 
 @pytest.mark.parametrize(
     ("model_type", "task"), [("t5", Task.TEXT2TEXT_GENERATION), ("whisper", Task.SPEECH_RECOGNITION)]
 )
 def test_a_sequence_to_sequence_adapter_is_of_its_bases_kind(model_type, task):
-    assert resolve_task(None, {"model_type": model_type}, {"a": "SEQ_2_SEQ_LM"}, "here") is task
+    assert resolve_task(None, {"model_type": model_type}, {"a": "SEQ_2_SEQ_LM"}, where="here") is task
 
 
 def test_speech_recognition_is_whispers(bases):

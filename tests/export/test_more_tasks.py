@@ -97,7 +97,7 @@ def reference(made, task: str):
 def test_run_answers_a_question_out_of_the_text(made):
     out, base, _ = made("question-answering")
     question, text = "who?", "the quick brown fox"
-    (result,) = run_trial(out, [question, text], {"a": 1.0}, "cpu", 1)["results"]
+    (result,) = run_trial(out, [question, text], {"a": 1.0}, provider="cpu", max_new_tokens=1)["results"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     given = tokenizer(question, text, return_tensors="pt", return_token_type_ids=True)
     with torch.no_grad():
@@ -109,12 +109,12 @@ def test_run_answers_a_question_out_of_the_text(made):
     i, j = max(spans, key=lambda span: outputs.start_logits[0, span[0]] + outputs.end_logits[0, span[1]])
     assert result["text"] == tokenizer.decode(given["input_ids"][0, i : j + 1], skip_special_tokens=True).strip()
     with pytest.raises(UsageProblem, match="Question answering takes questions and texts in turn"):
-        run_trial(out, [question], {}, "cpu", 1)
+        run_trial(out, [question], {}, provider="cpu", max_new_tokens=1)
 
 
 def test_run_fills_a_gap(made):
     out, base, _ = made("fill-mask")
-    (result,) = run_trial(out, ["a [UNK] b"], {"a": 1.0}, "cpu", 1)["results"]
+    (result,) = run_trial(out, ["a [UNK] b"], {"a": 1.0}, provider="cpu", max_new_tokens=1)["results"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     given = tokenizer("a [UNK] b", return_tensors="pt", return_token_type_ids=True)
     place = int((given["input_ids"][0] == tokenizer.mask_token_id).nonzero())
@@ -124,13 +124,13 @@ def test_run_fills_a_gap(made):
         ).logits
     assert result["label"] == tokenizer.decode([int(logits[0, place].argmax())]).strip()
     with pytest.raises(UsageProblem, match="The text has no gap to fill"):
-        run_trial(out, ["no gap"], {}, "cpu", 1)
+        run_trial(out, ["no gap"], {}, provider="cpu", max_new_tokens=1)
 
 
 def test_run_chooses_an_ending(made):
     out, base, _ = made("multiple-choice")
     endings = ["one", "two", "three"]
-    found = run_trial(out, ["count:", *endings], {"a": 1.0}, "cpu", 1)
+    found = run_trial(out, ["count:", *endings], {"a": 1.0}, provider="cpu", max_new_tokens=1)
     given = transformers.AutoTokenizer.from_pretrained(base)(
         ["count:"] * 3, endings, return_tensors="pt", return_token_type_ids=True, padding=True
     )
@@ -139,7 +139,7 @@ def test_run_chooses_an_ending(made):
         logits = reference(made, "multiple-choice")(**named).logits[0]
     assert found["inputs"] == ["count:"] and found["results"][0]["label"] == endings[int(logits.argmax())]
     with pytest.raises(UsageProblem, match="Multiple choice takes a text and its endings"):
-        run_trial(out, ["count:", "one"], {}, "cpu", 1)
+        run_trial(out, ["count:", "one"], {}, provider="cpu", max_new_tokens=1)
 
 
 @pytest.mark.parametrize(("task", "shown"), [("ctc-speech-recognition", "tokens"), ("audio-classification", "scores")])
@@ -153,7 +153,7 @@ def test_run_hears_sounds_of_different_lengths(task, shown, made, tmp_path):
             file.setsampwidth(2)
             file.setframerate(16000)
             file.writeframes(samples.tobytes())
-    results = run_trial(made(task)[0], files, {"a": 1.0}, "cpu", 1)["results"]
+    results = run_trial(made(task)[0], files, {"a": 1.0}, provider="cpu", max_new_tokens=1)["results"]
     assert len(results) == 2 and all(shown in result for result in results)
 
 
@@ -165,5 +165,7 @@ def test_run_sees_images(task, shown, made, tmp_path):
 
     pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
-    (result,) = run_trial(made(task)[0], [str(tmp_path / "image.png")], {"a": 1.0}, "cpu", 1)["results"]
+    (result,) = run_trial(made(task)[0], [str(tmp_path / "image.png")], {"a": 1.0}, provider="cpu", max_new_tokens=1)[
+        "results"
+    ]
     assert shown in result

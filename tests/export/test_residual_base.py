@@ -57,7 +57,9 @@ def test_it_is_added_to_a_dynamic_export(trained, tmp_path: Path) -> None:
     export(request, ExportOptions(tmp_path / "out"))
     with pytest.raises(InputRefused, match="start cannot be repeated"):
         add_adapter(tmp_path / "out", [(str(adapter), "b")], SourceOverrides())
-    manifest = add_adapter(tmp_path / "out", [(str(adapter), "b")], SourceOverrides(), AddOptions(residual_base=True))
+    manifest = add_adapter(
+        tmp_path / "out", [(str(adapter), "b")], SourceOverrides(), options=AddOptions(residual_base=True)
+    )
     assert [record.residual_base for record in manifest.adapters] == [True, True]
 
 

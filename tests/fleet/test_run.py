@@ -225,7 +225,7 @@ def test_an_address_is_fetched(fleet, adapters, tmp_path):
         memory.pipe(f"/store/chat/{file.name}", file.read_bytes())
     memory.pipe("/store/chat/chat_template.jinja", b"mine")
     entries = [Entry("chat", "memory://store/chat", "here"), Entry("gone", "memory://store/gone", "here")]
-    opened, refused = open_all(entries, "base", None, tmp_path, lambda *_: None)
+    opened, refused = open_all(entries, "base", None, fetched=tmp_path, progress=lambda *_: None)
     assert [each.folder.shapes.keys() for each in opened] and opened[0].folder.path == tmp_path / "chat"
     assert "chat_template.jinja" in opened[0].carried
     assert [(outcome.name, outcome.reason) for outcome in refused] == [
@@ -243,7 +243,7 @@ def test_what_lies_beside_an_adapter_decides_with_it(name, adapters, tmp_path):
     for text in ("{}", '{"a": 1}'):
         (tmp_path / "chat" / name).write_text(text)
         (opened,), _ = open_all(
-            [Entry("chat", str(tmp_path / "chat"), "here")], "base", None, tmp_path, lambda *_: None
+            [Entry("chat", str(tmp_path / "chat"), "here")], "base", None, fetched=tmp_path, progress=lambda *_: None
         )
         found.append(opened)
     assert found[0].hashes == found[1].hashes and found[0].kind == found[1].kind

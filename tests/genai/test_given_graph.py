@@ -171,7 +171,7 @@ def test_bench_compares_with_the_given_graph(bases, adapters, built, tmp_path):
     folder = tmp_path / "out"
     exported(bases["llama"], [adapters["chat"]], built(bases["llama"], "fp32"), folder)
     plan = plan_bench(folder, BenchOptions())
-    compared = export_compared(plan, bases["llama"], {"chat": adapters["chat"]}, tmp_path, lambda *_: None)
+    compared = export_compared(plan, bases["llama"], {"chat": adapters["chat"]}, out=tmp_path, progress=lambda *_: None)
     assert set(compared) == {BASE, MERGED}
     feeds = references.text(2, 6, token_types=False)
     base = AdapterSession(compared[BASE], "cpu").run(feeds, outputs=["logits"])["logits"]

@@ -50,7 +50,11 @@ def test_weights_are_made_one_at_a_time(tmp_path):
 
     told = []
     written = write_graphs(
-        {"model": chain(8)}, tmp_path, make, {"model": ()}, on_weight=lambda name, n: told.append((name, n))
+        {"model": chain(8)},
+        tmp_path,
+        make,
+        adapter_inputs={"model": ()},
+        on_weight=lambda name, n: told.append((name, n)),
     )
     # One that is being hashed on the other thread may still be there.
     assert most <= 2, f"{most} weights were in memory at once"
@@ -60,7 +64,7 @@ def test_weights_are_made_one_at_a_time(tmp_path):
 
 def test_hashes_are_those_of_the_files_and_tensors_start_on_pages(tmp_path):
     written = write_graphs(
-        {"model": chain(3)}, tmp_path, lambda recipe, dtype: np.full((N, N), 3, dtype), {"model": ()}
+        {"model": chain(3)}, tmp_path, lambda recipe, dtype: np.full((N, N), 3, dtype), adapter_inputs={"model": ()}
     )
     assert set(written.sha256) == {"model.onnx", "model.onnx.data"}
     for name, expected in written.sha256.items():
@@ -75,13 +79,15 @@ def test_a_failing_weight_stops_the_write(tmp_path):
         raise OSError(28, "no room")
 
     with pytest.raises(OSError, match="no room"):
-        write_graphs({"model": chain(2)}, tmp_path, fail, {"model": ()})
+        write_graphs({"model": chain(2)}, tmp_path, fail, adapter_inputs={"model": ()})
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((N, N), np.float16), ((N, N + 1), np.float32), ((N,), np.float32)])
 def test_a_weight_that_is_not_dtype_times_shape_is_refused(shape, dtype, tmp_path):
     with pytest.raises(InputRefused, match="not of the size that the graph has for it") as refused:
-        write_graphs({"model": chain(1)}, tmp_path, lambda recipe, _: np.zeros(shape, dtype), {"model": ()})
+        write_graphs(
+            {"model": chain(1)}, tmp_path, lambda recipe, _: np.zeros(shape, dtype), adapter_inputs={"model": ()}
+        )
     assert (refused.value.where, refused.value.expected) == ("w0", f"[{N}, {N}] in float32, {4 * N * N} bytes")
     assert f"{list(shape)} in {np.dtype(dtype)}" in refused.value.found
 
@@ -94,7 +100,7 @@ def test_graphs_of_one_data_file_share_what_is_made_the_same_way(tmp_path):
         return np.full((N, N), len(made), dtype)
 
     models = {"encoder_model": chain(1), "decoder_model": chain(3), "decoder_with_past_model": chain(2)}
-    written = write_graphs(models, tmp_path, make, dict.fromkeys(models, ()))
+    written = write_graphs(models, tmp_path, make, adapter_inputs=dict.fromkeys(models, ()))
     data = {"encoder_model.onnx.data", "decoder_model.onnx.data"}
     assert set(written.sha256) == {f"{graph}.onnx" for graph in models} | data
     # The encoder's file is its own; in the decoder's, each weight is once.

@@ -47,7 +47,7 @@ def run(model: ir.Model, folder, weights: dict[str, np.ndarray], feeds: dict) ->
         parts = [weights[name].T if recipe.transposed else weights[name] for name in recipe.parameters]
         return np.ascontiguousarray(np.concatenate(parts, axis=recipe.axis) if len(parts) > 1 else parts[0])
 
-    write_graphs({"model": model}, folder, make, {"model": ()})
+    write_graphs({"model": model}, folder, make, adapter_inputs={"model": ()})
     return ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"]).run(None, feeds)
 
 

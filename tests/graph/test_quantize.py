@@ -105,7 +105,7 @@ def test_every_form_of_a_linear_map_computes_the_product(bits, symmetric, tmp_pa
         array = arrays[recipe.parameters[0]]
         return np.ascontiguousarray(array.T if recipe.transposed else array)
 
-    write_graphs({"model": model}, tmp_path, Maker(make), {"model": ()})
+    write_graphs({"model": model}, tmp_path, Maker(make), adapter_inputs={"model": ()})
     fed = {"x": rng.standard_normal((4, n_in)).astype(np.float32), "ids": np.array([3, 0])}
     path = tmp_path / "model.onnx"
     found = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, fed)

@@ -183,7 +183,7 @@ def test_names_of_layers():
 def test_the_names_of_all_layers_are_in_order():
     stack, names = Stack("h", 6), LayerNames(Stack("h", 6))
     given = ["ids", "h.0.k", "h.0.v", "h.1.k", "h.1.v", "h.2.k", "h.2.v", "h.3.k", "h.3.v", "norm"]
-    found = expanded(given, names.layer, names.moved, stack.n_layers)
+    found = expanded(given, names.layer, names.moved, n_layers=stack.n_layers)
     assert found == ["ids", *(f"h.{layer}.{part}" for layer in range(6) for part in "kv"), "norm"]
 
 

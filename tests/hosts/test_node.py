@@ -62,7 +62,7 @@ def test_the_command_writes_the_text_that_python_does(exports):
     assert [row["adapter"] for row in found] == [None, *AdapterSession(folder, "cpu").adapters]
     for row in found:
         blend = {row["adapter"]: 1.0} if row["adapter"] else {}
-        (expected,) = run_trial(folder, [text], blend, "cpu", 12)["results"]
+        (expected,) = run_trial(folder, [text], blend, provider="cpu", max_new_tokens=12)["results"]
         assert row["ids"] == expected["tokens"]
     shown = node(GENERATE, folder, "--max-new-tokens", 12, "--adapter", "voice", text)
     assert shown.startswith(f"[voice] {text}")
@@ -73,7 +73,9 @@ def test_the_command_classifies_as_python_does_with_another_adapter_in_each_row(
     found = json.loads(node(CLASSIFY, folder, "--json", *TEXTS))
     assert [(row["text"], row["adapter"]) for row in found] == [(t, a) for t in TEXTS for a in ("topic", "kind")]
     for row in found:
-        (expected,) = run_trial(folder, [row["text"]], {row["adapter"]: 1.0}, "cpu", 1)["results"]
+        (expected,) = run_trial(folder, [row["text"]], {row["adapter"]: 1.0}, provider="cpu", max_new_tokens=1)[
+            "results"
+        ]
         scores = {each["label"]: each["score"] for each in row["scores"]}
         assert scores.keys() == expected["scores"].keys()
         assert row["scores"][0]["label"] == expected["label"]

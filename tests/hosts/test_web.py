@@ -59,7 +59,9 @@ def require_scores_of_python(folder: Path, state: dict) -> None:
         (each["text"], each["adapter"]) for each in state["found"]
     ]
     for line, each in zip(full, state["found"], strict=True):
-        (expected,) = run_trial(folder, [each["text"]], {each["adapter"]: 1.0}, "cpu", 1)["results"]
+        (expected,) = run_trial(folder, [each["text"]], {each["adapter"]: 1.0}, provider="cpu", max_new_tokens=1)[
+            "results"
+        ]
         scores = {score["label"]: score["score"] for score in each["scores"]}
         assert scores.keys() == expected["scores"].keys()
         for label, score in scores.items():

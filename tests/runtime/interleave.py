@@ -22,12 +22,12 @@ class Pause:
         self.reached, self.resume = threading.Event(), threading.Event()
         self.n_calls = 0
 
-    def __call__(self, *args):
+    def __call__(self, *args, **named):
         self.n_calls += 1
         waits = self.n_calls == self.nth
         if waits and not self.after:
             self.wait()
-        result = self.function(*args)
+        result = self.function(*args, **named)
         if waits and self.after:
             self.wait()
         return result

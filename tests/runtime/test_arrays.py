@@ -21,7 +21,7 @@ def identity(kind: int) -> ort.InferenceSession:
 def test_a_session_runs_on_arrays_of_every_dtype(dtype):
     x = np.arange(6).reshape(3, 2).astype(numpy_dtype(dtype))
     found = run_arrays(
-        identity(getattr(TensorProto, {"float32": "FLOAT"}.get(dtype, dtype.upper()))), "cpu", {"x": x}, ["y"]
+        identity(getattr(TensorProto, {"float32": "FLOAT"}.get(dtype, dtype.upper()))), "cpu", {"x": x}, names=["y"]
     )
     assert found["y"].dtype == x.dtype and (found["y"] == x).all()
 

@@ -79,7 +79,7 @@ BATCHES = st.lists(st.lists(ROW, min_size=1, max_size=5), min_size=1, max_size=8
 
 def stacked(rows) -> dict[str, np.ndarray]:
     tensors = {each: each.tensors for row in rows for each, _ in row}
-    return stack_rows(CONTRACT, tensors, rows, DEFAULTS)
+    return stack_rows(CONTRACT, tensors, rows, defaults=DEFAULTS)
 
 
 def require_equal(found: Mapping, rows) -> None:

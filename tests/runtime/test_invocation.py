@@ -111,8 +111,8 @@ def test_an_adapter_and_its_invocation_are_loaded_at_once(session: AdapterSessio
     expected = session.run(inputs, "late")["logits"]
     put, found = session._shelf.put, []
 
-    def put_and_run(*args) -> None:
-        put(*args)
+    def put_and_run(*args, **named) -> None:
+        put(*args, **named)
         found.append(session.run(inputs, "later")["logits"])
 
     monkeypatch.setattr(session._shelf, "put", put_and_run)

@@ -48,7 +48,7 @@ def test_a_run_in_the_middle_of_a_load_sees_none_of_it(nth, bart, monkeypatch):
     session, found = bart(), []
     old = session.run(TARGETS, "bart-all")["logits"]
     pause = Pause(Bank.with_adapter, after=True, nth=nth)
-    monkeypatch.setattr(Bank, "with_adapter", lambda *args: pause(*args))
+    monkeypatch.setattr(Bank, "with_adapter", lambda *args, **named: pause(*args, **named))
     during(pause, lambda: replace_all(session), lambda: found.append(session.run(TARGETS, "bart-all")["logits"]))
     np.testing.assert_array_equal(found[0], old)
     assert np.abs(session.run(TARGETS, "bart-all")["logits"] - old).max() > 0.01

@@ -67,7 +67,7 @@ ENTRIES = st.dictionaries(
 @settings(max_examples=60, deadline=None)
 def test_each_row_gets_its_own_blend(entries, seed):
     rows = [tuple(entry.items()) for entry in entries]
-    found = stack_rows(contract(), ADAPTERS, rows, DEFAULTS)
+    found = stack_rows(contract(), ADAPTERS, rows, defaults=DEFAULTS)
     x = np.random.default_rng(seed).standard_normal((len(rows), IN))
     if not any(rows):
         assert found == {}, "nothing is bound for the base"
@@ -81,13 +81,13 @@ def test_each_row_gets_its_own_blend(entries, seed):
 
 
 def test_an_adapter_without_a_module_leaves_it_alone():
-    found = stack_rows(contract(), ADAPTERS, [(("r1", 1.0),), (("head only", 1.0),)], DEFAULTS)
+    found = stack_rows(contract(), ADAPTERS, [(("r1", 1.0),), (("head only", 1.0),)], defaults=DEFAULTS)
     assert not found["q.lora_A.weight"][1].any() and not found["q.lora_B.weight"][1].any()
-    assert "q.lora_A.weight" not in stack_rows(contract(), ADAPTERS, [(("head only", 1.0),)], DEFAULTS)
+    assert "q.lora_A.weight" not in stack_rows(contract(), ADAPTERS, [(("head only", 1.0),)], defaults=DEFAULTS)
 
 
 def test_heads_are_left_out_where_no_row_needs_one():
-    found = stack_rows(contract(), ADAPTERS, [(("r1", 1.0),), ()], DEFAULTS)
+    found = stack_rows(contract(), ADAPTERS, [(("r1", 1.0),), ()], defaults=DEFAULTS)
     assert set(found) == {"q.lora_A.weight", "q.lora_B.weight"}
 
 
@@ -97,7 +97,7 @@ def test_heads_of_unequal_size_are_padded(bias):
     if not bias:
         adapters = {name: {"head.weight": tensors["head.weight"]} for name, tensors in adapters.items()}
     rows = [(("four", 1.0),), (("one", 1.0),), ()]
-    found = stack_rows(contract(bias=bias), adapters, rows, DEFAULTS)
+    found = stack_rows(contract(bias=bias), adapters, rows, defaults=DEFAULTS)
     assert found["head.weight"].shape == (3, OUT, 4)
     np.testing.assert_array_equal(found["head.weight"][0], adapters["four"]["head.weight"][0])
     np.testing.assert_array_equal(found["head.weight"][1, :, :1], adapters["one"]["head.weight"][0])
@@ -107,13 +107,13 @@ def test_heads_of_unequal_size_are_padded(bias):
         assert (found["head.bias"][1, 0, 1:] == np.finfo(np.float32).min).all()
         assert (found["head.bias"][2, 0, 2:] == np.finfo(np.float32).min).all()
         assert np.isfinite(found["head.bias"]).all(), "an infinity would make NaN"
-    assert classes_by_row(contract(bias=bias), adapters, rows, DEFAULTS) == {"head.out_features": [4, 1, 2]}
+    assert classes_by_row(contract(bias=bias), adapters, rows, defaults=DEFAULTS) == {"head.out_features": [4, 1, 2]}
 
 
 def test_a_blend_of_heads_moves_from_the_bases_head():
     """W0 + Σ w_k (W_k − W0)."""
     adapters = {"a": head(2, 1), "b": head(2, 2)}
-    found = stack_rows(contract(), adapters, [(("a", 0.25), ("b", 0.5))], DEFAULTS)
+    found = stack_rows(contract(), adapters, [(("a", 0.25), ("b", 0.5))], defaults=DEFAULTS)
     for name in ("head.weight", "head.bias"):
         start = DEFAULTS[name].astype(np.float64)
         expected = start + 0.25 * (adapters["a"][name] - start) + 0.5 * (adapters["b"][name] - start)
@@ -123,7 +123,7 @@ def test_a_blend_of_heads_moves_from_the_bases_head():
 def test_a_blend_of_heads_without_a_base_head_is_their_weighted_sum():
     adapters = {"a": head(5, 1), "b": head(5, 2)}
     zeros = {name: np.zeros_like(value) for name, value in DEFAULTS.items()}
-    found = stack_rows(contract(base_has_head=False), adapters, [(("a", 0.25), ("b", 0.75))], zeros)
+    found = stack_rows(contract(base_has_head=False), adapters, [(("a", 0.25), ("b", 0.75))], defaults=zeros)
     expected = 0.25 * adapters["a"]["head.weight"].astype(np.float64) + 0.75 * adapters["b"]["head.weight"]
     np.testing.assert_allclose(found["head.weight"], expected, atol=1e-6)
 
@@ -132,13 +132,13 @@ def test_a_blend_of_heads_without_a_base_head_is_their_weighted_sum():
 def test_a_blend_of_heads_of_different_sizes_is_refused(sizes):
     adapters = {"a": head(sizes[0], 1), "b": head(sizes[1], 2)}
     with pytest.raises(UsageProblem, match="A row blends heads of different sizes") as refused:
-        stack_rows(contract(), adapters, [(("a", 0.5), ("b", 0.5))], DEFAULTS)
+        stack_rows(contract(), adapters, [(("a", 0.5), ("b", 0.5))], defaults=DEFAULTS)
     assert refused.value.found == "a × 0.5, b × 0.5"
 
 
 def test_adapters_are_not_changed_by_stacking():
     before = {name: {k: v.copy() for k, v in tensors.items()} for name, tensors in ADAPTERS.items()}
-    found = stack_rows(contract(), ADAPTERS, [(("r5", 0.5),)], DEFAULTS)
+    found = stack_rows(contract(), ADAPTERS, [(("r5", 0.5),)], defaults=DEFAULTS)
     for array in found.values():
         array[...] = 7
     for name, tensors in before.items():

@@ -86,7 +86,7 @@ def test_two_threads_that_load_at_once_load_both(bert, monkeypatch):
     session = bert()
     file = session.folder / "adapters" / "topic.onnx_adapter"
     pause = Pause(Bank.with_adapter, after=True)
-    monkeypatch.setattr(Bank, "with_adapter", lambda *args: pause(*args))
+    monkeypatch.setattr(Bank, "with_adapter", lambda *args, **named: pause(*args, **named))
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(session.load, file, "first")
         assert pause.reached.wait(WAIT_S)

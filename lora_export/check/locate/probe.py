@@ -69,7 +69,7 @@ class SeenGraph:
         """Further values of the same run."""
         session = self.run.session
         model = self.graph.with_outputs(names)
-        return run_for_values(model, session.folder, session.provider, self.run.feeds, names)
+        return run_for_values(model, session.folder, session.provider, feeds=self.run.feeds, names=names)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _look(run: GraphRun, calls: Sequence[ModuleCall], outputs: Mapping[str, np.n
     names = _ENCODED if "encoder" in session.graph else {}
     expected = {name: outputs[names.get(name, name)] for name in graph.outputs if names.get(name, name) in outputs}
     wanted = list(dict.fromkeys([*(v for p in matches for v in p.values if v in graph.producers), *expected]))
-    values = run_for_values(graph.with_outputs(wanted), session.folder, session.provider, run.feeds, wanted)
+    values = run_for_values(graph.with_outputs(wanted), session.folder, session.provider, feeds=run.feeds, names=wanted)
     compared = compare_values(graph, session.graph, matches, values={**run.feeds, **values}, row=run.row, limit=limit)
     final = [
         compare_value(

@@ -106,4 +106,4 @@ def test_what_rows_are_compared_by():
 
 def test_a_trial_refuses_to_make_up_images(exports):
     with pytest.raises(UsageProblem, match="takes texts or images, and this graph takes both"):
-        run_trial(exports["clip-merged"], ["a cat"], {}, "cpu", 4)
+        run_trial(exports["clip-merged"], ["a cat"], {}, provider="cpu", max_new_tokens=4)
