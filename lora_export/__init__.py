@@ -21,6 +21,7 @@
 
     contract.py     the exported graph's contract: inputs, outputs, and the table of adapter-input kinds
     quantization.py how an export stores linear maps as integers
+    sentence.py     how a text's states become one embedding
     agreement.py    whether a contract is that of its graph
     other_tools.py  the ONNX file and the settings in another tool's folder
     named.py        what a user names: a path, or a hub id

@@ -26,6 +26,7 @@ from lora_export.errors import InputRefused, UsageProblem, nearest
 from lora_export.json_schema import violations
 from lora_export.own_hash import KEY, with_own_hash
 from lora_export.quantization import Quantization
+from lora_export.sentence import SentenceEmbedding
 
 MANIFEST, SIGNATURE = "lora_export.json", "model.sig"
 ADAPTERS, REPORTS = "adapters", "reports"
@@ -103,6 +104,7 @@ class Manifest:
         pad_token_id: Of a classifier on a decoder, which reads a text at its last token that is not this one.
         quantization: How the base's linear maps are stored as integers; None where all weights are floats.
         given_graph: The graph of another tool that the adapters were put onto; None where this tool made it.
+        sentence_embedding: What the output of that name is; None where the graph has none.
     """
 
     kind: ExportKind
@@ -118,6 +120,7 @@ class Manifest:
     pad_token_id: int | None = None
     quantization: Quantization | None = None
     given_graph: SourceRecord | None = None
+    sentence_embedding: SentenceEmbedding | None = None
 
     @property
     def contract(self) -> GraphContract:
@@ -257,9 +260,8 @@ def _damaged(path: Path, found: str) -> InputRefused:
 
 def record_from(entry: Mapping) -> AdapterRecord:
     """The adapter's record of which `entry`, of a manifest or of `dataclasses.asdict`, holds the fields."""
-    labels = entry["labels"]
     sequences = {name: tuple(entry[name]) for name in ("ranks", "scales", "targets", "replaced")}
-    labels = labels and {int(key): value for key, value in labels.items()}
+    labels = (given := entry["labels"]) and {int(key): value for key, value in given.items()}
     known = sequences | {"labels": labels, "source": SourceRecord(**entry["source"])}
     known["invocation_tokens"] = (tokens := entry.get("invocation_tokens")) and tuple(tokens)
     if "file" in entry:
@@ -271,18 +273,17 @@ def record_from(entry: Mapping) -> AdapterRecord:
 
 def _manifest_from(fields: dict) -> Manifest:
     # JSON keeps names sorted; graphs are kept in the order they run.
-    in_order = (ENCODER, DECODER, DECODER_WITH_PAST)
-    one = "contract" in fields
-    graphs = {SINGLE: fields["contract"]} if one else {graph: fields["graphs"][graph] for graph in in_order}
+    in_order = (SINGLE,) if "contract" in fields else (ENCODER, DECODER, DECODER_WITH_PAST)
+    graphs = {graph: fields["contract"] if graph == SINGLE else fields["graphs"][graph] for graph in in_order}
     fields = {key: value for key, value in fields.items() if key not in (KEY, "contract")}
     changed = {
         "kind": ExportKind(fields["kind"]),
         "base": SourceRecord(**fields["base"]),
         "adapters": tuple(map(record_from, fields["adapters"])),
         "graphs": {graph: GraphContract.from_dict(contract) for graph, contract in graphs.items()},
-        "files": dict(fields["files"]),
     }
     read = {"quantization": Quantization.from_dict, "given_graph": lambda source: SourceRecord(**source)}
+    read["sentence_embedding"] = SentenceEmbedding.from_dict
     changed |= {name: make(fields[name]) for name, make in read.items() if fields.get(name)}
     return Manifest(**(fields | changed))
 

@@ -31,6 +31,7 @@ from lora_export.export.lifecycle import AddOptions, add_to, remove_from
 from lora_export.export.options import ExportOptions
 from lora_export.export.outputs import planned_bytes
 from lora_export.export.plan import Request, make_plan
+from lora_export.export.pooling import pooling_again
 from lora_export.export.quantizing import quantize_graphs, require_kept
 from lora_export.export.recall import keep, recalled, record_key
 from lora_export.export.records import adapter_records, hashed_sources, hashes_of, write_config
@@ -117,6 +118,7 @@ def export(request: Request, options: ExportOptions, *, progress: Progress = sil
             how = (kind, plan.task, plan.dtype, request.provider)
             files = dict(sorted(files.items()))
             stored = {"pad_token_id": plan.pad_token_id, "quantization": quantization, "given_graph": sources.graph}
+            stored["sentence_embedding"] = None if plan.head is None else plan.head.embedding
             manifest = Manifest(*how, sources.base, records, contracts, files, **stored)
             write_manifest(folder, manifest)
             if signer is not None:
@@ -257,6 +259,7 @@ def export_compared(
         progress("exporting what to compare with", done, len(chosen))
         same = {"residual_base": residual, "pad_token_id": manifest.pad_token_id}
         same |= {"quantization": requested_of(manifest.quantization), "graph": graph}
+        same["pooling"] = pooling_again(manifest.sentence_embedding, base, adapters)
         request = Request(str(base), folded, "merge", *how, **same)
         export(request, ExportOptions(out / label, zeros_for_missing_head=True))
     return {label: out / label for label in chosen}

@@ -28,6 +28,7 @@ from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.generate import Generated, Piece
 from lora_export.runtime.scheduler import Finish
 from lora_export.runtime.seq2seq_session import Seq2SeqSession, open_export
+from lora_export.sentence import SENTENCE_EMBEDDING
 
 
 def run_trial(
@@ -109,6 +110,8 @@ class _Answers:
     def _answer(self, task: Task, outputs: Mapping[str, np.ndarray], batch: Batch | None, *, row: int) -> dict:
         if "predicted_depth" in outputs:
             return depth_answer(outputs["predicted_depth"][row])
+        if SENTENCE_EMBEDDING in outputs:
+            return {SENTENCE_EMBEDDING: outputs[SENTENCE_EMBEDDING][row].tolist()}
         if "logits" not in outputs:
             states = outputs["last_hidden_state"][row]
             return {"last_hidden_state": list(states.shape), "mean": states.mean(axis=0)[:8].tolist()}

@@ -4,6 +4,7 @@
     restored.py    weights of quantized checkpoints, in floats
     quantized.py   which method a base's weights are quantized by; others than these refused by name
     config.py      its config.json, compared with the checkpoint's headers and read by Transformers
+    sentence_folder.py  folders of sentence-transformers, and what follows the model in them
     checkpoint.py  a base's folder, and what it holds of a model
     conversion.py  which stored tensors make a parameter, and reading them
     recipe.py      how a stored weight is made, as data
@@ -20,5 +21,5 @@
     trace.py       the trace of a weightless model: its axes, the names of a decoder's KV cache
     decompose.py   torch.onnx made to decompose operator by operator
 
-Imports compat, contract, errors, named, quantization, quiet.
+Imports compat, contract, errors, named, quantization, quiet, sentence.
 """

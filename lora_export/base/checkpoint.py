@@ -11,6 +11,7 @@ import torch
 from lora_export.base.config import read_config, refuse_unsafe_or_unknown, require_headers
 from lora_export.base.conversion import Converted, stored_parameters
 from lora_export.base.quantized import in_floats, refuse_other_dtypes, refuse_quantized
+from lora_export.base.sentence_folder import transformer_in
 from lora_export.base.stored import SAFETENSORS_DTYPES, SafetensorsFiles, read_json, weight_files
 from lora_export.errors import EnvironmentUnusable, InputRefused
 from lora_export.named import is_hub_id, near, refuse_no_folder
@@ -37,7 +38,7 @@ def locate(given: str, *, kind: str) -> Located:
     """
     path = Path(given).expanduser()
     if path.is_dir():
-        return Located(path.resolve(), given)
+        return Located(transformer_in(path.resolve()), given)
     if path.exists() or not is_hub_id(given):
         refuse_no_folder(given, kind=kind)
     from huggingface_hub import snapshot_download
@@ -59,7 +60,7 @@ def locate(given: str, *, kind: str) -> Located:
         ) from error
     except HFValidationError as error:
         raise InputRefused(f"The {kind} is neither a folder nor a hub id", where=given, found=str(error)) from error
-    return Located(folder, repo_id, folder.name)
+    return Located(transformer_in(folder), repo_id, folder.name)
 
 
 @dataclass(frozen=True)

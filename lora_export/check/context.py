@@ -16,6 +16,7 @@ from lora_export.check.inputs.examples import Batch, Examples
 from lora_export.check.judge.compare import Outputs
 from lora_export.check.judge.tolerances import Tolerances
 from lora_export.check.reference.on_integers import IntegerBase
+from lora_export.check.reference.sentence import SentenceReference
 from lora_export.check.reference.trained import TrainedAdapter
 from lora_export.check.reference.unmerged import Reference
 from lora_export.contract import graph_file
@@ -26,6 +27,7 @@ from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.generate import empty_cache
 from lora_export.runtime.seq2seq_session import Seq2SeqSession, open_export
 from lora_export.runtime.session import open_session
+from lora_export.sentence import SENTENCE_EMBEDDING
 
 # Rounding is as large in so many batches as in all.
 _PRECISE_BATCHES = 8
@@ -62,6 +64,7 @@ class CheckRequest:
         data: Examples by adapter name; the key None serves all others.
         merged: A merged export of one of the adapters, to compare a dynamic export with.
         tolerances: Limits in place of the table's, by measure.
+        sentence: What makes an embedding of hidden states; None for none.
     """
 
     folder: Path
@@ -71,6 +74,7 @@ class CheckRequest:
     data: Mapping[str | None, Examples]
     merged: Path | None = None
     tolerances: Mapping[str, float] = field(default_factory=dict)
+    sentence: SentenceReference | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class CheckContext:
         ]
         manifest = self.session.manifest
         how = {"with_precise": self.with_precise, "pad_token_id": manifest.pad_token_id, "integers": self.integers}
-        how["merged"] = self.is_merged_integers
+        how |= {"merged": self.is_merged_integers, "sentence": self.request.sentence}
         return Reference(self.task, self.request.base, adapters, dtype=manifest.dtype, n_labels=n_labels, **how)
 
     def float_reference(self, records: Sequence[AdapterRecord], *, merged: bool = False) -> Reference:
@@ -128,7 +132,7 @@ class CheckContext:
             TrainedAdapter(self.request.adapters[r.name], r.weight, r.convert_rank, r.residual_base) for r in records
         ]
         manifest, n_labels = self.session.manifest, next((r.n_labels for r in records if r.n_labels), None)
-        how = {"pad_token_id": manifest.pad_token_id, "merged": merged}
+        how = {"pad_token_id": manifest.pad_token_id, "merged": merged, "sentence": self.request.sentence}
         return Reference(self.task, self.request.base, adapters, dtype=manifest.dtype, n_labels=n_labels, **how)
 
     def fresh_session(self) -> AnySession:
@@ -196,6 +200,7 @@ _MAIN_OUTPUTS = (
     ("text_embeds", "image_embeds"),
     ("text_embeds",),
     ("image_embeds",),
+    (SENTENCE_EMBEDDING,),
     ("last_hidden_state",),
 )
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_export.artifact import read_manifest
+from lora_export.artifact import Manifest, read_manifest
+from lora_export.base.checkpoint import locate
+from lora_export.base.sentence_folder import read_head, sentence_root
 from lora_export.check.context import CheckOptions, CheckRequest
 from lora_export.check.inputs.examples import read_examples
+from lora_export.check.reference.sentence import SentenceReference
 from lora_export.check.run import Check, begin_check
 from lora_export.integrity.sources import SourceOverrides, locate_sources
 
@@ -30,5 +33,20 @@ def opened_check(folder: Path, overrides: SourceOverrides, options: CheckOptions
         data=examples,
         merged=options.merged,
         tolerances=options.tolerances,
+        sentence=_sentence_of(manifest, base, overrides),
     )
     return begin_check(request)
+
+
+def _sentence_of(manifest: Manifest, base: Path, overrides: SourceOverrides) -> SentenceReference | None:
+    """What makes an embedding of hidden states, of the folder that the export has it from."""
+    embedding = manifest.sentence_embedding
+    if embedding is None:
+        return None
+    place = base
+    if embedding.source:  # the user's own folder: a PEFT folder made of it has the adapter alone
+        given = overrides.adapters.get(embedding.source, manifest.adapter(embedding.source).source.given)
+        place = locate(given, kind="adapter").path
+    root = sentence_root(place)
+    weights = () if embedding.source is None or root is None else read_head(root, embedding.source).weights()
+    return SentenceReference(embedding, weights)

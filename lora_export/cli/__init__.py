@@ -8,11 +8,12 @@
     run.py      run
     serve.py    serve
     options.py  options that several commands share, each written once
+    adapter_options.py  how base and adapters are read
     quantize_options.py  those of --quantize
     names.py    paths and names, looked at before anything is loaded
     output.py   results, errors, progress, exit codes
     text.py     values of inspect, --dry-run, exports and run as text
 
-Imports artifact, base, bench, check, compat, errors, export, extract, fleet, integrity, named, pipeline, quantization,
-report, serve, trial, verdict.
+Imports artifact, base, bench, check, compat, errors, export, extract, fleet, integrity, named, pipeline,
+quantization, report, sentence, serve, trial, verdict.
 """

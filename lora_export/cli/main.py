@@ -92,6 +92,7 @@ def _export(mode: str, paths: Sequence[str], flags: options.ExportFlags, *, how:
             pad_token_id=flags.pad_token_id,
             quantization=quantization_of(flags, provider),
             graph=flags.graph,
+            pooling=flags.pooling,
         )
         if flags.dry_run:
             found = describe.describe_plan(request, flags.out, how.targets, sign_key=flags.sign_key)

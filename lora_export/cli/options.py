@@ -12,6 +12,7 @@ import click
 
 from lora_export.base.tasks import Task
 from lora_export.bench.shapes import Shape, parse_shape
+from lora_export.cli.adapter_options import convert_rank, pad_token_id, pooling, residual_base
 from lora_export.cli.quantize_options import accuracy_level, asymmetric, block_size, keep, quantize
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -122,28 +123,6 @@ tolerances = click.option(
 )
 
 
-def parse_rank(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
-    """A rank as a whole number, or a share of the energy as a number between 0 and 1."""
-    try:
-        return None if value is None else int(value) if value.isdigit() and int(value) else _share(float(value))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is neither a rank nor a share between 0 and 1", context, option) from None
-
-
-def _share(value: float) -> float:
-    if not 0 < value < 1:
-        raise ValueError
-    return value
-
-
-convert_rank = click.option(
-    "--convert-rank",
-    metavar="RANK|SHARE",
-    callback=parse_rank,
-    help="Serve tuners other than LoRA as the nearest pair of this rank, or with this share of the energy.",
-)
-
-
 OPTIONAL, REQUIRED = "optional", "required"
 inputs = click.option(
     "--inputs",
@@ -151,20 +130,6 @@ inputs = click.option(
     default=OPTIONAL,
     show_default=True,
     help="Adapter inputs: with defaults in the graph, or fed in every run (JavaScript cannot feed optional ones).",
-)
-
-
-residual_base = click.option(
-    "--residual-base",
-    is_flag=True,
-    help="BASE is what the adapters' start (PiSSA, CorDA, LoftQ, LoRA-GA) left of the original: add them as they are.",
-)
-
-
-pad_token_id = click.option(
-    "--pad-token-id",
-    type=click.IntRange(min=0),
-    help="Padding token that a classifier on a decoder was trained with.  [default: the adapter's, else the base's]",
 )
 
 
@@ -194,6 +159,7 @@ class ExportFlags:
     names: tuple[str, ...]
     residual_base: bool
     pad_token_id: int | None
+    pooling: str | None
     quantize: str | None
     block_size: str | None
     asymmetric: bool
@@ -270,6 +236,7 @@ export_options = as_flags(
         names,
         residual_base,
         pad_token_id,
+        pooling,
         quantize,
         block_size,
         asymmetric,

@@ -153,6 +153,10 @@ def trial_text(value: dict) -> str:
                 lines.append(f"(an empty answer: {result['empty_because']})")
         elif "text" in result:
             lines.append(f"{given}  →  {result['text']}")
+        elif "sentence_embedding" in result:
+            vector = result["sentence_embedding"]
+            first = ", ".join(f"{number:.4f}" for number in vector[:6])
+            lines.append(f"{len(vector)} numbers: {first} …   {given}")
         elif "values" in result:
             numbers = ", ".join(f"{name} {number:.3f}" for name, number in result["values"].items())
             lines.append(f"{numbers}   {given}")

@@ -2,6 +2,7 @@
 
     task_choice.py the task, told by base and adapters
     plan.py        what was asked for, checked before any work
+    pooling.py     how the graph makes an embedding of a text
     options.py     how to write it
     origin.py      the base that an adapter records
     padding.py     the padding token of a classifier on a decoder
@@ -25,5 +26,5 @@
     describe.py    inspect and --dry-run, as values
 
 Imports adapters, agreement, artifact, base, carried, changing, compat, contract, errors, graph, integrity,
-other_tools, quantization, runtime, staging.
+other_tools, quantization, runtime, sentence, staging.
 """

@@ -28,6 +28,7 @@ from lora_export.graph.fuse import fuse
 from lora_export.graph.head import keep_last_logits
 from lora_export.graph.layer_names import is_uniform, stamped_inputs, stand_ins, traced_choice
 from lora_export.graph.runnable import refuse_bfloat16
+from lora_export.graph.sentence import add_sentence_embedding
 from lora_export.graph.sites import find_sites, refuse_unlinked, sites_in
 from lora_export.graph.stamp import stamp
 from lora_export.graph.unbound import bind_small, rename_weight, untie
@@ -136,6 +137,8 @@ def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, *, graph: str) ->
         "sites": asdict(choice),
         "unbound": sorted(replaced),
     }
+    if plan.head is not None:  # its linear layers go by the hash of their files
+        finished_from["embedding"] = asdict(plan.head.embedding) | {"source": None}
     # Of a decoder, whose attention holds no weights, the graph is the same one.
     if plan.request.quantization is not None and plan.task is not Task.TEXT_GENERATION:
         finished_from["holds_weights"] = False
@@ -154,10 +157,10 @@ def _build(
             model, inputs = _trace_and_fuse(plan, resolved, few, use_cache=use_cache)
         stamped = stamp(model, stack, facts.small)
         if stamped is not None:
-            return _described(stamped, stamped_inputs(inputs, stack))
+            return _described(plan, stamped, stamped_inputs(inputs, stack))
     if is_deep(resolved.model) and facts.graph == graphs_of(plan.task)[0]:
         remark("The base's layers could not be copied from one another, so all are traced, which takes longer.")
-    return _described(*_trace_and_fuse(plan, resolved, facts, use_cache=use_cache))
+    return _described(plan, *_trace_and_fuse(plan, resolved, facts, use_cache=use_cache))
 
 
 def _is_uniform(facts: _Facts, stack: Stack) -> bool:
@@ -166,8 +169,10 @@ def _is_uniform(facts: _Facts, stack: Stack) -> bool:
     return all(is_uniform(names, stack) for names in sites.values())
 
 
-def _described(model: ir.Model, inputs: Sequence[AdapterInput]) -> ir.Model:
-    """`model` with its adapter inputs made optional, and their descriptions along as metadata."""
+def _described(plan: Plan, model: ir.Model, inputs: Sequence[AdapterInput]) -> ir.Model:
+    """`model` with the plan's embedding, its adapter inputs made optional, and their descriptions along as metadata."""
+    if plan.head is not None:
+        model = add_sentence_embedding(model, plan.head.embedding, plan.head.weights())
     attach_defaults(model.graph, inputs)
     model.metadata_props[_ADAPTER_INPUTS] = json.dumps(GraphContract((), (), tuple(inputs)).to_dict()["adapter_inputs"])
     return model

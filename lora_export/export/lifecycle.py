@@ -18,11 +18,13 @@ from lora_export.changing import Change
 from lora_export.errors import InputRefused
 from lora_export.export.contracts import require_described
 from lora_export.export.plan import Plan, Request, make_plan
+from lora_export.export.pooling import require_same_head
 from lora_export.export.records import adapter_records, hashed_sources, hashes_of, require_gated
 from lora_export.export.resolve import resolve
 from lora_export.integrity.signature import sign, signer_with
 from lora_export.integrity.sources import SourceOverrides, locate_sources
 from lora_export.quantization import requested_of
+from lora_export.sentence import NONE
 
 if TYPE_CHECKING:
     from model_signing import signing
@@ -62,7 +64,10 @@ def add_to(
     how = (manifest.task, manifest.dtype, manifest.provider)
     how_read = {"convert_rank": options.convert_rank, "residual_base": options.residual_base}
     how_read |= {"pad_token_id": manifest.pad_token_id, "quantization": requested_of(manifest.quantization)}
+    how_read["pooling"] = NONE
     plan = make_plan(Request(str(base), tuple(adapters), "dynamic", *how, **how_read), added_to=folder)
+    for source in plan.folders:
+        require_same_head(manifest.sentence_embedding, source)
     replaced = _replaced(plan, manifest, folder, may_replace=options.replace)
     for sentence in (*plan.remarks, *_staying(replaced)):
         remark(sentence)

@@ -52,6 +52,7 @@ def planned_bytes(plan: Plan, resolved: Resolved, choice: SiteChoice) -> int:
     2. A head that is split off the embedding that it is tied to, as an adapter changes or replaces it alone.
     3. Of an encoder-decoder, the embedding that encoder and decoder share, which each has in its own file.
     4. A linear map that is quantized, its integers and scales; of a head tied to an embedding, beside the floats.
+    5. The linear layers of an embedding of texts, in float32.
 
     Of a graph that was given, the bytes of its files.
 
@@ -76,7 +77,7 @@ def planned_bytes(plan: Plan, resolved: Resolved, choice: SiteChoice) -> int:
     if plan.task in SEQ2SEQ:
         total += max((size for path, size in sizes.items() if _is_shared(aliases.get(path, ()))), default=0)
     integers = {aliases.get(path, (path,)): size for path, size in stored.items()}
-    return item * total + sum(integers.values())
+    return item * total + sum(integers.values()) + (0 if plan.head is None else plan.head.n_bytes)
 
 
 def _is_shared(paths: Sequence[str]) -> bool:

@@ -16,6 +16,7 @@ from lora_export.adapters.on_quantized import require_taken
 from lora_export.adapters.renamed import with_todays_names
 from lora_export.adapters.support import require_supported
 from lora_export.base.checkpoint import Checkpoint
+from lora_export.base.sentence_folder import SentenceHead
 from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.base.weightless import build_weightless
 from lora_export.carried import Carried, plan_added, plan_carried
@@ -24,6 +25,7 @@ from lora_export.export.given_files import GivenGraph, locate_graph
 from lora_export.export.model_configs import configs_for, merged_config, vocabulary_of
 from lora_export.export.origin import another_base, locate_base, quantized_training, remark_on, remark_on_training
 from lora_export.export.padding import choose_padding, reads_last_token, with_padding
+from lora_export.export.pooling import choose_head, task_for
 from lora_export.export.task_choice import choose_task
 from lora_export.quantization import Quantization
 
@@ -45,6 +47,8 @@ class Request:
         pad_token_id: The padding token of a classifier on a decoder; None for the adapters', else the base's.
         quantization: How to store the base's linear maps as integers; None for floats.
         graph: A folder or ONNX file that another tool wrote, to put the adapters onto; None to make a graph.
+        pooling: How the graph makes an embedding of a text: "auto" for what the sentence-transformers folder of base or
+            adapters says, a way to pool, or such a folder; None for hidden states alone.
         base_files_stay: The base's tokenizer and settings stay also where all adapters bring the same others, as more
             adapters come later.
     """
@@ -62,6 +66,7 @@ class Request:
     quantization: Quantization | None = None
     base_files_stay: bool = False
     graph: str | None = None
+    pooling: str | None = None
 
     @property
     def weight_of_each(self) -> tuple[float, ...]:
@@ -82,6 +87,7 @@ class Plan:
         other_bases: The base that an adapter records, where it is another than `checkpoint`, by the adapter's name.
         remarks: What was decided for the user and is worth a word.
         given_graph: The graph that another tool made; None to make one.
+        head: What makes an embedding of a text; None for hidden states alone.
     """
 
     request: Request
@@ -97,6 +103,7 @@ class Plan:
     other_bases: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
     given_graph: GivenGraph | None = None
+    head: SentenceHead | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -131,12 +138,13 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
         if request.quantization is not None:
             require_taken(folder.config, request.mode, folder.name)
     checkpoint = Checkpoint.open(locate_base(request.base, folders))
-    chosen = choose_task(request.task, checkpoint, folders)
+    chosen = choose_task(task_for(request.task, request.pooling), checkpoint, folders)
     task, model = chosen.task, chosen.model
+    head, of_head = choose_head(request.pooling, task, checkpoint=checkpoint, folders=folders)
     _refuse_activated(folders, task)
     given = _given_graph(request, task)
     dtype, of_dtype = _dtype_of(request, checkpoint) if given is None else (given.dtype, ())
-    remarks = chosen.remarks + of_dtype
+    remarks = chosen.remarks + of_dtype + of_head
     config, pad_token_id = checkpoint.load_config(), None
     adapter_configs = ()
     if model is None and task is Task.TEXT_CLASSIFICATION:
@@ -170,7 +178,7 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     remarks += tuple(remark_on(name, other, checkpoint.located.given) for name, other in others.items())
     remarks += _remarks_on_training(folders, checkpoint)
     found = (request, checkpoint, folders, task, dtype, config, adapter_configs, carried, pad_token_id)
-    return Plan(*found, model, others, remarks, given)
+    return Plan(*found, model, others, remarks, given, head)
 
 
 def _remarks_on_training(folders: Sequence[AdapterFolder], checkpoint: Checkpoint) -> tuple[str, ...]:

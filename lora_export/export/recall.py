@@ -67,7 +67,7 @@ class Recalled:
 
 def record_key(request: Request, options: ExportOptions) -> str | None:
     """The name of the record of `request`; None where none is kept."""
-    more = (request.graph, request.quantization, request.convert_rank)
+    more = (request.graph, request.quantization, request.convert_rank, request.pooling)
     if request.residual_base or any(each is not None for each in more) or not options.use_cache:
         return None
     if options.targets or options.zeros_for_missing_head:

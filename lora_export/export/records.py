@@ -13,6 +13,7 @@ from lora_export.adapters.factors import Adapter
 from lora_export.adapters.foreign import source_hashes
 from lora_export.adapters.pack import pack, write_onnx_adapter
 from lora_export.artifact import ADAPTERS, AdapterRecord, Manifest, SourceRecord, sha256_of
+from lora_export.base.sentence_folder import SentenceHead
 from lora_export.base.stored import weight_files
 from lora_export.contract import GraphContract, adapter_file
 from lora_export.errors import InputRefused, some_of
@@ -42,11 +43,26 @@ def _hash_sources(plan: Plan) -> Sources:
     base_files = [plan.checkpoint.path / "config.json", *weight_files(plan.checkpoint.path)]
     located = plan.checkpoint.located
     hashes = {file.relative_to(plan.checkpoint.path).as_posix(): sha256_of(file) for file in base_files}
+    hashes = _with_head(plan.head, hashes, source="", place=plan.checkpoint.path)
     base = SourceRecord(local_path(located.given), located.revision, hashes)
-    adapters = [SourceRecord(local_path(f.given), None, source_hashes(f.path)) for f in plan.folders]
+    adapters = [
+        SourceRecord(
+            local_path(f.given), None, _with_head(plan.head, source_hashes(f.path), source=f.name, place=f.path)
+        )
+        for f in plan.folders
+    ]
     given = plan.given_graph
     graph = None if given is None else SourceRecord(str(given.path), None, given.hashes())
     return Sources(base, tuple(adapters), graph)
+
+
+def _with_head(head: SentenceHead | None, hashes: dict[str, str], *, source: str, place: Path) -> dict[str, str]:
+    """The hashes of a source in folder `place`, with those of the embedding that it brings, by path from its root."""
+    if head is None or head.embedding.source != source:
+        return hashes
+    below = place.relative_to(head.root)
+    own = {file.relative_to(head.root).as_posix(): sha256_of(file) for file in head.files}
+    return {(below / name).as_posix(): found for name, found in hashes.items()} | own
 
 
 def write_config(plan: Plan, folder: Path) -> dict[str, str]:

@@ -23,6 +23,7 @@
     shape_sums.py            no length is copied to the GPU
     batch_transposes.py      a fused transpose that ONNX Runtime refuses
     fuse.py                  optimize and fuse for a provider
+    sentence.py              the embedding of a text as an output
     quantize.py              linear maps by small integers
     given.py                 a graph that another tool wrote
     matching.py              whose numbers its weights are
@@ -35,5 +36,5 @@
     stored_integers.py       the quantized weights of a written graph, for check
     module_values.py         find modules in a written graph, and look into it
 
-Imports base, compat, contract, errors, folders, quantization, quiet.
+Imports base, compat, contract, errors, folders, quantization, quiet, sentence.
 """

@@ -59,6 +59,8 @@ def locate_source(source: SourceRecord, override: str | None, kind: str, *, hint
             f"The export's {kind} is not where it was", where=given, next_step=f"say where it is now with {hint}"
         ) from error
     folder = path.parent if path.is_file() else path
+    if any(name.startswith(f"{path.name}/") for name in source.files):  # below a folder of sentence-transformers
+        folder = path.parent
     _require_same(folder, source, kind=kind, next_step=f"name the original with {hint}")
     return path
 

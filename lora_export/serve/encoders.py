@@ -10,12 +10,15 @@ import numpy as np
 from lora_export.contract import GraphContract
 from lora_export.errors import UsageProblem
 from lora_export.runtime.arrays import lowest
+from lora_export.sentence import SENTENCE_EMBEDDING
 from lora_export.serve.batching import LEAST_RETRY, Row
 from lora_export.serve.models import CLASSIFICATION, Models, Target, View
 from lora_export.serve.options import Pooling
 from lora_export.serve.problems import Problem
 
 _LOGITS, _STATES, _POOLED = "logits", "last_hidden_state", "pooler_output"
+# Outputs that are one vector a row.
+_VECTORS = (_POOLED, SENTENCE_EMBEDDING)
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,19 @@ class Answer:
 class Encoder:
     """Answers rows with the models of the moment in which their run begins."""
 
-    def __init__(self, models: Models, pooling: Pooling, *, normalize: bool) -> None:
-        self._models, self._pooling, self._normalize = models, pooling, normalize
+    def __init__(self, models: Models, pooling: Pooling | None, *, normalize: bool | None) -> None:
+        self._models, self._pooling = models, pooling or Pooling.MEAN
         self._contract: GraphContract = models.manifest.contract
         outputs = {spec.name for spec in self._contract.outputs}
-        wanted = _LOGITS if models.task == CLASSIFICATION else _POOLED if pooling is Pooling.POOLER else _STATES
+        wanted = _POOLED if pooling is Pooling.POOLER else _STATES
+        if models.task == CLASSIFICATION:
+            wanted = _LOGITS
+        elif pooling is None and SENTENCE_EMBEDDING in outputs:
+            wanted = SENTENCE_EMBEDDING
         if wanted not in outputs:
             raise _no_output(wanted, outputs)
         self._output = wanted
+        self._normalize = wanted != SENTENCE_EMBEDDING if normalize is None else normalize
         pad = models.manifest.pad_token_id
         self._pad = pad if pad is not None else models.config.get("pad_token_id") or 0
 
@@ -71,7 +79,7 @@ class Encoder:
     def _values(self, outputs: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
         if self._output == _LOGITS:
             return [_own_classes(row).astype(np.float32) for row in outputs]
-        vectors = outputs.astype(np.float32) if self._output == _POOLED else self._pooled(outputs, mask)
+        vectors = outputs.astype(np.float32) if self._output in _VECTORS else self._pooled(outputs, mask)
         return list(normalized(vectors) if self._normalize else vectors)
 
     def _pooled(self, states: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from lora_export.errors import UsageProblem
 
 
 class Pooling(StrEnum):
-    """How the states of a text's tokens become one embedding."""
+    """How the states of a text's tokens become one embedding, where the graph does not make it itself."""
 
     MEAN = "mean"  # over the text's tokens, padding left out
     FIRST = "first"  # the first token's, as BERT's [CLS]
@@ -39,6 +39,8 @@ class ServeOptions:
         max_adapter_bytes: Most bytes of an adapter that is loaded at run time.
         runtime_adapters: The folder that adapters may be loaded from at run time; None for none.
         api_key: What requests must have; None for a server that asks for none.
+        pooling: None for the graph's own embedding, else the mean.
+        normalize: Whether embeddings are made of length 1; None for yes, but for the graph's own.
         log_prompts: Whether the log has the texts of requests.
     """
 
@@ -60,8 +62,8 @@ class ServeOptions:
     max_adapter_bytes: int = 1_000_000_000
     api_key: str | None = None
     runtime_adapters: Path | None = None
-    pooling: Pooling = Pooling.MEAN
-    normalize: bool = True
+    pooling: Pooling | None = None
+    normalize: bool | None = None
     log_prompts: bool = False
 
     def require_key(self) -> None:

@@ -2,8 +2,9 @@
 
     unmerged.py      the model at the export's dtype and a wider one
     on_integers.py   a quantized export's weights in the model
+    sentence.py      the embedding of a text
     trained.py       adapters as PEFT runs them
     module_calls.py  what every module is given and gives in one run
 
-Imports base, check.judge, compat, errors, export, graph, quiet.
+Imports base, check.judge, compat, errors, export, graph, quiet, sentence.
 """

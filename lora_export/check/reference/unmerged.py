@@ -14,16 +14,18 @@ from lora_export.base.checkpoint import Checkpoint, Located
 from lora_export.base.tasks import Task, model_class
 from lora_export.base.weightless import TORCH_DTYPES, build_weightless
 from lora_export.check.reference.on_integers import IntegerBase, Switch
+from lora_export.check.reference.sentence import SentenceReference
 from lora_export.check.reference.trained import TrainedAdapter, adds_up, untied, vocabulary_of, with_one, with_several
 from lora_export.export.weights import as_numpy
 from lora_export.quiet import quiet
+from lora_export.sentence import SENTENCE_EMBEDDING
 
 # What rounding at a dtype is told from.
 WIDER = {"float16": "float32", "bfloat16": "float32", "float32": "float64"}
 _DTYPES = TORCH_DTYPES | {"float64": torch.float64}
 _OUTPUTS = (
     "logits", "start_logits", "end_logits", "predicted_depth", "logits_per_image", "logits_per_text", "text_embeds",
-    "image_embeds", "last_hidden_state", "pooler_output", "encoder_last_hidden_state",
+    "image_embeds", SENTENCE_EMBEDDING, "last_hidden_state", "pooler_output", "encoder_last_hidden_state",
 )  # fmt: skip
 
 
@@ -41,6 +43,7 @@ class Reference:
         pad_token_id: Of a classifier on a decoder; None for what the base's config says.
         integers: The quantized weights to multiply by; None for those of the base. Of a merged export, what its
             adapters do to all other weights is taken from PEFT, and `merged` tells that they are in the weights.
+        sentence: What makes an embedding of hidden states; None for none.
         shared: Called with a key and what loads the base of that key, for a caller that keeps loaded bases. The
             adapters' start must not change the base.
 
@@ -60,16 +63,17 @@ class Reference:
         pad_token_id: int | None = None,
         integers: IntegerBase | None = None,
         merged: bool = False,
+        sentence: SentenceReference | None = None,
         shared: Callable[[object, Callable[[], torch.nn.Module]], torch.nn.Module] | None = None,
     ) -> None:
-        self._integers, self._shared = integers, shared
+        self._integers, self._shared, self._sentence = integers, shared, sentence
         self._task, self._base, self._n_labels = task, base, n_labels
         self._dtype, self._pad_token_id = _DTYPES[dtype], pad_token_id
         self.precise = None
         if with_precise:
             self.precise = Reference(
                 task, base, adapters, dtype=WIDER[dtype], n_labels=n_labels, pad_token_id=pad_token_id,
-                integers=integers and replace(integers, switch=Switch()), merged=merged,
+                integers=integers and replace(integers, switch=Switch()), merged=merged, sentence=sentence,
             )  # fmt: skip
         with quiet():
             if merged:
@@ -194,6 +198,8 @@ class Reference:
         tensors = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         with torch.no_grad(), self._default_dtype():
             found = self._callable()(**tensors, **self._offsets(tensors, n_generated))
+            if self._sentence is not None:
+                found[SENTENCE_EMBEDDING] = self._sentence(found["last_hidden_state"], tensors["attention_mask"])
         names = [name for name in _OUTPUTS if found.get(name) is not None]
         shown = torch.promote_types(self._dtype, torch.float32)
         return {name: as_numpy(found[name].to(shown)) for name in names}

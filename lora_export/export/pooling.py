@@ -1,0 +1,120 @@
+"""Whether the graph makes an embedding of a text, and how: named, or as a sentence-transformers folder says.
+
+An adapter's own folder says how it was trained, so it wins over the base's. One graph has one way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lora_export.adapters.folder import AdapterFolder
+from lora_export.base.checkpoint import Checkpoint
+from lora_export.base.sentence_folder import SentenceHead, equal_heads, read_head, sentence_root
+from lora_export.base.stored import read_json
+from lora_export.base.tasks import Task
+from lora_export.errors import InputRefused, UsageProblem
+from lora_export.sentence import AUTO, NONE, Pooling, SentenceEmbedding
+
+_SETTINGS = "sentence_bert_config.json"
+
+
+def task_for(task: str | None, pooling: str | None) -> str | None:
+    """The task that is asked for: a pooled embedding is one of features.
+
+    Raises:
+        UsageProblem: Another one was named with it.
+    """
+    if pooling in (None, NONE):
+        return task
+    if task not in (None, Task.FEATURE_EXTRACTION):
+        raise UsageProblem(
+            "--pooling is for embeddings of texts",
+            where="--task",
+            expected=str(Task.FEATURE_EXTRACTION),
+            found=task,
+            next_step="leave --pooling or --task out",
+        )
+    return Task.FEATURE_EXTRACTION
+
+
+def choose_head(
+    pooling: str | None, task: Task, *, checkpoint: Checkpoint, folders: Sequence[AdapterFolder]
+) -> tuple[SentenceHead | None, tuple[str, ...]]:
+    """What makes an embedding of a text, and what to say of it.
+
+    Args:
+        pooling: See `Request.pooling`.
+
+    Raises:
+        InputRefused: The folders say nothing of pooling, differ, or say what cannot be part of a graph.
+    """
+    roots = {folder.name: sentence_root(folder.path) for folder in folders}
+    own = {name: root for name, root in roots.items() if root is not None}
+    base = sentence_root(checkpoint.path)
+    if pooling in (None, NONE):
+        is_told = pooling is None and task is Task.FEATURE_EXTRACTION and (own or base is not None)
+        said = "the folder is one of sentence-transformers: --pooling auto makes its pooling part of the graph"
+        return None, (said,) if is_told else ()
+    if pooling in tuple(Pooling):
+        return SentenceHead(SentenceEmbedding((Pooling(pooling),))), ()
+    if pooling != AUTO:
+        return _of_folder(Path(pooling).expanduser(), base, own), ()
+    found = [read_head(root, name) for name, root in own.items()] or ([read_head(base, "")] if base else [])
+    if not found:
+        raise InputRefused(
+            "Neither the base nor an adapter says how its states become an embedding",
+            where=str(checkpoint.path),
+            expected="a folder that sentence-transformers saved, with modules.json",
+            next_step="name the pooling: --pooling " + " or ".join(Pooling),
+        )
+    if not equal_heads(found):
+        raise InputRefused(
+            "The adapters were trained with different embeddings; one graph makes one",
+            where=", ".join(map(str, own.values())),
+            found="; ".join(f"{head.embedding.source}: {head.embedding.described}" for head in found),
+            next_step="export each to its own folder, or name the pooling with --pooling",
+        )
+    return found[0], (f"embeddings by {found[0].embedding.described}", *_settings(found[0]))
+
+
+def _of_folder(root: Path, base: Path | None, own: dict[str, Path]) -> SentenceHead:
+    """The head of a folder that was named: the base's, an adapter's, or one that is neither."""
+    named = {name: path.resolve() for name, path in own.items()} | ({"": base.resolve()} if base else {})
+    return read_head(root.resolve(), next((name for name, path in named.items() if path == root.resolve()), None))
+
+
+def _settings(head: SentenceHead) -> tuple[str, ...]:
+    """What a host must do to a text before its tokenizer."""
+    places = [head.root / _SETTINGS, *(path / _SETTINGS for path in head.root.iterdir() if path.is_dir())]
+    lowers = any(read_json(place).get("do_lower_case") is True for place in places if place.is_file())
+    return ("its texts are made lower case before the tokenizer gets them, which hosts must do",) if lowers else ()
+
+
+def pooling_again(embedding: SentenceEmbedding | None, base: Path, adapters: Mapping[str, Path]) -> str | None:
+    """What to ask for (`Request.pooling`) to make the same embedding again, of the sources that were found again."""
+    if embedding is None:
+        return None
+    if embedding.source is None:
+        return str(embedding.pooling[0])
+    return str(sentence_root(adapters.get(embedding.source, base)))
+
+
+def require_same_head(embedding: SentenceEmbedding | None, folder: AdapterFolder) -> None:
+    """Refuse an adapter that was trained with another embedding than an export makes.
+
+    Raises:
+        InputRefused: Its folder says so.
+    """
+    root = sentence_root(folder.path)
+    if embedding is None or root is None:
+        return
+    found = read_head(root, folder.name).embedding
+    if (found.pooling, found.layers) != (embedding.pooling, embedding.layers):
+        raise InputRefused(
+            f"Adapter {folder.name!r} was trained with another embedding than the export makes",
+            where=str(root),
+            expected=embedding.described,
+            found=found.described,
+            next_step="export it to a folder of its own with --pooling auto",
+        )

@@ -1,0 +1,170 @@
+"""Folders of sentence-transformers, from export to what is served: their embedding is an output of the graph."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from base.test_sentence_folder import write_dense, write_head
+from click.testing import CliRunner
+from peft import PeftModel
+from transformers import AutoModel, AutoTokenizer
+
+from lora_export import AdapterSession
+from lora_export.artifact import read_manifest
+from lora_export.check.context import CheckOptions
+from lora_export.cli.main import main
+from lora_export.errors import InputRefused, UsageProblem
+from lora_export.export.plan import Request, make_plan
+from lora_export.export.pooling import pooling_again
+from lora_export.integrity.sources import SourceOverrides
+from lora_export.integrity.verify import verify
+from lora_export.pipeline import ExportOptions, add_adapter, check, export
+from lora_export.sentence import Dense, Pooling
+from lora_export.trial import run_trial
+from lora_export.verdict import Verdict
+
+TEXTS = ["Open a socket.", "Größe, and a longer text than the other one."]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, bases, adapters):
+    """A base below its folder (`0_Transformer`), with Dense and Normalize; its dynamic export with one adapter."""
+    folder = tmp_path_factory.mktemp("sentences")
+    root = write_head(folder / "base", "Normalize", place="0_Transformer")
+    shutil.copytree(bases["bert"], root / "0_Transformer")
+    return root, _exported(folder / "out", root, adapters["features"], "dynamic")
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory, bases, adapters):
+    """An adapter's own folder, as release 6 saves it, on a base that says nothing; its merged export."""
+    folder = tmp_path_factory.mktemp("trained")
+    root = folder / "adapter"
+    shutil.copytree(adapters["features"], root)
+    write_head(root, pooling={"embedding_dimension": 64, "pooling_mode": ["cls", "max"]}, modern=True)
+    modules = (root / "modules.json").read_text().replace("]", ', {"idx": 2, "name": "2", "path": "2_Dense", '
+              '"type": "sentence_transformers.base.modules.dense.Dense"}]')  # fmt: skip
+    (root / "modules.json").write_text(modules)
+    size = AutoModel.from_pretrained(bases["bert"]).config.hidden_size
+    write_dense(root / "2_Dense", {}, (4, 2 * size))
+    return root, _exported(folder / "out", bases["bert"], root, "merge")
+
+
+def _exported(out: Path, base: Path, adapter: Path, mode: str) -> Path:
+    export(Request(str(base), ((str(adapter), "a"),), mode, pooling="auto"), ExportOptions(out))
+    return out
+
+
+def _states(base: Path, adapter: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = AutoTokenizer.from_pretrained(base)(TEXTS, return_tensors="pt", padding=True)
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(base), adapter).eval()
+    with torch.no_grad():
+        return model(**tokens).last_hidden_state, tokens["attention_mask"][:, :, None].to(torch.float32)
+
+
+def test_the_export_embeds_as_peft_and_the_folder_do(served, adapters):
+    root, out = served
+    states, mask = _states(root / "0_Transformer", adapters["features"])
+    expected = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1)).numpy()
+    found = run_trial(out, TEXTS, {"a": 1.0}, "cpu", 0)["results"]
+    np.testing.assert_allclose([each["sentence_embedding"] for each in found], expected, atol=1e-5)
+    tokens = dict(AutoTokenizer.from_pretrained(out)(TEXTS, return_tensors="np", padding=True))
+    rows = AdapterSession(out, "cpu").run(tokens, [None, "a"], outputs=["sentence_embedding"])["sentence_embedding"]
+    np.testing.assert_allclose(rows[1], expected[1], atol=1e-5)
+    assert np.abs(rows[0] - expected[0]).max() > 0.01
+
+
+def test_check_compares_it_and_sees_a_graph_that_pools_otherwise(served, tmp_path):
+    _, out = served
+    report, _ = check(out, SourceOverrides(), CheckOptions(provider="cpu", n_rows=8))
+    assert report.verdict is Verdict.PASS
+    assert any(case.name == "a: last_hidden_state" for case in report.cases)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(out, damaged)
+    text = (damaged / "lora_export.json").read_text()
+    (damaged / "lora_export.json").write_text(text.replace('"mean"', '"cls"'))
+    report, _ = check(damaged, SourceOverrides(), CheckOptions(provider="cpu", n_rows=8))
+    assert report.verdict is Verdict.FAIL
+
+
+def test_the_manifest_says_what_the_output_is_and_verify_knows_its_files(served):
+    root, out = served
+    manifest = read_manifest(out)
+    assert manifest.sentence_embedding.described == "mean, length 1" and manifest.sentence_embedding.source == ""
+    assert {"modules.json", "1_Pooling/config.json", "0_Transformer/config.json"} <= manifest.base.files.keys()
+    assert manifest.contract.outputs[-1].name == "sentence_embedding"
+    assert verify(out, SourceOverrides()).passed
+    assert pooling_again(manifest.sentence_embedding, root / "0_Transformer", {}) == str(root)
+
+
+def test_the_server_answers_with_the_graphs_own(served, adapters):
+    from lora_export.serve.batching import Row, Ticket
+    from lora_export.serve.encoders import Encoder
+    from lora_export.serve.models import Models
+    from lora_export.serve.options import Pooling as ServePooling
+    from lora_export.serve.options import ServeOptions
+
+    root, out = served
+    models = Models(out, ServeOptions(provider="cpu", n_threads=1))
+    rows = [Row("a", ids, Ticket(0)) for ids in models.texts(out).encode(TEXTS)]
+    own = np.stack([each.values for each in Encoder(models, None, normalize=None).run(rows)])
+    expected = [each["sentence_embedding"] for each in run_trial(out, TEXTS, {"a": 1.0}, "cpu", 0)["results"]]
+    np.testing.assert_allclose(own, expected, atol=1e-5)
+    states, _ = _states(root / "0_Transformer", adapters["features"])
+    first = Encoder(models, ServePooling.FIRST, normalize=False).run(rows)
+    np.testing.assert_allclose([each.values for each in first], states[:, 0], atol=1e-4)
+
+
+def test_an_adapters_own_folder_says_how_and_its_linear_layer_comes_along(merged, bases):
+    root, out = merged
+    states, mask = _states(bases["bert"], root)
+    pooled = torch.cat([states[:, 0], states.masked_fill(mask == 0, -1e9).amax(1)], dim=1)
+    layer = safetensors.numpy.load_file(root / "2_Dense" / "model.safetensors")
+    expected = np.tanh(pooled.numpy() @ layer["linear.weight"].T + layer["linear.bias"])
+    found = run_trial(out, TEXTS, {}, "cpu", 0)["results"]
+    np.testing.assert_allclose([each["sentence_embedding"] for each in found], expected, atol=1e-5)
+    report, _ = check(out, SourceOverrides(), CheckOptions(provider="cpu", n_rows=8))
+    assert report.verdict is Verdict.PASS
+    manifest = read_manifest(out)
+    assert isinstance(manifest.sentence_embedding.layers[0], Dense) and manifest.sentence_embedding.source == "a"
+    assert "2_Dense/model.safetensors" in manifest.adapters[0].source.files
+
+
+def test_an_adapter_of_another_embedding_is_not_added(served, merged, tmp_path):
+    copy = tmp_path / "out"
+    shutil.copytree(served[1], copy)
+    with pytest.raises(InputRefused, match="was trained with another embedding than the export makes") as caught:
+        add_adapter(copy, ((str(merged[0]), "b"),))
+    assert "expected: mean, length 1" in str(caught.value) and "cls + max" in str(caught.value)
+
+
+def test_adapters_of_different_embeddings_are_refused_before_any_work(merged, served, adapters, bases, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(adapters["features"], other)
+    write_head(other)
+    both = ((str(merged[0]), "a"), (str(other), "b"))
+    with pytest.raises(InputRefused, match="The adapters were trained with different embeddings"):
+        make_plan(Request(str(bases["bert"]), both, "dynamic", pooling="auto"))
+    assert make_plan(Request(str(bases["bert"]), both, "dynamic", pooling="mean")).head.embedding.pooling == (
+        Pooling.MEAN,
+    )
+    with pytest.raises(InputRefused, match="Neither the base nor an adapter says how"):
+        make_plan(Request(str(bases["bert"]), ((str(adapters["features"]), "a"),), "dynamic", pooling="auto"))
+    with pytest.raises(UsageProblem, match="--pooling is for embeddings of texts"):
+        make_plan(Request(str(bases["bert"]), (), "merge", task="fill-mask", pooling="mean"))
+    plain = make_plan(Request(str(served[0]), (), "merge", task="feature-extraction"))
+    assert plain.head is None and "--pooling auto" in plain.remarks[0]
+
+
+def test_the_option_is_the_command_lines(merged, bases, tmp_path):
+    given = ["merge", str(bases["bert"]), str(merged[0]), "--pooling", "auto", "-o", str(tmp_path / "o"), "--dry-run"]
+    found = CliRunner().invoke(main, given)
+    assert found.exit_code == 0 and "embeddings by cls + max, linear 64 → 4 (Tanh)" in found.output, found.output
+    given[given.index("auto")] = "median"
+    found = CliRunner().invoke(main, given)
+    assert found.exit_code == 2 and "'weightedmean'" in found.output
