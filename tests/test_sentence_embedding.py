@@ -71,7 +71,7 @@ def test_the_export_embeds_as_peft_and_the_folder_do(served, adapters):
     root, out = served
     states, mask = _states(root / "0_Transformer", adapters["features"])
     expected = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1)).numpy()
-    found = run_trial(out, TEXTS, {"a": 1.0}, "cpu", 0)["results"]
+    found = run_trial(out, TEXTS, {"a": 1.0}, provider="cpu", max_new_tokens=0)["results"]
     np.testing.assert_allclose([each["sentence_embedding"] for each in found], expected, atol=1e-5)
     tokens = dict(AutoTokenizer.from_pretrained(out)(TEXTS, return_tensors="np", padding=True))
     rows = AdapterSession(out, "cpu").run(tokens, [None, "a"], outputs=["sentence_embedding"])["sentence_embedding"]
@@ -113,7 +113,10 @@ def test_the_server_answers_with_the_graphs_own(served, adapters):
     models = Models(out, ServeOptions(provider="cpu", n_threads=1))
     rows = [Row("a", ids, Ticket(0)) for ids in models.texts(out).encode(TEXTS)]
     own = np.stack([each.values for each in Encoder(models, None, normalize=None).run(rows)])
-    expected = [each["sentence_embedding"] for each in run_trial(out, TEXTS, {"a": 1.0}, "cpu", 0)["results"]]
+    expected = [
+        each["sentence_embedding"]
+        for each in run_trial(out, TEXTS, {"a": 1.0}, provider="cpu", max_new_tokens=0)["results"]
+    ]
     np.testing.assert_allclose(own, expected, atol=1e-5)
     states, _ = _states(root / "0_Transformer", adapters["features"])
     first = Encoder(models, ServePooling.FIRST, normalize=False).run(rows)
@@ -126,7 +129,7 @@ def test_an_adapters_own_folder_says_how_and_its_linear_layer_comes_along(merged
     pooled = torch.cat([states[:, 0], states.masked_fill(mask == 0, -1e9).amax(1)], dim=1)
     layer = safetensors.numpy.load_file(root / "2_Dense" / "model.safetensors")
     expected = np.tanh(pooled.numpy() @ layer["linear.weight"].T + layer["linear.bias"])
-    found = run_trial(out, TEXTS, {}, "cpu", 0)["results"]
+    found = run_trial(out, TEXTS, {}, provider="cpu", max_new_tokens=0)["results"]
     np.testing.assert_allclose([each["sentence_embedding"] for each in found], expected, atol=1e-5)
     report, _ = check(out, SourceOverrides(), CheckOptions(provider="cpu", n_rows=8))
     assert report.verdict is Verdict.PASS

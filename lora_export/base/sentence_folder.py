@@ -159,8 +159,12 @@ def _pooling(place: Path) -> tuple[Pooling, ...]:
     """The ways to pool that the config of a Pooling names."""
     fields, file = read_json(place / "config.json"), place / "config.json"
     if fields.get("include_prompt", True) is not True:
-        _refuse("Pooling that leaves a prompt's tokens out cannot be part of the graph, which is not told how many "
-                "they are", f"{file}: include_prompt", expected="true", found=repr(fields["include_prompt"]))  # fmt: skip
+        _refuse(
+            "Pooling that leaves a prompt's tokens out cannot be part of a graph, which is not told how many they are",
+            f"{file}: include_prompt",
+            expected="true",
+            found=repr(fields["include_prompt"]),
+        )
     if "pooling_mode" in fields:
         named = fields["pooling_mode"]
         names = [named] if isinstance(named, str) else named
