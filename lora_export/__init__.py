@@ -25,6 +25,7 @@
     agreement.py    whether a contract is that of its graph
     other_tools.py  the ONNX file and the settings in another tool's folder
     named.py        what a user names: a path, or a hub id
+    reading.py      JSON that others made, and the numbers in it
     json_schema.py  whether a JSON value follows a schema of ours
     artifact.py     the exported folder's files and its manifest
     own_hash.py     a JSON file that holds a hash of itself

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ from lora_export.errors import InputRefused, UsageProblem, nearest
 from lora_export.json_schema import violations
 from lora_export.own_hash import KEY, with_own_hash
 from lora_export.quantization import Quantization
+from lora_export.reading import json_of
 from lora_export.sentence import SentenceEmbedding
 
 MANIFEST, SIGNATURE = "lora_export.json", "model.sig"
@@ -214,7 +214,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json_of(path.read_text(encoding="utf-8"))
         if fields["schema"] != SCHEMA_VERSION:
             raise InputRefused(
                 "The export's manifest is of another version",
@@ -243,7 +243,7 @@ def _written_by(fields: Mapping) -> str:
 
 
 def _require_schema(fields: object, path: Path) -> None:
-    schema = json.loads(files("lora_export").joinpath("schema/manifest-1.schema.json").read_text(encoding="utf-8"))
+    schema = json_of(files("lora_export").joinpath("schema/manifest-1.schema.json").read_text(encoding="utf-8"))
     if (found := next(violations(fields, schema, schema), None)) is not None:
         raise _damaged(path, found)
 

@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 from lora_export.artifact import ADAPTERS, sha256_of
 from lora_export.errors import InputRefused, some_of
+from lora_export.reading import json_of
 
 _VOCABULARIES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -249,8 +250,8 @@ def _content(path: Path) -> object:
     """What a file says: of JSON its values, but for those that tell which release saved it."""
     if path.suffix == ".json":
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError):
+            fields = json_of(path.read_text(encoding="utf-8"))
+        except ValueError:
             return path.read_bytes()
         is_object = isinstance(fields, dict)
         return {key: fields[key] for key in fields if key not in _OF_THE_SAVE} if is_object else fields

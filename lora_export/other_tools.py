@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from lora_export.errors import InputRefused, some_of
+from lora_export.reading import is_file, read_json_if_there
 
 GENAI_CONFIG = "genai_config.json"
 _MODEL = "model.onnx"
@@ -27,7 +27,7 @@ def find_graph(path: Path, *, or_else: str = "") -> Path:
     for key in ("model", "decoder", "filename"):
         named = named.get(key) if isinstance(named, dict) else None
     for name in (named, _MODEL):
-        if isinstance(name, str) and (path / name).is_file():
+        if isinstance(name, str) and is_file(path / name):
             return path / name
     found = sorted(path.glob("*.onnx"))
     if len(found) == 1:
@@ -45,13 +45,6 @@ def json_beside(graph: Path, name: str) -> dict:
     """The fields of the file `name` beside `graph`; none where there is no such file.
 
     Raises:
-        InputRefused: It is no JSON.
+        InputRefused: It is no JSON object.
     """
-    path = graph.parent / name
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputRefused("The other graph's settings are no JSON", where=str(path), found=str(error)) from error
-    return found if isinstance(found, dict) else {}
+    return read_json_if_there(graph.parent / name)

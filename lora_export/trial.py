@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from lora_export.check.inputs.batcher import Batcher
 from lora_export.check.inputs.examples import Batch, Example
 from lora_export.check.inputs.tokenizers import load_tokenizer
 from lora_export.errors import InputRefused, UsageProblem
+from lora_export.reading import CONFIG, read_json
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.generate import Generated, Piece
 from lora_export.runtime.scheduler import Finish
@@ -189,8 +189,8 @@ def _sound(folder: Path, name: str, session: AdapterSession) -> dict[str, np.nda
 
 def _config(place: Path, session: AdapterSession) -> dict:
     """The `config.json` of the adapter, or else of the export."""
-    files = [folder / "config.json" for folder in (place, session.folder)]
-    return next((json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()), {})
+    files = [folder / CONFIG for folder in (place, session.folder)]
+    return next((read_json(file) for file in files if file.is_file()), {})
 
 
 def _write(

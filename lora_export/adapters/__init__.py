@@ -19,5 +19,5 @@
     module_names.py    their names, found in the base
     peft_writer.py     adapter_config.json of known pairs
 
-Imports artifact, base, carried, compat, contract, errors, folders.
+Imports artifact, base, carried, compat, contract, errors, folders, reading.
 """

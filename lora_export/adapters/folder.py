@@ -11,8 +11,9 @@ from pathlib import Path
 import safetensors
 
 from lora_export.adapters.header import HeaderOptions
-from lora_export.base.stored import read_json, refuse_pickles
+from lora_export.base.stored import refuse_pickles
 from lora_export.errors import InputRefused, some_of
+from lora_export.reading import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")

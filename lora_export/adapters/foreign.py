@@ -22,12 +22,13 @@ from lora_export.adapters.header import HeaderOptions
 from lora_export.adapters.module_names import Place
 from lora_export.artifact import sha256_of
 from lora_export.base.checkpoint import Checkpoint, locate
-from lora_export.base.stored import SafetensorsFiles, read_json
+from lora_export.base.stored import SafetensorsFiles
 from lora_export.base.tasks import resolve_task
 from lora_export.base.weightless import build_weightless, is_conv1d
 from lora_export.carried import carried_files
 from lora_export.errors import InputRefused, some_of
 from lora_export.folders import own_temporary_folder
+from lora_export.reading import read_json
 
 SOURCE = "lora_export_source.json"
 _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")

@@ -17,6 +17,7 @@ from pathlib import Path
 from lora_export.adapters.support import options_in_use
 from lora_export.compat import borrow
 from lora_export.errors import InputRefused
+from lora_export.reading import json_of
 
 KEY = "lora_adapter_metadata"
 # What is read here, or says only which modules have a pair, which the tensors tell.
@@ -172,8 +173,8 @@ def _components(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, 
     if KEY not in metadata:
         return {}
     try:
-        fields = json.loads(metadata[KEY])
-    except json.JSONDecodeError as error:
+        fields = json_of(metadata[KEY])
+    except ValueError as error:
         raise InputRefused("The file's header is not valid JSON", where=f"{file}: {KEY}", found=str(error)) from error
     if not isinstance(fields, dict):
         raise InputRefused("The file's header holds no JSON object", where=f"{file}: {KEY}", found=repr(fields)[:80])

@@ -21,5 +21,5 @@
     trace.py       the trace of a weightless model: its axes, the names of a decoder's KV cache
     decompose.py   torch.onnx made to decompose operator by operator
 
-Imports compat, contract, errors, named, quantization, quiet, sentence.
+Imports compat, contract, errors, named, quantization, quiet, reading, sentence.
 """

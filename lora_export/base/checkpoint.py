@@ -12,9 +12,10 @@ from lora_export.base.config import read_config, refuse_unsafe_or_unknown, requi
 from lora_export.base.conversion import Converted, stored_parameters
 from lora_export.base.quantized import in_floats, refuse_other_dtypes, refuse_quantized
 from lora_export.base.sentence_folder import transformer_in
-from lora_export.base.stored import SAFETENSORS_DTYPES, SafetensorsFiles, read_json, weight_files
+from lora_export.base.stored import SAFETENSORS_DTYPES, SafetensorsFiles, weight_files
 from lora_export.errors import EnvironmentUnusable, InputRefused
 from lora_export.named import is_hub_id, near, refuse_no_folder
+from lora_export.reading import read_json
 
 # What a base folder contributes to an export: weights, configuration, tokenizer, processor, licences.
 _WANTED_FROM_HUB = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")

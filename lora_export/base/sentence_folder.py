@@ -8,7 +8,6 @@ was written as a flag for each way before it was one name.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from lora_export.base.stored import SafetensorsFiles, read_json, refuse_pickles
+from lora_export.base.stored import SafetensorsFiles, refuse_pickles
 from lora_export.errors import InputRefused
+from lora_export.reading import json_of, read_json
 from lora_export.sentence import Activation, Dense, Pooling, SentenceEmbedding
 
 MODULES = "modules.json"
@@ -85,9 +85,9 @@ def sentence_root(folder: Path) -> Path | None:
 def _transformer_path(root: Path) -> str | None:
     """The path of the Transformer in the `modules.json` of `root`; None without one."""
     try:
-        modules = json.loads((root / MODULES).read_text(encoding="utf-8"))
+        modules = json_of((root / MODULES).read_text(encoding="utf-8"))
         found = [m["path"] for m in modules if m["type"].startswith(_PACKAGE) and _class_of(m) == _TRANSFORMER]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     is_inside = len(found) == 1 and isinstance(found[0], str) and Path(found[0]).name == found[0].rstrip("/")
     return found[0].rstrip("/") if is_inside else None
@@ -128,8 +128,8 @@ def read_head(root: Path, source: str | None) -> SentenceHead:
 
 def _modules(root: Path) -> list[Mapping]:
     try:
-        modules = json.loads((root / MODULES).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        modules = json_of((root / MODULES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputRefused(f"{MODULES} is not valid JSON", where=str(root / MODULES), found=str(error)) from error
     is_list = isinstance(modules, list) and all(
         isinstance(m, dict) and isinstance(m.get("type"), str) and isinstance(m.get("path"), str) for m in modules

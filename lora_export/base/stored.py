@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,30 +10,9 @@ import safetensors
 import torch
 
 from lora_export.errors import InputRefused, some_of
+from lora_export.reading import is_file, read_json
 
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in `path`.
-
-    Raises:
-        InputRefused: The file is missing, is not JSON, or holds no object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputRefused(f"{path.name} is missing", where=str(path.parent)) from error
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-        raise InputRefused(
-            f"{path.name} is not valid JSON",
-            where=str(path),
-            found=str(error),
-            next_step="fetch or save the file again",
-        ) from error
-    if not isinstance(value, dict):
-        raise InputRefused(f"{path.name} holds no JSON object", where=str(path), found=type(value).__name__)
-    return value
 
 
 @dataclass(frozen=True)
@@ -107,7 +85,7 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-        missing = [name for name in names if not (folder / name).is_file() or not _is_inside(name)]
+        missing = [name for name in names if not _is_inside(name) or not is_file(folder / name)]
         if missing or not names:
             raise InputRefused(
                 "The checkpoint's index names files that are not there",

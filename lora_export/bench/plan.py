@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from lora_export.bench.workloads import source_length
 from lora_export.contract import SINGLE, AdapterInputKind, CacheLayout, GraphContract
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.quantization import Method
+from lora_export.reading import CONFIG, model_settings, size_in
 
 BASE, EXPORT, MERGED = "base", "export", "merged"
 _USUAL_SHAPES = {
@@ -134,7 +134,7 @@ def _require_runnable(shapes: Sequence[Shape], *others: Mapping[str, GraphContra
 
 
 def _vocabulary(folder: Path) -> int:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size", 2)
+    return size_in(model_settings(folder), "vocab_size", where=folder / CONFIG) or 2
 
 
 def foldable(manifest: Manifest) -> str | None:

@@ -15,10 +15,10 @@ import torch
 
 from lora_export.adapters.folder import AdapterFolder
 from lora_export.base.checkpoint import Checkpoint
-from lora_export.base.stored import read_json
 from lora_export.base.tasks import Task
 from lora_export.carried import padding_token
 from lora_export.errors import InputRefused
+from lora_export.reading import read_json
 
 _OPTION = "--pad-token-id"
 

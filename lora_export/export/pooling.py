@@ -11,9 +11,9 @@ from pathlib import Path
 from lora_export.adapters.folder import AdapterFolder
 from lora_export.base.checkpoint import Checkpoint
 from lora_export.base.sentence_folder import SentenceHead, equal_heads, read_head, sentence_root
-from lora_export.base.stored import read_json
 from lora_export.base.tasks import Task
 from lora_export.errors import InputRefused, UsageProblem
+from lora_export.reading import read_json
 from lora_export.sentence import AUTO, NONE, Pooling, SentenceEmbedding
 
 _SETTINGS = "sentence_bert_config.json"

@@ -14,6 +14,6 @@
     worker.py       a worker's process
     run.py          the whole of it
 
-Imports adapters, artifact, base, carried, check, compat, environment, errors, export, folders, integrity, runtime,
-staging, verdict.
+Imports adapters, artifact, base, carried, check, compat, environment, errors, export, folders, integrity, reading,
+runtime, staging, verdict.
 """

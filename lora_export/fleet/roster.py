@@ -8,7 +8,6 @@ begin at the list's folder.
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from lora_export.adapters.folder import CONFIG
 from lora_export.errors import EnvironmentUnusable, InputRefused, UsageProblem, some_of
+from lora_export.reading import is_there, json_of
 
 _COLUMNS = ("path", "name", "revision", "data")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -78,7 +78,7 @@ def _rows(source: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
                 yield from ((f"{source}:{n}", row) for n, row in enumerate(csv.DictReader(file), 2))
         elif source.suffix in (".jsonl", ".ndjson"):
             lines = enumerate(source.read_text(encoding="utf-8").splitlines(), 1)
-            yield from ((f"{source}:{n}", json.loads(line)) for n, line in lines if line.strip())
+            yield from ((f"{source}:{n}", json_of(line)) for n, line in lines if line.strip())
         elif source.suffix == ".parquet":
             yield from ((f"{source}: row {n}", row) for n, row in enumerate(_parquet_rows(source)))
         else:
@@ -104,7 +104,9 @@ def _parquet_rows(source: Path) -> Sequence[Mapping[str, object]]:
 def _entry(where: str, row: object, source: Path) -> Entry:
     fields = row if isinstance(row, Mapping) else {}
     unknown = [str(name) for name in fields if name not in _COLUMNS]
-    wrong = [name for name in _COLUMNS if not isinstance(fields.get(name), str | None)]
+    wrong = [
+        name for name in _COLUMNS if not isinstance(fields.get(name), str | None) or "\0" in (fields.get(name) or "")
+    ]
     path = fields.get("path")
     if unknown or wrong or not isinstance(path, str) or not path.strip():
         raise InputRefused(
@@ -124,11 +126,16 @@ def _entry(where: str, row: object, source: Path) -> Entry:
             next_step="give it a name in the list's column `name`",
         )
     beside = source.parent / path
-    given = str(beside.resolve()) if not _ADDRESS.match(path) and beside.exists() else path
+    given = str(beside.resolve()) if not _ADDRESS.match(path) and is_there(beside) else path
     if fields.get("revision"):
         given = f"{given}@{fields['revision']}"
     data = fields.get("data") or None
     return Entry(name, given, where, str((source.parent / data).resolve()) if data else None)
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is one that a file's name may have, or nothing."""
+    return value is None or (isinstance(value, str) and "\0" not in value)
 
 
 def _refuse_equal_names(entries: Sequence[Entry]) -> None:

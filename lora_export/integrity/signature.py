@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from lora_export.artifact import REPORTS, SIGNATURE, sha256_of
 from lora_export.errors import EnvironmentUnusable, InputRefused
+from lora_export.reading import json_of, read_json
 
 if TYPE_CHECKING:
     from model_signing import hashing, signing, verifying
@@ -80,6 +80,8 @@ def signature_problem(folder: Path, verifier: verifying.Config, files: Iterable[
         uncovered = sorted(set(files) - set(_signed_files(path)))
     except InvalidSignature:
         return "its content was changed, or it was made with another key"
+    except InputRefused as error:
+        return f"{error.what}: {error.found}"
     except _MALFORMED as error:
         # model-signing says so once the signature itself has proved good; its list of differences is not for people.
         if str(error).startswith("Signature mismatch"):
@@ -90,8 +92,8 @@ def signature_problem(folder: Path, verifier: verifying.Config, files: Iterable[
 
 def _signed_files(signature: Path) -> dict[str, str]:
     """The files that a signature lists, with their sha256: the in-toto statement in its DSSE envelope."""
-    bundle = json.loads(signature.read_text(encoding="utf-8"))
-    statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+    bundle = read_json(signature)
+    statement = json_of(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
     return {resource["name"]: resource["digest"] for resource in statement["predicate"]["resources"]}
 
 

@@ -18,6 +18,7 @@
     row_cache.py          the caches of rows that come and go one by one
     decoder_limits.py     what a decoder can be asked for
     scheduler.py          many texts on one decoder, which join and leave between steps
+    template_limits.py    how much a chat template may do
     chat_template.py      messages as a prompt
     tokenizer.py          texts to token ids and back
     text_stream.py        a text token by token
@@ -26,5 +27,5 @@
     arrays.py             NumPy arrays to ONNX Runtime values
     intermediates.py      values inside a graph
 
-Imports agreement, artifact, contract, errors.
+Imports agreement, artifact, contract, errors, reading.
 """

@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 from lora_export.artifact import sha256_of
 from lora_export.contract import ROWS, GraphContract
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, of_the_system
 from lora_export.runtime.arrays import to_array
 
 
@@ -82,7 +82,9 @@ def read_adapter(path: Path) -> dict[str, np.ndarray]:
         )
     try:
         adapter = ort.AdapterFormat.read_adapter(str(path))
-    except RuntimeError as error:
+        # The values are views of the adapter's memory, which goes with `adapter`.
+        return {name: to_array(value).copy() for name, value in adapter.get_parameters().items()}
+    except (RuntimeError, ValueError) as error:  # also a name that is no text
+        if (of_system := of_the_system(error)) is not None:
+            raise of_system from error
         raise InputRefused("The file is no ONNX Runtime adapter, or is truncated", where=str(path)) from error
-    # The values are views of the adapter's memory, which goes with `adapter`.
-    return {name: to_array(value).copy() for name, value in adapter.get_parameters().items()}

@@ -11,7 +11,15 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from lora_export.errors import EnvironmentUnusable, InputRefused, UsageProblem
+from lora_export.errors import EnvironmentUnusable, InputRefused, LoraExportError, UsageProblem, told
+from lora_export.runtime.template_limits import (
+    TooMuch,
+    bounded,
+    few_lines,
+    require_product,
+    require_short,
+    require_small,
+)
 
 Messages = Sequence[Mapping[str, object]]
 _TEMPLATE_FILE = "chat_template.jinja"
@@ -23,11 +31,20 @@ def read_template(folder: Path, config: Mapping[str, object]) -> str | None:
     """The chat template of the tokenizer in `folder`, if it has one; `config` is its `tokenizer_config.json`."""
     path = folder / _TEMPLATE_FILE
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputRefused("The chat template is not UTF-8 text", where=str(path), found=str(error)) from error
     found = config.get("chat_template")
     if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}
-    return found.get("default") if isinstance(found, dict) else found
+        named = [entry for entry in found if isinstance(entry, dict)]
+        found = {str(entry.get("name")): entry.get("template") for entry in named}
+    found = found.get("default") if isinstance(found, dict) else found
+    if not isinstance(found, str | None):
+        raise InputRefused(
+            "The chat template is no text", where=f"{folder}: tokenizer_config.json", found=repr(found)[:80]
+        )
+    return found
 
 
 def render(
@@ -42,7 +59,7 @@ def render(
 
     Raises:
         UsageProblem: The template refuses these messages.
-        InputRefused: The template is no Jinja template, or does what the sandbox forbids.
+        InputRefused: The template is no Jinja template, does what the sandbox forbids, or more than it may.
         EnvironmentUnusable: jinja2 is not installed, or is too old.
     """
     jinja2 = _jinja()
@@ -50,11 +67,16 @@ def render(
         # A template from elsewhere sees plain values only.
         plain = json.loads(json.dumps([_without_nothing(message) for message in messages]))
         given = {"messages": plain, "tools": None, "documents": None, "add_generation_prompt": True}
-        return _environment(jinja2).from_string(template).render(**special_tokens, **given | dict(options))
-    except (jinja2.exceptions.SecurityError, jinja2.exceptions.TemplateSyntaxError) as error:
-        raise InputRefused("The chat template cannot be used", where=where, found=str(error)) from error
-    except (jinja2.exceptions.TemplateError, TypeError, KeyError) as error:
-        raise UsageProblem("The chat template refuses these messages", where=where, found=str(error)) from error
+        compiled = _environment(jinja2).from_string(template)
+        with few_lines():
+            return compiled.render(**special_tokens, **given | dict(options))
+    except (jinja2.exceptions.SecurityError, jinja2.exceptions.TemplateSyntaxError, TooMuch, RecursionError) as error:
+        raise InputRefused("The chat template cannot be used", where=where, found=str(error)[:400]) from error
+    except (LoraExportError, MemoryError):
+        raise
+    except Exception as error:  # a template is a program: it can raise whatever Python does
+        found = str(error) if isinstance(error, jinja2.exceptions.TemplateError) else told(error)
+        raise UsageProblem("The chat template refuses these messages", where=where, found=found[:400]) from error
 
 
 def _without_nothing(message: Mapping[str, object]) -> dict[str, object]:
@@ -99,10 +121,22 @@ def _environment(jinja2):
     def strftime_now(form: str) -> str:
         return datetime.now().strftime(form)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"*", "**", "%"})
+
+        def call_binop(self, context, operator, *sides):
+            require_product(operator, *sides)
+            return super().call_binop(context, operator, *sides)
+
+        def call(self, context, function, *args, **kwargs):
+            if isinstance(getattr(function, "__self__", None), str):
+                require_small(*args, *kwargs.values())
+            return super().call(context, function, *args, **kwargs)
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = tojson
+    environment.filters = {name: bounded(function) for name, function in environment.filters.items()}
+    del environment.globals["lipsum"]  # texts as long as it is asked for
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     environment.globals |= {"dict": lambda *args, **kwargs: dict(*args, **kwargs), "namespace": _namespace(jinja2)}
     return environment
@@ -120,6 +154,7 @@ def _namespace(jinja2):
 
         def __setitem__(self, name: str, value: object) -> None:
             refuse_private(name)
+            require_short(value)
             super().__setitem__(name, value)
 
     def refuse_private(name: object) -> None:

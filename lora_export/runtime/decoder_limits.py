@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_export.contract import GATE_INPUT
 from lora_export.errors import UsageProblem
+from lora_export.reading import CONFIG, model_settings, size_in
 from lora_export.runtime.adapter_session import AdapterSession
 
 # What follows from a text's tokens.
@@ -42,10 +42,9 @@ class DecoderLimits:
                 expected="a decoder for text generation",
                 found=f"a graph that takes {', '.join(others)}" if others else "a graph without a cache",
             )
-        path = session.folder / "config.json"
-        whole = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        config = whole | (whole["text_config"] if isinstance(whole.get("text_config"), dict) else {})
-        return cls(config.get("vocab_size"), config.get("max_position_embeddings") or config.get("n_positions"))
+        config, where = model_settings(session.folder), session.folder / CONFIG
+        n_positions = size_in(config, "max_position_embeddings", "n_positions", where=where)
+        return cls(size_in(config, "vocab_size", where=where), n_positions)
 
     def require(self, *, max_rows: int, max_length: int, prefill_chunk: int) -> None:
         for name, value in (("max_rows", max_rows), ("max_length", max_length), ("prefill_chunk", prefill_chunk)):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+
+from lora_export.reading import read_json_if_there, tokens_in
 
 
 def generation_defaults(*folders: Path) -> dict:
@@ -12,14 +13,11 @@ def generation_defaults(*folders: Path) -> dict:
     found: dict = {}
     for name in ("config.json", "generation_config.json"):
         for folder in reversed(folders):
-            path = folder / name
-            if path.is_file():
-                fields = json.loads(path.read_text(encoding="utf-8"))
-                found |= {key: value for key, value in fields.items() if value is not None}
+            fields = read_json_if_there(folder / name)
+            found |= {key: value for key, value in fields.items() if value is not None}
     return found
 
 
 def eos_ids_of(defaults: Mapping) -> frozenset[int]:
     """The tokens that end a text."""
-    found = defaults.get("eos_token_id")
-    return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+    return frozenset(tokens_in(defaults, "eos_token_id", "generation_config.json or config.json"))

@@ -5,12 +5,12 @@ Needs `tokenizers`, a package of its own, for an export with a `tokenizer.json`;
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_export.errors import EnvironmentUnusable, InputRefused, UsageProblem
+from lora_export.errors import EnvironmentUnusable, InputRefused, UsageProblem, refused_if_it_fails
+from lora_export.reading import read_json_if_there
 from lora_export.runtime.chat_template import Messages, read_template, render
 
 _TOKENIZER, _CONFIG, _SPECIALS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -18,6 +18,7 @@ _VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "
 TOKENIZER_FILES = (
     _TOKENIZER, *_VOCABULARIES, _CONFIG, _SPECIALS, "added_tokens.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+_NEXT = "fetch the folder's tokenizer files again"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -91,10 +92,10 @@ def open_tokenizer(place: Path, export: Path | None = None) -> TextTokenizer:
         EnvironmentUnusable: The package that reads it is not installed.
     """
     folders = tokenizer_folders(place, export or place)
-    folder, configs = folders[-1], [_read(each / _CONFIG) for each in folders]
+    folder, configs = folders[-1], [read_json_if_there(each / _CONFIG) for each in folders]
     config = next((each for each in configs if each), {})
-    special_maps = (_read(each / _SPECIALS) for each in folders)
-    specials = _special_tokens(next((each for each in special_maps if each), {}) | config)
+    special_maps = (read_json_if_there(each / _SPECIALS) for each in folders)
+    specials = _special_tokens(next((each for each in special_maps if each), {}) | config, place)
     opened = _fast if (folder / _TOKENIZER).is_file() else _of_transformers
     encode, decode, id_of = opened(folder)
     eos = specials.get("eos_token")
@@ -110,18 +111,24 @@ def _fast(folder: Path) -> tuple[Callable, Callable, Callable]:
         raise EnvironmentUnusable(
             "Texts need the package `tokenizers`", next_step="pip install tokenizers, or give token ids"
         ) from error
+    where = str(folder / _TOKENIZER)
     try:
-        tokenizer = Tokenizer.from_file(str(folder / _TOKENIZER))
+        tokenizer = Tokenizer.from_file(where)
     except Exception as error:  # the package raises no other
-        raise InputRefused("The tokenizer cannot be read", where=str(folder / _TOKENIZER), found=str(error)) from error
+        raise InputRefused("The tokenizer cannot be read", where=where, found=str(error)) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
 
     def encode(text: str, is_whole: bool) -> list[int]:
         # tokenizer.json has what begins and ends a text; `add_bos_token` beside it does nothing, as in Transformers 5.
-        return tokenizer.encode(text, add_special_tokens=is_whole).ids
+        with refused_if_it_fails("The tokenizer makes no tokens of the text", where=where, next_step=_NEXT):
+            return tokenizer.encode(text, add_special_tokens=is_whole).ids
 
-    return encode, tokenizer.decode, tokenizer.token_to_id
+    def decode(ids: Sequence[int]) -> str:
+        with refused_if_it_fails("The tokenizer makes no text of the tokens", where=where, next_step=_NEXT):
+            return tokenizer.decode(ids)
+
+    return encode, decode, tokenizer.token_to_id
 
 
 def _of_transformers(folder: Path) -> tuple[Callable, Callable, Callable]:
@@ -156,16 +163,18 @@ def _of_transformers(folder: Path) -> tuple[Callable, Callable, Callable]:
     return encode, decode, tokenizer.convert_tokens_to_ids
 
 
-def _special_tokens(fields: Mapping[str, object]) -> dict[str, str]:
+def _special_tokens(fields: Mapping[str, object], where: Path) -> dict[str, str]:
     found = {name: fields[name] for name in _NAMES if fields.get(name) is not None}
-    return {name: token["content"] if isinstance(token, dict) else str(token) for name, token in found.items()}
+    found = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
+    if (wrong := next((name for name, token in found.items() if not isinstance(token, str)), None)) is not None:
+        raise _no_token(where, wrong, fields[wrong])
+    return found
 
 
-def _read(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputRefused("The tokenizer cannot be read", where=str(path), found=str(error)) from error
-    return found if isinstance(found, dict) else {}
+def _no_token(where: Path, name: str, found: object) -> InputRefused:
+    return InputRefused(
+        "The tokenizer cannot be read",
+        where=f"{where}: {name}",
+        expected="a text, or an object with its content",
+        found=repr(found)[:80],
+    )

@@ -20,5 +20,5 @@
     problems.py          errors in the form of OpenAI's API
     options.py           what a server is started with
 
-Imports answers, artifact, contract, errors, folders, runtime, sentence.
+Imports answers, artifact, contract, errors, folders, reading, runtime, sentence.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from lora_export.artifact import MANIFEST, AdapterRecord, Manifest, read_manifest
 from lora_export.contract import SINGLE
 from lora_export.errors import InputRefused, UsageProblem
+from lora_export.reading import model_settings
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.arrays import numpy_dtype
 from lora_export.runtime.bank import Bank
@@ -135,7 +135,7 @@ class Models:
         served = [record for record in manifest.adapters if record.files]
         _require_free_base(self.base, [record.name for record in served])
         adapters = {record.name: self._served(record, folder, record.files[SINGLE]) for record in served}
-        self.config = _config(folder)
+        self.config = model_settings(folder)
         has_base = all(entry.base_has_default for entry in manifest.contract.adapter_inputs)
         labels = _labels_of(manifest, self.config)
         self.view = View(self.session.snapshot(), self.base, labels, has_base, MappingProxyType(adapters))
@@ -170,7 +170,7 @@ class Models:
     def problem_type(self, place: Path) -> str | None:
         """The kind of classification of an adapter with its settings in `place`: its own, or else the base's."""
         if place not in self._problem_types:
-            self._problem_types[place] = (_config(place) or self.config).get("problem_type")
+            self._problem_types[place] = (model_settings(place) or self.config).get("problem_type")
         return self._problem_types[place]
 
     def put(self, name: str, served: Served, tensors: Mapping[str, np.ndarray], *, in_place: bool) -> None:
@@ -276,9 +276,3 @@ def _labels_of(manifest: Manifest, config: dict) -> Mapping[int, str]:
     if folded:
         return folded[0] if len(folded) == 1 else {}
     return {int(index): label for index, label in (config.get("id2label") or {}).items()}
-
-
-def _config(folder: Path) -> dict:
-    path = folder / "config.json"
-    whole = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return whole | (whole["text_config"] if isinstance(whole.get("text_config"), dict) else {})

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, refused_if_it_fails
+from lora_export.reading import read_json_if_there
 from lora_export.runtime.generation_config import eos_ids_of, generation_defaults
 from lora_export.runtime.tokenizer import TextTokenizer, open_tokenizer, tokenizer_folders
 
@@ -45,13 +45,15 @@ class Texts:
         # What the last call before the save left behind: it would cut texts in silence.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        configs = [_json(each / "tokenizer_config.json") for each in tokenizer_folders(place, export)]
+        configs = [read_json_if_there(each / "tokenizer_config.json") for each in tokenizer_folders(place, export)]
         longest = next((config for config in configs if config), {}).get("model_max_length")
         self.longest = int(longest) if isinstance(longest, int | float) and 0 < longest < _NO_LIMIT else None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, with those that the tokenizer puts around it."""
-        return [each.ids for each in self.tokenizer.encode_batch(list(texts))]
+        what, where = "The tokenizer makes no tokens of the text", str(self.folder / _FILE)
+        with refused_if_it_fails(what, where=where, next_step="fetch the export's tokenizer files again"):
+            return [each.ids for each in self.tokenizer.encode_batch(list(texts))]
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,3 @@ def open_voice(place: Path, folder: Path) -> Voice:
     tokenizer, defaults = open_tokenizer(place, folder), generation_defaults(*dict.fromkeys([place, folder]))
     of_tokenizer = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
     return Voice(tokenizer, defaults, eos_ids_of(defaults) or of_tokenizer)
-
-
-def _json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

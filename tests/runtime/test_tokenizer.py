@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,50 @@ def test_a_place_with_a_template_alone_goes_with_the_export_s_tokenizer(folder, 
     (place / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     own = open_tokenizer(place, folder)
     assert (own.eos_id, own.chat_template) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 2,000,000 lines"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "recursion"),
+        ("{{ 9 ** 9999999 }}", "more than 10,000,000"),
+        ("{{ 'x' * 10 ** 9 }}", "more than 10,000,000"),
+        ("{{ '%999999999d' % 1 }}", "more than 10,000,000"),
+        ("{{ 'x'|center(10 ** 9) }}", "asks for 1,000,000,000"),
+        ("{{ 'x'.ljust(width=10 ** 9) if false else 'x'.ljust(10 ** 9) }}", "asks for 1,000,000,000"),
+        (
+            "{% set n = namespace(x='xxxxxxxxxx') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "keeps",
+        ),
+        ("{{ lipsum(99) }}", "'lipsum' is undefined"),
+    ],
+)
+def test_a_template_without_end_is_refused_soon(template, found, folder):
+    change(folder, chat_template=template)
+    began, tracer = time.monotonic(), sys.gettrace()
+    with pytest.raises(InputRefused if "lipsum" not in template else UsageProblem) as refused:
+        open_tokenizer(folder).encode_chat(MESSAGES)
+    assert found in refused.value.found and time.monotonic() - began < 10 and sys.gettrace() is tracer
+
+
+@pytest.mark.parametrize("template", ["{{ 1 // 0 }}", "{{ 'x'|int(base=99) + 'x' }}", "{{ nothing.at.all }}"])
+def test_what_a_template_raises_is_a_refusal(template, folder):
+    change(folder, chat_template=template)
+    with pytest.raises(UsageProblem, match="The chat template refuses these messages"):
+        open_tokenizer(folder).encode_chat(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"eos_token": {"x": 1}}, "eos_token"),
+        ({"bos_token": [1]}, "bos_token"),
+        ({"chat_template": 3}, "tokenizer_config"),
+    ],
+)
+def test_settings_of_another_type_are_refused_by_name(fields, where, folder):
+    change(folder, **fields)
+    with pytest.raises(InputRefused) as refused:
+        open_tokenizer(folder)
+    assert where in refused.value.where

@@ -3,6 +3,7 @@
     tokenizers.py        the tokenizer, or seeded token ids
     examples.py          texts and images, from a file or from the machine
     amount.py            how much: less of a large base
+    images.py            image files
     batcher.py           rows as a graph's inputs, in padded batches
     seq2seq_examples.py  sources and targets
     prepared.py          all inputs of a check
@@ -10,5 +11,5 @@
     ragged.py            rows of different lengths
     invoked.py           text that invokes an activated LoRA
 
-Imports artifact, base, contract, errors, runtime.
+Imports artifact, base, contract, errors, reading, runtime.
 """

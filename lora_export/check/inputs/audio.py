@@ -67,8 +67,10 @@ def _read_wav(path: Path, sampling_rate: int) -> np.ndarray:
         with wave.open(str(path), "rb") as file:
             rate, width, n_channels = file.getframerate(), file.getsampwidth(), file.getnchannels()
             raw = file.readframes(file.getnframes())
-    except (OSError, EOFError, wave.Error) as error:
-        raise InputRefused("The input is no WAV file", where=str(path), found=str(error) or "an empty file") from error
+    # Of a chunk that says a wrong size, the module raises errors that are not its own.
+    except (OSError, EOFError, wave.Error, RuntimeError, ValueError) as error:
+        found = str(error) or "it ends too early"
+        raise InputRefused("The input is no WAV file", where=str(path), found=found) from error
     if (rate, width) != (sampling_rate, 2):
         raise InputRefused(
             "The sound is not sampled as the model takes it",
@@ -76,6 +78,13 @@ def _read_wav(path: Path, sampling_rate: int) -> np.ndarray:
             expected=f"16 bits at {sampling_rate} Hz",
             found=f"{8 * width} bits at {rate} Hz",
             next_step=f"convert it, e.g. with ffmpeg -i IN -ar {sampling_rate} -sample_fmt s16 OUT.wav",
+        )
+    if len(raw) % (width * n_channels) or not raw:
+        raise InputRefused(
+            "The sound is cut off, or there is none",
+            where=str(path),
+            expected=f"whole samples of {n_channels} channels",
+            found=f"{len(raw)} bytes",
         )
     samples = np.frombuffer(raw, "<i2").astype(np.float32) / 2**15
     return samples.reshape(-1, n_channels).mean(axis=1)

@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_export.base.tasks import Task
 from lora_export.check.inputs.examples import MOST_TOKENS, SEED, Batch, Example, Examples
+from lora_export.check.inputs.images import read_image
 from lora_export.check.inputs.tokenizers import load_tokenizer
 from lora_export.contract import GraphContract
 from lora_export.errors import InputRefused
@@ -107,12 +108,7 @@ class Batcher:
         )
 
     def _pixel_values(self, rows: Sequence[Example]) -> np.ndarray:
-        from PIL import Image
-
-        try:
-            images = [Image.open(row.text_or_file).convert("RGB") for row in rows]
-        except OSError as error:
-            raise InputRefused("A file is no image that Pillow reads", found=str(error)) from error
+        images = [read_image(row.text_or_file) for row in rows]
         pixels = self._image_processor(images, return_tensors="np")["pixel_values"]
         return np.asarray(pixels, numpy_dtype(self._signal.dtype))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import pkgutil
 import random
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_export.errors import InputRefused
+from lora_export.reading import json_of
 
 SEED = 2106_09685
 BUILT_IN_ROWS = 16
@@ -95,9 +95,12 @@ def spread(rows: Sequence[Example], most: int) -> tuple[Example, ...]:
 
 def _json_example(where: str, line: str) -> Example:
     try:
-        fields = json.loads(line)
-        return Example(str(fields["text"]), fields.get("label_id"))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        fields = json_of(line)
+        text, label = str(fields["text"]), fields.get("label_id")
+        if not isinstance(label, int | None):
+            raise TypeError("a class is a number")
+        return Example(text, label)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputRefused(
             "A line of the data is not an example", where=where, expected='{"text": …, "label_id": …}', found=line[:80]
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from lora_export.check.inputs.examples import MOST_TOKENS, SEED, Batch, Example,
 from lora_export.check.inputs.tokenizers import load_tokenizer
 from lora_export.contract import ENCODER
 from lora_export.errors import InputRefused
+from lora_export.reading import CONFIG, read_json, size_in, tokens_in, vocabulary_size
 from lora_export.runtime.arrays import numpy_dtype
 
 _MOST_TARGETS = 48
@@ -36,12 +36,12 @@ class Seq2SeqBatcher:
         self._folder = folder
         specs = {spec.name: spec for spec in manifest.graphs[ENCODER].inputs}
         self._features = specs.get("input_features")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        longest = config.get("max_position_embeddings") or config.get("max_target_positions") or MOST_TOKENS
+        config, where = read_json(folder / CONFIG), folder / CONFIG
+        longest = size_in(config, "max_position_embeddings", "max_target_positions", where=where) or MOST_TOKENS
         self._most_source, self._most_targets = min(n_tokens, longest), min(_MOST_TARGETS, n_tokens, longest)
-        self._vocabulary = config["vocab_size"]
-        starts = (config.get(f"{name}_token_id") for name in ("decoder_start", "bos", "pad"))
-        self.start_id: int = next((token for token in starts if token is not None), 0)
+        self._vocabulary = vocabulary_size(folder)
+        starts = (tokens_in(config, f"{name}_token_id", where) for name in ("decoder_start", "bos", "pad"))
+        self.start_id: int = next((tokens[0] for tokens in starts if tokens), 0)
         self.tokenizer = (tokenizer or load_tokenizer(folder)) if self.takes_text else None
 
     @property

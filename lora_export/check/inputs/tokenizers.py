@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from lora_export.artifact import Manifest
 from lora_export.errors import InputRefused
+from lora_export.reading import CONFIG, model_settings, size_in, tokens_in, vocabulary_size
 
 _FILES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -41,16 +42,13 @@ class SeededTokenizer:
     @classmethod
     def of(cls, folder: Path) -> SeededTokenizer:
         """For the export in `folder`, by its `config.json`."""
-        whole = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = whole | (whole["text_config"] if isinstance(whole.get("text_config"), dict) else {})
-        found = {name: config.get(name) for name in _SPECIAL}
-        ids = [token for value in found.values() for token in (value if isinstance(value, list) else [value])]
-        end = found["eos_token_id"]
-        end = end[0] if isinstance(end, list) else end
-        pad = found["pad_token_id"] or 0
-        positions = config.get("max_position_embeddings") or config.get("n_positions") or 2**20
+        config, where = model_settings(folder), folder / CONFIG
+        found = {name: tokens_in(config, name, where) for name in _SPECIAL}
+        end, pad = (next(iter(found[name]), None) for name in ("eos_token_id", "pad_token_id"))
+        positions = size_in(config, "max_position_embeddings", "n_positions", where=where) or 2**20
         # RoBERTa's kin count positions from beyond the padding token's id.
-        return cls(config["vocab_size"], max(1, positions - pad - 1), pad, frozenset(ids) - {None}, end)
+        longest = max(1, positions - (pad or 0) - 1)
+        return cls(vocabulary_size(folder), longest, pad or 0, frozenset(chain.from_iterable(found.values())), end)
 
     def __call__(
         self,

@@ -6,5 +6,5 @@
     trained.py       adapters as PEFT runs them
     module_calls.py  what every module is given and gives in one run
 
-Imports base, check.judge, compat, errors, export, graph, quiet, sentence.
+Imports base, check.judge, compat, errors, export, graph, quiet, reading, sentence.
 """

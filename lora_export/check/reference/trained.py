@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import safetensors
 import torch
 
 from lora_export.base.weightless import vocabulary_tables
+from lora_export.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def with_several(model: torch.nn.Module, adapters: Sequence[TrainedAdapter]) -> 
 
 def adds_up(adapter: TrainedAdapter) -> bool:
     """Whether the adapter is plain LoRA, whose output PEFT adds to the others' and scales by its weight."""
-    config = json.loads((adapter.path / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(adapter.path / "adapter_config.json")
     others = ("use_dora", "lora_bias", "trainable_token_indices", "modules_to_save", "target_parameters", "kasa_config")
     is_plain = config["peft_type"] == "LORA" and not any(config.get(name) for name in others)
     keeps_base = config.get("bias", "none") == "none" and isinstance(config.get("init_lora_weights", True), bool)

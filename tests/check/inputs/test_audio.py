@@ -61,3 +61,23 @@ def test_what_is_no_such_file_is_refused(exports, own, tmp_path):
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(InputRefused, match="has no feature extractor"):
         read_features(folder, [str(slow)], manifest)
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda whole: whole[:-3], "The sound is cut off"),
+        (lambda whole: whole[:44], "The sound is cut off"),
+        (lambda whole: whole[:22] + b"\0\0" + whole[24:], "The input is no WAV file"),
+        (lambda whole: whole[:16] + b"\xff\xff\xff\x7f" + whole[20:], "The input is no WAV file"),
+        (lambda whole: whole[:30], "The input is no WAV file"),
+    ],
+    ids=["odd", "empty", "no channels", "size", "header"],
+)
+def test_files_that_lie_about_their_size_are_refused(damage, what, exports, tmp_path):
+    folder = exports["whisper-merged"]
+    path = write_wav(tmp_path / "a.wav", tone(100)[:, None])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputRefused, match=what) as refused:
+        read_features(folder, [str(path)], read_manifest(folder))
+    assert refused.value.where == str(path)
