@@ -39,11 +39,13 @@ def run_trial(
     provider: str | None,
     max_new_tokens: int,
     is_raw: bool = False,
+    of_pairs: bool = False,
     stream: Callable[[str], None] | None = None,
 ) -> dict:
     """Run the export on `inputs` (texts, image files, or sound files) with a blend of adapters (none: the base).
 
     Args:
+        of_pairs: The inputs are pairs of texts, one after the other.
         is_raw: Give a decoder the text as it is, also where the export has a chat template.
         stream: Called with each piece of a decoder's first text as it is written, and first with a raw prompt.
 
@@ -56,13 +58,21 @@ def run_trial(
     adapters = blend or None
     place = _preprocessing_of(manifest, folder, blend)
     head = {"task": manifest.task, "adapter": dict(blend), "provider": session.provider, "inputs": list(inputs)}
+    if of_pairs and task is not Task.TEXT_CLASSIFICATION:
+        raise UsageProblem(
+            "--pairs is for classifiers of texts",
+            expected=str(Task.TEXT_CLASSIFICATION),
+            found=manifest.task,
+            next_step="leave it out",
+        )
     if task in SEQ2SEQ:
         return head | {
             "results": _write_targets(session, place, inputs, adapters=adapters, max_new_tokens=max_new_tokens)
         }
     if task is Task.TEXT_GENERATION:
         return head | _write(session, inputs, adapters, max_new_tokens=max_new_tokens, is_raw=is_raw, stream=stream)
-    batcher = Batcher(place, task, manifest.contract, pad_token_id=manifest.pad_token_id)
+    how = {"pad_token_id": manifest.pad_token_id, "n_tokens": _longest(folder)}
+    batcher = Batcher(place, task, manifest.contract, **how)
     if {"input_ids", "pixel_values"} <= {spec.name for spec in manifest.contract.inputs}:
         raise UsageProblem(
             "`run` takes texts or images, and this graph takes both",
@@ -74,6 +84,8 @@ def run_trial(
         return head | answers.to_questions(inputs)
     if task is Task.MULTIPLE_CHOICE:
         return head | answers.of_choices(inputs)
+    if of_pairs:
+        return head | answers.of_pairs(task, inputs)
     return head | {"results": answers.one_by_one(task, inputs)}
 
 
@@ -103,6 +115,19 @@ class _Answers:
         batch = self.batcher.batch([Example(text) for text in inputs])
         outputs = self._run(batch.inputs)
         return [self._answer(task, outputs, batch, row=row) for row in range(len(inputs))]
+
+    def of_pairs(self, task: Task, inputs: Sequence[str]) -> dict:
+        """An answer for each text and the one that follows it."""
+        if len(inputs) % 2:
+            raise UsageProblem(
+                "--pairs takes texts two and two", expected="run OUT --pairs TEXT TEXT [TEXT TEXT …]",
+                found=f"{len(inputs)} texts",
+            )  # fmt: skip
+        firsts, seconds = inputs[::2], inputs[1::2]
+        batch = self.batcher.batch([Example(a, None, b) for a, b in zip(firsts, seconds, strict=True)])
+        outputs = self._run(batch.inputs)
+        shown = [f"{a} / {b}" for a, b in zip(firsts, seconds, strict=True)]
+        return {"inputs": shown, "results": [self._answer(task, outputs, batch, row=i) for i in range(len(firsts))]}
 
     def _run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return self.session.run(inputs, self.adapters)
@@ -180,6 +205,16 @@ class _Answers:
         endings = dict(enumerate(inputs[1:]))
         logits = self._run(self.batcher.choices([(inputs[0], inputs[1:])]).inputs)["logits"][0]
         return {"inputs": [inputs[0]], "results": [class_answer(logits, endings)]}
+
+
+def _longest(folder: Path) -> int:
+    """The most tokens that the export's model has positions for; a tokenizer may be made for fewer."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config |= config["text_config"] if isinstance(config.get("text_config"), dict) else {}
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    # RoBERTa's kin count positions from beyond the padding token's id.
+    return max(1, positions - (config.get("pad_token_id") or 0) - 1) if positions else 2**20
 
 
 def _sound(folder: Path, name: str, session: AdapterSession) -> dict[str, np.ndarray]:

@@ -24,6 +24,7 @@ from lora_export.cli.output import Display, guarded
 )
 @click.option("--max-new-tokens", default=40, show_default=True, help="Tokens to generate (decoders).")
 @click.option("--raw", is_flag=True, help="Give a decoder the text as it is, without the export's chat template.")
+@click.option("--pairs", is_flag=True, help="Take TEXTs two and two, as rerankers and other classifiers of pairs do.")
 @options.run_on
 @options.as_json
 def run(
@@ -32,6 +33,7 @@ def run(
     blend: dict[str, float],
     max_new_tokens: int,
     raw: bool,
+    pairs: bool,
     provider: str | None,
     as_json: bool,
 ) -> None:
@@ -53,6 +55,7 @@ def run(
 
         stream = display.stream if len(inputs) == 1 and not as_json else None
         found = trial.run_trial(
-            out, inputs, blend, provider=provider, max_new_tokens=max_new_tokens, is_raw=raw, stream=stream
-        )
+            out, inputs, blend, provider=provider, max_new_tokens=max_new_tokens, is_raw=raw, of_pairs=pairs,
+            stream=stream,
+        )  # fmt: skip
         display.result(found, text.trial_text)

@@ -7,6 +7,7 @@
     service.py           how a request waits for its answer
     batching.py          rows of different requests and adapters in one run
     encoders.py          a run of an encoder's rows
+    reranking.py         the route of rerankers
     writing_api.py       the routes of decoders: completions and chats
     writing.py           texts of many requests on one scheduler
     pieces.py            their tokens as pieces of text

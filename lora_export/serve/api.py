@@ -24,6 +24,7 @@ from lora_export.serve.guard import Guard
 from lora_export.serve.logs import log
 from lora_export.serve.models import CLASSIFICATION, FEATURES
 from lora_export.serve.problems import Problem, problem_of
+from lora_export.serve.reranking import add_reranking
 from lora_export.serve.schema import ClassifyBody, EmbeddingBody, LoadBody, UnloadBody
 from lora_export.serve.service import Service
 from lora_export.serve.writing_api import add_writing
@@ -41,6 +42,7 @@ def build(service: Service) -> Guard:
     _add_state(api, service)
     _add_models(api, service)
     _add_encoders(api, service)
+    add_reranking(api, service)
     add_writing(api, service)
     return Guard(api, service.options, service.metrics)
 

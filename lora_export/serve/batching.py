@@ -45,12 +45,14 @@ class Row:
         model: What it asked for.
         ids: Its tokens.
         target: What `model` meant when the tokens were made.
+        types: Of a pair of texts, which of the two each token is of; None for one text.
     """
 
     model: str
     ids: Sequence[int]
     ticket: Ticket
     target: Target | None = None
+    types: Sequence[int] | None = None
 
 
 @dataclass(eq=False)
@@ -123,9 +125,18 @@ class Batcher:
             return [row.model for row in self._running], [row.model for row in self._waiting]
 
     def submit(
-        self, model: str, rows: Sequence[Sequence[int]], deadline: float, *, target: Target | None = None
+        self,
+        model: str,
+        rows: Sequence[Sequence[int]],
+        deadline: float,
+        *,
+        target: Target | None = None,
+        types: Sequence[Sequence[int]] | None = None,
     ) -> Ticket:
         """Queue the rows of a request.
+
+        Args:
+            types: Of rows that are pairs of texts, see `Row`.
 
         Raises:
             Problem: 400 if there are more rows than ever fit, 429 if they do not fit now, 503 if the server ends.
@@ -135,7 +146,8 @@ class Batcher:
                 400, f"The request has {len(rows)} inputs; at most {self._limits.max_queue} are taken", param="input"
             )
         ticket = Ticket(deadline)
-        ticket.rows = tuple(Row(model, ids, ticket, target) for ids in rows)
+        of_each = types or itertools.repeat(None)
+        ticket.rows = tuple(Row(model, ids, ticket, target, own) for ids, own in zip(rows, of_each, strict=False))
         with self._changed:
             if not self._is_open:
                 raise Problem(503, "The server is shutting down", code="draining", retry_after_s=LEAST_RETRY)

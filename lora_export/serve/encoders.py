@@ -17,6 +17,7 @@ from lora_export.serve.options import Pooling
 from lora_export.serve.problems import Problem
 
 _LOGITS, _STATES, _POOLED = "logits", "last_hidden_state", "pooler_output"
+_TYPES = "token_type_ids"
 # Outputs that are one vector a row.
 _VECTORS = (_POOLED, SENTENCE_EMBEDDING)
 
@@ -59,7 +60,7 @@ class Encoder:
             except Problem as problem:
                 found[index] = problem
         if targets:
-            inputs = self._inputs([rows[index].ids for index in targets])
+            inputs = self._inputs([rows[index] for index in targets])
             adapters = [target.adapter for target in targets.values()]
             outputs = view.session.run(inputs, adapters, [self._output])[self._output]
             values = self._values(outputs, inputs["attention_mask"])
@@ -67,14 +68,18 @@ class Encoder:
                 found[index] = _answer(value, targets[index])
         return found
 
-    def _inputs(self, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-        """Token ids and their mask, `[rows, longest]`, padded on the right."""
-        longest = max(map(len, rows))
+    def _inputs(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        """Token ids, their mask and, where the graph takes them, types, `[rows, longest]`, padded on the right."""
+        longest = max(len(row.ids) for row in rows)
         ids = np.full((len(rows), longest), self._pad, np.int64)
-        mask = np.zeros_like(ids)
+        mask, types = np.zeros_like(ids), np.zeros_like(ids)
         for index, row in enumerate(rows):
-            ids[index, : len(row)], mask[index, : len(row)] = row, 1
-        return {"input_ids": ids, "attention_mask": mask}
+            size = len(row.ids)
+            ids[index, :size], mask[index, :size] = row.ids, 1
+            if row.types is not None:
+                types[index, :size] = row.types
+        has_types = any(spec.name == _TYPES for spec in self._contract.inputs)
+        return {"input_ids": ids, "attention_mask": mask} | ({_TYPES: types} if has_types else {})
 
     def _values(self, outputs: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
         if self._output == _LOGITS:

@@ -69,6 +69,21 @@ class ClassifyBody(Body):
     input: Texts
 
 
+class Document(Strict):
+    """A text, as an object."""
+
+    text: Text
+
+
+class RerankBody(Body):
+    """`/v1/rerank`, as Jina's and vLLM's."""
+
+    query: Text
+    documents: Annotated[list[Text | Document], _FIRST]
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    return_documents: bool = True
+
+
 class StreamOptions(Strict):
     """Whether a stream ends with the numbers of tokens."""
 

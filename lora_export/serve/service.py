@@ -112,13 +112,16 @@ class Service:
         else:
             found = [list(ids) for ids in given]
             self._require_tokens(found)
-        longest = max(map(len, found))
+        self._require_length(found, "input")
+        return found
+
+    def _require_length(self, rows: Sequence[Sequence[int]], field: str) -> None:
+        longest = max(map(len, rows))
         if longest > self.models.longest:
             raise Problem(
-                400, f"An input has {longest} tokens; the model takes {self.models.longest}", param="input",
+                400, f"An input has {longest} tokens; the model takes {self.models.longest}", param=field,
                 code="context_length_exceeded",
             )  # fmt: skip
-        return found
 
     def require_room(self, n_texts: int, field: str) -> None:
         """Refuse a request of more texts than ever wait, before work is done for them.
@@ -130,8 +133,29 @@ class Service:
         if n_texts > most:
             raise Problem(400, f"The request has {n_texts} texts; at most {most} are taken", param=field)
 
-    async def answers(self, request: Request, target: Target, rows: Sequence[Sequence[int]]) -> list:
-        """The answers of an encoder to `rows`.
+    async def pairs(self, text: str, others: Sequence[str], target: Target) -> tuple[list, list]:
+        """The tokens of `text` with each of `others` behind it, and which of the two each is of.
+
+        Raises:
+            Problem: There are none, or a pair is longer than the model takes.
+        """
+        if not text or not others:
+            raise Problem(400, "An input is empty", param="query" if others else "documents", code="empty")
+        self.require_room(len(others), "documents")
+        texts = self.models.texts(target.place)
+        found = await asyncio.to_thread(texts.encode_pairs, text, others)
+        self._require_length([ids for ids, _ in found], "documents")
+        return [ids for ids, _ in found], [types for _, types in found]
+
+    async def answers(
+        self,
+        request: Request,
+        target: Target,
+        rows: Sequence[Sequence[int]],
+        *,
+        types: Sequence[Sequence[int]] | None = None,
+    ) -> list:
+        """The answers of an encoder to `rows`, which are pairs of texts where they have `types`.
 
         Raises:
             Problem: They are not answered.
@@ -139,7 +163,7 @@ class Service:
         seen: Seen = request.state.seen
         n_tokens = sum(map(len, rows))
         seen.fields |= {"rows": len(rows), "prompt_tokens": n_tokens}
-        ticket = self.batcher.submit(target.model, rows, seen.deadline, target=target)
+        ticket = self.batcher.submit(target.model, rows, seen.deadline, target=target, types=types)
         answer = asyncio.wrap_future(ticket.future)
         found = await self.answered(request, answer, cancel=lambda: self.batcher.cancel(ticket))
         self.metrics.tokens.labels(self.metrics.label(target.label), "prompt").inc(n_tokens)

@@ -55,6 +55,10 @@ class Texts:
         with refused_if_it_fails(what, where=where, next_step="fetch the export's tokenizer files again"):
             return [each.ids for each in self.tokenizer.encode_batch(list(texts))]
 
+    def encode_pairs(self, text: str, others: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """The tokens of `text` with each of `others` behind it, and which of the two each token is of."""
+        return [(each.ids, each.type_ids) for each in self.tokenizer.encode_batch([(text, other) for other in others])]
+
 
 @dataclass(frozen=True)
 class Voice:

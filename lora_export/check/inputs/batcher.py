@@ -17,6 +17,8 @@ from lora_export.runtime.arrays import numpy_dtype
 
 # Inputs that are no texts: images, and sounds.
 _SIGNALS = ("pixel_values", "input_values")
+# What takes two texts a row: rerankers, entailment; questions and what they are about.
+_OF_PAIRS = (Task.TEXT_CLASSIFICATION, Task.QUESTION_ANSWERING)
 # A quarter of a second at 16 kHz, where an axis of samples varies.
 _NOISE_SAMPLES = 4000
 
@@ -68,7 +70,7 @@ class Batcher:
         texts = [row.text_or_file for row in rows]
         if self._task is Task.MULTIPLE_CHOICE:
             return self.choices([(text, (text[len(text) // 2 :], texts[i - 1][:99])) for i, text in enumerate(texts)])
-        encoded = self._encoded(texts, padding_side)
+        encoded = self._encoded(texts, padding_side, self._others(rows))
         inputs = {name: np.asarray(encoded[name], np.int64) for name in self._names if name in encoded}
         mask = np.asarray(encoded["attention_mask"], np.int64)
         if self._pad_token_id is not None:
@@ -93,6 +95,24 @@ class Batcher:
         encoded = self._encoded(texts, "right", others)
         inputs = {name: np.asarray(encoded[name], np.int64) for name in self._names if name in encoded}
         return Batch(inputs, np.asarray(encoded["attention_mask"], bool), (None,) * len(texts))
+
+    def _others(self, rows: Sequence[Example]) -> list[str] | None:
+        """The second texts of rows that have two; None where they have one.
+
+        Raises:
+            InputRefused: The task takes one.
+        """
+        pairs = [row.text_pair for row in rows if row.text_pair is not None]
+        if not pairs:
+            return None
+        if self._task not in _OF_PAIRS or len(pairs) < len(rows):
+            raise InputRefused(
+                f"{self._task} takes one text a row" if len(pairs) == len(rows) else "Rows have one text or two each",
+                where=f"text_pair: {pairs[0][:80]}",
+                expected="pairs of texts for " + ", ".join(_OF_PAIRS),
+                next_step="leave text_pair out",
+            )
+        return pairs
 
     def _encoded(self, texts: Sequence[str], padding_side: str, others: Sequence[str] | None = None):
         return self.tokenizer(

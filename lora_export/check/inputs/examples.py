@@ -21,10 +21,11 @@ MOST_TOKENS = 96
 
 @dataclass(frozen=True)
 class Example:
-    """A text, or the path of an image, and its class if the data names one."""
+    """A text, or two of them, or the path of an image, and its class if the data names one."""
 
     text_or_file: str
     label: int | None = None
+    text_pair: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,12 @@ class Examples:
 
 
 def read_examples(path: Path, limit: int) -> Examples:
-    """Examples from a text file (a row a line), JSON lines (`text`, optionally `label_id`), or a folder of images.
+    """Examples from a text file (a row a line), JSON lines (`text`, optionally `text_pair` and `label_id`), or a folder
+    of images.
 
     Raises:
-        InputRefused: The file is missing, empty, or a line is not what its suffix promises.
+        InputRefused: The file is missing, empty, a line is not what its suffix promises, or some lines have one text
+            and others two.
     """
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp"))
@@ -83,6 +86,12 @@ def read_examples(path: Path, limit: int) -> Examples:
         raise InputRefused("There is no such data file", where=str(path))
     if not rows:
         raise InputRefused("The data holds no examples", where=str(path))
+    if len({row.text_pair is None for row in rows}) > 1:
+        raise InputRefused(
+            "Some lines of the data have two texts, and others one",
+            where=str(path),
+            expected="text_pair in every line, or in none",
+        )
     chosen = spread(rows, limit)
     return Examples(chosen, f"{path} ({len(chosen)} of {len(rows)} rows)")
 
@@ -96,13 +105,16 @@ def spread(rows: Sequence[Example], most: int) -> tuple[Example, ...]:
 def _json_example(where: str, line: str) -> Example:
     try:
         fields = json_of(line)
-        text, label = str(fields["text"]), fields.get("label_id")
-        if not isinstance(label, int | None):
-            raise TypeError("a class is a number")
-        return Example(text, label)
+        text, label, pair = str(fields["text"]), fields.get("label_id"), fields.get("text_pair")
+        if not isinstance(label, int | None) or not isinstance(pair, str | None):
+            raise TypeError("a class is a number, and a second text a text")
+        return Example(text, label, pair)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputRefused(
-            "A line of the data is not an example", where=where, expected='{"text": …, "label_id": …}', found=line[:80]
+            "A line of the data is not an example",
+            where=where,
+            expected='{"text": …, "text_pair": …, "label_id": …}',
+            found=line[:80],
         ) from error
 
 
@@ -113,6 +125,14 @@ def built_in_examples(n_rows: int = BUILT_IN_ROWS) -> Examples:
     rng = random.Random(SEED)
     rows = [Example(rng.choice(stratum)) for stratum in strata]
     return Examples(tuple(rows), f"{n_rows} docstrings of Python's standard library, stratified by length")
+
+
+def as_pairs(examples: Examples) -> Examples:
+    """Each text as two, of its first and its second half: what a model of pairs is asked."""
+    halves = [row.text_or_file.split() for row in examples.rows]
+    texts = [(" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])) for words in halves]
+    rows = [Example(one, row.label, other) for row, (one, other) in zip(examples.rows, texts, strict=True)]
+    return Examples(tuple(rows), f"{examples.description}, each as a pair of its halves")
 
 
 def _docstrings() -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from lora_export.artifact import Manifest
 from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.check.inputs.amount import Amount, amount_of
 from lora_export.check.inputs.batcher import Batcher
-from lora_export.check.inputs.examples import Batch, Examples, built_in_examples
+from lora_export.check.inputs.examples import Batch, Examples, as_pairs, built_in_examples
 from lora_export.check.inputs.seq2seq_examples import Seq2SeqBatcher
 from lora_export.check.inputs.tokenizers import SEEDED, SeededTokenizer, has_tokenizer, tokenizer_of
 from lora_export.contract import ENCODER
@@ -58,6 +59,8 @@ def prepare(folder: Path, manifest: Manifest, data: Mapping[str | None, Examples
         )
     rows = {name: amount.of_file(examples) for name, examples in rows.items()}
     usual = built_in_examples(amount.n_rows)
+    if _is_of_pairs(folder, manifest):
+        usual = as_pairs(usual)
     if is_seeded:
         usual = replace(usual, description=f"{len(usual.rows)} rows of {SEEDED}")
     rows.setdefault(None, amount.described(usual))
@@ -67,6 +70,15 @@ def prepare(folder: Path, manifest: Manifest, data: Mapping[str | None, Examples
             examples = rows.get(record.name, rows[None])
             batches[record.name] = _batcher(folder, manifest, amount, adapter=record.name).batches(examples, BATCH_SIZE)
     return Prepared(batcher, rows, batches)
+
+
+def _is_of_pairs(folder: Path, manifest: Manifest) -> bool:
+    """Whether the export scores pairs of texts, as rerankers do: a classifier of texts with one label."""
+    if manifest.task != Task.TEXT_CLASSIFICATION:
+        return False
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    of_adapters = {record.n_labels for record in manifest.adapters if record.n_labels}
+    return (of_adapters or {len(config.get("id2label") or {})}) == {1}
 
 
 def _batcher(folder: Path, manifest: Manifest, amount: Amount, *, adapter: str | None = None) -> AnyBatcher:

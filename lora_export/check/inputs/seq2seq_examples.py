@@ -65,6 +65,11 @@ class Seq2SeqBatcher:
                 where=rows[0].text_or_file,
                 next_step="leave out --data",
             )
+        if pair := next((row.text_pair for row in rows if row.text_pair is not None), None):
+            raise InputRefused(
+                "An encoder-decoder takes one text a row", where=f"text_pair: {pair[:80]}",
+                next_step="leave text_pair out",
+            )  # fmt: skip
         encoded = self.tokenizer(
             [row.text_or_file for row in rows],
             return_tensors="np",

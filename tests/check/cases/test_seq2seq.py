@@ -98,6 +98,8 @@ def test_a_text_is_its_own_target(exports):
     assert targets[0].tolist() == [0, *ids[0]] and targets[1].tolist() == [0, *ids[1, 2:], 0, 0]
     assert found.real.tolist() == [[True] * 6, [True] * 4 + [False] * 2]
     assert found.labels == (1, None)
+    with pytest.raises(InputRefused, match="An encoder-decoder takes one text a row"):
+        batcher(exports, "t5-merged").batch([Example("abc", None, "b")])
     assert [len(batch.labels) for batch in batcher(exports, "t5-merged").batches(built_in_examples(5), 2)] == [2, 2, 1]
 
 
