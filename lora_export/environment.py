@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
 import platform
+import sys
 from pathlib import Path
 
 import onnxruntime as ort
@@ -50,6 +52,13 @@ def lack_of_memory(manifest: Manifest, folder: Path) -> str | None:
         f"Rounding: PyTorch at a wider dtype beside the rest needs about {needed / 1e9:.1f} GB, "
         f"{free / 1e9:.1f} GB are free, so errors are not judged by what PyTorch itself loses at this dtype."
     )
+
+
+def give_back_memory() -> None:
+    """Let the C library return what it has freed to the system, where it is glibc: large arrays leave holes behind."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def available_memory() -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from lora_export.check.reference.sentence import SentenceReference
 from lora_export.check.reference.trained import TrainedAdapter
 from lora_export.check.reference.unmerged import Reference
 from lora_export.contract import graph_file
+from lora_export.environment import give_back_memory
 from lora_export.errors import InputRefused, LoraExportError
 from lora_export.graph.module_values import WrittenGraph
 from lora_export.graph.stored_integers import rounds_activations, stored_integers
@@ -31,6 +33,7 @@ from lora_export.sentence import SENTENCE_EMBEDDING
 
 # Rounding is as large in so many batches as in all.
 _PRECISE_BATCHES = 8
+_WORTH_FREEING_BYTES = 1e8
 
 AnySession = AdapterSession | Seq2SeqSession
 
@@ -43,14 +46,14 @@ class CheckOptions:
         provider: "cpu" or "cuda"; None for CUDA if usable, else the CPU.
         data: Files of examples by adapter name; the key None serves all others.
         merged: A merged export to compare a dynamic one with.
-        n_rows: Most rows of each file.
+        n_rows: Most rows of each file; None for 128, or fewer of a large base.
         tolerances: Limits in place of the table's, by measure (`judge.tolerances.MEASURES`).
     """
 
     provider: str | None = None
     data: Mapping[str | None, Path] = field(default_factory=dict)
     merged: Path | None = None
-    n_rows: int = 128
+    n_rows: int | None = None
     tolerances: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -65,6 +68,7 @@ class CheckRequest:
         merged: A merged export of one of the adapters, to compare a dynamic export with.
         tolerances: Limits in place of the table's, by measure.
         sentence: What makes an embedding of hidden states; None for none.
+        keep_rows: Whether all of the examples are compared, however large the base is.
     """
 
     folder: Path
@@ -75,6 +79,7 @@ class CheckRequest:
     merged: Path | None = None
     tolerances: Mapping[str, float] = field(default_factory=dict)
     sentence: SentenceReference | None = None
+    keep_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ class CheckContext:
 
     def reference_of(self, records: Sequence[AdapterRecord], n_labels: int | None) -> Reference:
         """Unmerged PEFT with the adapters of `records`, each with its weight."""
+        self.let_go()
         adapters = [
             TrainedAdapter(self.request.adapters[r.name], r.weight, r.convert_rank, r.residual_base) for r in records
         ]
@@ -125,6 +131,12 @@ class CheckContext:
         how = {"with_precise": self.with_precise, "pad_token_id": manifest.pad_token_id, "integers": self.integers}
         how |= {"merged": self.is_merged_integers, "sentence": self.request.sentence}
         return Reference(self.task, self.request.base, adapters, dtype=manifest.dtype, n_labels=n_labels, **how)
+
+    def let_go(self) -> None:
+        """Free the references that are used no longer: models are cycles, and garbage is seldom looked for."""
+        if self.session.manifest.weights_bytes(self.request.folder) >= _WORTH_FREEING_BYTES:
+            gc.collect()
+            give_back_memory()
 
     def float_reference(self, records: Sequence[AdapterRecord], *, merged: bool = False) -> Reference:
         """As `reference_of` on the base's own floats, at the export's dtype alone; `merged`, PEFT's merge."""

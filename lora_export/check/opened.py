@@ -13,6 +13,9 @@ from lora_export.check.reference.sentence import SentenceReference
 from lora_export.check.run import Check, begin_check
 from lora_export.integrity.sources import SourceOverrides, locate_sources
 
+# Of a file, unless the user says otherwise.
+_MOST_ROWS = 128
+
 
 def opened_check(folder: Path, overrides: SourceOverrides, options: CheckOptions) -> Check:
     """The check of the export in `folder`, its sources found again; nothing is compared yet.
@@ -24,7 +27,7 @@ def opened_check(folder: Path, overrides: SourceOverrides, options: CheckOptions
     base, adapters = locate_sources(manifest, overrides)
     for name in filter(None, options.data):
         manifest.adapter(name)
-    examples = {name: read_examples(path, options.n_rows) for name, path in options.data.items()}
+    examples = {name: read_examples(path, options.n_rows or _MOST_ROWS) for name, path in options.data.items()}
     request = CheckRequest(
         folder=folder,
         base=base,
@@ -33,6 +36,7 @@ def opened_check(folder: Path, overrides: SourceOverrides, options: CheckOptions
         data=examples,
         merged=options.merged,
         tolerances=options.tolerances,
+        keep_rows=options.n_rows is not None,
         sentence=_sentence_of(manifest, base, overrides),
     )
     return begin_check(request)

@@ -140,7 +140,7 @@ def begin_check(request: CheckRequest) -> Check:
         )
     if request.merged is not None:
         require_same_adapters(manifest, read_manifest(request.merged), request.merged)
-    prepared = prepare(request.folder, manifest, request.data)
+    prepared = prepare(request.folder, manifest, request.data, keep_rows=request.keep_rows)
     integers = integer_base(session)
     is_quantized = integers is not None
     limits = tolerances(manifest.dtype, session.provider, request.tolerances, quantized=is_quantized)
@@ -231,10 +231,12 @@ def _dynamic_cases(check: Check, progress: Progress) -> None:
         deployed_case(examination, base, context.own[None])
         alone[None] = _mixed_of(context, base, context.own[None], expected=expected)
         side_output_cases(examination, base)
+        del base  # what follows compares with what it gave
     else:
         examination.skipped.append(
             "The base's own scores: its checkpoint has no head, so rows without an adapter score zero."
         )
+    context.let_go()
     row_cases(examination, alone)
     sequence_case(examination)
     if context.integers is not None:

@@ -24,10 +24,8 @@ from lora_export.cli.output import Display, conclude, guarded
 @click.option(
     "--rows",
     "n_rows",
-    default=128,
-    show_default=True,
     type=click.IntRange(min=1),
-    help="Most rows of each data file to compare on.",
+    help="Rows of each data file to compare on, at the most.  [default: 128; fewer where the base is large]",
 )
 @options.tolerances
 @click.option("--merged", type=click.Path(path_type=Path), help="A merged export to compare this dynamic one with.")
@@ -36,7 +34,7 @@ from lora_export.cli.output import Display, conclude, guarded
 def check(
     out: Path,
     data: dict[str | None, str],
-    n_rows: int,
+    n_rows: int | None,
     tolerances: dict[str, float],
     merged: Path | None,
     dry_run: bool,

@@ -35,11 +35,14 @@ class Prepared:
     batches: Mapping[str | None, Sequence[Batch]]
 
 
-def prepare(folder: Path, manifest: Manifest, data: Mapping[str | None, Examples]) -> Prepared:
+def prepare(
+    folder: Path, manifest: Manifest, data: Mapping[str | None, Examples], *, keep_rows: bool = False
+) -> Prepared:
     """The inputs to compare the export in `folder` on.
 
     Args:
         data: Examples that were asked for, by adapter name or None.
+        keep_rows: Whether all of them are compared, however large the base is.
 
     Raises:
         InputRefused: Texts were asked for and nothing makes tokens of them.
@@ -57,7 +60,9 @@ def prepare(folder: Path, manifest: Manifest, data: Mapping[str | None, Examples
             where=str(folder),
             next_step="copy the tokenizer's files into this folder, or leave out --data for seeded token ids",
         )
-    rows = {name: amount.of_file(examples) for name, examples in rows.items()}
+    rows = {
+        name: amount.described(examples) if keep_rows else amount.of_file(examples) for name, examples in rows.items()
+    }
     usual = built_in_examples(amount.n_rows)
     if _is_of_pairs(folder, manifest):
         usual = as_pairs(usual)

@@ -2,6 +2,7 @@
 
     unmerged.py      the model at the export's dtype and a wider one
     on_integers.py   a quantized export's weights in the model
+    widened.py       float64 without a copy of the weights
     sentence.py      the embedding of a text
     trained.py       adapters as PEFT runs them
     module_calls.py  what every module is given and gives in one run

@@ -16,6 +16,7 @@ from lora_export.base.weightless import TORCH_DTYPES, build_weightless
 from lora_export.check.reference.on_integers import IntegerBase, Switch
 from lora_export.check.reference.sentence import SentenceReference
 from lora_export.check.reference.trained import TrainedAdapter, adds_up, untied, vocabulary_of, with_one, with_several
+from lora_export.check.reference.widened import Narrowed, is_lazy, wholly_widened, widened
 from lora_export.export.weights import as_numpy
 from lora_export.quiet import quiet
 from lora_export.sentence import SENTENCE_EMBEDDING
@@ -87,7 +88,7 @@ class Reference:
             else:
                 model = self._summed(adapters)
         if self._dtype is torch.float64:
-            model = model.to(torch.float64)
+            model = widened(model)
         self._model = model.eval().requires_grad_(False)
 
     def _load(self, dtype: torch.dtype) -> torch.nn.Module:
@@ -197,7 +198,13 @@ class Reference:
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
         tensors = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         with torch.no_grad(), self._default_dtype():
-            found = self._callable()(**tensors, **self._offsets(tensors, n_generated))
+            try:
+                found = self._callable()(**tensors, **self._offsets(tensors, n_generated))
+            except (Narrowed, RuntimeError):  # the latter of products of two dtypes
+                if not is_lazy(self._model):
+                    raise
+                self._model = wholly_widened(self._model)
+                found = self._callable()(**tensors, **self._offsets(tensors, n_generated))
             if self._sentence is not None:
                 found[SENTENCE_EMBEDDING] = self._sentence(found["last_hidden_state"], tensors["attention_mask"])
         names = [name for name in _OUTPUTS if found.get(name) is not None]
@@ -250,7 +257,9 @@ class Reference:
             with self._model.disable_adapter():
                 yield
             return
-        changed, self._model = self._model, self._load(self._dtype).to(self._dtype).eval().requires_grad_(False)
+        base = self._load(self._dtype)
+        base = widened(base) if self._dtype is torch.float64 else base.to(self._dtype)
+        changed, self._model = self._model, base.eval().requires_grad_(False)
         try:
             yield
         finally:

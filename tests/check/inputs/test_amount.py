@@ -90,3 +90,13 @@ def test_no_rows_are_a_usage_error(exports):
 def test_a_vocabulary_is_the_last_axis_of_the_logits(exports):
     assert amount._vocabulary(read_manifest(exports["llama-dynamic"])) == 260
     assert amount._vocabulary(SimpleNamespace(graphs={})) == 0
+
+
+def test_rows_that_are_named_win_over_the_size_of_the_base(exports, tmp_path, monkeypatch):
+    monkeypatch.setattr(Manifest, "weights_bytes", lambda manifest, folder: 10**9)
+    file = tmp_path / "lines.txt"
+    file.write_text("".join(f"line {n}\n" for n in range(20)))
+    for n_rows, said in ((None, "8 rows of"), (12, "12 of 20 rows"), (99, "20 of 20 rows")):
+        options = CheckOptions(provider="cpu", data={None: file}, n_rows=n_rows)
+        (line,) = [each for each in plan_check(exports["llama-dynamic"], options=options) if "lines.txt" in each]
+        assert said in line and ("rows of" in line) == (n_rows is None)
