@@ -23,7 +23,7 @@ from lora_export.check.inputs.batcher import Batcher
 from lora_export.check.inputs.examples import Batch, Example
 from lora_export.check.inputs.tokenizers import load_tokenizer
 from lora_export.errors import InputRefused, UsageProblem
-from lora_export.reading import CONFIG, read_json
+from lora_export.reading import CONFIG, model_settings, read_json
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.generate import Generated, Piece
 from lora_export.runtime.scheduler import Finish
@@ -209,12 +209,12 @@ class _Answers:
 
 def _longest(folder: Path) -> int:
     """The most tokens that the export's model has positions for; a tokenizer may be made for fewer."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    config |= config["text_config"] if isinstance(config.get("text_config"), dict) else {}
+    config = model_settings(folder)
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     # RoBERTa's kin count positions from beyond the padding token's id.
-    return max(1, positions - (config.get("pad_token_id") or 0) - 1) if positions else 2**20
+    pad = config.get("pad_token_id")
+    is_known = isinstance(positions, int) and positions > 0
+    return max(1, positions - (pad if isinstance(pad, int) else 0) - 1) if is_known else 2**20
 
 
 def _sound(folder: Path, name: str, session: AdapterSession) -> dict[str, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from lora_export.check.inputs.seq2seq_examples import Seq2SeqBatcher
 from lora_export.check.inputs.tokenizers import SEEDED, SeededTokenizer, has_tokenizer, tokenizer_of
 from lora_export.contract import ENCODER
 from lora_export.errors import InputRefused
+from lora_export.reading import read_json
 
 AnyBatcher = Batcher | Seq2SeqBatcher
 BATCH_SIZE = 8
@@ -81,9 +81,9 @@ def _is_of_pairs(folder: Path, manifest: Manifest) -> bool:
     """Whether the export scores pairs of texts, as rerankers do: a classifier of texts with one label."""
     if manifest.task != Task.TEXT_CLASSIFICATION:
         return False
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    labels = read_json(folder / "config.json").get("id2label") or {}
     of_adapters = {record.n_labels for record in manifest.adapters if record.n_labels}
-    return (of_adapters or {len(config.get("id2label") or {})}) == {1}
+    return (of_adapters or {len(labels)}) == {1}
 
 
 def _batcher(folder: Path, manifest: Manifest, amount: Amount, *, adapter: str | None = None) -> AnyBatcher:
