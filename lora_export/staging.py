@@ -55,9 +55,8 @@ def staging(out: Path, *, overwrite: bool, n_bytes: int, marker: str = MANIFEST)
     stage, before = (place.parent / f".{place.name}.{kind}" for kind in ("partial", "old"))
     try:
         refuse_existing(place, overwrite=overwrite, marker=marker)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        require_disk(place.parent, n_bytes)
-        with alone_in(stage, out):
+        with _folders_to(place.parent), alone_in(stage, out):
+            require_disk(place.parent, n_bytes)
             put_back(place, before)
             refuse_existing(place, overwrite=overwrite, marker=marker)
             yield stage
@@ -71,6 +70,20 @@ def staging(out: Path, *, overwrite: bool, n_bytes: int, marker: str = MANIFEST)
             raise EnvironmentUnusable(
                 "The output folder cannot be written", where=str(out), found=os.strerror(error.errno)
             ) from error
+        raise
+
+
+@contextlib.contextmanager
+def _folders_to(folder: Path) -> Iterator[None]:
+    """`folder` and those above it; on failure, those that were made go again, unless something lies in them."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for each in made:
+            with contextlib.suppress(OSError):
+                each.rmdir()
         raise
 
 

@@ -34,3 +34,20 @@ def test_the_free_disk_is_told(tmp_path):
     with pytest.raises(EnvironmentUnusable, match="The disk is too small for this export") as refused:
         require_disk(Path(tmp_path), 10**18)
     assert refused.value.expected == "1,000,000,000,000 MB free"
+
+
+def test_a_failure_leaves_no_folders_that_were_made_for_it(tmp_path):
+    (tmp_path / "there").mkdir()
+    for out in (tmp_path / "deep" / "er" / "out", tmp_path / "there" / "deep" / "out"):
+        with pytest.raises(ZeroDivisionError), staging(out, overwrite=False, n_bytes=1):
+            _ = 1 / 0
+        with (
+            pytest.raises(EnvironmentUnusable, match="The disk is too small"),
+            staging(out, overwrite=False, n_bytes=10**18),
+        ):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["there"] and not any((tmp_path / "there").iterdir())
+    with pytest.raises(ZeroDivisionError), staging(tmp_path / "new" / "out", overwrite=False, n_bytes=1):
+        (tmp_path / "new" / "other").touch()  # another's, made meanwhile
+        _ = 1 / 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["other"]
