@@ -6,13 +6,16 @@ value of another type than its field has.
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lora_export.errors import InputRefused
 
 CONFIG = "config.json"
+# What a name that somebody else made up may end in: nothing there, longer than a name can be, a link to itself.
+_NO_FILE = (errno.ENOENT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
 
 
 def json_of(text: str | bytes) -> object:
@@ -41,7 +44,9 @@ def read_json(path: Path) -> dict:
     """
     try:
         value = json_of(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
         raise InputRefused(f"{path.name} is missing", where=str(path.parent)) from error
     except ValueError as error:
         raise InputRefused(
@@ -111,17 +116,25 @@ def tokens_in(settings: Mapping, name: str, where: object) -> tuple[int, ...]:
 
 def is_file(path: Path) -> bool:
     """Whether `path`, a part of which somebody else made up, is a file; what is too long for a name is none."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
+    return _asked(path.is_file)
+
+
+def is_folder(path: Path) -> bool:
+    """Likewise, whether it is a folder."""
+    return _asked(path.is_dir)
 
 
 def is_there(path: Path) -> bool:
     """Likewise, whether there is anything at `path`."""
+    return _asked(path.exists)
+
+
+def _asked(question: Callable[[], bool]) -> bool:
     try:
-        return path.exists()
-    except OSError:
+        return question()
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
         return False
 
 

@@ -7,6 +7,7 @@ import pytest
 from lora_export.errors import InputRefused
 from lora_export.reading import (
     is_file,
+    is_folder,
     is_there,
     json_of,
     model_settings,
@@ -63,4 +64,10 @@ def test_tokens_are_one_or_several():
 
 
 def test_a_name_that_no_file_can_have_is_no_file(tmp_path):
-    assert not is_file(tmp_path / ("a" * 300)) and not is_there(tmp_path / ("a" * 300))
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("a" * 300, "loop", "loop/x", "x\0"):
+        assert not any(question(tmp_path / name) for question in (is_file, is_folder, is_there))
+    for name in ("a" * 300, "loop"):
+        with pytest.raises(InputRefused, match="is missing"):
+            read_json(tmp_path / name)
+    assert is_folder(tmp_path) and is_there(tmp_path) and not is_file(tmp_path)

@@ -8,6 +8,7 @@
    Open files, sizes of files and memory are limited.
 3. `bits`: one bit of one file of an export is another.
 4. `together`: two commands at once.
+5. `fleet` and `serve`: ended at random moments.
 
 What was recorded of other parts and scenarios stays. `--calls` takes so many of the calls, by `--seed`.
 """
@@ -19,6 +20,7 @@ import json
 import random
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +29,16 @@ from readme_tables import write_into_readme
 from results import RESULTS, heading, provenance, table, write_json
 
 RESULT = RESULTS / "faults.json"
-PARTS = ("kill", "errors", "bits", "together")
+PARTS = ("kill", "errors", "bits", "together", "fleet", "serve")
+BESIDE = "add beside a server"
 OF_BITS = ("merge", "dynamic", "dynamic --sign-key")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A part of one scenario, which has its name."""
+
+    name: str
 
 
 def recorded(path: Path) -> dict:
@@ -56,6 +66,9 @@ def summary(result: dict) -> str:
             _sum(both, "left"),
         )
         rows.append((name, *counted))
+    for name in ("fleet", "serve"):
+        of = result[name]["scenarios"][name]
+        rows.append((name, 0, _sum(of, "points"), 0, 0, _sum(of, "lost"), _sum(of, "left")))
     rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
     columns = ("command", "ended at a call", "at a moment", "a call failed", "under a limit", "lost", "left behind")
     tables = [table(columns, [(name, *(f"{n:,}" for n in counted)) for name, *counted in rows])]
@@ -77,7 +90,7 @@ def summary(result: dict) -> str:
 
 def run_parts(options: argparse.Namespace) -> int:
     """Run what was asked for, recording as it goes; how many points were lost, or left something behind."""
-    from injection import bits, errors, kill, together
+    from injection import bits, errors, kill, long_running, together
     from injection.keys import make_key
     from injection.scenarios import scenarios, warm_up
     from injection.world import make_world
@@ -91,13 +104,18 @@ def run_parts(options: argparse.Namespace) -> int:
     cases = {"kill": chosen, "errors": chosen, "bits": [one for one in chosen if one.name in OF_BITS]}
     cases["together"] = [pair for pair in pairs if options.scenario in (None, pair.name)]
     run_of = {"kill": kill.figures, "errors": errors.figures, "bits": of_bits, "together": together.figures}
+    for name, figures in (("fleet", long_running.fleet_figures), ("serve", long_running.serve_figures)):
+        cases[name], run_of[name] = ([Named(name)] if options.scenario in (None, name) else []), figures
     parts = options.part or PARTS
     warm_up(world, [*chosen, *(pair.before for pair in cases["together"] if "together" in parts)])
+    if options.scenario in (None, BESIDE):
+        cases["together"].append(Named(BESIDE))
     n_bad = 0
     for part in parts:
         for case in cases[part]:
             rng = random.Random(f"{options.seed} {part} {case.name}")
-            figures = run_of[part](case, world, rng, options)
+            run_case = long_running.beside_figures if case.name == BESIDE else run_of[part]
+            figures = run_case(case, world, rng, options)
             result = recorded(options.result)
             of_part = result.setdefault(part, {"scenarios": {}})
             of_part["environment"] = provenance()

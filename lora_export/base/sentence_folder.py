@@ -18,7 +18,7 @@ import torch
 
 from lora_export.base.stored import SafetensorsFiles, refuse_pickles
 from lora_export.errors import InputRefused
-from lora_export.reading import json_of, read_json
+from lora_export.reading import is_folder, json_of, read_json
 from lora_export.sentence import Activation, Dense, Pooling, SentenceEmbedding
 
 MODULES = "modules.json"
@@ -72,7 +72,7 @@ def transformer_in(folder: Path) -> Path:
         return folder
     path = _transformer_path(folder)
     below = folder / path if path else folder
-    return below if path and below.is_dir() else folder
+    return below if path and is_folder(below) else folder
 
 
 def sentence_root(folder: Path) -> Path | None:

@@ -9,6 +9,7 @@ graph's entry and exit (`token_order.py`), so that padding may stand on either s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -52,7 +53,24 @@ def open_given(path: Path) -> ir.Model:
         ) from error
     if not len(model.graph):
         raise InputRefused("The given graph is empty", where=str(path), next_step="fetch the file again")
+    for name in _names(model):
+        if isinstance(name, bytes):  # protobuf gives what is no UTF-8 as it is
+            raise InputRefused(
+                "The given graph has a name that is no text",
+                where=str(path),
+                found=repr(name)[:80],
+                next_step="fetch the file again",
+            )
     return model
+
+
+def _names(model: ir.Model) -> Iterator[str | bytes | None]:
+    """Of all values, nodes, operators and domains."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        yield from (value.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()))
+        for node in graph:
+            yield from (node.name, node.op_type, node.domain)
+            yield from (value.name for value in (*node.inputs, *node.outputs) if value is not None)
 
 
 def external_files(model: ir.Model, path: Path) -> tuple[Path, ...]:
