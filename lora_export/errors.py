@@ -23,6 +23,10 @@ def nearest(name: str, names: Sequence[str]) -> str | None:
     return f"did you mean {found[0]!r}?" if found else None
 
 
+# Of what was found, which somebody else may have written: a message is to be read.
+_MOST_FOUND = 2000
+
+
 class LoraExportError(Exception):
     """Base of every error this package raises on purpose.
 
@@ -45,6 +49,8 @@ class LoraExportError(Exception):
         found: str | None = None,
         next_step: str | None = None,
     ) -> None:
+        if found is not None and len(found) > _MOST_FOUND:
+            found = f"{found[:_MOST_FOUND]}…"
         self.what, self.where, self.expected, self.found, self.next_step = what, where, expected, found, next_step
         rows = (("where", where), ("expected", expected), ("found", found), ("next", next_step))
         super().__init__("\n".join([what, *(f"  {label + ':':<10}{text}" for label, text in rows if text)]))

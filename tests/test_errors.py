@@ -112,3 +112,8 @@ def test_an_error_without_a_number_is_none_of_the_system():
 def test_a_misspelled_name_is_answered_with_the_nearest():
     assert nearest("topik", ["topic", "kind"]) == "did you mean 'topic'?"
     assert nearest("legal", ["topic", "kind"]) is None and nearest("topic", []) is None
+
+
+def test_what_was_found_is_told_in_part_where_it_is_long():
+    error = InputRefused("No.", found="x" * 5000)
+    assert error.found == "x" * 2000 + "…" and len(str(error)) < 2100

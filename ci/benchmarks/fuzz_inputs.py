@@ -1,4 +1,4 @@
-"""Hostile input, tried a million times: each ends in an answer or in a refusal, soon, and in little memory.
+"""Hostile input, hundreds of thousands of times: each ends in an answer or in a refusal, soon, and in little memory.
 
     python ci/benchmarks/fuzz_inputs.py --work /tmp/fuzz                               # all kinds
     python ci/benchmarks/fuzz_inputs.py --work /tmp/fuzz --kind manifest --inputs 1000 # one of them

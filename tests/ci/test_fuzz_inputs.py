@@ -11,6 +11,7 @@ from fuzzing.engine import seeded
 from fuzzing.judge import judged
 from fuzzing.kinds import kinds
 from fuzzing.subjects import Subjects
+from readme_tables import table_in_readme
 
 from lora_export.errors import Defect, InputRefused
 
@@ -37,6 +38,14 @@ def test_every_input_is_read_or_refused(name, subjects, tmp_path, request, _hand
     tally = seeded(kinds(subjects, tmp_path)[name](), n, os.environ["LORA_EXPORT_TEST_SEED"])
     assert tally.findings == {} and tally.n == n
     assert n / 20 < tally.n_refused < n  # damage is seen, and the valid ones are read
+
+
+def test_the_page_has_the_recorded_figures():
+    recorded = fuzz.recorded(fuzz.RESULT)
+    assert table_in_readme("fuzz_inputs") == fuzz.summary(recorded)
+    assert set(recorded["kinds"]) == set(fuzz.THOUSANDS)
+    assert all(of["findings"] == {} and of["n"] >= 1000 for of in recorded["kinds"].values())
+    assert sum(of["n"] for of in recorded["kinds"].values()) >= MOST_RECORDED
 
 
 def test_what_is_wrong_is_found(_handlers):
