@@ -45,7 +45,7 @@ def test_the_page_has_the_recorded_figures():
     assert table_in_readme("fuzz_inputs") == fuzz.summary(recorded)
     assert set(recorded["kinds"]) == set(fuzz.THOUSANDS)
     assert all(of["findings"] == {} and of["n"] >= 1000 for of in recorded["kinds"].values())
-    assert sum(of["n"] for of in recorded["kinds"].values()) >= MOST_RECORDED
+    assert sum(of["n"] for of in recorded["kinds"].values()) >= 500_000
 
 
 def test_what_is_wrong_is_found(_handlers):
