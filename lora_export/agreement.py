@@ -7,9 +7,20 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lora_export.artifact import MANIFEST
-from lora_export.contract import ROWS, SINGLE, AdapterInput, Dim, GraphContract, TensorSpec, data_file
+from lora_export.contract import (
+    ROWS,
+    SINGLE,
+    AdapterInput,
+    CacheLayout,
+    Dim,
+    GraphContract,
+    TensorSpec,
+    data_file,
+    graph_file,
+)
 from lora_export.errors import InputRefused
 
+_PAST, _GROUPED = "past_key_values.", b"GroupQueryAttention"
 _N_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 
 
@@ -79,6 +90,25 @@ def require_agreement_in(
     where = f"{folder / MANIFEST}: {'contract' if graph == SINGLE else f'graphs.{graph}'}"
     n_bytes = data.stat().st_size if data.is_file() else None
     require_agreement(contract, inputs, outputs, optional=optional, where=where, data_bytes=n_bytes)
+    has_cache = any(spec.name.startswith(_PAST) for spec in inputs)
+    # A name of an operator stands in a graph's file as it is, and weights are elsewhere.
+    is_grouped = has_cache and _GROUPED in (folder / graph_file(graph)).read_bytes()
+    layout = CacheLayout.TOKENS if is_grouped else CacheLayout.COLUMNS
+    require_cache_layout(contract, layout if has_cache else None, where=where)
+
+
+def require_cache_layout(contract: GraphContract, found: CacheLayout | None, *, where: str) -> None:
+    """Refuse a contract whose cache is laid out otherwise than the graph's.
+
+    Args:
+        found: That of the graph; None for one without a cache.
+
+    Raises:
+        InputRefused: They differ. A decoder's contract that says nothing means COLUMNS.
+    """
+    said = contract.cache_layout or (CacheLayout.COLUMNS if contract.past else None)
+    if said != found:
+        _refuse(f"{where}.cache_layout", found or "null, as the graph has no cache", said or "null")
 
 
 def _some(declared: dict[str, TensorSpec]) -> str:

@@ -96,3 +96,19 @@ def test_other_fields_are_named_by_what_opens_and_by_what_packs(change, where, e
 
 def stored(contract: dict) -> dict:
     return next(entry for entry in contract["adapter_inputs"] if entry["default"] is not None)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "found"),
+    [("llama-dynamic", "columns", "tokens"), ("llama-dynamic", None, "tokens"), ("bert-dynamic", "tokens", "null")],
+)
+def test_a_cache_that_is_laid_out_otherwise_than_the_graphs_is_refused(name, said, found, exports, tmp_path):
+    file = linked(exports[name], tmp_path / "out")
+    fields = json.loads(file.read_text())
+    assert fields["contract"]["cache_layout"] == (None if found == "null" else found)
+    open_export(file.parent, "cpu")
+    fields["contract"]["cache_layout"] = said
+    file.write_text(json.dumps(fields))
+    with pytest.raises(InputRefused, match="manifest does not describe its graph") as refused:
+        open_export(file.parent, "cpu")
+    assert refused.value.where.endswith("contract.cache_layout") and refused.value.expected.startswith(found)

@@ -147,6 +147,12 @@ MORE = {
     "ERNIE 4.5": _decoder("Ernie4_5Config", HEADED),
     "Hunyuan": _decoder("HunYuanDenseV1Config", HEADED),
     "Apertus": _decoder("ApertusConfig", GROUPED),
+    "OpenAI GPT": _decoder(
+        "OpenAIGPTConfig",
+        GPT,
+        ["c_attn", "c_fc"],
+        refused="A openai-gpt base keeps no keys and values from one token to the next",
+    ),
     "Mamba": _stateful(
         "MambaConfig", "mamba", {"vocab_size": 600, "hidden_size": 64, "num_hidden_layers": 2}, ["x_proj"]
     ),
@@ -222,6 +228,7 @@ MORE = {
     "BERT, multiple choice": _other("BertConfig", "ForMultipleChoice", TEXT, QUERY),
     "DINOv2": _other("Dinov2Config", "ForImageClassification", IMAGE, PAIR),
     "DINOv3": _other("DINOv3ViTConfig", "", IMAGE, PAIR),
+    "DeiT": Architecture("DeiTConfig", "DeiTForImageClassification", None, PAIR, IMAGE),
     "BEiT": _other("BeitConfig", "ForImageClassification", IMAGE, PAIR),
     "Swin": _other("SwinConfig", "ForImageClassification", SWIN, PAIR),
     "SigLIP": _other("SiglipConfig", "ForZeroShotImageClassification", SIGLIP, PAIR),

@@ -11,12 +11,13 @@ from lora_export.base.tasks import Task
 from lora_export.bench.budget import AGAINST, CHANGING, Budget, read_budget
 from lora_export.bench.latency import Candidate, Comparison
 from lora_export.bench.peer import Peer, is_export, read_peer
-from lora_export.bench.shapes import Shape, shape_text
+from lora_export.bench.shapes import Shape, require_positions, shape_text
 from lora_export.bench.workloads import source_length
 from lora_export.contract import SINGLE, AdapterInputKind, CacheLayout, GraphContract
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.quantization import Method
 from lora_export.reading import CONFIG, model_settings, size_in
+from lora_export.runtime.session import choose_provider
 
 BASE, EXPORT, MERGED = "base", "export", "merged"
 _USUAL_SHAPES = {
@@ -92,11 +93,13 @@ def plan_bench(folder: Path, options: BenchOptions) -> BenchPlan:
             input that there are no values for, or the budget limits something that is not measured.
     """
     manifest = read_manifest(folder)
+    choose_provider(options.provider)
     budget = Budget(max_ratio=options.max_ratio)
     if options.budget is not None:
         budget = read_budget(options.budget, options.max_ratio)
     shapes = options.shapes or _USUAL_SHAPES.get(Task(manifest.task), _USUAL_TEXT_SHAPES)
     other = None if options.against is None else _read_other(folder, manifest, options.against, shapes=shapes)
+    require_positions(folder, manifest, shapes)
     _require_runnable(shapes, *(each.graphs for each in (manifest, other) if each is not None))
     lengths = {(n, length, past): (n, source_length(manifest.graphs, length), past) for n, length, past in shapes}
     races = tuple(

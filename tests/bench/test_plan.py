@@ -6,10 +6,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import onnxruntime as ort
 import pytest
+from click.testing import CliRunner
 
+from lora_export import pipeline
 from lora_export.artifact import read_manifest
 from lora_export.bench.plan import BenchOptions, BenchPlan, candidates, foldable, plan_bench
+from lora_export.cli.main import main
 from lora_export.contract import AdapterInputKind
 from lora_export.errors import InputRefused, UsageProblem
 
@@ -146,3 +150,42 @@ def test_what_is_run_row_by_row_is_not_timed(exports):
         plan_bench(exports["llama-base"], BenchOptions("cpu", [(1, 3, 4), (2, 3, 4)]))
     assert "--shape 2x3@4" in str(caught.value) and "(1x3@4)" in str(caught.value)
     plan_bench(exports["bert-dynamic"], BenchOptions("cpu", [(2, 3, 0)]))
+
+
+WRONG = {
+    "a past without a cache": ("bert-dynamic", ["--shape", "2x4@3"], 2, "no cache, so there is no past"),
+    "more tokens than positions": ("bert-dynamic", ["--shape", "1x4000"], 2, "more tokens than the model has positions"),
+    "no rows": ("bert-dynamic", ["--shape", "0x4"], 2, "is not BATCHxSEQUENCE"),
+    "less than no past": ("llama-dynamic", ["--shape", "1x4@-1"], 2, "is not BATCHxSEQUENCE"),
+    "an empty past": ("llama-dynamic", ["--shape", "1x4@"], 2, "is not BATCHxSEQUENCE"),
+    "one of several": ("llama-dynamic", ["--shape", "1x4", "--shape", "1x4x4"], 2, "is not BATCHxSEQUENCE"),
+    "rows that go on together": ("llama-dynamic", ["--shape", "2x4@3"], 2, "are run row by row"),
+    "too few blocks": ("bert-dynamic", ["--blocks", "5"], 2, "--blocks"),
+    "a ratio that is none": ("bert-dynamic", ["--max-ratio", "nan"], 2, "is no ratio"),
+    "a negative ratio": ("bert-dynamic", ["--max-ratio", "-1"], 2, "is no ratio"),
+    "no budget there": ("bert-dynamic", ["--budget", "no.toml"], 3, "The budget cannot be read"),
+    "nothing to compare with": ("bert-dynamic", ["--against", "nowhere"], 3, "nowhere"),
+    "an unusable provider": ("bert-dynamic", ["--provider", "cuda"], 4, "CUDA"),
+    "an unknown provider": ("bert-dynamic", ["--provider", "tpu"], 2, "tpu"),
+    "an adapter of another name": ("bert-dynamic", ["--adapter", "topics=x"], 2, "topics"),
+    "an adapter that is not there": ("bert-dynamic", ["--adapter", "topic=nowhere"], 3, "nowhere"),
+    "a base that is not there": ("bert-dynamic", ["--base", "nowhere"], 3, "nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_every_option_is_looked_at_before_anything_is_exported_or_measured(case, exports, monkeypatch):
+    name, given, code, said = WRONG[case]
+    if "cuda" in given and "CUDAExecutionProvider" in ort.get_available_providers() and Path("/dev/nvidia0").exists():
+        pytest.skip("CUDA is usable here")
+
+    folder = exports[name]  # which may be exported now
+
+    def no_work(*_: object, **__: object) -> None:
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(pipeline, "export", no_work)
+    monkeypatch.setattr(pipeline, "run_measurements", no_work)
+    found = CliRunner().invoke(main, ["bench", str(folder), *given])
+    assert found.exit_code == code and said in found.output, found.output
+    assert "work was begun" not in found.output
