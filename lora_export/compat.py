@@ -54,6 +54,10 @@ class Borrowed:
 
 BORROWED = (
     Borrowed(
+        "torch:Tensor._version", "torch", "2.13",
+        "a fleet's worker sees that PEFT has written into the base that its adapters share", Without.REFUSED,
+    ),
+    Borrowed(
         "torch.onnx._internal.exporter._fx_passes:decompose_with_registry", "torch", "2.13",
         "the trace decomposes operator by operator instead of tracing the whole again", Without.SLOWER, is_patched=True,
     ),

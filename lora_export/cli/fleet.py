@@ -21,10 +21,12 @@ class FleetFlags:
     provider: str | None
     targets: tuple[str, ...]
     workers: int | None
+    ray: str | None
     rows: int
     timeout: float
     max_memory: float | None
     limit: int | None
+    only_changed: bool
     tolerances: dict[str, float]
     dry_run: bool
     as_json: bool
@@ -39,7 +41,14 @@ _options = options.as_flags(
     click.option(
         "--targets", multiple=True, help="Modules to serve besides the adapters' own; repeat.  (or all-linear)"
     ),
-    click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one on each core]"),
+    click.option("--workers", type=click.IntRange(min=1), help="Workers.  [default: one on each core]"),
+    click.option(
+        "--ray",
+        is_flag=False,
+        flag_value="local",
+        metavar="[ADDRESS]",
+        help="Let Ray run the workers: the cluster at ADDRESS (auto, ray://…), or Ray started here.",
+    ),
     click.option("--rows", default=8, show_default=True, type=click.IntRange(min=1), help="Rows to compare each on."),
     click.option("--timeout", default=600.0, show_default=True, type=click.FloatRange(1), help="Seconds an adapter."),
     click.option(
@@ -48,6 +57,7 @@ _options = options.as_flags(
         help="GB a worker.  [default: its part of what is free]",
     ),
     click.option("--limit", type=click.IntRange(min=1), help="Only so many adapters of the list."),
+    click.option("--only-changed", is_flag=True, help="Report, and exit by, what this run did; count the others."),
     options.tolerances,
     options.dry_run,
     options.as_json,
@@ -83,7 +93,8 @@ def fleet(source: Path, base: str, out: Path, flags: FleetFlags) -> None:
 
         how = FleetOptions(
             out=out, task=flags.task, dtype=flags.dtype, provider=flags.provider, targets=flags.targets,
-            n_workers=flags.workers, n_rows=flags.rows, seconds=flags.timeout, limit=flags.limit,
+            n_workers=flags.workers, ray=flags.ray, n_rows=flags.rows, seconds=flags.timeout, limit=flags.limit,
+            only_changed=flags.only_changed,
             n_bytes=None if flags.max_memory is None else int(flags.max_memory * 1e9), tolerances=flags.tolerances,
         )  # fmt: skip
         if flags.dry_run:
@@ -97,9 +108,10 @@ def fleet(source: Path, base: str, out: Path, flags: FleetFlags) -> None:
 
 
 def _described(value: dict) -> str:
+    n_workers = value["workers"] or "the cluster's"
     lines = [
         f"would make {value['folder']} of {value['adapters']} adapters of {value['kinds']} kinds; wrote nothing",
-        f"read     {value['bytes'] / 1e6:.1f} MB of adapters, {value['workers']} workers",
+        f"read     {value['bytes'] / 1e6:.1f} MB of adapters, {n_workers} workers",
         *(f"refused  {name}: {reason}" for name, reason in value["refused"].items()),
         *(f"not here {name}" for name in value["not_here"]),
     ]

@@ -4,14 +4,17 @@
     outcomes.py     what became of each
     survey.py       kinds of adapter
     sources.py      the adapters, fetched and opened
-    pool.py         processes that may die, hang or swell
+    answering.py    what a worker answers
+    pool.py         workers that may die, hang or swell
+    processes.py    those of this machine
+    on_ray.py       those of a Ray cluster
     options.py      how to make a fleet
     assignments.py  what a worker is given
     state.py        what an earlier run found, and the lock
     graph.py        the graph that serves all kinds
     bases.py        a base loaded once, for one adapter after another
     workbench.py    packs an adapter and compares it with PEFT
-    worker.py       a worker's process
+    worker.py       a worker's work
     run.py          the whole of it
 
 Imports adapters, artifact, base, carried, check, compat, environment, errors, export, folders, integrity, reading,

@@ -14,7 +14,7 @@ from lora_export.artifact import Manifest, read_manifest, versions, write_manife
 from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.errors import InputRefused, some_of
 from lora_export.export.lifecycle import files_without
-from lora_export.export.plan import Request
+from lora_export.export.plan import Request, local_path
 from lora_export.fleet import state
 from lora_export.fleet.assignments import Trial
 from lora_export.fleet.options import FleetOptions
@@ -90,11 +90,11 @@ def _readable(opened: Sequence[Opened], base: str, options: FleetOptions, *, poo
         by_kind[each.kind].append(each)
     found: dict[str, AdapterFolder] = {}
     refused: dict[str, AdapterOutcome] = {}
-    how = (options.task, options.dtype, options.provider)
+    how, here = (options.task, options.dtype, options.provider), local_path(base)
     for place in range(_MOST_TRIED):
         tried = {kind: those[place] for kind, those in by_kind.items() if kind not in found and place < len(those)}
         trials = [
-            Trial(Request(base, ((str(each.folder.path), kind[:16]),), "dynamic", *how), kind, each.entry.given)
+            Trial(Request(here, ((str(each.folder.path), kind[:16]),), "dynamic", *how), kind, each.entry.given)
             for kind, each in tried.items()
         ]
         for outcome in pool.outcomes(trials):
@@ -108,7 +108,7 @@ def _readable(opened: Sequence[Opened], base: str, options: FleetOptions, *, poo
             where=some_of([f"{name}: {outcome.reason}" for name, outcome in refused.items()], 3),
             next_step="see `lora-export inspect ADAPTER --base BASE` for one of them",
         )
-    return list(found.values())
+    return [found[kind] for kind in by_kind if kind in found]  # in the list's order, whichever worker was first
 
 
 def _bare(folder: Path, manifest: Manifest, work: Path) -> Path:

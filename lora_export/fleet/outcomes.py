@@ -73,6 +73,8 @@ class FleetReport:
     """Everything a fleet's run found.
 
     Attributes:
+        adapters: Of the list, in its order; of a run with `only_changed`, those that it did.
+        n_unchanged: How many more are as an earlier run found them, and are left out of `adapters`.
         n_kinds: How many kinds of adapter the list has, by options, shapes and names of tensors.
         seconds: Of the whole run; `seconds_packing` from the first adapter to the last.
     """
@@ -87,6 +89,7 @@ class FleetReport:
     adapters: tuple[AdapterOutcome, ...]
     seconds: float
     seconds_packing: float
+    n_unchanged: int = 0
     schema: int = FLEET_SCHEMA
 
     def counted(self) -> dict[Outcome, int]:
@@ -100,7 +103,7 @@ class FleetReport:
         counts = self.counted()
         if counts[Outcome.FAILED] or counts[Outcome.BROKEN]:
             return 1
-        return 3 if counts[Outcome.REFUSED] == len(self.adapters) else 0
+        return 3 if self.adapters and counts[Outcome.REFUSED] == len(self.adapters) else 0
 
     def to_dict(self) -> dict:
         derived = {"report": "fleet", "counts": self.counted(), "exit_code": self.exit_code}

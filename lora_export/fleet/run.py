@@ -9,6 +9,7 @@ found of unchanged adapters is kept while the graph is the same.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from lora_export.artifact import REPORTS, Manifest, record_from, sha256_of, writ
 from lora_export.environment import environment, n_cores
 from lora_export.errors import InputRefused, some_of
 from lora_export.export.lifecycle import files_without
+from lora_export.export.plan import local_path
 from lora_export.fleet import state
 from lora_export.fleet.assignments import Job, Packing, broken
 from lora_export.fleet.graph import Export, FleetGraph, graph_for
@@ -53,15 +55,21 @@ def run_fleet(source: Path, base: str, options: FleetOptions, *, export: Export,
         opened, refused = open_all(entries, base, options.task, fetched=work / "fetched", progress=progress)
         if not opened:
             _refuse_all(refused)
-        n_workers = options.workers(len(opened))
-        with Pool(WORK, n_workers=n_workers, limits=options.limits(n_workers), broken=broken) as pool:
-            graph = graph_for(opened, base, options, pool=pool, export=export)
-            packing = time.monotonic()
-            found = _outcomes(graph, base, opened, options=options, pool=pool, progress=progress)
-            seconds_packing = time.monotonic() - packing
+        with contextlib.closing(options.engine(WORK)) as engine:
+            n_workers = options.workers(len(opened), engine.n_cpus)
+            n_threads = max(1, engine.n_cpus // n_workers) if options.ray is None else 1
+            with Pool(engine, n_workers=n_workers, limits=options.limits(n_workers), broken=broken) as pool:
+                graph = graph_for(opened, base, options, pool=pool, export=export)
+                packing = time.monotonic()
+                job = Job(
+                    graph.bare, local_path(base), options.provider,
+                    n_rows=options.n_rows, n_threads=n_threads, limits=options.tolerances,
+                )  # fmt: skip
+                found = _outcomes(graph, job, opened, options=options, pool=pool, progress=progress)
+                seconds_packing = time.monotonic() - packing
         by_name = {outcome.name: (outcome, work) for outcome in refused} | found
         in_order = [by_name[entry.name] for entry in entries]
-        outcomes = tuple(outcome for outcome, _ in in_order)
+        outcomes = tuple(outcome for outcome, _ in in_order if not (options.only_changed and outcome.reused))
         manifest = _publish(graph, options.out, in_order)
         return FleetReport(
             folder=str(options.out),
@@ -74,6 +82,7 @@ def run_fleet(source: Path, base: str, options: FleetOptions, *, export: Export,
             adapters=outcomes,
             seconds=time.monotonic() - started,
             seconds_packing=seconds_packing,
+            n_unchanged=len(in_order) - len(outcomes),
         )
 
 
@@ -90,7 +99,7 @@ def describe_fleet(source: Path, base: str, options: FleetOptions) -> dict:
         "refused": {outcome.name: outcome.reason for outcome in refused},
         "not_here": [entry.name for entry in entries if entry.is_address],
         "bytes": sum(path.stat().st_size for each in opened for path in each.folder.path.glob("*.safetensors")),
-        "workers": options.workers(len(entries)),
+        "workers": options.n_workers if options.ray is not None else options.workers(len(entries), n_cores()),
     }
 
 
@@ -115,7 +124,7 @@ def _refuse_all(refused: Sequence[AdapterOutcome]) -> None:
 
 def _outcomes(
     graph: FleetGraph,
-    base: str,
+    job: Job,
     opened: Sequence[Opened],
     *,
     options: FleetOptions,
@@ -125,8 +134,6 @@ def _outcomes(
     """What becomes of each adapter, by name, and where its files lie: kept from an earlier run, or from the workers."""
     work = state.work_folder(options.out)
     places = ((options.out, state.kept_outcomes(options.out)), (work / "packed", state.kept_outcomes(work)))
-    n_threads = max(1, n_cores() // options.workers(len(opened)))
-    job = Job(graph.bare, base, options.provider, options.n_rows, n_threads, options.tolerances)
     assignments: list[Packing] = []
     found: dict[str, tuple[AdapterOutcome, Path]] = {}
     for each in opened:

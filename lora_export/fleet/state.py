@@ -27,7 +27,7 @@ _OUTCOMES, _GRAPH = "outcomes.jsonl", "graph.json"
 
 def work_folder(out: Path) -> Path:
     """Where a run works before it publishes."""
-    return out.parent / f".{out.name}.fleet"
+    return out.absolute().parent / f".{out.name}.fleet"
 
 
 def before(out: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -36,6 +37,12 @@ class Workbench:
     """A worker's graph, session, inputs and base."""
 
     def __init__(self, job: Job) -> None:
+        if not job.graph.is_dir():
+            raise EnvironmentUnusable(
+                "A worker does not see the fleet's folder",
+                where=f"{job.graph} on {socket.gethostname()}",
+                next_step="put -o, the adapters and the base into a folder that all nodes have under the same path",
+            )
         import torch
 
         torch.set_num_threads(job.n_threads)

@@ -1,22 +1,20 @@
-"""A worker's process: it reads adapters, packs them and compares them, each when it is told to."""
+"""A worker's work: it reads adapters, packs them and compares them, each when it is told to."""
 
 from __future__ import annotations
-
-from multiprocessing.connection import Connection
 
 from lora_export.errors import EnvironmentUnusable, LoraExportError
 from lora_export.export.plan import make_plan
 from lora_export.export.resolve import resolve
-from lora_export.fleet.assignments import Assignment, Job, Trial
+from lora_export.fleet.answering import Work
+from lora_export.fleet.assignments import Assignment, Trial
 from lora_export.fleet.outcomes import AdapterOutcome, Outcome
-from lora_export.fleet.pool import answers
 from lora_export.fleet.sources import refusal
 from lora_export.fleet.workbench import Workbench
 
 
-def work(connection: Connection) -> None:
-    """Answer assignments until the connection ends."""
-    benches: dict[Job, Workbench] = {}  # opened for the first adapter, whose time has that on top
+def work() -> Work:
+    """The outcome of each assignment, with what was opened for the one before where it is the same fleet's."""
+    benches: dict[str, Workbench] = {}  # opened for the first adapter, whose time has that on top
 
     def outcome(assignment: Assignment) -> AdapterOutcome:
         if isinstance(assignment, Trial):
@@ -27,7 +25,7 @@ def work(connection: Connection) -> None:
             benches[key] = Workbench(assignment.job)
         return benches[key].outcome(assignment)
 
-    answers(connection, outcome)
+    return outcome
 
 
 def _read(trial: Trial) -> AdapterOutcome:

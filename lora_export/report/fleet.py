@@ -44,10 +44,10 @@ _DESCRIPTION = (
     "A point for each adapter: how much it changes the base's outputs in PyTorch, and the largest difference between "
     "the export and PyTorch. The table below has both numbers."
 )
-_FIELDS = (
-    "name", "outcome", "reason", "given", "largest_error", "largest_effect", "n_rows", "n_bytes", "seconds", "attempts",
-    "reused",
-)  # fmt: skip
+_FIELDS = {
+    "name": str, "outcome": str, "reason": str, "given": str, "largest_error": float, "largest_effect": float,
+    "n_rows": int, "n_bytes": int, "seconds": float, "attempts": int, "reused": bool,
+}  # fmt: skip
 
 
 def fleet_verdict(report: FleetReport) -> Verdict:
@@ -61,7 +61,9 @@ def fleet_summary(report: FleetReport) -> str:
     said = ", ".join(f"{n} {outcome}" for outcome, n in counts.items())
     reused = sum(adapter.reused for adapter in report.adapters)
     kept = f" {reused} were known from an earlier run." if reused else ""
-    return f"{fmt.counted(len(report.adapters), 'adapter')}: {said}.{kept}"
+    if report.n_unchanged:
+        kept = f" {report.n_unchanged} more are as they were."
+    return f"{fmt.counted(len(report.adapters), 'adapter')}: {said or 'nothing to do'}.{kept}"
 
 
 def reason_table(report: FleetReport) -> Table:
@@ -127,14 +129,15 @@ def _is_positive(value: float | None) -> bool:
 
 def render_fleet_html(report: FleetReport) -> str:
     """The fleet as a page."""
-    slowest = max(report.adapters, key=lambda adapter: adapter.seconds)
+    slowest = max(report.adapters, key=lambda adapter: adapter.seconds, default=None)
     done = [adapter for adapter in report.adapters if not adapter.reused]
     figures = [(str(outcome).capitalize(), str(n)) for outcome, n in report.counted().items()]
     figures += [
         ("Bytes of adapters", fmt.byte_size(sum(adapter.n_bytes for adapter in report.adapters))),
         ("Duration", fmt.duration(report.seconds)),
-        ("Slowest", f"{slowest.name}, {fmt.duration(slowest.seconds)}"),
     ]
+    if slowest is not None:
+        figures.append(("Slowest", f"{slowest.name}, {fmt.duration(slowest.seconds)}"))
     if done and report.seconds_packing > 0:
         figures.append(("Adapters a second", f"{len(done) / report.seconds_packing:.1f}"))
     facts = (("List", report.source), ("Folder", report.folder), ("Base", report.base), ("Task", report.task))
@@ -166,6 +169,21 @@ def render_fleet_csv(report: FleetReport) -> str:
     writer.writerow(_FIELDS)
     writer.writerows([getattr(adapter, name) for name in _FIELDS] for adapter in report.adapters)
     return text.getvalue()
+
+
+def render_fleet_parquet(report: FleetReport) -> bytes | None:
+    """As `render_fleet_csv`, with types; None without pyarrow."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        return None
+    types = {float: pyarrow.float64(), int: pyarrow.int64(), bool: pyarrow.bool_(), str: pyarrow.string()}
+    schema = pyarrow.schema([(name, types[kind]) for name, kind in _FIELDS.items()])
+    rows = [{name: getattr(adapter, name) for name in _FIELDS} for adapter in report.adapters]
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema), file)
+    return file.getvalue()
 
 
 def render_fleet_junit(report: FleetReport) -> str:
@@ -204,7 +222,7 @@ def render_fleet_text(report: FleetReport) -> str:
 
 
 def write_fleet_reports(report: FleetReport, folder: Path) -> dict[str, Path]:
-    """Write `fleet.html`, `.json`, `.csv` and `.junit.xml`, once all are rendered; the paths by suffix."""
+    """Write `fleet.html`, `.json`, `.csv`, `.junit.xml` and, with pyarrow, `.parquet`; the paths by suffix."""
     contents = {
         "html": render_fleet_html(report),
         "json": render_json(report),
@@ -212,4 +230,9 @@ def write_fleet_reports(report: FleetReport, folder: Path) -> dict[str, Path]:
         "junit.xml": render_fleet_junit(report),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    return {suffix: write_whole(folder / f"fleet.{suffix}", text) for suffix, text in contents.items()}
+    written = {suffix: write_whole(folder / f"fleet.{suffix}", text) for suffix, text in contents.items()}
+    table = folder / "fleet.parquet"
+    table.unlink(missing_ok=True)  # an earlier run's, where this one cannot write it
+    if (parquet := render_fleet_parquet(report)) is not None:
+        written["parquet"] = write_whole(table, parquet)
+    return written

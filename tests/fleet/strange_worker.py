@@ -10,7 +10,6 @@ from pathlib import Path
 
 from lora_export.errors import EnvironmentUnusable
 from lora_export.fleet.outcomes import AdapterOutcome, Outcome
-from lora_export.fleet.pool import answers
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,8 @@ class Order:
     once: Path | None = None
 
 
-def work(connection) -> None:
-    answers(connection, act)
+def work():
+    return act
 
 
 def act(order: Order) -> AdapterOutcome:

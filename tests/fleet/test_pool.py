@@ -11,13 +11,14 @@ from strange_worker import Order
 from lora_export.errors import EnvironmentUnusable
 from lora_export.fleet.outcomes import AdapterOutcome, Outcome
 from lora_export.fleet.pool import Limits, Pool
+from lora_export.fleet.processes import Processes
 
 
 def pool(n_workers: int = 2, seconds: float = 60, n_bytes: int | None = None) -> Pool:
     def broken(order: Order, reason: str) -> AdapterOutcome:
         return AdapterOutcome(order.name, "", Outcome.BROKEN, reason=reason)
 
-    return Pool("strange_worker:work", n_workers=n_workers, limits=Limits(seconds, n_bytes), broken=broken)
+    return Pool(Processes("strange_worker:work"), n_workers=n_workers, limits=Limits(seconds, n_bytes), broken=broken)
 
 
 def outcomes(orders: list[Order], **options) -> dict[str, AdapterOutcome]:

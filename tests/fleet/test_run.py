@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
 import shutil
+import signal
+import sys
+import threading
+import time
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +19,7 @@ import pytest
 import safetensors.torch
 from command_line import call, fails
 from jsonschema import Draft202012Validator
+from pyarrow import parquet
 
 from lora_export import pipeline
 from lora_export.artifact import read_manifest
@@ -131,6 +137,10 @@ def test_reports_name_all_and_filter_by_a_script_of_their_own(fleet):
     ]  # fmt: skip
     suite = (reports / "fleet.junit.xml").read_text()
     assert suite.count("<skipped") == 2 and suite.count("<failure") == 1 and 'tests="6"' in suite
+    found = parquet.read_table(reports / "fleet.parquet").to_pylist()
+    assert [row["name"] for row in found] == [row.split(",")[0] for row in rows[1:]]
+    assert found[0]["outcome"] == "served" and found[0]["n_rows"] == 4 and 0 <= found[0]["largest_error"] < 1e-4
+    assert found[3]["largest_error"] is None and "not finite" in found[3]["reason"]
 
 
 def interrupt(*arguments: object) -> None:
@@ -155,12 +165,67 @@ def test_a_second_run_does_what_has_changed(fleet, bases, tmp_path, monkeypatch)
     assert given == ["code"], "what the stopped run found is not done again"
     assert result.exit_code == 1 and "5 adapters: 2 served, 2 refused, 1 failed. 5 were known" in result.output
     assert [record.name for record in read_manifest(out).adapters] == ["chat", "code"]
+    changed(listed / "code", lambda tensors: next(iter(tensors.values())).mul_(0.5))
+    same = ("fleet", listed, bases["llama"], "-o", out, "--provider", "cpu", "--workers", 1, "--rows", 4)
+    result = call(*same, "--only-changed")
+    assert result.exit_code == 0 and "1 adapter: 1 served. 4 more are as they were." in result.output
+    result = call(*same, "--only-changed")
+    assert result.exit_code == 0 and "0 adapters: nothing to do. 5 more are as they were." in result.output
+    assert len(read_manifest(out).adapters) == 2
     assert not (out / "adapters/speak.onnx_adapter").exists() and verify(out).passed
     assert (out / "adapters/code.onnx_adapter").read_bytes() != (fleet[1] / "adapters/code.onnx_adapter").read_bytes()
     assert (out / "adapters/chat.onnx_adapter").read_bytes() == (fleet[1] / "adapters/chat.onnx_adapter").read_bytes()
     assert (out / "adapters/code/chat_template.jinja").read_text() == "second"
     assert not work_folder(out).exists()
     assert kept_outcomes(out)["code"].outcome is Outcome.SERVED
+
+
+def actors_at_work() -> list[int]:
+    """Process numbers of Ray's actors that have an assignment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(b"ray::_Actor.answer"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_worker_that_is_killed_twice_loses_nothing_and_the_bytes_are_those_of_processes(
+    fleet, bases, tmp_path, monkeypatch
+):
+    listed, by_processes = fleet
+    out, killed = tmp_path / "by ray", []
+
+    def kill_two() -> None:
+        until = time.monotonic() + 240
+        while len(killed) < 2 and time.monotonic() < until:
+            for process in actors_at_work():
+                if process not in killed and len(killed) < 2:
+                    time.sleep(0.3)
+                    os.kill(process, signal.SIGKILL)
+                    killed.append(process)
+            time.sleep(0.02)
+
+    monkeypatch.setenv("RAY_TMPDIR", f"/tmp/ray-{os.getpid()}")  # a socket's path is short, and pytest's are not
+    killer = threading.Thread(target=kill_two)
+    killer.start()
+    command = ("fleet", listed, bases["llama"], "-o", out, "--provider", "cpu", "--workers", 1, "--rows", 4)
+    result = call(*command, "--ray", "local")
+    killer.join()
+    assert result.exit_code == 1, result.output  # of `idle`, as with processes
+    assert len(killed) == 2
+    reports = [json.loads((folder / "reports/fleet.json").read_text()) for folder in (by_processes, out)]
+    mine, theirs = ({each["name"]: each for each in report["adapters"]} for report in reversed(reports))
+    for name, adapter in theirs.items():
+        assert {key: mine[name][key] for key in ("outcome", "reason", "files", "largest_error", "record")} == {
+            key: adapter[key] for key in ("outcome", "reason", "files", "largest_error", "record")
+        }, name
+    for path in sorted(by_processes.rglob("*")):
+        if path.is_file() and "reports" not in path.parts:
+            assert (out / path.relative_to(by_processes)).read_bytes() == path.read_bytes(), path
 
 
 def test_a_dry_run_reads_headers_and_writes_nothing(fleet, bases, tmp_path):

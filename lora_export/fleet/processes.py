@@ -1,0 +1,81 @@
+"""Workers that are processes of this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+
+from lora_export.environment import n_cores
+from lora_export.fleet.answering import Answer, answer_to, resident_bytes, work_of
+from lora_export.fleet.pool import Worker
+
+
+class Processes:
+    """Starts a process for each worker.
+
+    Args:
+        work: What a worker runs, see `work_of`.
+    """
+
+    def __init__(self, work: str) -> None:
+        self._work = work
+
+    @property
+    def n_cpus(self) -> int:
+        return n_cores()
+
+    def start(self) -> Worker:
+        return _ProcessWorker(self._work)
+
+    def answered(self, workers: Sequence[Worker], seconds: float) -> list[Worker]:
+        by_connection = {worker.connection: worker for worker in workers}
+        return [by_connection[connection] for connection in wait(by_connection, timeout=seconds)]
+
+    def close(self) -> None:
+        pass
+
+
+class _ProcessWorker(Worker):
+    def __init__(self, work: str) -> None:
+        super().__init__()
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=_run, args=(theirs, work), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def send(self, assignment: object) -> None:
+        self.connection.send(assignment)
+
+    def answer(self) -> Answer | None:
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            return None
+
+    def resident(self) -> int:
+        return resident_bytes(self._process.pid)
+
+    def ending(self) -> str:
+        self._process.join(timeout=5)
+        code = self._process.exitcode
+        if code is None:
+            return "its worker closed its connection"
+        return f"its worker died ({f'killed by signal {-code}' if code < 0 else f'exit code {code}'})"
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.connection.close()
+
+
+def _run(connection: Connection, named: str) -> None:
+    """A worker's process: answers each assignment that comes, until the connection ends."""
+    work = work_of(named)
+    while True:
+        try:
+            assignment = connection.recv()
+        except EOFError:
+            return
+        connection.send(answer_to(assignment, work))
