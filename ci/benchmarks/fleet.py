@@ -97,7 +97,8 @@ def measured(work: Path) -> dict:
                  "peak_bytes": whole.peak_bytes, "few_peak_bytes": small.peak_bytes},
         "again": {"n_changed": _N_CHANGED, "n_redone": n_redone, "seconds": again.seconds},
         "large": {"n": _N_LARGE, "seconds": of_large.seconds, "n_bytes": sum(a["n_bytes"] for a in found["adapters"]),
-                  "seconds_packing_of_each": packing, "seconds_to_copy": copies},
+                  "seconds_packing_of_each": packing, "seconds_to_copy": copies,
+                  "seconds_of_each": sorted(adapter["seconds"] for adapter in found["adapters"])},
     }  # fmt: skip
 
 

@@ -37,7 +37,10 @@ def test_ranks_heads_kinds_and_duplicates_share_a_fleet_and_a_stranger_is_refuse
     outcomes = {each["name"]: each["outcome"] for each in report["adapters"]}
     assert outcomes.pop("stranger") == "refused" and set(outcomes.values()) == {"served"} and len(outcomes) == 11
     (stranger,) = (each for each in report["adapters"] if each["name"] == "stranger")
-    assert "base" in stranger["reason"] and "check that the base is the one it was trained on" in stranger["detail"]["next"]
+    assert (
+        "base" in stranger["reason"]
+        and "check that the base is the one it was trained on" in stranger["detail"]["next"]
+    )
     manifest = read_manifest(out)
     records = {record.name: record for record in manifest.adapters}
     assert {name: record.n_labels for name, record in records.items() if name.startswith("head")} == {
