@@ -46,7 +46,7 @@ def test_ranks_heads_kinds_and_duplicates_share_a_fleet_and_a_stranger_is_refuse
     assert {name: record.n_labels for name, record in records.items() if name.startswith("head")} == {
         f"head{n}": n for n in HEADS
     }
-    assert [max(records[f"rank{rank}"].ranks.values()) for rank in RANKS] == list(RANKS)
+    assert [max(records[f"rank{rank}"].ranks) for rank in RANKS] == list(RANKS)
     assert manifest.files["adapters/again.onnx_adapter"] == manifest.files["adapters/head3.onnx_adapter"]
     mixed = json.loads(call("check", out, "--rows", 4, "--provider", "cpu", "--json").stdout)
     assert mixed["verdict"] == "pass" and any(case["group"] == "rows" for case in mixed["cases"])
