@@ -84,6 +84,10 @@ BORROWED = (
         is_patched=True,
     ),
     Borrowed(
+        "onnxscript.rewriter._matcher:SimplePatternMatcher._match_constant", "onnxscript", "0.7.2",
+        "what is added to or multiplied by something near 0 or 1 is not dropped", Without.REFUSED, is_patched=True,
+    ),
+    Borrowed(
         "onnxscript.rewriter._basics:MatchResult", "onnxscript", "0.7.2",
         "what that comparison gives where operators differ", Without.SLOWER,
     ),

@@ -137,6 +137,7 @@ MORE = {
     "StableLM": _decoder("StableLmConfig", GROUPED),
     "Nemotron": _decoder("NemotronConfig", GROUPED),
     "GLM": _decoder("GlmConfig", HEADED),
+    "Helium": _decoder("HeliumConfig", HEADED),
     "GLM 4": _decoder("Glm4Config", HEADED),
     "EXAONE 4": _decoder("Exaone4Config", ALTERNATING),
     "GPT-OSS": _decoder("GptOssConfig", ALTERNATING | FEW_EXPERTS, PAIR),

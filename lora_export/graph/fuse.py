@@ -37,7 +37,7 @@ def fuse(model: ir.Model, provider: str, windows: tuple[int, ...] = (), *, holds
     fuse_for_onnxruntime = borrow("fuse_for_onnxruntime")
     unfuse_mixed_dtype_skip_norms = borrow("_unfuse_mixed_dtype_skip_norms")
     prepare_weights(model)
-    with quiet(), sparing(), _operator_checked_first():
+    with quiet(), sparing(), _operator_checked_first(), _zero_and_one_are_exact():
         # Folding a Resize (interpolated position embeddings) evaluates it element by element in Python.
         optimize_ir(model, should_fold=lambda node: False if node.op_type == "Resize" else None)
         fuse_for_onnxruntime(model, provider)
@@ -82,6 +82,30 @@ def _operator_checked_first() -> Iterator[None]:
         yield
     finally:
         matcher.match = original
+
+
+@contextlib.contextmanager
+def _zero_and_one_are_exact() -> Iterator[None]:
+    """Let a 0 or 1 in onnxscript's patterns match nothing else.
+
+    As it is, 1e-8 is a 0 and 1.00001 a 1: `variance + 1e-8` loses its epsilon as "x + 0", and the norm of a padding
+    token, whose embedding is zero, becomes infinite.
+    """
+    original, matcher = borrow("_match_constant"), borrow("SimplePatternMatcher")
+
+    def match_constant(self, pattern: object, value: ir.Value) -> bool:
+        constant = value.const_value
+        if pattern.value in (0, 1) and constant is not None and constant.size == 1:
+            found = constant.numpy().item()
+            if found != pattern.value:
+                return self.fail(f"{found} is not {pattern.value}")
+        return original(self, pattern, value)
+
+    matcher._match_constant = match_constant
+    try:
+        yield
+    finally:
+        matcher._match_constant = original
 
 
 def read_tied_weights_transposed(model: ir.Model) -> ir.Model:

@@ -10,7 +10,7 @@ import safetensors.torch
 
 from lora_export.base.recipe import RECIPE, Recipe
 from lora_export.graph.bind import write_graphs
-from lora_export.graph.fuse import pack_siblings, read_tied_weights_transposed
+from lora_export.graph.fuse import fuse, pack_siblings, read_tied_weights_transposed
 from lora_export.graph.unbound import prepare_weights, recipe_of, unbound
 
 WIDTHS = {"q": 6, "k": 4, "v": 2}
@@ -142,3 +142,21 @@ def test_an_adapter_on_a_tied_head_leaves_the_embedding_alone(exports, bases):
     embedding = safetensors.torch.load_file(bases["llama"] / "model.safetensors")["model.embed_tokens.weight"].numpy()
     same = [np.array_equal(table if table.shape == (260, 64) else table.T, embedding) for table in tables]
     assert sorted(same) == [False, True]
+
+
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("op_type", "operand", "stays"),
+    [("Add", 1e-8, True), ("Sub", -1e-9, True), ("Mul", 1.000005, True), ("Div", 0.999995, True),
+     ("Add", 0.0, False), ("Sub", 0.0, False), ("Mul", 1.0, False), ("Div", 1.0, False)],
+)  # fmt: skip
+def test_only_a_zero_and_a_one_do_nothing(op_type, operand, stays, provider):
+    """onnxscript takes 1e-8 for 0, and drops the epsilon of Helium's norms: NaN where a token's embedding is zero."""
+    x, y = value("x", ["n", 4]), value("y", ["n", 4])
+    constant = ir.Value(name="c", const_value=ir.tensor(np.array(operand, np.float32), name="c"))
+    constant.dtype, constant.shape = ir.DataType.FLOAT, ir.Shape([])
+    changed = ir.node(op_type, [x, constant])
+    last = ir.node("Neg", [changed.outputs[0]], outputs=[y])
+    graph = ir.Graph([x], [y], nodes=[changed, last], initializers=[constant], opset_imports={"": 20})
+    fused = fuse(ir.Model(graph, ir_version=10), provider)
+    assert [node.op_type for node in fused.graph] == ([op_type, "Neg"] if stays else ["Neg"])
