@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-import fuzz
+from fuzzing.mutations import damaged_json
 from jsonschema import Draft202012Validator
 
 from lora_export.json_schema import violations
@@ -20,7 +20,7 @@ def test_it_agrees_with_a_full_implementation():
     assert not list(violations(GOLDEN, SCHEMA, SCHEMA))
     validator = Draft202012Validator(SCHEMA)
     for attempt in range(150):
-        wrong = fuzz.damaged_json(GOLDEN, random.Random(attempt))
+        wrong = damaged_json(GOLDEN, random.Random(attempt))
         assert bool(list(violations(wrong, SCHEMA, SCHEMA))) != validator.is_valid(wrong), wrong
 
 

@@ -22,8 +22,8 @@ def parse_shape(text: str) -> Shape:
     size, at, past = text.partition("@")
     batch, sequence = (int(part) for part in size.split("x"))
     shape = (batch, sequence, int(past) if at else 0)
-    if min(shape) < 0 or 0 in shape[:2]:
-        raise ValueError(f"{text!r} has no rows, no tokens, or less than no past")
+    if min(shape) < 0 or batch == 0:
+        raise ValueError(f"{text!r} has no rows, or less than no tokens or past")
     return shape
 
 
@@ -34,13 +34,16 @@ def shape_text(shape: Shape) -> str:
 
 
 def require_positions(folder: Path, manifest: Manifest, shapes: Sequence[Shape]) -> None:
-    """Refuse a shape of more tokens than the model has positions, or a past for a graph that takes none."""
+    """Refuse a shape of more tokens than the model has positions, of none (speech and images have a length of their
+    own), or a past for a graph that takes none."""
     settings = model_settings(folder)
     sizes = [settings.get(name) for name in ("max_position_embeddings", "n_positions")]
     most = next((size for size in sizes if isinstance(size, int) and size > 0), None)
     takes_past = any(contract.past for contract in manifest.graphs.values())
     for shape in shapes:
         _, sequence, past = shape
+        if not sequence and SINGLE in manifest.graphs and _is_of_text(manifest):
+            raise UsageProblem("The shape has no tokens", where=f"--shape {shape_text(shape)}")
         if past and not takes_past:
             raise UsageProblem(
                 "The export has no cache, so there is no past to go on with",

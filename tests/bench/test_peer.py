@@ -158,7 +158,7 @@ def test_folders_that_hold_no_one_graph_are_refused(exports, tmp_path):
     (tmp_path / "genai_config.json").write_text('{"model": {"decoder": {"filename": "model_optimized.onnx"}}}')
     assert planned(export, tmp_path).against.graph.name == "model_optimized.onnx"
     (tmp_path / "genai_config.json").write_text("{")
-    assert "settings are no JSON" in refused(tmp_path)
+    assert "genai_config.json is not valid JSON" in refused(tmp_path)
     assert "several graphs" in refused(tmp_path / "model_optimized.onnx", exports["t5-merged"])
 
 

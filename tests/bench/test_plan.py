@@ -156,6 +156,7 @@ WRONG = {
     "a past without a cache": ("bert-dynamic", ["--shape", "2x4@3"], 2, "no cache, so there is no past"),
     "more tokens than positions": ("bert-dynamic", ["--shape", "1x4000"], 2, "more tokens than the model has positions"),
     "no rows": ("bert-dynamic", ["--shape", "0x4"], 2, "is not BATCHxSEQUENCE"),
+    "no tokens": ("llama-dynamic", ["--shape", "2x0@4"], 2, "The shape has no tokens"),
     "less than no past": ("llama-dynamic", ["--shape", "1x4@-1"], 2, "is not BATCHxSEQUENCE"),
     "an empty past": ("llama-dynamic", ["--shape", "1x4@"], 2, "is not BATCHxSEQUENCE"),
     "one of several": ("llama-dynamic", ["--shape", "1x4", "--shape", "1x4x4"], 2, "is not BATCHxSEQUENCE"),

@@ -181,11 +181,12 @@ def test_a_second_run_does_what_has_changed(fleet, bases, tmp_path, monkeypatch)
 
 
 def actors_at_work() -> list[int]:
-    """Process numbers of Ray's actors that have an assignment."""
+    """Process numbers of this test's Ray actors that have an assignment."""
+    own = f"RAY_TMPDIR={os.environ['RAY_TMPDIR']}".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if path.read_bytes().startswith(b"ray::_Actor.answer"):
+            if path.read_bytes().startswith(b"ray::_Actor.answer") and own in (path.parent / "environ").read_bytes():
                 found.append(int(path.parent.name))
         except OSError:
             continue
