@@ -80,8 +80,7 @@ BORROWED = (
     ),
     Borrowed(
         "onnxscript.rewriter._matcher:SimplePatternMatcher", "onnxscript", "0.7.2",
-        "a pattern's operator is compared first, so that fusing is not quadratic in the layers", Without.SLOWER,
-        is_patched=True,
+        "a pattern's operator is compared first, and its constants exactly", Without.REFUSED, is_patched=True,
     ),
     Borrowed(
         "onnxscript.rewriter._matcher:SimplePatternMatcher._match_constant", "onnxscript", "0.7.2",

@@ -76,10 +76,11 @@ class Actors:
 class _ActorWorker(Worker):
     def __init__(self, ray: ModuleType, work: str) -> None:
         super().__init__()
-        self._ray, self._cause, self._bytes, self._asked = ray, "", 0, None
+        self._ray, self._cause, self._bytes = ray, "", 0
         # A second thread answers how much memory there is.
         options = {"num_cpus": 1, "max_concurrency": 2, "max_restarts": 0, "max_task_retries": 0}
         self._actor = ray.remote(_Actor).options(**options).remote(work)
+        self._started = self._asked = self._actor.resident.remote()
         self.pending: object = None
 
     def send(self, assignment: object) -> None:
@@ -93,6 +94,9 @@ class _ActorWorker(Worker):
         except self._ray.exceptions.RayError as error:
             self._cause = " ".join(str(error).split())
             return None
+
+    def has_place(self) -> bool:
+        return bool(self._ray.wait([self._started], timeout=0)[0])
 
     def resident(self) -> int:
         """As it was when it was last asked for: nothing waits for the answer."""

@@ -18,6 +18,9 @@ from lora_export.fleet.answering import Answer, Broken
 from lora_export.fleet.outcomes import AdapterOutcome
 
 _LOOK_SECONDS = 0.5
+_PLACE_SECONDS = 0.05
+# A cluster may have to start a machine.
+MOST_SECONDS_WITHOUT_A_PLACE = 900.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,10 @@ class Worker(ABC):
         self.deadline = time.monotonic() + (2 * seconds if self._is_fresh else seconds)
         self._is_fresh = False
         self.send(assignment)
+
+    def has_place(self) -> bool:
+        """Whether there is a processor for it, which a cluster may still have to find; until then it gets nothing."""
+        return True
 
     @abstractmethod
     def send(self, assignment: object) -> None:
@@ -114,6 +121,7 @@ class Pool:
         self._engine, self._limits, self._broken, self._n_workers = engine, limits, broken, n_workers
         self._workers: list[Worker] = []
         self._waiting: deque[tuple[object, int]] = deque()
+        self._busy_at = time.monotonic()
 
     def __enter__(self) -> Pool:
         return self
@@ -126,6 +134,7 @@ class Pool:
     def outcomes(self, assignments: Iterable[object]) -> Iterator[AdapterOutcome]:
         """The outcome of each of `assignments`, as they come."""
         self._waiting.extend((assignment, 1) for assignment in assignments)
+        self._busy_at = time.monotonic()
         while self._waiting or self._busy():
             self._assign()
             for worker in self._engine.answered(self._busy(), _LOOK_SECONDS):
@@ -141,8 +150,26 @@ class Pool:
         for _ in range(min(self._n_workers - len(self._workers), len(self._waiting) - n_idle)):
             self._workers.append(self._engine.start())
         for worker in tuple(self._workers):
-            if worker.assignment is None and self._waiting:
+            if worker.assignment is None and self._waiting and worker.has_place():
                 self._give(worker)
+        self._wait_for_a_place()
+
+    def _wait_for_a_place(self) -> None:
+        """Refuse to wait for ever where no worker has one.
+
+        Raises:
+            EnvironmentUnusable: None has had one for so long that none will come.
+        """
+        if self._busy() or not self._waiting:
+            self._busy_at = time.monotonic()
+        elif time.monotonic() - self._busy_at > MOST_SECONDS_WITHOUT_A_PLACE:
+            raise EnvironmentUnusable(
+                "No worker has found a processor",
+                found=f"none in {MOST_SECONDS_WITHOUT_A_PLACE:g} s",
+                next_step="see `ray status`: other work may have all of the cluster",
+            )
+        else:
+            time.sleep(_PLACE_SECONDS)
 
     def _give(self, worker: Worker) -> None:
         assignment, attempt = self._waiting.popleft()

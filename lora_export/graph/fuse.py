@@ -65,9 +65,9 @@ def _operator_checked_first() -> Iterator[None]:
     makes fusing quadratic in the number of layers. A node whose operator differs from that of the pattern's first
     output fails either way, so the graph that comes out is the same.
     """
-    matcher = borrow_if_there("SimplePatternMatcher")
+    matcher = borrow("SimplePatternMatcher")
     result = borrow_if_there("MatchResult")
-    if matcher is None or result is None:
+    if result is None:
         yield
         return
     original = matcher.match

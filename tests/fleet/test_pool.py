@@ -70,3 +70,24 @@ def test_a_machine_without_disk_ends_everything_and_no_worker_stays():
         list(workers.outcomes([Order("stops", "no disk"), Order("never", "hang")]))
     with pytest.raises(ProcessLookupError):
         os.kill(int(served.given), 0)
+
+
+def test_workers_that_find_no_processor_hold_nothing_back_and_none_at_all_is_told(monkeypatch):
+    engine = Processes("strange_worker:work")
+    start_one, placed = engine.start, []
+    first = start_one()
+
+    def start():
+        worker = first if not placed else start_one()
+        placed.append(worker)
+        worker.has_place = lambda: worker is first
+        return worker
+
+    monkeypatch.setattr(engine, "start", start)
+    with Pool(engine, n_workers=2, limits=Limits(60), broken=lambda order, why: None) as workers:
+        found = list(workers.outcomes([Order(f"good{i}", "answer") for i in range(4)]))
+        assert len(placed) == 2 and len({outcome.given for outcome in found}) == 1
+        first.has_place = lambda: False
+        monkeypatch.setattr("lora_export.fleet.pool.MOST_SECONDS_WITHOUT_A_PLACE", 0.3)
+        with pytest.raises(EnvironmentUnusable, match="No worker has found a processor"):
+            list(workers.outcomes([Order("never", "answer")]))

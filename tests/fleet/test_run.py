@@ -180,9 +180,9 @@ def test_a_second_run_does_what_has_changed(fleet, bases, tmp_path, monkeypatch)
     assert kept_outcomes(out)["code"].outcome is Outcome.SERVED
 
 
-def actors_at_work() -> list[int]:
+def actors_at_work(ray_folder: str) -> list[int]:
     """Process numbers of this test's Ray actors that have an assignment."""
-    own = f"RAY_TMPDIR={os.environ['RAY_TMPDIR']}".encode()
+    own = f"RAY_TMPDIR={ray_folder}".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -195,7 +195,7 @@ def actors_at_work() -> list[int]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_worker_that_is_killed_twice_loses_nothing_and_the_bytes_are_those_of_processes(
-    fleet, bases, tmp_path, monkeypatch
+    fleet, bases, ray_folder, tmp_path
 ):
     listed, by_processes = fleet
     out, killed = tmp_path / "by ray", []
@@ -203,14 +203,13 @@ def test_a_worker_that_is_killed_twice_loses_nothing_and_the_bytes_are_those_of_
     def kill_two() -> None:
         until = time.monotonic() + 240
         while len(killed) < 2 and time.monotonic() < until:
-            for process in actors_at_work():
+            for process in actors_at_work(ray_folder):
                 if process not in killed and len(killed) < 2:
                     time.sleep(0.3)
                     os.kill(process, signal.SIGKILL)
                     killed.append(process)
             time.sleep(0.02)
 
-    monkeypatch.setenv("RAY_TMPDIR", f"/tmp/ray-{os.getpid()}")  # a socket's path is short, and pytest's are not
     killer = threading.Thread(target=kill_two)
     killer.start()
     command = ("fleet", listed, bases["llama"], "-o", out, "--provider", "cpu", "--workers", 1, "--rows", 4)
