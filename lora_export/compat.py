@@ -79,8 +79,9 @@ BORROWED = (
         "check records the results of every operation of one module", Without.REFUSED,
     ),
     Borrowed(
-        "onnxscript.rewriter._matcher:SimplePatternMatcher", "onnxscript", "0.7.2",
-        "a pattern's operator is compared first, and its constants exactly", Without.REFUSED, is_patched=True,
+        "onnxscript.rewriter._matcher:SimplePatternMatcher.match", "onnxscript", "0.7.2",
+        "a pattern's operator is compared first, so that fusing is not quadratic in the layers", Without.SLOWER,
+        is_patched=True,
     ),
     Borrowed(
         "onnxscript.rewriter._matcher:SimplePatternMatcher._match_constant", "onnxscript", "0.7.2",
@@ -223,9 +224,11 @@ def borrow_if_there(name: str) -> object | None:
 
 @contextlib.contextmanager
 def replaced(name: str, replacement: object) -> Iterator[None]:
-    """While open, `replacement` stands in the module of the symbol `name`, which is there."""
+    """While open, `replacement` stands in the module or class of the symbol `name`, which is there."""
     original = borrow(name)
-    owner = next(m for m in map(_module_of, _BY_NAME[name].place.split("|")) if getattr(m, name, None) is original)
+    owner = next(
+        each for each in map(_owner_of, _BY_NAME[name].place.split("|")) if getattr(each, name, None) is original
+    )
     setattr(owner, name, replacement)
     try:
         yield
@@ -236,22 +239,23 @@ def replaced(name: str, replacement: object) -> Iterator[None]:
 _MISSING = object()
 
 
-def _module_of(place: str) -> object | None:
+def _owner_of(place: str) -> object | None:
+    """The module, or the class in it, that has the symbol at `place`."""
+    module, _, path = place.partition(":")
     try:
-        return importlib.import_module(place.partition(":")[0])
+        found: object = importlib.import_module(module)
     except ImportError:
         return None
+    for attribute in path.split(".")[:-1]:
+        found = getattr(found, attribute, None)
+    return found
 
 
 def _find(name: str) -> object:
     for place in _BY_NAME[name].place.split("|"):
-        found: object = _module_of(place)
-        try:
-            for attribute in place.partition(":")[2].split("."):
-                found = getattr(found, attribute)
-        except AttributeError:
-            continue
-        return found
+        found = getattr(_owner_of(place), place.partition(":")[2].rpartition(".")[2], _MISSING)
+        if found is not _MISSING:
+            return found
     return _MISSING
 
 

@@ -14,7 +14,7 @@ from onnx_ir.convenience import replace_nodes_and_values
 from onnx_ir.passes import common as common_passes
 
 from lora_export.base.sparing import sparing
-from lora_export.compat import borrow, borrow_if_there
+from lora_export.compat import borrow, borrow_if_there, replaced
 from lora_export.graph.batch_transposes import take_batch_transposes_apart
 from lora_export.graph.encoder_attention import simplify_attention
 from lora_export.graph.grouped_attention import group_attention
@@ -65,23 +65,18 @@ def _operator_checked_first() -> Iterator[None]:
     makes fusing quadratic in the number of layers. A node whose operator differs from that of the pattern's first
     output fails either way, so the graph that comes out is the same.
     """
-    matcher = borrow("SimplePatternMatcher")
-    result = borrow_if_there("MatchResult")
-    if result is None:
+    original, result = borrow_if_there("match"), borrow_if_there("MatchResult")
+    if original is None or result is None:
         yield
         return
-    original = matcher.match
 
     def match(self, model: ir.Model, graph: object, node: ir.Node, **options: object) -> object:
         if not self.pattern.output_nodes[0].op.matches(node.op_type):
             return result().fail("another operator")
         return original(self, model, graph, node, **options)
 
-    matcher.match = match
-    try:
+    with replaced("match", match):
         yield
-    finally:
-        matcher.match = original
 
 
 @contextlib.contextmanager
@@ -91,7 +86,7 @@ def _zero_and_one_are_exact() -> Iterator[None]:
     As it is, 1e-8 is a 0 and 1.00001 a 1: `variance + 1e-8` loses its epsilon as "x + 0", and the norm of a padding
     token, whose embedding is zero, becomes infinite.
     """
-    original, matcher = borrow("_match_constant"), borrow("SimplePatternMatcher")
+    original = borrow("_match_constant")
 
     def match_constant(self, pattern: object, value: ir.Value) -> bool:
         constant = value.const_value
@@ -101,11 +96,8 @@ def _zero_and_one_are_exact() -> Iterator[None]:
                 return self.fail(f"{found} is not {pattern.value}")
         return original(self, pattern, value)
 
-    matcher._match_constant = match_constant
-    try:
+    with replaced("_match_constant", match_constant):
         yield
-    finally:
-        matcher._match_constant = original
 
 
 def read_tied_weights_transposed(model: ir.Model) -> ir.Model:
