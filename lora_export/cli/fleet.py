@@ -75,8 +75,8 @@ def fleet(source: Path, base: str, out: Path, flags: FleetFlags) -> None:
 
     LIST is a CSV, JSON lines or Parquet file with a column `path` (and `name`, `revision`, `data`), or a folder of
     adapters. One that cannot be exported, differs from PEFT or breaks its worker is recorded and left out; the others
-    are served. Run again, it does what has changed. Writes OUT/reports/fleet.html, .json, .csv and .junit.xml.
-    Exit 1 if an adapter differs or broke its workers, 3 if all were refused.
+    are served. Run again, it does what has changed. Writes OUT/reports/fleet.html, .json, .csv, .junit.xml and, with
+    pyarrow, .parquet. Exit 1 if an adapter differs or broke its workers, 3 if all were refused.
 
     \b
     Example:
