@@ -183,6 +183,14 @@ BORROWED = (
         "onnxruntime.capi._pybind_state:quantize_matmul_8bits", "onnxruntime", "1.30",
         "the same, to 8 bits", Without.REFUSED,
     ),
+    Borrowed(
+        "onnxruntime.quantization.neural_compressor.weight_only:quant_tensor_k_quant_cpu", "onnxruntime", "1.30",
+        "ONNX Runtime's own k-quant of one weight", Without.REFUSED,
+    ),
+    Borrowed(
+        "onnxruntime.quantization.matmul_nbits_quantizer:HQQWeightOnlyQuantizer", "onnxruntime", "1.30",
+        "ONNX Runtime's own HQQ of one weight; its module sets up Python's logging, which is put back", Without.REFUSED,
+    ),
 )  # fmt: skip
 # torch.isfinite is public and replaced for the trace of encoder-decoders (base.seq2seq); tensors are marked with
 # Transformers' `_is_hf_initialized`, without which weightless parameters would be initialized (base.weightless).

@@ -32,7 +32,7 @@ from lora_export.export.options import ExportOptions
 from lora_export.export.outputs import planned_bytes
 from lora_export.export.plan import Request, make_plan
 from lora_export.export.pooling import pooling_again
-from lora_export.export.quantizing import quantize_graphs, require_kept
+from lora_export.export.quantizing import quantize_graphs, require_possible
 from lora_export.export.recall import keep, recalled, record_key
 from lora_export.export.records import adapter_records, hashed_sources, hashes_of, write_config
 from lora_export.export.resolve import resolve
@@ -85,7 +85,7 @@ def export(request: Request, options: ExportOptions, *, progress: Progress = sil
         progress("reading adapters", 0, 1)
         zeros = options.zeros_for_missing_head
         resolved = resolve(plan, zeros_for_missing_head=zeros) if known is None else known.resolved
-        require_kept(request.quantization, resolved.model)
+        require_possible(request.quantization, resolved.model)
         targets = target_modules(options.targets, resolved.model)
         choice = choose_sites(resolved.adapters if request.mode == "dynamic" else (), targets)
         n_bytes = planned_bytes(plan, resolved, choice)

@@ -4,7 +4,8 @@ ONNX Runtime's `MatMulNBits` reads a weight `W` `[in, out]` in blocks of `block_
 
     W[k, n] ≈ scale[n, k // block_size] · (q[n, k] − zero)
 
-`q` has `bits` bits; `zero` is `2**(bits − 1)`, or one a block where blocks are not symmetric. Standard library only.
+`q` has `bits` bits; `zero` is `2**(bits − 1)`, or one a block where blocks are not symmetric: an integer of as many
+bits, or a float. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ class Method(StrEnum):
     """How scales are chosen."""
 
     RTN = "rtn"  # round to nearest, a block's range over that of the integers
+    K_QUANT = "k_quant"  # of 21 ranges near the block's, the one with the least squares, large numbers weighing more
+    HQQ = "hqq"  # the block's range, and a zero in floats that half-quadratic steps move to where most numbers fit
     GIVEN = "given"  # the tool that made a given graph chose them
 
 
@@ -31,7 +34,8 @@ class Quantization:
     """How linear maps are stored.
 
     Attributes:
-        accuracy_level: `MatMulNBits`' attribute of that name.
+        symmetric: Whether blocks have no zero of their own. K_QUANT and HQQ always give them one.
+        accuracy_level: `MatMulNBits`' attribute of that name. 0 with HQQ: where zeros are floats, nothing is rounded.
         keep: Modules to leave in floats, by path or by its last parts.
         weights: The parameters that are stored so; empty in a request.
         quantizer: What computed it, with its version; empty in a request.
@@ -45,6 +49,16 @@ class Quantization:
     keep: tuple[str, ...] = ()
     weights: tuple[str, ...] = field(default=())
     quantizer: str = ""
+
+    def __post_init__(self) -> None:
+        if self.method in (Method.K_QUANT, Method.HQQ):
+            object.__setattr__(self, "symmetric", False)
+        if self.method is Method.HQQ:
+            object.__setattr__(self, "accuracy_level", 0)
+
+    @property
+    def has_float_zeros(self) -> bool:
+        return self.method is Method.HQQ
 
     @property
     def name(self) -> str:
@@ -65,7 +79,7 @@ class Quantization:
     def n_bytes(self, in_features: int, out_features: int, item: int) -> int:
         """Bytes of a weight: its integers, a scale of `item` bytes a block, and where blocks have one, the zero."""
         blocks = -(-in_features // self.block_size)
-        zeros = 0 if self.symmetric else -(-blocks * self.bits // 8)
+        zeros = 0 if self.symmetric else blocks * item if self.has_float_zeros else -(-blocks * self.bits // 8)
         return out_features * (blocks * (self.block_size * self.bits // 8 + item) + zeros)
 
     @classmethod

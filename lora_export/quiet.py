@@ -14,12 +14,16 @@ _LOGGERS = ("torch.onnx", "torch.export", "transformers", "onnxscript", "onnx_ir
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drop the progress prints and warnings of the exporter and its passes; `LORA_EXPORT_DEBUG=1` shows them."""
+    """Drop the progress prints and warnings of the exporter and its passes; `LORA_EXPORT_DEBUG=1` shows them.
+
+    A library that sets up Python's logging when it is imported (ONNX Runtime's quantizers do) leaves it as it was.
+    """
     if os.environ.get("LORA_EXPORT_DEBUG"):
         yield
         return
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
+    root, root_level, handlers = logging.root, logging.root.level, tuple(logging.root.handlers)
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
@@ -29,3 +33,5 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        root.setLevel(root_level)
+        root.handlers[:] = handlers

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from lora_export.quantization import Quantization
+from lora_export.quantization import Method, Quantization
 
 
 class Lazy(Mapping):
@@ -274,6 +274,8 @@ EXPORTS: dict[str, ExportSpec] = {
     "llama-int4-merged": ExportSpec("llama", ("chat",), "merge", quantization=replace(INT4, symmetric=False)),
     "llama-f16-int8": ExportSpec("llama-f16", ("chat",), "dynamic", quantization=replace(INT4, bits=8)),
     "gpt2-int8-merged": ExportSpec("gpt2", ("poet",), "merge", quantization=replace(INT4, bits=8, keep=("lm_head",))),
+    "llama-k-quant": ExportSpec("llama", ("chat",), "dynamic", quantization=replace(INT4, method=Method.K_QUANT)),
+    "llama-hqq-merged": ExportSpec("llama", ("chat",), "merge", quantization=replace(INT4, method=Method.HQQ)),
     "gpt2-dynamic": ExportSpec("gpt2", ("poet",), "dynamic"),
     "gpt2-merged": ExportSpec("gpt2", ("poet",), "merge"),
     "bert-dynamic": ExportSpec("bert", ("topic", "kind"), "dynamic"),

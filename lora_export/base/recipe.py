@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 
-from lora_export.quantization import Quantization
+from lora_export.quantization import Method, Quantization
 
 # Key of a recipe's JSON in an initializer's metadata.
 RECIPE = "lora_export.base.recipe"
@@ -22,7 +22,7 @@ class Part(StrEnum):
 
     INTEGERS = "integers"  # packed, uint8 `[out, blocks, bytes of a block]`
     SCALES = "scales"  # `[out, blocks]`
-    ZEROS = "zeros"  # packed, uint8 `[out, bytes of a row of blocks]`
+    ZEROS = "zeros"  # packed, uint8 `[out, bytes of a row of blocks]`; of HQQ floats `[out, blocks]`
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Quantized:
     """The part of a weight `[in, out]` that is quantized in blocks along `in`.
 
     Attributes:
-        dtype: Of the weight before, and of the scales.
+        dtype: Of the weight before, of the scales, and of zeros that are floats.
     """
 
     part: Part
@@ -38,10 +38,11 @@ class Quantized:
     bits: int
     block_size: int
     symmetric: bool
+    method: Method
 
     @classmethod
     def of(cls, how: Quantization, part: Part, dtype: str) -> Quantized:
-        return cls(part, dtype, how.bits, how.block_size, how.symmetric)
+        return cls(part, dtype, how.bits, how.block_size, how.symmetric, how.method)
 
 
 @dataclass(frozen=True)
@@ -75,5 +76,7 @@ class Recipe:
     def from_json(cls, text: str) -> Recipe:
         fields = json.loads(text)
         quantized = fields.get("quantized")
-        part = quantized and Quantized(**(quantized | {"part": Part(quantized["part"])}))
+        part = quantized and Quantized(
+            **(quantized | {"part": Part(quantized["part"]), "method": Method(quantized["method"])})
+        )
         return cls(tuple(fields["parameters"]), fields["transposed"], fields["axis"], part)

@@ -13,7 +13,7 @@ import click
 from lora_export.base.tasks import Task
 from lora_export.bench.shapes import Shape, parse_shape
 from lora_export.cli.adapter_options import convert_rank, pad_token_id, pooling, residual_base
-from lora_export.cli.quantize_options import accuracy_level, asymmetric, block_size, keep, quantize
+from lora_export.cli.quantize_options import accuracy_level, asymmetric, block_size, keep, quantize, quantize_method
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -161,6 +161,7 @@ class ExportFlags:
     pad_token_id: int | None
     pooling: str | None
     quantize: str | None
+    quantize_method: str | None
     block_size: str | None
     asymmetric: bool
     accuracy_level: str | None
@@ -238,6 +239,7 @@ export_options = as_flags(
         pad_token_id,
         pooling,
         quantize,
+        quantize_method,
         block_size,
         asymmetric,
         accuracy_level,

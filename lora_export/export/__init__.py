@@ -26,5 +26,5 @@
     describe.py    inspect and --dry-run, as values
 
 Imports adapters, agreement, artifact, base, carried, changing, compat, contract, errors, graph, integrity,
-other_tools, quantization, reading, runtime, sentence, staging.
+other_tools, quantization, quiet, reading, runtime, sentence, staging.
 """

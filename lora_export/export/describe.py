@@ -19,7 +19,7 @@ from lora_export.export.given_graph import given_graph
 from lora_export.export.origin import quantized_training
 from lora_export.export.outputs import planned_bytes, planned_files
 from lora_export.export.plan import Request, make_plan
-from lora_export.export.quantizing import require_kept
+from lora_export.export.quantizing import require_possible
 from lora_export.export.resolve import resolve
 from lora_export.export.targets import target_modules
 from lora_export.integrity.signature import signer_with
@@ -47,7 +47,7 @@ def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), *,
     signed = sign_key is not None and bool(signer_with(sign_key))
     plan = make_plan(request)
     resolved, said = resolve(plan), list(plan.remarks)
-    require_kept(request.quantization, resolved.model)
+    require_possible(request.quantization, resolved.model)
     served = resolved.adapters if request.mode == "dynamic" else ()
     sites = choose_sites(served, target_modules(targets, resolved.model))
     item = 4 if plan.dtype == "float32" else 2

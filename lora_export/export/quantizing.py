@@ -20,16 +20,33 @@ from lora_export.quantization import Method, Quantization
 
 # Floats that are worth a word: of what stays as it is, as a share of all.
 _WORTH_A_WORD = 0.05
+# Its zero lies in the grid, which such a block's may not. Of 32 random numbers, all have one sign once in 2**31.
+_K_QUANT_LEAST_BLOCK = 32
+_HQQ_BITS = 4
 
 
-def require_kept(how: Quantization | None, model: torch.nn.Module) -> None:
-    """Refuse a name to keep that names nothing.
+def require_possible(how: Quantization | None, model: torch.nn.Module) -> None:
+    """Refuse a name to keep that names nothing, and blocks that a method spoils.
 
     Raises:
-        UsageProblem: A name to keep names no linear module.
+        UsageProblem: A name to keep names no linear module; K-quant in blocks so small that some have one sign; HQQ in
+            8 bits.
     """
     if how is None:
         return
+    if how.method is Method.HQQ and how.bits != _HQQ_BITS:
+        raise UsageProblem(
+            "ONNX Runtime multiplies by numbers whose zeros are floats, as hqq makes them, in 4 bits only",
+            where=f"--quantize {how.name} --quantize-method hqq",
+            next_step="add --quantize int4, or choose --quantize-method rtn or k_quant",
+        )
+    if how.method is Method.K_QUANT and how.block_size < _K_QUANT_LEAST_BLOCK:
+        raise UsageProblem(
+            "ONNX Runtime's k-quant has no zero for a block whose numbers all have one sign, and some of 16 have",
+            where="--quantize-method k_quant --block-size 16",
+            expected=f"blocks of at least {_K_QUANT_LEAST_BLOCK}",
+            next_step="leave --block-size out, or choose --quantize-method rtn or hqq",
+        )
     linear = linear_weights(model)
     unknown = [name for name in how.keep if not any(replace(how, keep=(name,)).keeps(path) for path in linear)]
     if unknown:
@@ -84,6 +101,8 @@ def quantize_graphs(
         )
     if plan.request.mode == "merge" and plan.folders:
         remark(f"adapters are folded into the floats first; the sums are quantized to {how.name} after")
+    if how.has_float_zeros and plan.request.provider == "cpu":
+        remark("hqq's zeros are floats, for which ONNX Runtime has no fast kernel on a CPU: slower there than floats")
     for sentence in _left(models, how, resolved.parameters.aliases, weights=weights):
         remark(sentence)
     quantizer = f"onnxruntime {_onnxruntime_version()}"

@@ -110,6 +110,8 @@ def _parts(
         Part.SCALES: (_SCALES, [n_out, blocks], dtype),
         Part.ZEROS: (_ZEROS, [n_out, -(-blocks * how.bits // 8)], ir.DataType.UINT8),
     }
+    if how.has_float_zeros:
+        made[Part.ZEROS] = (_ZEROS, [n_out, blocks], dtype)
     if how.symmetric:
         del made[Part.ZEROS]
     found = []

@@ -68,9 +68,20 @@ class StoredInteger:
 
 
 def rounds_activations(graph: Path) -> bool:
-    """Whether any product of the graph in this file may round its other operand to 8-bit integers."""
+    """Whether any product of the graph in this file may round its other operand to 8-bit integers.
+
+    One whose zeros are floats does not, at any level.
+    """
     nodes = ir.load(graph).graph.all_nodes()
-    return any(_is_quantized(node) and node.attributes.get_int(_LEVEL, 0) >= _INT8_LEVEL for node in nodes)
+    return any(
+        _is_quantized(node) and node.attributes.get_int(_LEVEL, 0) >= _INT8_LEVEL and not _has_float_zeros(node)
+        for node in nodes
+    )
+
+
+def _has_float_zeros(node: ir.Node) -> bool:
+    zeros = node.inputs[3] if len(node.inputs) > 3 else None
+    return zeros is not None and zeros.dtype is not None and zeros.dtype.is_floating_point()
 
 
 def without_rounded_activations(model: ir.Model) -> ir.Model:

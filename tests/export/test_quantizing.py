@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,9 @@ from lora_export.cli.main import main
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.export.describe import describe_plan
 from lora_export.export.plan import Request, make_plan
+from lora_export.quantization import Method, Quantization
+
+CHOSEN = (Method.K_QUANT, Method.HQQ)
 
 
 def test_a_start_that_changes_the_base_is_refused_by_dynamic_alone(bases, adapters, tmp_path):
@@ -44,5 +49,34 @@ def test_rows_of_a_head_want_it_in_floats_and_a_dry_run_names_the_bytes(bases, a
 
 
 def test_options_of_quantizing_need_it(tmp_path):
-    done = CliRunner().invoke(main, ["merge", str(tmp_path), "--provider", "cpu", "--block-size", "64", "-o", "out"])
+    asked = ["merge", str(tmp_path), "--provider", "cpu", "-o", "out"]
+    done = CliRunner().invoke(main, [*asked, "--block-size", "64"])
     assert done.exit_code == 2 and "--block-size says how to quantize" in done.output + (done.stderr or "")
+    done = CliRunner().invoke(main, [*asked, "--quantize", "int4", "--quantize-method", "hqq", "--accuracy-level", "4"])
+    assert done.exit_code == 2 and "rounds no activations" in done.output + (done.stderr or "")
+
+
+def test_what_onnx_runtimes_methods_cannot_do_is_refused_before_any_work(bases, tmp_path):
+    def described(**how: object) -> dict:
+        request = Request(str(bases["llama"]), (), "merge", quantization=Quantization(**how))
+        return describe_plan(request, tmp_path / "out")
+
+    with pytest.raises(UsageProblem, match="no zero for a block whose numbers all have one sign"):
+        described(method=Method.K_QUANT, block_size=16)
+    with pytest.raises(UsageProblem, match="in 4 bits only"):
+        described(method=Method.HQQ, bits=8)
+    sizes = {method: described(method=method)["write"]["weight_bytes"] for method in (Method.RTN, *CHOSEN)}
+    assert sizes[Method.RTN] < sizes[Method.K_QUANT] < sizes[Method.HQQ]
+    assert described(method=Method.HQQ)["quantization"] == "int4 (hqq, blocks of 32, asymmetric, accuracy level 0)"
+
+
+def test_quantizing_leaves_pythons_logging_as_it_was(exports):
+    """Run apart, as ONNX Runtime's module sets it up once."""
+    code = (
+        "import logging, numpy as np; from lora_export.base.recipe import Part, Quantized; "
+        "from lora_export.export.integers import quantized; from lora_export.quantization import Method, Quantization; "
+        "how = Quantized.of(Quantization(method=Method.HQQ), Part.INTEGERS, 'float32'); "
+        "quantized(np.ones((32, 4), np.float32), how); print(logging.root.handlers, logging.root.level)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]", "30"] and not done.stderr

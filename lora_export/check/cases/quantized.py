@@ -45,7 +45,8 @@ def weight_cases(examination: Examination) -> None:
     context = examination.context
     records = context.session.manifest.adapters if context.is_merged_integers else ()
     reference = context.float_reference(records, merged=True)
-    errors = WeightErrors()
+    done = context.session.manifest.quantization
+    errors = WeightErrors() if done is None else WeightErrors(done.method)
     for stored in context.integers.stored(reference.inner):
         (path,) = stored.parameters
         errors.take(path, stored, linear_weight(reference.inner, path).float().numpy())

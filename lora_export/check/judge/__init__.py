@@ -7,5 +7,5 @@
     weights.py     quantized weights against floats
     tolerances.py  what is measured, and the table of limits, a reason for each
 
-Imports check.results, errors.
+Imports check.results, errors, quantization.
 """

@@ -4,13 +4,18 @@ Of a block with scale `s` and zero `z`, the stored number `q` stands for `s (q �
 measures over all blocks of all weights:
 
 - *weights*: how much farther `s (q − z)` is from the float `w` than the nearest of the grid, over the grid's range
-  `2**bits |s|`. 0 where every `q` is the best there is; rounding of `w` moves it by as much.
+  `2**bits |s|`, or over `|z s|` where that is more. 0 where every `q` is the best there is; rounding of `w` moves it by
+  as much.
 - *scales*: how far the grid's range is from the block's own, relative to it: `−s 2**(bits − 1)`, the grid's farther
   end, from the `w` of the largest `|w|`; where blocks have zeros, `s (2**bits − 1)` from the largest `w` less the
   smallest, zero being one of both.
 - *clipping*: how much farther `s (q − z)` is from `w` than a sound grid can be, over the grid's range. The nearest of a
   grid that lies elsewhere is far away. A sound one reaches every `w` to half a step, but its shorter end may be a step
   short: without zeros it has one number less there.
+
+A method that chooses grids near the block's own range may leave a number out. Its *scales* are what is beyond its
+choice, the range being that of the numbers alone; its *clipping* is what is beyond two steps of the plain grid, which
+has the block's range with zero in it. HQQ's steps are no finer than 1/20000.
 """
 
 from __future__ import annotations
@@ -24,8 +29,27 @@ import numpy as np
 
 from lora_export.check.judge.tolerances import Limit, Tolerances
 from lora_export.check.results import Measured, ParityCase
+from lora_export.quantization import Method
 
 _TINY = float(np.finfo(np.float64).tiny)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How a method may choose a block's grid.
+
+    Attributes:
+        range_slack: By how much of the block's range that of the grid may differ.
+        finest: The smallest step.
+    """
+
+    range_slack: float
+    finest: float = 0.0
+
+
+# K-quant tries 14/15 to 16/15 of the range, and least squares move it: by up to 0.13 as seen on drawn weights.
+_CHOICES = {Method.K_QUANT: _Choice(0.25), Method.HQQ: _Choice(0.0, finest=1 / 2e4)}
+_CHOSEN_STEPS = 2.0
 
 
 class Stored(Protocol):
@@ -46,12 +70,14 @@ class WeightErrors:
     """The worst of the weights seen.
 
     Attributes:
+        method: How the grids were chosen.
         off: The measure *weights*.
         range_error: The measure *scales*.
         clipped: The measure *clipping*.
         worst: The weight that the last of them to grow is of.
     """
 
+    method: Method = Method.RTN
     n_weights: int = 0
     off: float = 0.0
     range_error: float = 0.0
@@ -61,7 +87,8 @@ class WeightErrors:
     def take(self, name: str, stored: Stored, expected: np.ndarray) -> None:
         """Compare `stored` with the floats `expected` `[out, in]`."""
         expected = expected.astype(np.float64)
-        found = (_off(stored, expected), _range_error(stored, expected), _clipped(stored, expected))
+        choice = _CHOICES.get(self.method)
+        found = (_off(stored, expected), _range_error(stored, expected, choice), _clipped(stored, expected, choice))
         before = (self.off, self.range_error, self.clipped)
         if not all(new <= old for new, old in zip(found, before, strict=True)):
             self.worst = name
@@ -81,28 +108,44 @@ def _off(stored: Stored, expected: np.ndarray) -> float:
     nearest = np.clip(np.round(place), 0, levels - 1)
     best = np.abs(scales * (nearest - zeros) - expected)
     farther = np.abs(scales * (stored.integers - zeros) - expected) - best
-    return float((farther / np.maximum(levels * np.abs(scales), _TINY)).max(initial=0))
+    reach = np.abs(scales) * np.maximum(levels, np.abs(zeros))
+    return float((farther / np.maximum(reach, _TINY)).max(initial=0))
 
 
-def _range_error(stored: Stored, expected: np.ndarray) -> float:
+def _ends(stored: Stored, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The largest and the smallest number of each block, `[out, blocks]`; what fills the last block is zero."""
     padding = -expected.shape[1] % stored.block_size
     blocks = np.pad(expected, ((0, 0), (0, padding))).reshape(len(expected), -1, stored.block_size)
-    largest, smallest = np.maximum(blocks.max(axis=2), 0), np.minimum(blocks.min(axis=2), 0)
-    if stored.has_zeros:
-        own = largest - smallest
-        error = np.abs(stored.scales * ((1 << stored.bits) - 1) - own)
+    return blocks.max(axis=2), blocks.min(axis=2)
+
+
+def _range_error(stored: Stored, expected: np.ndarray, choice: _Choice | None) -> float:
+    largest, smallest = _ends(stored, expected)
+    n_steps, slack = (1 << stored.bits) - 1, 0.0
+    if choice is not None:
+        own, slack = largest - smallest, choice.range_slack
+        error = np.abs(stored.scales * n_steps - np.maximum(own, choice.finest * n_steps))
+    elif stored.has_zeros:
+        own = np.maximum(largest, 0) - np.minimum(smallest, 0)
+        error = np.abs(stored.scales * n_steps - own)
     else:
+        largest, smallest = np.maximum(largest, 0), np.minimum(smallest, 0)
         own, end = np.maximum(largest, -smallest), -stored.scales * (1 << (stored.bits - 1))
         error = np.minimum(np.abs(end - largest), np.abs(end - smallest))  # either, where both are as large
     is_there = own > 0
-    return float((error[is_there] / own[is_there]).max(initial=0))
+    return max(float((error[is_there] / own[is_there]).max(initial=0)) - slack, 0.0)  # NaN stays NaN
 
 
-def _clipped(stored: Stored, expected: np.ndarray) -> float:
+def _clipped(stored: Stored, expected: np.ndarray, choice: _Choice | None) -> float:
     scales, zeros = stored.by_element(stored.scales), stored.by_element(stored.zeros)
-    steps = 0.5 if stored.has_zeros else 1.0
-    beyond = np.abs(scales * (stored.integers - zeros) - expected) - steps * np.abs(scales)
-    return float((beyond / np.maximum((1 << stored.bits) * np.abs(scales), _TINY)).max(initial=0))
+    error = np.abs(scales * (stored.integers - zeros) - expected)
+    if choice is None:
+        step, steps = np.abs(scales), 0.5 if stored.has_zeros else 1.0
+    else:
+        largest, smallest = _ends(stored, expected)
+        plain = (np.maximum(largest, 0) - np.minimum(smallest, 0)) / ((1 << stored.bits) - 1)
+        step, steps = stored.by_element(np.maximum(plain, choice.finest)), _CHOSEN_STEPS
+    return float(((error - steps * step) / np.maximum((1 << stored.bits) * step, _TINY)).max(initial=0))
 
 
 def of_another_tool(limits: Tolerances, asked: Collection[str]) -> Tolerances:

@@ -41,11 +41,14 @@ def of_group(report: CheckReport, group: str) -> list[ParityCase]:
     return [case for case in report.cases if case.group == group]
 
 
-@pytest.mark.parametrize("name", ["llama-int4-merged", "llama-f16-int8", "gpt2-int8-merged"])
+@pytest.mark.parametrize(
+    "name", ["llama-int4-merged", "llama-f16-int8", "gpt2-int8-merged", "llama-k-quant", "llama-hqq-merged"]
+)
 def test_sound_quantized_exports_pass_and_say_what_they_cost(name, exports, own):
     report = checked(own(exports[name]))
     assert report.verdict is Verdict.PASS, failed(report)
     (weights,) = of_group(report, "weights")
+    assert bool(of_group(report, "deployed")) == (read_manifest(exports[name]).quantization.accuracy_level == 4)
     assert weights.n_rows == len(read_manifest(exports[name]).quantization.weights) > 4
     for case in of_group(report, "deployed"):
         assert 0.5 < case.value("rounding") < 1.2
@@ -84,6 +87,11 @@ def _in_place(name: str, change):
 def _one_scale(scales: np.ndarray) -> np.ndarray:
     scales[3, 1] *= 1.02
     return scales
+
+
+def _one_zero(zeros: np.ndarray) -> np.ndarray:
+    zeros[3, 1] += 0.3
+    return zeros
 
 
 def _swapped(packed: np.ndarray) -> np.ndarray:
@@ -144,13 +152,19 @@ OF_WEIGHTS = {
     "another layer's": _other_weights,
     "scales in the other order": _other_order,
     "zeros dropped": _without_zeros,
+    "a scale of k-quant": _in_place(f"{DOWN}_scales", _one_scale),
+    "a zero of hqq": _in_place(f"{DOWN}_zero_points", _one_zero),
 }
+# Where not the dynamic one.
+DAMAGED = {
+    "zeros dropped": "llama-int4-merged", "a scale of k-quant": "llama-k-quant", "a zero of hqq": "llama-hqq-merged",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OF_WEIGHTS)
 def test_damaged_integers_are_caught(name, exports, own, bases):
     """By the case of the weights, here alone: the graph agrees with whatever the file has."""
-    folder = own(exports["llama-int4-merged" if name == "zeros dropped" else "llama-int4"])
+    folder = own(exports[DAMAGED.get(name, "llama-int4")])
     OF_WEIGHTS[name](folder)
     located = {record.name: Path(record.source.given) for record in read_manifest(folder).adapters}
     request = CheckRequest(folder, bases["llama"], located, "cpu", {})

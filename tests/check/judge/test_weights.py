@@ -6,11 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
+import torch
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    DefaultWeightOnlyQuantizer,
+    HQQWeightOnlyQuantizer,
+)
+from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
 
 from lora_export.check.judge.tolerances import tolerances
 from lora_export.check.judge.weights import WeightErrors, weights_case
 from lora_export.graph.stored_integers import StoredInteger
+from lora_export.quantization import Method
 
 N_OUT, N_IN = 24, 512
 RANDOM = np.random.default_rng(0)
@@ -54,8 +61,21 @@ def nearest(stored: StoredInteger, floats: np.ndarray) -> StoredInteger:
     return replace(stored, integers=np.clip(place, 0, (1 << stored.bits) - 1))
 
 
-def errors(stored: StoredInteger, floats: np.ndarray) -> WeightErrors:
-    found = WeightErrors()
+def with_chosen_grids(floats: np.ndarray, method: Method, bits: int, block_size: int) -> StoredInteger:
+    if method is Method.K_QUANT:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = quant_tensor_k_quant_cpu(floats, bits, block_size)
+    else:
+        found = HQQWeightOnlyQuantizer(None).quantize_internal(
+            torch.from_numpy(floats), bits=bits, group_size=block_size
+        )
+    integers, *of_blocks = (np.asarray(each) for each in found)
+    scales, zeros = (each.reshape(N_OUT, -1).astype(floats.dtype).astype(np.float64) for each in of_blocks)
+    return StoredInteger(("weight",), bits, block_size, integers.reshape(SHAPE).astype(np.uint8), scales, zeros, True)
+
+
+def errors(stored: StoredInteger, floats: np.ndarray, method: Method = Method.RTN) -> WeightErrors:
+    found = WeightErrors(method)
     found.take("weight", stored, floats)
     return found
 
@@ -71,6 +91,47 @@ def test_onnxruntimes_own_rounding_is_within_the_limits(name, bits, symmetric):
             found = errors(quantized(floats, bits, block_size, symmetric=symmetric), floats)
             case = weights_case(found, tolerances(dtype, "cpu", quantized=True), "floats")
             assert not case.failures, (block_size, dtype, case.failures)
+
+
+# Their numbers all have one sign, which ONNX Runtime's k-quant has no zero for.
+OF_ONE_SIGN = ("positive", "far from zero", "negative and far")
+
+
+@pytest.mark.parametrize(("method", "bits"), [(Method.K_QUANT, 4), (Method.K_QUANT, 8), (Method.HQQ, 4)])
+@pytest.mark.parametrize("name", FLOATS)
+def test_grids_that_a_method_chooses_are_within_the_limits(name, method, bits):
+    """But where ONNX Runtime's k-quant loses the weights, which is caught."""
+    for dtype in ("float32", "float16"):
+        if dtype == "float16" and name == "far from zero":
+            continue  # one number throughout
+        floats = FLOATS[name].astype(dtype)
+        for block_size in (32, 128):
+            found = errors(with_chosen_grids(floats, method, bits, block_size), floats, method)
+            failures = weights_case(found, tolerances(dtype, "cpu", quantized=True), "floats").failures
+            if method is Method.K_QUANT and name in OF_ONE_SIGN:
+                if name == "positive" and block_size == 128:
+                    continue  # of so many, one is near zero
+                assert "a block's grid does not reach a weight" in failures[-1]
+            else:
+                assert not failures, (block_size, dtype, failures)
+
+
+@pytest.mark.parametrize("method", [Method.K_QUANT, Method.HQQ])
+def test_a_grid_that_no_method_chooses_is_caught(method):
+    """The nearest numbers of a coarser, a finer, a reversed and a shifted one; and a scale that is no number."""
+    floats = FLOATS["normal"].astype(np.float32)
+    stored = with_chosen_grids(floats, method, 4, 32)
+    assert not weights_case(errors(stored, floats, method), tolerances("float32", "cpu", quantized=True), "").failures
+    scales = [factor * stored.scales for factor in (1.5, 0.7, -1)]
+    wrong = [*(replace(stored, scales=each) for each in scales), replace(stored, zeros=stored.zeros + 3)]
+    for each in wrong:
+        found = errors(nearest(each, floats), floats, method)
+        assert found.off < 1e-6
+        assert weights_case(found, tolerances("float32", "cpu", quantized=True), "floats").failures
+    scales = stored.scales.copy()
+    scales[3, 2] = np.nan
+    found = errors(replace(stored, scales=scales), floats, method)
+    assert len(weights_case(found, tolerances("float32", "cpu", quantized=True), "floats").failures) == 3
 
 
 @pytest.mark.parametrize("bits", [4, 8])
