@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -164,6 +163,18 @@ BORROWED = (
         "put back after check has looked into an attention", Without.REFUSED,
     ),
     Borrowed(
+        "transformers.modeling_gguf_pytorch_utils:TENSOR_PROCESSORS", "transformers", "5.23",
+        "what undoes llama.cpp's layout of a GGUF file's weights, by architecture", Without.REFUSED,
+    ),
+    Borrowed(
+        "transformers.modeling_gguf_pytorch_utils:TensorProcessor", "transformers", "5.23",
+        "the same for the others", Without.REFUSED,
+    ),
+    Borrowed(
+        "transformers.modeling_gguf_pytorch_utils:get_gguf_hf_weights_map", "transformers", "5.23",
+        "which parameters a GGUF file's tensors are", Without.REFUSED,
+    ),
+    Borrowed(
         "peft.tuners.lora.conversion:_convert_module_to_lora", "peft", "0.21",
         "one layer of another tuner as the nearest pair, computed as PEFT does", Without.REFUSED,
     ),
@@ -284,10 +295,3 @@ def untested() -> Iterator[str]:
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
             yield f"untested: {requirement.name} {installed}; tested with {requirement.specifier}"
-
-
-def leave_quantized_layers_out() -> None:
-    """Let PEFT find no bitsandbytes: it imports it for layers that no command uses, which takes 1.5 s and prints on
-    stderr. Once PEFT is loaded, it is too late."""
-    if "peft" not in sys.modules:
-        sys.modules.setdefault("bitsandbytes", None)

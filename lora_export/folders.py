@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import errno
+import functools
 import glob
 import os
 import shutil
@@ -19,6 +21,8 @@ except ImportError:  # Windows has no such locks
 
 from lora_export.errors import EnvironmentUnusable
 
+# How the name of a temporary folder of this tool begins.
+OWN_FOLDER = ".lora-export-"
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _NOT_KNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
@@ -159,7 +163,15 @@ def own_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 def own_temporary_folder() -> contextlib.AbstractContextManager[Path]:
     """The same where the system keeps temporary files."""
-    return own_folder(Path(tempfile.gettempdir()), ".lora-export-")
+    return own_folder(Path(tempfile.gettempdir()), OWN_FOLDER)
+
+
+@functools.cache
+def workplace() -> Path:
+    """A folder that is removed when the process ends, or by a later one if this one is killed."""
+    until_the_end = contextlib.ExitStack()
+    atexit.register(until_the_end.close)
+    return until_the_end.enter_context(own_temporary_folder())
 
 
 def remove(folder: Path) -> None:

@@ -11,7 +11,6 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _CHECK_THE_PATH = "check the path; when the base has moved since training, name it on the command line"
 # What people bring in a checkpoint's place, by the file's suffix.
 _OTHER_FILES = {
-    ".gguf": "load it in Transformers (from_pretrained(FOLDER, gguf_file=FILE)), save it, and name that folder",
     ".onnx": "name the checkpoint that the graph was made from: weights are read from safetensors",
     ".safetensors": "name the folder that holds it and its config.json",
 }

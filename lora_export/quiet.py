@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -35,3 +36,10 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
         root.setLevel(root_level)
         root.handlers[:] = handlers
+
+
+def leave_quantized_layers_out() -> None:
+    """Let PEFT find no bitsandbytes: it imports it for layers that no command uses, which takes 1.5 s and prints on
+    stderr. Once PEFT is loaded, it is too late."""
+    if "peft" not in sys.modules:
+        sys.modules.setdefault("bitsandbytes", None)

@@ -6,9 +6,6 @@ gave stays what is recorded and hashed (`source_hashes`).
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import functools
 import json
 import shutil
 import tempfile
@@ -27,7 +24,7 @@ from lora_export.base.tasks import resolve_task
 from lora_export.base.weightless import build_weightless, is_conv1d
 from lora_export.carried import carried_files
 from lora_export.errors import InputRefused, some_of
-from lora_export.folders import own_temporary_folder
+from lora_export.folders import workplace
 from lora_export.reading import read_json
 
 SOURCE = "lora_export_source.json"
@@ -172,11 +169,3 @@ def _carry(path: Path, adapter: ForeignAdapter, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
     hashes = {file.name: sha256_of(file) for file in files}
     (folder / SOURCE).write_text(json.dumps(hashes, sort_keys=True), encoding="utf-8")
-
-
-@functools.cache
-def workplace() -> Path:
-    """A folder that is removed when the process ends, or by a later one if this one is killed."""
-    until_the_end = contextlib.ExitStack()
-    atexit.register(until_the_end.close)
-    return until_the_end.enter_context(own_temporary_folder())

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_export.adapters.folder import CONFIG, WEIGHTS, AdapterFolder, open_adapter
-from lora_export.adapters.foreign import SOURCE, source_hashes, workplace
+from lora_export.adapters.foreign import SOURCE, source_hashes
 from lora_export.adapters.peft_writer import PREFIX, write_config
 from lora_export.base.checkpoint import Checkpoint, Located
 from lora_export.base.conversion import renamed_paths
@@ -26,6 +26,7 @@ from lora_export.base.weightless import build_weightless, is_conv1d
 from lora_export.carried import carried_files
 from lora_export.compat import borrow
 from lora_export.errors import InputRefused, some_of
+from lora_export.folders import workplace
 
 # Options that name modules, and so are written anew or must not be set.
 _BY_MODULE = ("target_modules", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform",

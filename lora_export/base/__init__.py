@@ -3,6 +3,7 @@
     stored.py      JSON and safetensors of a folder
     restored.py    weights of quantized checkpoints, in floats
     quantized.py   which method a base's weights are quantized by; others than these refused by name
+    gguf_file.py   a GGUF file as a base, by Transformers' reader
     config.py      its config.json, compared with the checkpoint's headers and read by Transformers
     sentence_folder.py  folders of sentence-transformers, and what follows the model in them
     checkpoint.py  a base's folder, and what it holds of a model
@@ -21,5 +22,5 @@
     trace.py       the trace of a weightless model: its axes, the names of a decoder's KV cache
     decompose.py   torch.onnx made to decompose operator by operator
 
-Imports compat, contract, errors, named, quantization, quiet, reading, sentence.
+Imports compat, contract, errors, folders, named, quantization, quiet, reading, sentence.
 """

@@ -10,6 +10,7 @@ import torch
 
 from lora_export.base.config import read_config, refuse_unsafe_or_unknown, require_headers
 from lora_export.base.conversion import Converted, stored_parameters
+from lora_export.base.gguf_file import gguf_files, gguf_folder
 from lora_export.base.quantized import in_floats, refuse_other_dtypes, refuse_quantized
 from lora_export.base.sentence_folder import transformer_in
 from lora_export.base.stored import SAFETENSORS_DTYPES, SafetensorsFiles, weight_files
@@ -31,15 +32,18 @@ class Located:
 
 
 def locate(given: str, *, kind: str) -> Located:
-    """The folder that `given` names: a folder, or a hub id (`owner/name`, optionally `@revision`).
+    """The folder that `given` names: a folder, a hub id (`owner/name`, optionally `@revision`), or of a GGUF file one
+    that stands for it.
 
     Raises:
-        InputRefused: There is neither a folder nor such a hub id.
+        InputRefused: There is neither a folder nor such a hub id; or a GGUF file that is not read.
         EnvironmentUnusable: The hub cannot be reached and its cache does not hold the id.
     """
     path = Path(given).expanduser()
     if path.is_dir():
         return Located(transformer_in(path.resolve()), given)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return Located(gguf_folder(path.resolve()), given)
     if path.exists() or not is_hub_id(given):
         refuse_no_folder(given, kind=kind)
     from huggingface_hub import snapshot_download
@@ -101,6 +105,8 @@ class Checkpoint:
         config = read_json(located.path / "config.json")
         if not is_known:
             refuse_unsafe_or_unknown(config, located.path)
+        if (of_gguf := gguf_files(located.path)) is not None:
+            return cls(located, config, *of_gguf)
         files = SafetensorsFiles.open(weight_files(located.path))
         plain, restored, method = in_floats(config, files)
         if restored is None:

@@ -10,8 +10,11 @@ import safetensors
 import torch
 
 from lora_export.errors import InputRefused, some_of
+from lora_export.folders import OWN_FOLDER
 from lora_export.reading import is_file, read_json
 
+# In a folder that stands for a GGUF file: which of its tensors are which parameters.
+GGUF_NAMES = "lora_export_gguf.json"
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -71,6 +74,22 @@ class SafetensorsFiles:
         """The tensor `name` as stored (dtype and shape of its header), backed by the mapped file."""
         info = self.tensors[name]
         return self._open[info.file].get_tensor(name)
+
+
+def stands_for_gguf(folder: Path) -> bool:
+    """Whether this tool made `folder` for a GGUF file, be it in another process; nobody else's names are taken."""
+    return (folder / GGUF_NAMES).is_file() and folder.parent.name.startswith(OWN_FOLDER)
+
+
+def source_files(folder: Path) -> list[Path]:
+    """What a base is known by: its config and its weights; or the GGUF file that the folder stands for.
+
+    Raises:
+        InputRefused: See `weight_files`.
+    """
+    if stands_for_gguf(folder):
+        return [folder / read_json(folder / GGUF_NAMES)["file"]]
+    return [folder / "config.json", *weight_files(folder)]
 
 
 def weight_files(folder: Path) -> list[Path]:

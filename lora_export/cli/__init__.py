@@ -15,5 +15,5 @@
     text.py     values of inspect, --dry-run, exports and run as text
 
 Imports artifact, base, bench, check, compat, errors, export, extract, fleet, integrity, named, pipeline,
-quantization, report, sentence, serve, trial, verdict.
+quantization, quiet, report, sentence, serve, trial, verdict.
 """

@@ -22,9 +22,9 @@ from lora_export.cli.quantize_options import quantization_of
 from lora_export.cli.run import run
 from lora_export.cli.serve import serve_command
 from lora_export.cli.verify import verify_command
-from lora_export.compat import leave_quantized_layers_out
 from lora_export.errors import UsageProblem
 from lora_export.named import refuse_missing
+from lora_export.quiet import leave_quantized_layers_out
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 

@@ -12,6 +12,7 @@ from lora_export.adapters.pack import choose_sites
 from lora_export.adapters.support import options_in_use, tuner_verdict
 from lora_export.artifact import MANIFEST, SIGNATURE, Manifest, read_manifest
 from lora_export.base.checkpoint import Checkpoint, locate
+from lora_export.base.gguf_file import GgufFiles
 from lora_export.base.stored import SAFETENSORS_DTYPES
 from lora_export.contract import SINGLE
 from lora_export.errors import InputRefused, LoraExportError, some_of
@@ -107,7 +108,7 @@ def _base_fields(checkpoint: Checkpoint) -> dict:
         by_dtype[name] = by_dtype.get(name, 0) + math.prod(info.shape)
     return {
         "what": "base",
-        "path": str(checkpoint.path),
+        "path": str(checkpoint.files.source if isinstance(checkpoint.files, GgufFiles) else checkpoint.path),
         "architectures": checkpoint.config.get("architectures") or [],
         "model_type": checkpoint.config.get("model_type"),
         "tensors": len(tensors),
@@ -179,6 +180,8 @@ def inspect_path(given: str) -> dict:
         InputRefused: It is none of them.
     """
     is_file = Path(given).expanduser().is_file()
+    if is_file and Path(given).suffix.lower() == ".gguf":
+        return _base_fields(Checkpoint.open(locate(given, kind="base")))
     path = locate_adapter(given) if is_file else locate(given, kind="export, adapter or base").path
     if (path / MANIFEST).is_file():
         return describe_export(path, read_manifest(path))

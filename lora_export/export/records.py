@@ -14,7 +14,7 @@ from lora_export.adapters.foreign import source_hashes
 from lora_export.adapters.pack import pack, write_onnx_adapter
 from lora_export.artifact import ADAPTERS, AdapterRecord, Manifest, SourceRecord, sha256_of
 from lora_export.base.sentence_folder import SentenceHead
-from lora_export.base.stored import weight_files
+from lora_export.base.stored import source_files
 from lora_export.contract import GraphContract, adapter_file
 from lora_export.errors import InputRefused, some_of
 from lora_export.export.padding import padded_fields
@@ -40,9 +40,9 @@ def hashed_sources(plan: Plan) -> Iterator[Callable[[], Sources]]:
 
 
 def _hash_sources(plan: Plan) -> Sources:
-    base_files = [plan.checkpoint.path / "config.json", *weight_files(plan.checkpoint.path)]
     located = plan.checkpoint.located
-    hashes = {file.relative_to(plan.checkpoint.path).as_posix(): sha256_of(file) for file in base_files}
+    base_files = source_files(located.path)
+    hashes = {file.relative_to(located.path).as_posix(): sha256_of(file) for file in base_files}
     hashes = _with_head(plan.head, hashes, source="", place=plan.checkpoint.path)
     base = SourceRecord(local_path(located.given), located.revision, hashes)
     adapters = [

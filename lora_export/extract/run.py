@@ -19,7 +19,7 @@ from pathlib import Path
 from lora_export.adapters.peft_writer import WEIGHTS
 from lora_export.artifact import REPORTS, sha256_of, versions
 from lora_export.base.checkpoint import Checkpoint, locate
-from lora_export.base.stored import weight_files
+from lora_export.base.stored import source_files
 from lora_export.base.tasks import CLASSIFICATION, peft_task_type, resolve_task
 from lora_export.carried import carried_files
 from lora_export.errors import some_of
@@ -169,6 +169,7 @@ def run_extract(
 def _facts(found: _Found) -> dict[str, object]:
     """What a report says of the two checkpoints, however they were decomposed."""
     checkpoints, placement = found.checkpoints, found.placement
+    tensors = checkpoints.tuned.files.tensors
     n_tensors = len(checkpoints.model.state_dict())
     return {
         "task": checkpoints.task,
@@ -179,8 +180,8 @@ def _facts(found: _Found) -> dict[str, object]:
         "biases": placement.has_bias,
         "n_equal": n_tensors - len(found.differences),
         "n_tensors": n_tensors,
-        "n_parameters_tuned": sum(math.prod(info.shape) for info in checkpoints.tuned.files.tensors.values()),
-        "n_bytes_tuned": sum(path.stat().st_size for path in weight_files(checkpoints.tuned.path)),
+        "n_parameters_tuned": sum(math.prod(info.shape) for info in tensors.values()),
+        "n_bytes_tuned": sum(path.stat().st_size for path in {info.file for info in tensors.values()}),
         "versions": versions(),
     }
 
@@ -220,8 +221,7 @@ def _bytes_needed(found: _Found, choice: RankChoice) -> int:
 
 
 def _hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    files = [checkpoint.path / "config.json", *weight_files(checkpoint.path)]
-    return {path.name: sha256_of(path) for path in files}
+    return {path.name: sha256_of(path) for path in source_files(checkpoint.path)}
 
 
 def _carry(checkpoints: Checkpoints, folder: Path) -> None:

@@ -17,6 +17,6 @@
     worker.py       a worker's work
     run.py          the whole of it
 
-Imports adapters, artifact, base, carried, check, compat, environment, errors, export, folders, integrity, reading,
-runtime, staging, verdict.
+Imports adapters, artifact, base, carried, check, compat, environment, errors, export, folders, integrity, quiet,
+reading, runtime, staging, verdict.
 """

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_export.compat import leave_quantized_layers_out
 from lora_export.errors import EnvironmentUnusable, told
 from lora_export.fleet.outcomes import AdapterOutcome
+from lora_export.quiet import leave_quantized_layers_out
 
 Work = Callable[[object], AdapterOutcome]
 
