@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -138,8 +138,14 @@ class Maker:
             return self.make(recipe, dtype)
         if self._last != recipe.before:
             self._last, self._parts = recipe.before, None
-            self._parts = quantized(self.make(recipe.before, recipe.quantized.dtype), recipe.quantized)
+            self._parts = self._quantized(recipe.before, recipe.quantized)
         return self._parts[recipe.quantized.part]
+
+    def _quantized(self, recipe: Recipe, how: Quantized) -> Mapping[Part, np.ndarray]:
+        """Projections that are packed side by side are quantized one by one, as HQQ looks at a whole weight."""
+        alone = [replace(recipe, parameters=(path,)) for path in recipe.parameters]
+        found = [quantized(self.make(each, how.dtype), how) for each in alone]
+        return {part: np.concatenate([parts[part] for parts in found]) for part in found[0]}
 
 
 def as_served(weight: np.ndarray, how: Quantized) -> np.ndarray:

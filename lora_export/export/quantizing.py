@@ -9,11 +9,13 @@ from dataclasses import replace
 import onnx_ir as ir
 import torch
 
+from lora_export.base.tasks import Task
 from lora_export.base.weightless import is_conv1d
 from lora_export.contract import SINGLE, SiteChoice
 from lora_export.errors import InputRefused, UsageProblem, some_of
 from lora_export.export.plan import Plan
 from lora_export.export.resolve import Resolved
+from lora_export.graph.pack import pack_siblings
 from lora_export.graph.quantize import quantize_weights
 from lora_export.graph.unbound import unbound
 from lora_export.quantization import Method, Quantization
@@ -92,6 +94,9 @@ def quantize_graphs(
         return _as_given(models[SINGLE])
     if how is None:
         return None
+    if plan.task is Task.TEXT_GENERATION and plan.request.provider == "cpu":  # for CUDA they are packed already
+        for model in models.values():
+            pack_siblings(model, lambda recipe: not any(map(how.keeps, recipe.parameters)))
     weights = dict.fromkeys(path for model in models.values() for path in quantize_weights(model, how))
     if not weights:
         raise InputRefused(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.convenience import replace_nodes_and_values
@@ -10,18 +12,23 @@ from lora_export.base.recipe import Recipe
 from lora_export.graph.unbound import recipe_of, set_recipe
 
 
-def pack_siblings(model: ir.Model) -> ir.Model:
+def pack_siblings(model: ir.Model, may: Callable[[Recipe], bool] = lambda recipe: True) -> ir.Model:
     """Turn the MatMuls that read one input with unbound weights `[in, out_i]` into one MatMul and a Split.
 
     Query, key and value projections, or an MLP's gate and up: one launch on a GPU instead of three. On a CPU it does
-    not pay, as taking the parts apart again is a pass over memory: 1.06 to 1.17 × the time of three MatMuls (384
-    wide, 4 × 128 tokens, two cores). The packed weight's recipe concatenates the others', so nothing is
-    read here. The sum of `out_i` is the packed width.
+    not pay for floats, as taking the parts apart again is a pass over memory: 1.06 to 1.17 × the time of three MatMuls
+    (384 wide, 4 × 128 tokens, two cores). Of a decoder's integers it does: each product of its own rounds its input
+    anew. The packed weight's recipe concatenates the others', so nothing is read here. The sum of `out_i` is the packed
+    width.
+
+    Args:
+        may: Which weights may be packed, by their recipe.
     """
     graph = model.graph
     values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
     for value in values:
-        siblings = [node for node, index in value.uses() if index == 0 and is_packable(node)]
+        products = [node for node, index in value.uses() if index == 0 and is_packable(node)]
+        siblings = [node for node in products if may(recipe_of(node.inputs[1]))]
         if len(siblings) >= 2:
             _pack(graph, value, siblings)
     return model

@@ -78,6 +78,11 @@ def test_weights_of_different_layouts_are_not_packed():
     assert [node.op_type for node in model.graph].count("MatMul") == 2
 
 
+def test_a_weight_that_may_not_be_packed_leaves_the_others_packed():
+    model = pack_siblings(prepare_weights(projections()), lambda recipe: recipe.parameters != ("k",))
+    assert {recipe.parameters for _, recipe in unbound(model.graph)} == {("k",), ("q", "v")}
+
+
 def test_a_weight_with_another_use_is_not_packed():
     model = prepare_weights(projections())
     extra = ir.node("Identity", [model.graph.initializers["q"]])
