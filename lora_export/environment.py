@@ -33,14 +33,16 @@ def environment(provider: str, reason: str, settings: dict[str, str]) -> Environ
     )
 
 
-# Of the weights' bytes: the export's session (1 ×, and once more while it packs them), the reference at its dtype
-# (1 ×), and that at a wider one (2 ×).
-_MEMORY, _MEMORY_OF_A_PRECISE_REFERENCE = 3, 2
+# Of the weights' bytes: the export's session (1 ×), one that shows what is inside (1 ×, and once more while it packs
+# them), the reference at its dtype (1 ×), and that at a wider one (2 ×, but at float32 both have the same weights).
+_MEMORY, _MEMORY_OF_A_PRECISE_REFERENCE = 4, 2
 
 
 def memory_of_references(manifest: Manifest, folder: Path, *, precisely: bool) -> int:
     """Bytes that a check's session and references need, `precisely` with one at a wider dtype."""
-    return manifest.weights_bytes(folder) * (_MEMORY + (_MEMORY_OF_A_PRECISE_REFERENCE if precisely else 0))
+    shares_weights = manifest.dtype == "float32" and manifest.quantization is None
+    copies = _MEMORY_OF_A_PRECISE_REFERENCE if precisely and not shares_weights else 0
+    return manifest.weights_bytes(folder) * (_MEMORY + copies)
 
 
 def lack_of_memory(manifest: Manifest, folder: Path) -> str | None:

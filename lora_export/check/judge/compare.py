@@ -49,11 +49,11 @@ class Outputs:
         return replace(self, **{name: getattr(self, name)[:1] for name in each})
 
     def positions(self) -> np.ndarray:
-        """All real positions, `[positions, n]`, float64."""
+        """All real positions, `[positions, n]`."""
         return self._positions(self.values)
 
     def precise_positions(self) -> np.ndarray:
-        """Those of the first batches at the wider dtype, `[positions, n]`, float64."""
+        """Those of the first batches at the wider dtype, `[positions, n]`."""
         return self._positions(self.precise)
 
     def target_positions(self) -> np.ndarray | None:
@@ -67,7 +67,7 @@ class Outputs:
         for value, mask in zip(values, self.real, strict=False):
             has_sequence = mask is not None and value.ndim == 3 and value.shape[1] == mask.shape[1]
             found.append(value[mask] if has_sequence else value.reshape(-1, value.shape[-1]))
-        return np.concatenate(found).astype(np.float64)
+        return np.concatenate(found)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ the largest single error is no smaller than that.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from lora_export.check.judge.measures import ENOUGH
+from lora_export.check.judge.measures import ENOUGH, blocks
 
 # Standard errors: of 200 sound exports the one that came nearest used 0.84 of the tolerance.
 _STANDARD_ERRORS = 4
@@ -45,16 +46,25 @@ def effect_share(
         noise: The most that rounding of the outputs can be, root mean square, where that is known: `ρ` is no larger
             than it makes it, as what a damage bends is no rounding.
     """
-    effect = expected[: len(without)] - without
-    arrived = found[: len(without)] - without
-    square = float((effect * effect).sum())
+    square = product = 0.0
+    for effect, arrived in _effects(expected, found, without):
+        square += float(np.square(effect).sum())
+        product += float((arrived * effect).sum())
     if square == 0:
         return EffectShare(0.0, _LARGEST)
-    share = float((arrived * effect).sum()) / square
+    share = product / square
     # A slope goes through one value, and nearly through a few: what is left of them says nothing of their rounding.
-    known = effect.size >= ENOUGH
-    rest = math.sqrt(float(np.square(arrived - share * effect).sum()) / square) if known else math.inf
+    rest = math.inf
+    if without.size >= ENOUGH:
+        left = sum(float(np.square(a - share * e).sum()) for e, a in _effects(expected, found, without))
+        rest = math.sqrt(left / square)
     if noise is not None:
-        rest = min(rest, noise / math.sqrt(square / effect.size))
+        rest = min(rest, noise / math.sqrt(square / without.size))
     noise_of_slope = _STANDARD_ERRORS * rest / math.sqrt(len(without)) + rest**2
     return EffectShare(share, rounding + min(_LARGEST, noise_of_slope))
+
+
+def _effects(*sides: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The effect in the reference and in the export, a block of positions at a time."""
+    for expected, found, without in blocks(*sides):
+        yield expected - without, found - without

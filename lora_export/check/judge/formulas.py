@@ -11,7 +11,16 @@ import numpy as np
 
 from lora_export.check.judge import measures
 from lora_export.check.judge.effect import EffectShare, effect_share
-from lora_export.check.judge.measures import mean_kl, output_scale, rms, scale_of, scatter_of_ratio, top1_agreement
+from lora_export.check.judge.measures import (
+    blocks,
+    largest_difference,
+    mean_kl,
+    output_scale,
+    rms_difference,
+    scale_of,
+    scatter_of_ratio,
+    top1_agreement,
+)
 from lora_export.check.judge.tolerances import Tolerances
 from lora_export.check.results import BothSides, Rounding
 
@@ -23,7 +32,7 @@ _TINY = float(np.finfo(np.float64).tiny)
 
 @dataclass(frozen=True)
 class Sides:
-    """Two sets of outputs as the formulas take them: `[positions, n]`, float64, the real positions only.
+    """Two sets of outputs as the formulas take them: `[positions, n]`, the real positions only.
 
     Attributes:
         precise: The first positions as PyTorch computes them at a wider dtype; None if it did not.
@@ -46,14 +55,14 @@ class Sides:
     @cached_property
     def error(self) -> float:
         """Largest absolute difference."""
-        return float(np.abs(self.pytorch - self.exported).max(initial=0))
+        return largest_difference(self.pytorch, self.exported)
 
     @cached_property
     def effect(self) -> float | None:
         """Largest absolute difference that the adapter makes in PyTorch."""
         if self.without is None:
             return None
-        return float(np.abs(self.pytorch[: len(self.without)] - self.without).max(initial=0))
+        return largest_difference(self.pytorch[: len(self.without)], self.without)
 
     @cached_property
     def rounding(self) -> Rounding | None:
@@ -63,10 +72,10 @@ class Sides:
         n, precise = len(self.precise), self.precise
         pytorch, exported = self.pytorch[:n], self.exported[:n]
         return Rounding(
-            rms_reference=rms(pytorch - precise),
-            rms_exported=rms(exported - precise),
-            error_reference=float(np.abs(pytorch - precise).max(initial=0)),
-            error_exported=float(np.abs(exported - precise).max(initial=0)),
+            rms_reference=rms_difference(pytorch, precise),
+            rms_exported=rms_difference(exported, precise),
+            error_reference=largest_difference(pytorch, precise),
+            error_exported=largest_difference(exported, precise),
             kl_reference=mean_kl(precise, pytorch) if self.is_logits else None,
             kl_exported=mean_kl(precise, exported) if self.is_logits else None,
             top1_reference=top1_agreement(precise, pytorch, margin=0) if self.is_logits else None,
@@ -199,10 +208,11 @@ def _cost_effect(sides: Sides) -> Figure:
     if sides.without is None:
         return None
     found_without = sides.without if sides.found_without is None else sides.found_without
-    n = len(sides.without)
-    effect, arrived = sides.pytorch[:n] - sides.without, sides.exported[:n] - found_without[:n]
-    square = float((effect * effect).sum())
-    return (float((arrived * effect).sum()) / square if square else 0.0), sides.limits.cost_effect
+    square = product = 0.0
+    for with_it, without, found, base in blocks(sides.pytorch, sides.without, sides.exported, found_without):
+        square += float(np.square(with_it - without).sum())
+        product += float(((found - base) * (with_it - without)).sum())
+    return (product / square if square else 0.0), sides.limits.cost_effect
 
 
 # What quantization costs: the same on the base's floats against the export as it runs.

@@ -16,7 +16,7 @@ from lora_export.base.weightless import TORCH_DTYPES, build_weightless
 from lora_export.check.reference.on_integers import IntegerBase, Switch
 from lora_export.check.reference.sentence import SentenceReference
 from lora_export.check.reference.trained import TrainedAdapter, adds_up, untied, vocabulary_of, with_one, with_several
-from lora_export.check.reference.widened import Narrowed, is_lazy, wholly_widened, widened
+from lora_export.check.reference.widened import Narrowed, is_lazy, share_weights, wholly_widened, widened
 from lora_export.export.weights import as_numpy
 from lora_export.quiet import quiet
 from lora_export.sentence import SENTENCE_EMBEDDING
@@ -70,12 +70,6 @@ class Reference:
         self._integers, self._shared, self._sentence = integers, shared, sentence
         self._task, self._base, self._n_labels = task, base, n_labels
         self._dtype, self._pad_token_id = _DTYPES[dtype], pad_token_id
-        self.precise = None
-        if with_precise:
-            self.precise = Reference(
-                task, base, adapters, dtype=WIDER[dtype], n_labels=n_labels, pad_token_id=pad_token_id,
-                integers=integers and replace(integers, switch=Switch()), merged=merged, sentence=sentence,
-            )  # fmt: skip
         with quiet():
             if merged:
                 model = self._folded(adapters)
@@ -90,6 +84,13 @@ class Reference:
         if self._dtype is torch.float64:
             model = widened(model)
         self._model = model.eval().requires_grad_(False)
+        self.precise = None
+        if with_precise:
+            self.precise = Reference(
+                task, base, adapters, dtype=WIDER[dtype], n_labels=n_labels, pad_token_id=pad_token_id,
+                integers=integers and replace(integers, switch=Switch()), merged=merged, sentence=sentence,
+            )  # fmt: skip
+            share_weights(self.precise._model, self._model)
 
     def _load(self, dtype: torch.dtype) -> torch.nn.Module:
         if self._shared is None:

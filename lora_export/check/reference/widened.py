@@ -5,7 +5,8 @@ The products are the same: a weight's float32 is exact in float64.
 
 1. A `Linear`, `Embedding` or `Conv1D` with a large weight computes in float64, part of the weight at a time.
 2. All else, an adapter's own weights among it, is in float64.
-3. Where code casts what such a module is given to the dtype of its weight (T5), it comes in float32: `Narrowed` is
+3. What two models have in common in float32 is kept once: `share_weights`.
+4. Where code casts what such a module is given to the dtype of its weight (T5), it comes in float32: `Narrowed` is
    raised, as numbers were lost. Then the whole model is widened.
 """
 
@@ -43,6 +44,24 @@ def widened(model: torch.nn.Module) -> torch.nn.Module:
                 if tensor is not None and tensor.is_floating_point() and id(tensor) not in kept:
                     tensor.data = tensor.data.to(_WIDE)
     return model
+
+
+def share_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Let each large weight of `model`, from `widened`, be that of `other` where all bits are equal.
+
+    Args:
+        other: The same modules in float32; left as it is, also when `model` is changed later.
+    """
+    twins, shared = dict(other.named_modules()), {}
+    for name, module in model.named_modules():
+        twin = twins.get(name)
+        if not _computes_lazily(module) or type(twin) is not type(module):
+            continue
+        theirs = twin.weight
+        if theirs.dtype is module.weight.dtype and torch.equal(theirs, module.weight):
+            # A parameter of its own on the same memory: `wholly_widened` must not reach the other's.
+            own = shared.setdefault(id(theirs), torch.nn.Parameter(theirs.detach(), requires_grad=False))
+            module.weight = own
 
 
 def wholly_widened(model: torch.nn.Module) -> torch.nn.Module:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lora_export.check.judge import measures
 from lora_export.check.judge.compare import Comparison, Outputs, accuracy, compare
 from lora_export.check.judge.measures import mean_kl, scatter_of_ratio, top1_agreement
 from lora_export.check.judge.tolerances import MEASURES, Tolerances, holds, tolerances, used
@@ -310,3 +311,24 @@ def test_one_logit_near_zero_is_judged_by_the_size_of_logits():
     assert case.passed, case.failures
     # A tenth of a logit is no rounding, however few there are.
     assert not judged(*near_zero(5e-4, 0.1), without=outputs([[0.4]]), limits=limits).passed
+
+
+def test_measures_do_not_depend_on_how_many_positions_are_widened_at_once(monkeypatch):
+    numbers = np.random.default_rng(4)
+    precise = numbers.normal(size=(11, 9))
+    pytorch, exported = ((precise + numbers.normal(size=(11, 9)) * 1e-3).astype(np.float32) for _ in range(2))
+    without, targets = (precise - 0.1).astype(np.float32)[:7], np.array([[1, 8, -1, 3, 4, 5, 6, 7, 0, 1, 2]])
+    expected = Outputs(
+        "logits", (pytorch[None],), (np.ones((1, 11)) == 1,), targets=(targets,), precise=(precise[None],)
+    )
+    found, other = (
+        replace(expected, values=(exported[None],)),
+        Outputs("logits", (without[None],), (np.ones((1, 7)) == 1,)),
+    )
+    comparison = Comparison("a", "adapter", "PEFT", expected, found, other)
+    whole = compare(comparison, tolerances("float16", "cpu"))
+    assert {each.name for each in whole.measures} >= {"error", "rounding", "kl", "top1", "perplexity", "effect_share"}
+    monkeypatch.setattr(measures, "_BLOCK", 20)
+    in_parts = compare(comparison, tolerances("float16", "cpu"))
+    for one, part in zip(whole.measures, in_parts.measures, strict=True):
+        assert (part.name, part.value) == (one.name, pytest.approx(one.value, rel=1e-12))

@@ -44,6 +44,30 @@ def test_it_computes_as_a_whole_copy_does(base, adapter, task, is_narrowed, base
         np.testing.assert_allclose(alone, made[2**62].run(inputs)["logits"], atol=1e-12 * np.abs(alone).max())
 
 
+def test_a_reference_and_its_precise_one_keep_equal_weights_once(bases, adapters, monkeypatch):
+    monkeypatch.setattr(room, "_LARGE", 1)
+    options = {"dtype": "float32", "n_labels": None, "with_precise": True}
+    reference = Reference(DECODER[0], bases["llama"], [TrainedAdapter(adapters["code"])], **options)
+    own = {p.data_ptr() for p in reference.inner.parameters()}
+    lazy = [p for p in reference.precise.inner.parameters() if p.dtype is torch.float32]
+    assert lazy and {p.data_ptr() for p in lazy} <= own
+    assert {p.dtype for p in reference.inner.parameters()} == {torch.float32}
+    before = reference.run(DECODER[1])["logits"]
+    room.wholly_widened(reference.precise.inner)
+    np.testing.assert_array_equal(reference.run(DECODER[1])["logits"], before)
+
+
+def test_weights_that_differ_are_not_shared(bases, monkeypatch):
+    monkeypatch.setattr(room, "_LARGE", 1)
+    one = Reference(DECODER[0], bases["llama"], [], dtype="float64", n_labels=None).inner
+    other = Reference(DECODER[0], bases["llama"], [], dtype="float32", n_labels=None).inner
+    large = [name for name, p in one.named_parameters() if p.dtype is torch.float32]
+    other.get_parameter(large[0]).data[0, 0] += 1
+    room.share_weights(one, other)
+    shared = {name for name in large if one.get_parameter(name).data_ptr() == other.get_parameter(name).data_ptr()}
+    assert shared == set(large[1:])
+
+
 def test_an_error_that_has_nothing_to_do_with_it_is_told(bases):
     reference = Reference(Task.TEXT_GENERATION, bases["llama"], [], dtype="float64", n_labels=None)
     with pytest.raises((RuntimeError, ValueError, IndexError)):
