@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 
@@ -72,6 +76,7 @@ class _ProcessWorker(Worker):
 
 def _run(connection: Connection, named: str) -> None:
     """A worker's process: answers each assignment that comes, until the connection ends."""
+    _end_with(multiprocessing.parent_process().pid)
     work = work_of(named)
     while True:
         try:
@@ -79,3 +84,15 @@ def _run(connection: Connection, named: str) -> None:
         except EOFError:
             return
         connection.send(answer_to(assignment, work))
+
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def _end_with(leader: int) -> None:
+    """End this process as soon as the one that started it does, however that ends: another run may write where this
+    one would. Linux alone can; elsewhere a worker ends when it answers."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != leader:
+            os._exit(1)

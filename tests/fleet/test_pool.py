@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from strange_worker import Order
@@ -91,3 +96,35 @@ def test_workers_that_find_no_processor_hold_nothing_back_and_none_at_all_is_tol
         monkeypatch.setattr("lora_export.fleet.pool.MOST_SECONDS_WITHOUT_A_PLACE", 0.3)
         with pytest.raises(EnvironmentUnusable, match="No worker has found a processor"):
             list(workers.outcomes([Order("never", "answer")]))
+
+
+_LEADER = """
+from strange_worker import Order
+from lora_export.fleet.processes import Processes
+if __name__ == "__main__":
+    worker = Processes("strange_worker:work").start()
+    worker.send(Order("first", "answer"))
+    print(worker.answer().given, flush=True)
+    worker.send(Order("second", "hang"))
+    input()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends a process with its parent")
+def test_a_worker_ends_with_a_leader_that_is_killed(tmp_path):
+    script = tmp_path / "leader.py"
+    script.write_text(_LEADER, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [Path(__file__).parent, *sys.path]))}
+    leader = subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    worker = int(leader.stdout.readline())
+    os.kill(worker, 0)
+    leader.send_signal(signal.SIGKILL)
+    leader.wait()
+    until = time.monotonic() + 20
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < until:
+            os.kill(worker, 0)
+            time.sleep(0.02)
+        pytest.fail("the worker goes on")

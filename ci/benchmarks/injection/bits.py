@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from injection.forked import run
+from injection.judge import noticed
 from injection.kill import Tally
 from injection.scenarios import Scenario
 from injection.world import World
@@ -54,15 +55,3 @@ def flipped(path: Path, positions: list[int], rng: random.Random, look: Callable
             tally.lost.append(f"byte {position}, bit {bit}: {around!r}")
     path.write_bytes(content)
     return tally
-
-
-def noticed(folder: Path, key: Path | None) -> str | None:
-    """What `verify` says is wrong; None if nothing."""
-    from lora_export.errors import InputRefused
-    from lora_export.integrity.verify import verify
-
-    try:
-        problems = verify(folder, signature_key=key).problems
-    except InputRefused as error:
-        return error.what
-    return problems[0].detail or problems[0].kind if problems else None

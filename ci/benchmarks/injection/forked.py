@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import signal
 import sys
@@ -99,6 +100,12 @@ def run(
 ) -> Ended:
     """Run `lora-export` with `arguments` in a fork to its end, and send it a signal after so many seconds."""
     return start(arguments, work, prepare).ended(signal_after)
+
+
+def workers_by_fork() -> None:
+    """From now on, workers of this process are forks of it: they have the libraries, and the shim as it is armed."""
+    real = multiprocessing.get_context
+    multiprocessing.get_context = lambda method=None: real("fork")
 
 
 def _be_command(

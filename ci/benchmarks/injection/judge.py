@@ -32,3 +32,15 @@ def listing(folders: Iterable[Path]) -> list[str]:
     return sorted(
         f"{path.parent.name}/{path.name}" for folder in folders if folder.is_dir() for path in folder.iterdir()
     )
+
+
+def noticed(folder: Path, key: Path | None) -> str | None:
+    """What `verify` says is wrong; None if nothing."""
+    from lora_export.errors import InputRefused
+    from lora_export.integrity.verify import verify
+
+    try:
+        problems = verify(folder, signature_key=key).problems
+    except InputRefused as error:
+        return error.what
+    return problems[0].detail or problems[0].kind if problems else None

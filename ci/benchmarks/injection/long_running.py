@@ -24,16 +24,11 @@ from injection.judge import digest, listing
 from injection.kill import SIGNALS, Tally
 from injection.world import World
 
-_ADAPTERS = ("one", "two", "three")
-
 
 def fleet_figures(case: object, world: World, rng: random.Random, options: argparse.Namespace) -> dict:
     """What came of a fleet that was ended at moments by each signal."""
-    roster = world.root / "sources" / "roster"
-    for adapter in _ADAPTERS:
-        shutil.copytree(world.adapter(adapter), roster / adapter, dirs_exist_ok=True)
     how = ("--provider", "cpu", "--quiet", "--workers", 1, "--rows", 2, "--task", "text-generation")
-    command = ("fleet", roster, world.base, "-o", world.out, *how)
+    command = ("fleet", world.roster("roster"), world.base, "-o", world.out, *how)
     world.go_back("empty")
     whole = _must_end(run(command, world.root))
     expected, listed = digest(world.out, with_reports=False), listing(world.changed)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from injection.forked import run
+from injection.forked import run, workers_by_fork
 from injection.world import World
 
 _HOW = ("--provider", "cpu", "--quiet")
@@ -24,6 +25,7 @@ class Scenario:
         again: What is run after it was struck, to end as the command would have.
         done: Exit codes of `again` where the struck command had done its work, besides 0.
         cached: Whether its graphs are in the cache before.
+        with_reports: Whether what lies in `reports/` is a part of what it makes; a fleet's come after it.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Scenario:
     again: tuple[object, ...]
     done: tuple[int, ...] = ()
     cached: bool = True
+    with_reports: bool = True
 
 
 def scenarios(world: World, key: Path) -> tuple[Scenario, ...]:
@@ -51,6 +54,10 @@ def scenarios(world: World, key: Path) -> tuple[Scenario, ...]:
     over, replace, sign = "--overwrite", "--replace", ("--sign-key", key)
     extract = ("extract", base, world.fine_tuned, "--rank", 2, "-o", out, "--quiet")
     signed = (*dynamic(one, two), *sign)
+    fleets = [
+        ("fleet", world.roster(name), base, "-o", out, "--workers", 1, "--rows", 2, *_TASK, *_HOW)
+        for name in ("roster", "next-roster")
+    ]
     return (
         Scenario("merge", (), merge(one), (*merge(one), over)),
         Scenario("merge of kohya's", (), merge(world.foreign), (*merge(world.foreign), over)),
@@ -63,6 +70,8 @@ def scenarios(world: World, key: Path) -> tuple[Scenario, ...]:
         Scenario("remove", (dynamic(one, two),), ("remove", out, "one"), ("remove", out, "one"), (2,)),
         Scenario("extract", (), extract, (*extract, over)),
         Scenario("dynamic, nothing cached", (), dynamic(one), (*dynamic(one), over), cached=False),
+        Scenario("fleet", (), fleets[0], fleets[0], with_reports=False),
+        Scenario("fleet, renewed", (fleets[0],), fleets[1], fleets[1], with_reports=False),
     )
 
 
@@ -70,7 +79,7 @@ def prepared(scenario: Scenario, world: World) -> None:
     """Make what is there before the command, and keep it."""
     world.go_back("empty" if scenario.cached else "nothing")
     for command in scenario.before:
-        ended = run(command, world.root)
+        ended = run(command, world.root, workers_by_fork)
         if ended.code != 0:
             raise RuntimeError(f"{scenario.name}: {command} ended with {ended.code}: {ended.output}")
     world.keep("before")
@@ -79,6 +88,8 @@ def prepared(scenario: Scenario, world: World) -> None:
 def warm_up(world: World, chosen: Sequence[Scenario]) -> None:
     """Run all commands once in this process, so that its forks have the libraries loaded and the graphs cached."""
     from lora_export.cli.main import main
+
+    importlib.import_module("lora_export.fleet.worker")  # workers are forks of this process
 
     for scenario in chosen:
         world.go_back("empty")

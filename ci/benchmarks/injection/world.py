@@ -12,6 +12,11 @@ from random_models import LlamaShape, write_adapter, write_llama
 from safetensors.torch import load_file, save_file
 
 _SHAPE = LlamaShape(1, 32, 64, 2, 1, 16, 64, "float32")
+# By roster, an adapter's name in it and what it is a copy of.
+_ROSTERS = {
+    "roster": {"one": "one", "two": "two", "three": "three"},
+    "next-roster": {"one": "other/one", "two": "two", "late": "three"},
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,15 @@ class World:
     def adapter(self, name: str) -> Path:
         return self.root / "sources" / name
 
+    def roster(self, name: str) -> Path:
+        """A folder of adapters: `roster`, and `next-roster`, where one is another, one is gone and one has come."""
+        return self.root / "sources" / name
+
+    @property
+    def public_key(self) -> Path:
+        """Of the key that `injection.keys` makes."""
+        return self.root / "sources" / "release.pub"
+
     @property
     def foreign(self) -> Path:
         return self.root / "sources" / "foreign.safetensors"
@@ -86,6 +100,9 @@ def make_world(root: Path) -> World:
         shape = {"rank": 2, "base": world.base, "task_type": "CAUSAL_LM", "seed": seed}
         write_adapter(world.adapter(name), _SHAPE.linears(), **shape)
         (world.adapter(name) / "NOTICE").write_text(f"Of {name}.\n", encoding="utf-8")
+    for roster, adapters in _ROSTERS.items():
+        for name, adapter in adapters.items():
+            shutil.copytree(world.adapter(adapter), world.roster(roster) / name, dirs_exist_ok=True)
     _by_another_tool(world.adapter("one"), world.foreign)
     _fine_tune(world.base, world.fine_tuned)
     world.keep("empty")
