@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from injection.forked import run, workers_by_fork
 from injection.world import World
+from tqdm import tqdm
 
 _HOW = ("--provider", "cpu", "--quiet")
 _TASK = ("--task", "text-generation")
@@ -90,6 +92,7 @@ def warm_up(world: World, chosen: Sequence[Scenario]) -> None:
     from lora_export.cli.main import main
 
     importlib.import_module("lora_export.fleet.worker")  # workers are forks of this process
+    tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and stays taken by one that is killed
 
     for scenario in chosen:
         world.go_back("empty")
