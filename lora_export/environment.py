@@ -7,6 +7,7 @@ import datetime
 import os
 import platform
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime as ort
@@ -63,13 +64,67 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def available_memory() -> int | None:
-    """Bytes that new processes can have without swapping; None where the kernel does not say."""
+def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that new processes can have without swapping; None where the kernel does not say.
+
+    Of a container it is what its own limit leaves, and the limits of the groups around it, if that is less.
+
+    Args:
+        proc, cgroups: Where the kernel tells of processes and of control groups.
+    """
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        lines = (proc / "meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+    of_machine = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    return min([*of_machine, *_left_in_groups(proc, cgroups)], default=None)
+
+
+@dataclass(frozen=True)
+class _MemoryFiles:
+    """What a version of control groups calls them: https://docs.kernel.org/admin-guide/cgroup-v2.html and -v1/memory.
+
+    Attributes:
+        reclaimable: The line of `memory.stat` that has the pages of files which the kernel drops before it refuses.
+    """
+
+    limit: str
+    used: str
+    reclaimable: str
+
+
+_OF_V1 = _MemoryFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_OF_V2 = _MemoryFiles("memory.max", "memory.current", "inactive_file")
+
+
+def _left_in_groups(proc: Path, cgroups: Path) -> list[int]:
+    """What each limit of a control group of this process, and of those around it, leaves."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, files = (cgroups / "memory", _OF_V1) if controllers else (cgroups, _OF_V2)
+        group = root / path.lstrip("/")  # which a container may not see: then its own is the root
+        found += [_left(folder, files) for folder in (group, *group.parents) if folder.is_relative_to(root)]
+    return [left for left in found if left is not None]
+
+
+def _left(group: Path, files: _MemoryFiles) -> int | None:
+    """What a group's limit leaves; None where it has none (`max`, which `isdigit` is not)."""
+    try:
+        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in (files.limit, files.used))
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    if not limit.isdigit() or not used.isdigit():
+        return None
+    stat = dict(line.split() for line in lines)
+    return max(0, int(limit) - int(used) + int(stat.get(files.reclaimable, 0)))
 
 
 def n_cores() -> int:

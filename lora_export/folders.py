@@ -23,6 +23,8 @@ from lora_export.errors import EnvironmentUnusable
 
 # How the name of a temporary folder of this tool begins.
 OWN_FOLDER = ".lora-export-"
+# Folders that this process builds in, for `remove_own`.
+_own: set[Path] = set()
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _NOT_KNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
@@ -127,11 +129,13 @@ def alone_in(folder: Path, out: Path) -> Iterator[Path]:
         if _is_at(handle, folder):
             break
         _close(handle)
+    _own.add(folder)
     try:
         for left in folder.iterdir():
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield folder
     finally:
+        _own.discard(folder)
         if handle is None or _is_at(handle, folder):  # and not another's, begun since this one was put in its place
             remove(folder)
         _close(handle)
@@ -154,9 +158,11 @@ def own_folder(parent: Path, prefix: str) -> Iterator[Path]:
         if handle is None or (_lock(handle, wait=False) and _is_at(handle, folder)):
             break
         _close(handle)
+    _own.add(folder)
     try:
         yield folder
     finally:
+        _own.discard(folder)
         remove(folder)
         _close(handle)
 
@@ -172,6 +178,12 @@ def workplace() -> Path:
     until_the_end = contextlib.ExitStack()
     atexit.register(until_the_end.close)
     return until_the_end.enter_context(own_temporary_folder())
+
+
+def remove_own() -> None:
+    """Remove what this process is building, where it can only end."""
+    for folder in tuple(_own):
+        remove(folder)
 
 
 def remove(folder: Path) -> None:

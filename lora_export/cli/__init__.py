@@ -12,8 +12,9 @@
     quantize_options.py  those of --quantize
     names.py    paths and names, looked at before anything is loaded
     output.py   results, errors, progress, exit codes
+    mapped_files.py  files that fail where they are read
     text.py     values of inspect, --dry-run, exports and run as text
 
-Imports artifact, base, bench, check, compat, errors, export, extract, fleet, integrity, named, pipeline,
+Imports artifact, base, bench, check, compat, errors, export, extract, fleet, folders, integrity, named, pipeline,
 quantization, quiet, report, sentence, serve, trial, verdict.
 """

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn, assert_never
 
 import click
 
+from lora_export.cli.mapped_files import told_if_unreadable
 from lora_export.compat import untested
 from lora_export.errors import Defect, EnvironmentUnusable, LoraExportError, issue_tracker, of_the_system
 
@@ -235,7 +236,8 @@ def guarded(display: Display) -> Iterator[None]:
     is_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
     before = signal.signal(signal.SIGTERM, _terminated) if is_main else None
     try:
-        yield
+        with told_if_unreadable(display.error):
+            yield
     except LoraExportError as error:
         display.error(error, error)
         sys.exit(error.exit_code)

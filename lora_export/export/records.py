@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_export.adapters.factors import Adapter
+from lora_export.adapters.folder import CONFIG, WEIGHTS
 from lora_export.adapters.foreign import source_hashes
 from lora_export.adapters.pack import pack, write_onnx_adapter
 from lora_export.artifact import ADAPTERS, AdapterRecord, Manifest, SourceRecord, sha256_of
@@ -34,9 +35,42 @@ class Sources:
 
 @contextlib.contextmanager
 def hashed_sources(plan: Plan) -> Iterator[Callable[[], Sources]]:
-    """Hash the sources of a plan on another thread; what is given waits for the result."""
+    """Hash the sources of a plan on another thread; what is given waits for the result.
+
+    It is called when all is read, and refuses a source that has changed since: what was read is of two files then.
+    """
+    files = [
+        *source_files(plan.checkpoint.located.path),
+        *(f.path / name for f in plan.folders for name in (CONFIG, WEIGHTS)),
+    ]
+    before = {file: _state(file) for file in files}
     with ThreadPoolExecutor(max_workers=1) as hashing:
-        yield hashing.submit(_hash_sources, plan).result
+        hashed = hashing.submit(_hash_sources, plan)
+
+        def result() -> Sources:
+            found = hashed.result()
+            _refuse_changed([file for file in files if _state(file) != before[file]])
+            return found
+
+        yield result
+
+
+def _state(file: Path) -> tuple[int, ...] | None:
+    """What changes with a file's content; None where there is no file."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _refuse_changed(files: Sequence[Path]) -> None:
+    if files:
+        raise InputRefused(
+            "A file was changed while it was read",
+            where=some_of([str(file) for file in files], 4),
+            next_step="run again when nothing writes to it",
+        )
 
 
 def _hash_sources(plan: Plan) -> Sources:
