@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import onnx_ir as ir
 
 from lora_export.artifact import sha256_of
 from lora_export.base.tasks import Task, graphs_of
@@ -25,16 +27,22 @@ class GivenGraph:
         files: It and those that hold its weights.
         dtype: Of its floats.
         settings: ONNX Runtime GenAI's, where they lie beside it; else empty.
+        opened: The graph as it was read, until it is taken.
     """
 
     path: Path
     files: tuple[Path, ...]
     dtype: str
     settings: Mapping
+    opened: list = field(default_factory=list, repr=False, compare=False)
 
     @property
     def n_bytes(self) -> int:
         return sum(file.stat().st_size for file in self.files)
+
+    def take_model(self) -> ir.Model:
+        """The graph, for one who changes it; it is read again for the next."""
+        return self.opened.pop() if self.opened else open_given(self.path)
 
     def hashes(self) -> dict[str, str]:
         """sha256 of its files, by path from its folder."""
@@ -62,7 +70,8 @@ def locate_graph(given: str, task: Task, *, dtype: str | None, is_quantized: boo
     path = find_graph(Path(given).expanduser())
     path = path.parent.resolve() / path.name  # a link in a hub's cache has its weights beside the link
     model = open_given(path)
-    found = GivenGraph(path, (path, *external_files(model, path)), float_dtype(model), json_beside(path, GENAI_CONFIG))
+    files, settings = (path, *external_files(model, path)), json_beside(path, GENAI_CONFIG)
+    found = GivenGraph(path, files, float_dtype(model), settings, [model])
     if is_quantized:
         raise UsageProblem(
             "--quantize is for graphs that this tool makes",

@@ -19,9 +19,9 @@ from lora_export.contract import AdapterInput, SiteChoice
 from lora_export.errors import InputRefused, refused_if_it_fails, some_of
 from lora_export.export.given_files import GivenGraph
 from lora_export.export.resolve import Resolved
-from lora_export.export.weights import as_numpy
+from lora_export.export.weights import Parameters, as_numpy
 from lora_export.graph.adapter_inputs import add_adapter_inputs, attach_defaults
-from lora_export.graph.given import normalized, open_given, order_tokens, without_unused
+from lora_export.graph.given import normalized, order_tokens, without_unused
 from lora_export.graph.matching import (
     BaseMatrix,
     GivenWeight,
@@ -69,7 +69,7 @@ def matched_graph(given: GivenGraph, resolved: Resolved, choice: SiteChoice) -> 
         InputRefused: The graph cannot be read, or not with adapters.
     """
     config = resolved.model.config
-    model = open_given(given.path)
+    model = given.take_model()
     normalized(model, given.path, head_size=_head_size(config), image=_image_of(config))
     rows = _Rows(resolved)
     weights = given_weights(model.graph)
@@ -193,8 +193,10 @@ def _require_served(matched: MatchedGraph, resolved: Resolved, choice: SiteChoic
 
 
 def _require_foldable(matched: MatchedGraph, resolved: Resolved, choice: SiteChoice) -> None:
-    """Refuse a merge that changes what the graph has not, has as integers, or reads in other places as well."""
+    """Refuse a merge that changes what the graph has not, has in another size or as integers, or reads in other places
+    as well."""
     parameters = resolved.parameters
+    _require_same_sizes(parameters)
     held: dict[str, GivenWeight | None] = {f"{module}.bias": None for module in matched.biases}
     held |= {f"{each.module}.weight": weight for weight in matched.weights for each in weight.modules}
     changed = _changed(resolved)
@@ -214,6 +216,19 @@ def _require_foldable(matched: MatchedGraph, resolved: Resolved, choice: SiteCho
             "An adapter changes a weight that the given graph, or the base, uses in several places",
             where=some_of(list(dict.fromkeys(shared)), _SHOWN),
             next_step="leave --graph out: this tool's own graph takes them apart",
+        )
+
+
+def _require_same_sizes(parameters: Parameters) -> None:
+    """Refuse what an adapter brings as a whole and the base, whose numbers the graph has, has not in that size."""
+    brought = {path: tensor for adapter, _ in parameters.adapters for path, tensor in adapter.replaced.items()}
+    others = [path for path in brought if parameters.stored_name(path) is None]
+    if others:
+        raise InputRefused(
+            "An adapter brings a module that the base, and so the given graph, has not, or in another size",
+            where=some_of(others, _SHOWN),
+            found=str(list(brought[others[0]].shape)),
+            next_step="leave --graph out; a head of another number of labels can also be served (dynamic)",
         )
 
 

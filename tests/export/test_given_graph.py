@@ -94,9 +94,13 @@ def test_an_encoder_of_the_old_exporter_takes_adapters_and_passes_check(bases, a
     assert report.verdict is Verdict.PASS
 
 
-def test_a_merge_into_it_is_the_adapter(bases, adapters, bert_graph, tmp_path):
+def test_a_merge_into_it_is_the_adapter(bases, adapters, bert_graph, tmp_path, monkeypatch):
+    read: list[Path] = []
+    load = ir.load
+    monkeypatch.setattr(ir, "load", lambda path: (read.append(Path(path)), load(path))[1])
     asked = request(bases["bert"], adapters["features"], bert_graph, "merge", task="feature-extraction")
     assert export(asked, ExportOptions(tmp_path / "out")).given_graph is not None
+    assert read.count(bert_graph) == 1
     agrees(tmp_path / "out", bases["bert"], adapters["features"], "BertModel", references.inputs_for("bert"))
 
 
@@ -124,6 +128,10 @@ def test_a_head_takes_the_place_of_the_graphs(bases, adapters, tmp_path):
     model = references.unmerged(bases["classifier"], "BertForSequenceClassification", [adapters["shades"]], n_labels=4)
     found = AdapterSession(tmp_path / "out", "cpu").run(feeds, "shades")["logits"]
     np.testing.assert_allclose(found, references.outputs_of(model, feeds), atol=2e-5)
+    with pytest.raises(InputRefused, match="and so the given graph, has not, or in another size") as refused:
+        export(request(bases["classifier"], adapters["shades"], graph, "merge"), ExportOptions(tmp_path / "merged"))
+    assert "classifier.weight" in refused.value.where and refused.value.found == "[4, 32]"
+    assert "leave --graph out" in refused.value.next_step and "dynamic" in refused.value.next_step
 
 
 def test_an_image_model_s_open_sizes_are_those_of_the_base(bases, adapters, tmp_path):
