@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lora_export.artifact import read_manifest
 from lora_export.bench.latency import bound_runs
-from lora_export.bench.peer import open_peer
+from lora_export.bench.peer_session import open_peer
 from lora_export.bench.shapes import Shape
 from lora_export.bench.workloads import workload_inputs
 from lora_export.contract import SINGLE, GraphContract

@@ -15,14 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_export.artifact import MANIFEST, sha256_of
+from lora_export.bench.budget import AGAINST
+from lora_export.bench.latency import Candidate
+from lora_export.bench.memory_job import MemoryJob
+from lora_export.bench.peer_session import PeerSession, open_peer
 from lora_export.bench.shapes import Shape, shape_text
 from lora_export.bench.workloads import size_of
 from lora_export.contract import LOGITS_TO_KEEP, SINGLE, CacheLayout, GraphContract, TensorSpec
 from lora_export.errors import InputRefused, some_of
 from lora_export.other_tools import GENAI_CONFIG, find_graph, json_beside
-from lora_export.runtime.bank import Bank, RowAdapter
 from lora_export.runtime.described import declared_in
-from lora_export.runtime.session import open_session
 from lora_export.verdict import Subject
 
 OTHER_TOOL = "other"
@@ -40,25 +42,36 @@ class Peer:
         graph: Its ONNX file.
         contract: What it takes and gives; sizes that it leaves open are this export's where these are fixed.
         vocabulary: Tokens that it knows; None where nothing says.
+        is_of_base: As in `OtherExport`.
     """
 
     given: Path
     graph: Path
     contract: GraphContract
     vocabulary: int | None
+    is_of_base = True
 
     @property
     def graphs(self) -> Mapping[str, GraphContract]:
         return {SINGLE: self.contract}
 
-    @property
-    def cache_sentence(self) -> str | None:
-        """How its cache is run; None where it has none."""
+    def candidate(self, served: Sequence[str]) -> Candidate:
+        """It as it is, whatever adapters are `served` beside it."""
+        return Candidate(AGAINST, f"{self.given}: the graph of another tool, as it is", AGAINST)
+
+    def open(self, provider: str) -> PeerSession:
+        return open_peer(self.graph, self.contract, provider)
+
+    def memory_job(self, provider: str, vocabulary: int, runs: Sequence) -> MemoryJob:
+        return MemoryJob(str(self.graph), provider, vocabulary, runs, self.contract.to_dict())
+
+    def notes(self, provider: str) -> list[str]:
+        """How its cache is run, where it has one."""
         if not self.contract.past:
-            return None
+            return []
         if self.contract.cache_layout is CacheLayout.TOKENS:
-            return f"The other graph's past and present are one buffer, as its {GENAI_CONFIG} says."
-        return f"The other graph's past and present are two buffers: no {GENAI_CONFIG} says that they may be one."
+            return [f"The other graph's past and present are one buffer, as its {GENAI_CONFIG} says."]
+        return [f"The other graph's past and present are two buffers: no {GENAI_CONFIG} says that they may be one."]
 
     def subject(self, task: str) -> Subject:
         """The graph, in a report; `task` is that of the export that it is timed with."""
@@ -68,32 +81,6 @@ class Peer:
             folder=str(self.given), kind=OTHER_TOOL, task=task, dtype=dtype, base="unknown", fused_for="unknown",
             adapters=(), graph_sha256=sha256_of(self.graph), n_bytes={path.name: path.stat().st_size for path in files},
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PeerSession:
-    """A session of another tool's graph, which has no adapters: what `latency` needs of an `AdapterSession`."""
-
-    session: object
-    provider: str
-    contract: GraphContract
-    graph: str = SINGLE
-
-    @property
-    def bank(self) -> Bank:
-        return Bank(self.contract, self.provider, {}, ())
-
-    def bind_adapters(self, binding: object, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> None:
-        """There are none."""
-
-
-def open_peer(graph: Path, contract: GraphContract, provider: str) -> PeerSession:
-    """A session of the ONNX file `graph`, as those of exports are opened to be timed.
-
-    Raises:
-        EnvironmentUnusable: Its compute would not run on `provider`.
-    """
-    return PeerSession(open_session(graph, provider, stop_spinning=True), provider, contract)
 
 
 def is_export(path: Path) -> bool:

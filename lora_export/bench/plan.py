@@ -10,13 +10,13 @@ from lora_export.artifact import ExportKind, Manifest, read_manifest
 from lora_export.base.tasks import Task
 from lora_export.bench.budget import AGAINST, CHANGING, Budget, read_budget
 from lora_export.bench.latency import Candidate, Comparison
+from lora_export.bench.other_export import OtherExport, read_other_export, vocabulary_of
 from lora_export.bench.peer import Peer, is_export, read_peer
 from lora_export.bench.shapes import Shape, require_positions, shape_text
 from lora_export.bench.workloads import source_length
 from lora_export.contract import SINGLE, AdapterInputKind, CacheLayout, GraphContract
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.quantization import Method
-from lora_export.reading import CONFIG, model_settings, size_in
 from lora_export.runtime.session import choose_provider
 
 BASE, EXPORT, MERGED = "base", "export", "merged"
@@ -68,13 +68,13 @@ class BenchPlan:
     """What is timed.
 
     Attributes:
-        against: The other export's manifest, or the graph of another tool; None if there is none.
+        against: Another export, or the graph of another tool; None if there is none.
         vocabulary: Tokens that every export knows.
     """
 
     folder: Path
     manifest: Manifest
-    against: Manifest | Peer | None
+    against: OtherExport | Peer | None
     options: BenchOptions
     budget: Budget
     vocabulary: int
@@ -103,23 +103,18 @@ def plan_bench(folder: Path, options: BenchOptions) -> BenchPlan:
     _require_runnable(shapes, *(each.graphs for each in (manifest, other) if each is not None))
     lengths = {(n, length, past): (n, source_length(manifest.graphs, length), past) for n, length, past in shapes}
     races = tuple(
-        _planned(manifest, options.against, other, budget=budget, asked=asked, shape=shape)
-        for asked, shape in lengths.items()
+        _planned(manifest, other, budget=budget, asked=asked, shape=shape) for asked, shape in lengths.items()
     )
     _require_matches(budget, manifest, dict(zip(lengths, races, strict=True)))
-    known = [_vocabulary(folder), other.vocabulary if isinstance(other, Peer) else None]
-    if isinstance(other, Manifest):
-        known.append(_vocabulary(options.against))
+    known = (vocabulary_of(folder), None if other is None else other.vocabulary)
     vocabulary = min(n for n in known if n is not None)
     return BenchPlan(folder, manifest, other, options, budget, vocabulary, races)
 
 
-def _read_other(folder: Path, manifest: Manifest, against: Path, *, shapes: Sequence[Shape]) -> Manifest | Peer:
-    if not is_export(against):
-        return read_peer(against, manifest.graphs, shapes)
-    other = read_manifest(against)
-    _require_comparable(folder, manifest, against, other=other)
-    return other
+def _read_other(folder: Path, manifest: Manifest, against: Path, *, shapes: Sequence[Shape]) -> OtherExport | Peer:
+    if is_export(against):
+        return read_other_export(against, folder, manifest)
+    return read_peer(against, manifest.graphs, shapes)
 
 
 def _require_runnable(shapes: Sequence[Shape], *others: Mapping[str, GraphContract]) -> None:
@@ -134,10 +129,6 @@ def _require_runnable(shapes: Sequence[Shape], *others: Mapping[str, GraphContra
                 where=f"--shape {shape_text(shape)}",
                 next_step=f"time one row (1x{sequence}@{past}) or one new token a row ({batch}x1@{past})",
             )
-
-
-def _vocabulary(folder: Path) -> int:
-    return size_in(model_settings(folder), "vocab_size", where=folder / CONFIG) or 2
 
 
 def foldable(manifest: Manifest) -> str | None:
@@ -186,8 +177,7 @@ def compared_with_base(found: Sequence[Candidate], allow: Mapping[str, float | N
 
 def _planned(
     manifest: Manifest,
-    against: Path | None,
-    other: Manifest | Peer | None,
+    other: OtherExport | Peer | None,
     *,
     budget: Budget,
     asked: Shape,
@@ -201,45 +191,11 @@ def _planned(
         served_here = next((each for each in own if isinstance(each.adapters, str)), own[0])
         folded = [record.name for record in manifest.adapters] if manifest.kind is ExportKind.MERGED else []
         served = [served_here.adapters] if isinstance(served_here.adapters, str) else folded
-        found.append(_other_candidate(served, against, other))
+        found.append(other.candidate(served))
         comparisons.append(Comparison(served_here.name, AGAINST, budget.ratio(asked, AGAINST)))
-        if isinstance(other, Peer):  # mostly of the base
+        if other.is_of_base:
             comparisons.append(Comparison(found[0].name, AGAINST))
     return PlannedRace(shape, tuple(found), tuple(comparisons))
-
-
-def _other_candidate(served: Sequence[str], against: Path, other: Manifest | Peer) -> Candidate:
-    """The other export, with an adapter of those that this one runs with if it has one, else its first; with none if
-    this one has none."""
-    if isinstance(other, Peer):
-        return Candidate(AGAINST, f"{against}: the graph of another tool, as it is", AGAINST)
-    names = [record.name for record in other.adapters]
-    if other.kind is ExportKind.MERGED:
-        what = f"{' + '.join(names) or 'no adapter'} folded into the weights"
-        return Candidate(AGAINST, f"{against}: {what}", AGAINST)
-    if not served or not names:
-        return Candidate(AGAINST, f"{against}: every adapter input at its default", AGAINST)
-    name = next((name for name in served if name in names), names[0])
-    return Candidate(AGAINST, f"{against}: {name} for every row", AGAINST, name)
-
-
-def _require_comparable(folder: Path, manifest: Manifest, against: Path, *, other: Manifest) -> None:
-    def inputs(of: Manifest) -> dict[str, list[str]]:
-        return {graph: sorted(spec.name for spec in contract.inputs) for graph, contract in of.graphs.items()}
-
-    where = f"{folder} and {against}"
-    step = "compare exports of the same task and architecture"
-    if manifest.task != other.task:
-        tasks = {"expected": str(manifest.task), "found": str(other.task)}
-        raise InputRefused("The two exports do different tasks", where=where, **tasks, next_step=step)
-    if inputs(manifest) != inputs(other):
-        names = [
-            "; ".join(f"{graph}: {', '.join(found)}" for graph, found in inputs(each).items())
-            for each in (manifest, other)
-        ]
-        raise InputRefused(
-            "The two exports take different inputs", where=where, expected=names[0], found=names[1], next_step=step
-        )
 
 
 def _require_matches(budget: Budget, manifest: Manifest, races: Mapping[Shape, PlannedRace]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from lora_export.artifact import ExportKind, Manifest
+from lora_export.artifact import ExportKind
 from lora_export.base.tasks import SEQ2SEQ
 from lora_export.bench import memory
 from lora_export.bench.budget import AGAINST
@@ -15,7 +15,7 @@ from lora_export.bench.differences import Outputs, compared, difference, outputs
 from lora_export.bench.intervals import verdict
 from lora_export.bench.latency import ROUNDS, SAMPLE_SECONDS, Race, Session, Timings, measure
 from lora_export.bench.memory_job import MemoryJob
-from lora_export.bench.peer import Peer, open_peer
+from lora_export.bench.other_export import fused_for_another
 from lora_export.bench.placement import placements
 from lora_export.bench.plan import BASE, EXPORT, BenchPlan, PlannedRace
 from lora_export.bench.results import BenchReport, Difference, Memory, ProviderOperators, Swap, Workload, workload_name
@@ -26,7 +26,6 @@ from lora_export.environment import environment, subject
 from lora_export.errors import EnvironmentUnusable, InputRefused
 from lora_export.runtime.seq2seq_session import open_export
 from lora_export.runtime.session import choose_provider
-from lora_export.verdict import Subject
 
 _SETTINGS = {
     "binding": "inputs, adapters and outputs bound on the device",
@@ -78,8 +77,8 @@ class Bench:
     def open(self, name: str) -> Session:
         """A session by name; its operators by provider are kept."""
         other = self.plan.against
-        if name == AGAINST and isinstance(other, Peer):
-            session = open_peer(other.graph, other.contract, self.provider)
+        if name == AGAINST and other is not None:
+            session = other.open(self.provider)
         else:
             session = open_export(self.folders[name], self.provider, stop_spinning=True)
         self.operators[name] = placements(name, session)
@@ -102,7 +101,7 @@ class Bench:
                 *_unsettled(workloads),
             ),
             seconds=time.monotonic() - self.started,
-            against=_subject_of(plan),
+            against=None if plan.against is None else plan.against.subject(plan.manifest.task),
             stopped=stopped,
             differences=self.differences,
         )
@@ -160,15 +159,6 @@ def _differences(
     return tuple(found)
 
 
-def _subject_of(plan: BenchPlan) -> Subject | None:
-    """The other one."""
-    if plan.against is None:
-        return None
-    if isinstance(plan.against, Peer):
-        return plan.against.subject(plan.manifest.task)
-    return subject(plan.options.against, plan.against)
-
-
 def _race(plan: BenchPlan, race: PlannedRace) -> Race:
     """With its inputs: the other export may take them in another dtype."""
     batch, sequence, past = race.shape
@@ -217,8 +207,8 @@ def _memory_job(
     plan: BenchPlan, folders: Mapping[str, Path], session: str, *, provider: str, runs: Sequence
 ) -> MemoryJob:
     other = plan.against
-    if session == AGAINST and isinstance(other, Peer):
-        return MemoryJob(str(other.graph), provider, plan.vocabulary, runs, other.contract.to_dict())
+    if session == AGAINST and other is not None:
+        return other.memory_job(provider, plan.vocabulary, runs)
     return MemoryJob(str(folders[session]), provider, plan.vocabulary, runs)
 
 
@@ -243,16 +233,9 @@ def _notes(plan: BenchPlan, provider: str) -> tuple[str, ...]:
         notes.append(
             "A run is the encoder over the source and one step of the decoder on the past; no text is written."
         )
-
-    def note_fusing(what: str, manifest: Manifest) -> None:
-        if manifest.provider != provider:
-            notes.append(f"{what} is fused for {manifest.provider} and ran on {provider}: not its best speed.")
-
-    note_fusing("The graph", plan.manifest)
-    if isinstance(plan.against, Peer):
-        notes += [sentence for sentence in (plan.against.cache_sentence,) if sentence]
-    elif plan.against is not None:
-        note_fusing("The other export's graph", plan.against)
+    notes += fused_for_another("The graph", plan.manifest, provider)
+    if plan.against is not None:
+        notes += plan.against.notes(provider)
     if plan.budget.where:
         short = "" if plan.options.max_ratio is None else f"; --max-ratio {plan.options.max_ratio:g} for what it leaves"
         notes.append(f"Budget: {plan.budget.where}{short}.")
