@@ -2,8 +2,8 @@
 
     pipeline.py     the main path: export, add_adapter, remove_adapters, check, bench, extract_adapter,
                     fleet
-    trial.py        `run`: try an export
-    answers.py      what its outputs say
+    trial.py        `run`: try an export; what each task takes, and answers
+    answers.py      a task's outputs as people read them, for `run` and `serve`
 
     cli/            all of Click; the only room that exits (a verdict's exit code: cli/output.py)
     serve/          an export over HTTP, in the form of OpenAI's API
@@ -11,18 +11,19 @@
     check/          is the export what was trained?
     bench/          what does it cost?
     fleet/          many adapters of one base, packed and checked one by one
-    report/         what people and programs read of a result: pure functions
+    report/         what people and programs read of a result, a file for each format: pure functions
     extract/        a full fine-tune as an adapter
     integrity/      is the folder still what was exported?
     runtime/        run an export, with onnxruntime and numpy only
-    graph/          passes over an onnx-ir model: adapter inputs, fusions, weights
+    graph/          passes over an onnx-ir model: adapter inputs, fusions, the cache's layout, weights
     adapters/       a trained adapter on its base: reading, mathematics, packing, what is supported
-    base/           a base checkpoint: reading, tasks, the weightless model, its trace with the KV cache
+    base/           a base checkpoint: reading (quantized ones too), tasks, the weightless model, its trace
 
-    contract.py     the exported graph's contract: inputs, outputs, and the table of adapter-input kinds
-    quantization.py how an export stores linear maps as integers
+    contract.py     the exported graph's contract: inputs, outputs, the table of adapter-input kinds, a decoder's
+                    cache layouts
+    quantization.py how an export stores linear maps as integers (how a base does: base/quantized.py)
     sentence.py     how a text's states become one embedding
-    agreement.py    whether a contract is that of its graph
+    agreement.py    whether a contract, its cache layout included, is that of its graph
     other_tools.py  the ONNX file and the settings in another tool's folder
     named.py        what a user names: a path, or a hub id
     reading.py      JSON that others made, and the numbers in it
@@ -35,12 +36,12 @@
     changing.py     a change of some of an export's files, at once or not at all
     environment.py  where a result was obtained
     verdict.py      the values that the results of check and bench have in common
-    compat.py       every private or patched symbol of another library
+    compat.py       the list of every private or patched symbol of another library, and where each is used
     quiet.py        libraries that print, silenced
-    errors.py       the error tree, each error with its exit code
+    errors.py       the error tree, each error with its exit code (a fleet's: fleet/outcomes.py)
 
-Imports run downwards only, and every room's `__init__` says what it is for, its files in reading order, and what it
-imports; tests hold both.
+Every room's `__init__` says what it is for, its files in reading order, and what it imports. Imports never run in a
+circle: pyproject.toml names the layers. Tests hold both.
 
 Importing this package imports none of its heavy dependencies; the sessions need onnxruntime and numpy only.
 """

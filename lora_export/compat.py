@@ -245,34 +245,37 @@ def borrow_if_there(name: str) -> object | None:
 def replaced(name: str, replacement: object) -> Iterator[None]:
     """While open, `replacement` stands in the module or class of the symbol `name`, which is there."""
     original = borrow(name)
-    owner = next(
-        each for each in map(_owner_of, _BY_NAME[name].place.split("|")) if getattr(each, name, None) is original
+    owner, attribute = next(
+        (each, own)
+        for each, own in map(_owner_of, _BY_NAME[name].place.split("|"))
+        if getattr(each, own, None) is original
     )
-    setattr(owner, name, replacement)
+    setattr(owner, attribute, replacement)
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        setattr(owner, attribute, original)
 
 
 _MISSING = object()
 
 
-def _owner_of(place: str) -> object | None:
-    """The module, or the class in it, that has the symbol at `place`."""
+def _owner_of(place: str) -> tuple[object | None, str]:
+    """The module, or the class in it, that has the symbol at `place`, and the symbol's name there."""
     module, _, path = place.partition(":")
+    *owners, attribute = path.split(".")
     try:
         found: object = importlib.import_module(module)
     except ImportError:
-        return None
-    for attribute in path.split(".")[:-1]:
-        found = getattr(found, attribute, None)
-    return found
+        return None, attribute
+    for each in owners:
+        found = getattr(found, each, None)
+    return found, attribute
 
 
 def _find(name: str) -> object:
-    for place in _BY_NAME[name].place.split("|"):
-        found = getattr(_owner_of(place), place.partition(":")[2].rpartition(".")[2], _MISSING)
+    for owner, attribute in map(_owner_of, _BY_NAME[name].place.split("|")):
+        found = getattr(owner, attribute, _MISSING)
         if found is not _MISSING:
             return found
     return _MISSING

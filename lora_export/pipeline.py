@@ -29,7 +29,7 @@ from lora_export.export.graphs import finished_graphs
 from lora_export.export.integers import Maker
 from lora_export.export.lifecycle import AddOptions, add_to, remove_from
 from lora_export.export.options import ExportOptions
-from lora_export.export.outputs import planned_bytes
+from lora_export.export.outputs import Meter, planned_bytes
 from lora_export.export.plan import Request, make_plan
 from lora_export.export.pooling import pooling_again
 from lora_export.export.quantizing import quantize_graphs, require_possible
@@ -76,34 +76,34 @@ def export(request: Request, options: ExportOptions, *, progress: Progress = sil
     refuse_existing(options.out, overwrite=options.overwrite)
     signer = signer_with(options.sign_key) if options.sign_key is not None else None
     key = record_key(request, options)
-    known = recalled(key, request)
-    plan = make_plan(request) if known is None else known.plan
+    earlier = recalled(key, request)
+    plan = make_plan(request) if earlier is None else earlier.plan
     for sentence in plan.remarks:
         remark(sentence)
     require_disk(options.out.parent, plan.n_bytes)
     with hashed_sources(plan) as sources_when_hashed:
         progress("reading adapters", 0, 1)
         zeros = options.zeros_for_missing_head
-        resolved = resolve(plan, zeros_for_missing_head=zeros) if known is None else known.resolved
+        resolved = resolve(plan, zeros_for_missing_head=zeros) if earlier is None else earlier.resolved
         require_possible(request.quantization, resolved.model)
         targets = target_modules(options.targets, resolved.model)
         choice = choose_sites(resolved.adapters if request.mode == "dynamic" else (), targets)
         n_bytes = planned_bytes(plan, resolved, choice)
         progress("building the graph", 0, 1)
-        if known is None:
+        if earlier is None:
             graphs = finished_graphs(plan, resolved, choice, use_cache=options.use_cache, remark=remark)
             keep(key, request, options, found=(plan, resolved))
         else:
-            graphs = known.graphs
+            graphs = earlier.graphs
         models = {name: graph.model for name, graph in graphs.items()}
         quantization = quantize_graphs(models, plan, resolved, remark=remark)
         resolved = resolved.quantized(quantization)
         adapter_inputs = {name: graph.adapter_inputs for name, graph in graphs.items()}
         with staging(options.out, overwrite=options.overwrite, n_bytes=n_bytes) as folder:
-            meter = _Meter(progress, n_bytes)
-            make, required = Maker(resolved.parameters.make_weight), options.required_inputs
+            meter = Meter(progress, n_bytes)
+            make_weight, required = Maker(resolved.parameters.make_weight), options.required_inputs
             written = write_graphs(
-                models, folder, make, adapter_inputs=adapter_inputs, on_weight=meter, required=required
+                models, folder, make_weight, adapter_inputs=adapter_inputs, on_weight=meter, required=required
             )
             contracts = {
                 name: contract_of(model, written.adapter_inputs[name], required=required)
@@ -114,27 +114,24 @@ def export(request: Request, options: ExportOptions, *, progress: Progress = sil
             files = written.sha256 | hashes_of(records, folder)
             files |= write_config(plan, folder) | copy_carried(plan.carried, folder)
             files |= write_settings(plan, folder, contracts, required=required)
-            kind = ExportKind.DYNAMIC if request.mode == "dynamic" else ExportKind.MERGED
-            how = (kind, plan.task, plan.dtype, request.provider)
-            files = dict(sorted(files.items()))
-            stored = {"pad_token_id": plan.pad_token_id, "quantization": quantization, "given_graph": sources.graph}
-            stored["sentence_embedding"] = None if plan.head is None else plan.head.embedding
-            manifest = Manifest(*how, sources.base, records, contracts, files, **stored)
+            manifest = Manifest(
+                kind=ExportKind.DYNAMIC if request.mode == "dynamic" else ExportKind.MERGED,
+                task=plan.task,
+                dtype=plan.dtype,
+                provider=request.provider,
+                base=sources.base,
+                adapters=records,
+                graphs=contracts,
+                files=dict(sorted(files.items())),
+                pad_token_id=plan.pad_token_id,
+                quantization=quantization,
+                given_graph=sources.graph,
+                sentence_embedding=None if plan.head is None else plan.head.embedding,
+            )
             write_manifest(folder, manifest)
             if signer is not None:
                 sign(folder, signer)
     return manifest
-
-
-class _Meter:
-    """Counts written bytes for the progress display."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-
-    def __call__(self, name: str, n_bytes: int) -> None:
-        self._done += n_bytes
-        self._progress("writing weights", self._done, self._total)
 
 
 def add_adapter(
@@ -253,14 +250,21 @@ def export_compared(
     graph = None if manifest.given_graph is None else str(locate_graph_source(manifest.given_graph))
     if name is not None:
         chosen[MERGED] = ((str(adapters[name]), name),)
-    residual = any(record.residual_base for record in manifest.adapters)
-    how = (manifest.task, manifest.dtype, manifest.provider)
     for done, (label, folded) in enumerate(chosen.items()):
         progress("exporting what to compare with", done, len(chosen))
-        same = {"residual_base": residual, "pad_token_id": manifest.pad_token_id}
-        same |= {"quantization": requested_of(manifest.quantization), "graph": graph}
-        same["pooling"] = pooling_again(manifest.sentence_embedding, base, adapters)
-        request = Request(str(base), folded, "merge", *how, **same)
+        request = Request(
+            base=str(base),
+            adapters=folded,
+            mode="merge",
+            task=manifest.task,
+            dtype=manifest.dtype,
+            provider=manifest.provider,
+            residual_base=any(record.residual_base for record in manifest.adapters),
+            pad_token_id=manifest.pad_token_id,
+            quantization=requested_of(manifest.quantization),
+            graph=graph,
+            pooling=pooling_again(manifest.sentence_embedding, base, adapters),
+        )
         export(request, ExportOptions(out / label, zeros_for_missing_head=True))
     return {label: out / label for label in chosen}
 

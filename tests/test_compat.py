@@ -42,6 +42,17 @@ def test_what_is_patched_is_put_back():
     assert borrow("decompose_with_registry") is original
 
 
+def test_what_is_patched_may_have_another_name_in_a_later_release(monkeypatch):
+    import peft.utils.other
+
+    entry = Borrowed("peft.utils.other:old_name|peft.utils.other:new_name", "peft", "0.21", "why", Without.REFUSED)
+    monkeypatch.setitem(compat._BY_NAME, entry.name, entry)
+    monkeypatch.setattr(peft.utils.other, "new_name", 1, raising=False)
+    with compat.replaced("old_name", 2):
+        assert peft.utils.other.new_name == 2
+    assert peft.utils.other.new_name == 1
+
+
 @pytest.mark.parametrize("entry", BORROWED, ids=lambda entry: entry.place)
 def test_each_is_used(entry):
     elsewhere = [text for path, text in SOURCES.items() if path.name != "compat.py"]

@@ -2,14 +2,14 @@
 
     stored.py      JSON and safetensors of a folder
     restored.py    weights of quantized checkpoints, in floats
-    quantized.py   which method a base's weights are quantized by; others than these refused by name
+    quantized.py   which method a base's weights are quantized by; what restored.py cannot read is refused by name
     gguf_file.py   a GGUF file as a base, by Transformers' reader
     config.py      its config.json, compared with the checkpoint's headers and read by Transformers
     sentence_folder.py  folders of sentence-transformers, and what follows the model in them
     checkpoint.py  a base's folder, and what it holds of a model
     conversion.py  which stored tensors make a parameter, and reading them
     recipe.py      how a stored weight is made, as data
-    tasks.py       the tasks, and the Transformers class of each
+    tasks.py       the tasks: Transformers' class, PEFT's name and the graphs of each
     forward.py     what a model's forward takes
     weightless.py  a model without weights
     computed.py    what is computed and not stored: sinusoidal positions

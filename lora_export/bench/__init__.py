@@ -6,7 +6,7 @@
     workloads.py     inputs of a shape
     other_export.py  another export, timed beside the first
     peer.py          a graph of another tool, by its inputs' names
-    peer_session.py  its session
+    peer_session.py  a session of such a graph
     differences.py   whether the other is the same model
     run.py           the order of the measurements
     latency.py       paired blocks

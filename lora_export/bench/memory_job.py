@@ -1,4 +1,4 @@
-"""Open one session and run workloads in it, in a process of its own, whose memory `verify.memory` watches.
+"""Open one session and run workloads in it, in a process of its own, whose memory `bench.memory` watches.
 
     python -m lora_export.bench.memory_job    the job as JSON on the first line of standard input
 

@@ -42,7 +42,7 @@ class BenchOptions:
         shapes: (batch, sequence, past) of each workload; the task's usual ones if empty.
         blocks: ABBA blocks for each workload.
         max_ratio: Allowed latency relative to the base, where the budget says nothing; None to report only.
-        budget: TOML file of allowances (`verify.budget`).
+        budget: TOML file of allowances (`bench.budget`).
         against: Another export to time beside this one, or a graph of another tool (a folder or its ONNX file).
     """
 

@@ -1,12 +1,12 @@
 """Is the export what was trained? Unmerged PEFT against ONNX Runtime, case by case.
 
-    opened.py              a check whose sources are looked for
+    opened.py              from `CheckOptions` to a check: sources found, examples read
     run.py                 the order of the cases
-    context.py             the options, and the two sides over the same batches
+    context.py             `CheckOptions`, and the two sides over the same batches
     results.py             what was found, as frozen values
-    divergence_results.py  where they part, likewise
-    reference/             unmerged PEFT
-    inputs/                on which data
+    divergence_results.py  where the two sides part, as frozen values
+    reference/             unmerged PEFT, the side that is right
+    inputs/                the data that both sides run on
     cases/                 what is compared
     judge/                 how far apart, and how much is allowed
     locate/                where it went wrong

@@ -1,7 +1,8 @@
 """The command line, and all of Click: parse, one call of the pipeline, render, exit code. The only room that exits.
 
     main.py     the group of commands; merge, dynamic, add, remove, inspect
-    examine.py  check and bench
+    check.py    check
+    bench.py    bench
     verify.py   verify
     extract.py  extract
     fleet.py    fleet

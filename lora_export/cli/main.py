@@ -13,7 +13,8 @@ import click
 
 from lora_export import __version__
 from lora_export.cli import options, text
-from lora_export.cli.examine import bench, check
+from lora_export.cli.bench import bench
+from lora_export.cli.check import check
 from lora_export.cli.extract import extract
 from lora_export.cli.fleet import fleet
 from lora_export.cli.names import base_and_adapters, named

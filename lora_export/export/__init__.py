@@ -3,20 +3,20 @@
     task_choice.py the task, told by base and adapters
     plan.py        what was asked for, checked before any work
     pooling.py     how the graph makes an embedding of a text
-    options.py     how to write it
+    options.py     how to write the export
     origin.py      the base that an adapter records
     padding.py     the padding token of a classifier on a decoder
     model_configs.py the model config that each adapter makes of its base's
     given_files.py a graph that another tool made, as files
     resolve.py     the adapters, read, and the source of every parameter
     weights.py     the numbers: checkpoint tensors with adapters folded in, one at a time
-    integers.py    those as small integers, by ONNX Runtime's quantizer
+    integers.py    the numbers as small integers, by ONNX Runtime's quantizers
     completion.py  what an adapter needs of the base, and what of it a mode cannot export
     targets.py     modules that are named to be served
     given_graph.py adapters on a graph that another tool made
     tied.py        what is one tensor in several places
     graphs.py      the finished weightless graphs of a plan, cached
-    recall.py      all of these of an earlier export of the same files
+    recall.py      plan, resolution and graphs of an earlier export of the same files
     quantizing.py  the graphs with their linear maps quantized
     contracts.py   what a written graph takes and gives
     outputs.py     the files of an export, and the bytes of its weights

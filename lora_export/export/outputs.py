@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lora_export.adapters.factors import Adapter
 from lora_export.artifact import ADAPTERS, MANIFEST, SIGNATURE
@@ -84,3 +84,14 @@ def _is_shared(paths: Sequence[str]) -> bool:
     """Whether the encoder and another part of the model read one tensor; Whisper's encoder has no embedding."""
     of_encoder = [".encoder." in f".{path}" for path in paths]
     return any(of_encoder) and not all(of_encoder)
+
+
+class Meter:
+    """Counts written bytes for the progress display."""
+
+    def __init__(self, progress: Callable[[str, int, int], None], total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self, name: str, n_bytes: int) -> None:
+        self._done += n_bytes
+        self._progress("writing weights", self._done, self._total)

@@ -5,10 +5,10 @@
     shared_by_rows.py        what all rows share, once adapters tell them apart
     adapter_inputs.py        give a traced graph its adapter inputs
     declare.py               inputs as the contract's table says
-    embedding_inputs.py      those of embeddings
-    convolution_inputs.py    those of convolutions
-    bias_inputs.py           biases
-    linear_inputs.py         those of linear modules
+    embedding_inputs.py      adapter inputs of embeddings
+    convolution_inputs.py    adapter inputs of convolutions
+    bias_inputs.py           adapter inputs of biases
+    linear_inputs.py         adapter inputs of linear modules
     unbound.py               initializers without a value
     attention_node.py        the standard attention, as it is traced
     heads.py                 heads merged, and taken apart
@@ -26,9 +26,9 @@
     sentence.py              the embedding of a text as an output
     quantize.py              linear maps by small integers
     given.py                 a graph that another tool wrote
-    matching.py              whose numbers its weights are
-    unpacking.py             its packed projections, taken apart
-    runnable.py              whether a provider can run it
+    matching.py              which of the base's weights the given graph's are
+    unpacking.py             a given graph's packed projections, taken apart
+    runnable.py              whether a provider can run a graph
     layer_names.py           which layer a name is of
     stamp.py                 one layer of a finished graph, copied
     cache.py                 finished graphs, kept on disk
