@@ -10,6 +10,7 @@ remove_adapters. A fleet exports one graph and packs the adapters of a list for 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lora_export.adapters.pack import choose_sites
@@ -41,9 +42,11 @@ from lora_export.extract.results import ExtractReport
 from lora_export.extract.run import ExtractRequest, run_extract
 from lora_export.fleet.options import FleetOptions
 from lora_export.fleet.outcomes import FleetReport
+from lora_export.fleet.remote import placed
 from lora_export.fleet.run import run_fleet
 from lora_export.folders import held, own_folder
 from lora_export.graph.bind import write_graphs
+from lora_export.graph.cache import cache_folder
 from lora_export.integrity.signature import sign, signer_with
 from lora_export.integrity.sources import SourceOverrides, locate_graph_source, locate_sources
 from lora_export.quantization import requested_of
@@ -282,8 +285,10 @@ def extract_adapter(
 
 def fleet(
     source: Path, base: str, options: FleetOptions, *, progress: Progress = silent
-) -> tuple[FleetReport, dict[str, Path]]:
+) -> tuple[FleetReport, dict[str, Path | str]]:
     """Make or renew the fleet of the adapters that `source` lists; the report, and the files it was written to.
+
+    Where `options.out` is an address, it is made in a folder of the cache, and then brought there.
 
     Raises:
         LoraExportError: As `run_fleet`; an adapter that is refused, differs or breaks its worker is a result.
@@ -292,5 +297,7 @@ def fleet(
     def made(request: Request, out: Path, targets: tuple[str, ...]) -> Manifest:
         return export(request, ExportOptions(out, targets=targets), progress=progress)
 
-    report = run_fleet(source, base, options, export=made, progress=progress)
-    return report, write_fleet_reports(report, options.out / REPORTS)
+    with placed(options.out, cache_folder() / "fleets", progress) as place:
+        report = run_fleet(source, base, replace(options, out=place.folder), export=made, progress=progress)
+        report = replace(report, folder=str(options.out))
+        return report, place.published(write_fleet_reports(report, place.folder / REPORTS))

@@ -68,9 +68,9 @@ _options = options.as_flags(
 @click.command()
 @click.argument("source", metavar="LIST", type=click.Path(path_type=Path))
 @click.argument("base")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The export to make or to renew.")
+@click.option("-o", "--out", required=True, help="The export to make or to renew: a folder, or an address (s3://…).")
 @_options
-def fleet(source: Path, base: str, out: Path, flags: FleetFlags) -> None:
+def fleet(source: Path, base: str, out: str, flags: FleetFlags) -> None:
     """Pack, check and record every adapter of LIST for one dynamic graph of BASE.
 
     LIST is a CSV, JSON lines or Parquet file with a column `path` (and `name`, `revision`, `data`), or a folder of
@@ -87,12 +87,14 @@ def fleet(source: Path, base: str, out: Path, flags: FleetFlags) -> None:
         display.start("lora-export fleet")
         from lora_export import pipeline
         from lora_export.fleet.options import FleetOptions
+        from lora_export.fleet.roster import is_address
         from lora_export.fleet.run import describe_fleet
         from lora_export.report.as_json import json_value
         from lora_export.report.fleet import render_fleet_text
 
+        place = out if is_address(out) else Path(out)
         how = FleetOptions(
-            out=out, task=flags.task, dtype=flags.dtype, provider=flags.provider, targets=flags.targets,
+            out=place, task=flags.task, dtype=flags.dtype, provider=flags.provider, targets=flags.targets,
             n_workers=flags.workers, ray=flags.ray, n_rows=flags.rows, seconds=flags.timeout, limit=flags.limit,
             only_changed=flags.only_changed,
             n_bytes=None if flags.max_memory is None else int(flags.max_memory * 1e9), tolerances=flags.tolerances,

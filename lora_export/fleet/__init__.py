@@ -16,6 +16,7 @@
     workbench.py    packs an adapter and compares it with PEFT
     worker.py       a worker's work
     run.py          the whole of it
+    remote.py       a fleet at an address
 
 Imports adapters, artifact, base, carried, check, compat, environment, errors, export, folders, integrity, quiet,
 reading, runtime, staging, verdict.

@@ -22,6 +22,7 @@ class FleetOptions:
     """How to make a fleet.
 
     Attributes:
+        out: The folder to make or to renew, or the address of one, which `pipeline.fleet` makes in a folder here.
         task, dtype: As in `Request`.
         provider: "cpu" or "cuda", what the graph is fused for and adapters are compared on; None for CUDA if usable.
         targets: Modules to give LoRA inputs besides those that the adapters touch.
@@ -35,7 +36,7 @@ class FleetOptions:
         tolerances: Limits in place of the table's, by measure.
     """
 
-    out: Path
+    out: Path | str
     task: str | None = None
     dtype: str | None = None
     provider: str | None = None

@@ -41,7 +41,12 @@ class Entry:
     @property
     def is_address(self) -> bool:
         """Whether fsspec reads it."""
-        return _ADDRESS.match(self.given) is not None
+        return is_address(self.given)
+
+
+def is_address(place: object) -> bool:
+    """Whether fsspec reads or writes `place`, a text such as `s3://bucket/served`; a path is none."""
+    return isinstance(place, str) and _ADDRESS.match(place) is not None
 
 
 def read_roster(source: Path) -> tuple[Entry, ...]:

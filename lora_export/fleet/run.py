@@ -27,7 +27,7 @@ from lora_export.fleet.graph import Export, FleetGraph, graph_for
 from lora_export.fleet.options import FleetOptions
 from lora_export.fleet.outcomes import AdapterOutcome, FleetReport, Outcome
 from lora_export.fleet.pool import Pool
-from lora_export.fleet.roster import read_roster
+from lora_export.fleet.roster import is_address, read_roster
 from lora_export.fleet.sources import Opened, open_all
 from lora_export.folders import link, put_in_place
 from lora_export.runtime.session import choose_provider
@@ -104,7 +104,9 @@ def describe_fleet(source: Path, base: str, options: FleetOptions) -> dict:
 
 
 def _refuse_others(out: Path) -> None:
-    """A folder that holds something else than a fleet is not touched."""
+    """A folder that holds something else than a fleet is not touched; an address is looked at when it is fetched."""
+    if is_address(out):
+        return
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not state.kept_graph(out):
         raise InputRefused(
             "The output folder holds something that is no fleet",

@@ -23,6 +23,8 @@ from lora_export.staging import write_whole
 
 _KEPT = "fleet"
 _OUTCOMES, _GRAPH = "outcomes.jsonl", "graph.json"
+# Names of what a fleet keeps of an earlier run, from its folder.
+RECORDS = tuple(f"{REPORTS}/{_KEPT}/{name}" for name in (_OUTCOMES, _GRAPH))
 
 
 def work_folder(out: Path) -> Path:

@@ -114,8 +114,8 @@ def _be_command(
     """Never returns. What the parent registered for its own end is not done here; what the command registers is."""
     code = 1
     try:
-        from lora_export.adapters.foreign import workplace
         from lora_export.cli.main import main
+        from lora_export.folders import workplace
 
         workplace.cache_clear()
         atexit._clear()
@@ -124,6 +124,7 @@ def _be_command(
         file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for descriptor in (1, 2):
             os.dup2(file, descriptor)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without
         faulthandler.dump_traceback_later(_MOST_SECONDS / 2, file=2)
         prepare()
         os.write(there, b".")
