@@ -46,7 +46,6 @@ from lora_export.fleet.remote import placed
 from lora_export.fleet.run import run_fleet
 from lora_export.folders import held, own_folder
 from lora_export.graph.bind import write_graphs
-from lora_export.graph.cache import cache_folder
 from lora_export.integrity.signature import sign, signer_with
 from lora_export.integrity.sources import SourceOverrides, locate_graph_source, locate_sources
 from lora_export.quantization import requested_of
@@ -286,9 +285,7 @@ def extract_adapter(
 def fleet(
     source: Path, base: str, options: FleetOptions, *, progress: Progress = silent
 ) -> tuple[FleetReport, dict[str, Path | str]]:
-    """Make or renew the fleet of the adapters that `source` lists; the report, and the files it was written to.
-
-    Where `options.out` is an address, it is made in a folder of the cache, and then brought there.
+    """Make or renew the fleet of what `source` lists, in a folder or at an address; the report, and where it is.
 
     Raises:
         LoraExportError: As `run_fleet`; an adapter that is refused, differs or breaks its worker is a result.
@@ -297,7 +294,7 @@ def fleet(
     def made(request: Request, out: Path, targets: tuple[str, ...]) -> Manifest:
         return export(request, ExportOptions(out, targets=targets), progress=progress)
 
-    with placed(options.out, cache_folder() / "fleets", progress) as place:
+    with placed(options.out, progress) as place:
         report = run_fleet(source, base, replace(options, out=place.folder), export=made, progress=progress)
         report = replace(report, folder=str(options.out))
         return report, place.published(write_fleet_reports(report, place.folder / REPORTS))

@@ -18,6 +18,6 @@
     run.py          the whole of it
     remote.py       a fleet at an address
 
-Imports adapters, artifact, base, carried, check, compat, environment, errors, export, folders, integrity, quiet,
-reading, runtime, staging, verdict.
+Imports adapters, artifact, base, carried, check, compat, environment, errors, export, folders, graph, integrity,
+quiet, reading, runtime, staging, verdict.
 """

@@ -25,6 +25,7 @@ from lora_export.artifact import MANIFEST, REPORTS, read_manifest, sha256_of
 from lora_export.errors import EnvironmentUnusable, InputRefused, LoraExportError, told
 from lora_export.fleet.roster import is_address
 from lora_export.fleet.state import RECORDS
+from lora_export.graph.cache import cache_folder
 from lora_export.integrity.verify import verify
 from lora_export.reading import json_of
 
@@ -139,9 +140,9 @@ class Here:
         return files
 
 
-def placed(out: Path | str, cache: Path, progress: Progress) -> contextlib.AbstractContextManager[Mirror | Here]:
+def placed(out: Path | str, progress: Progress) -> contextlib.AbstractContextManager[Mirror | Here]:
     """Where the fleet of `out` is made: the folder, or, of an address, `mirrored`."""
-    return mirrored(out, cache, progress) if is_address(out) else contextlib.nullcontext(Here(out))
+    return mirrored(out, cache_folder() / "fleets", progress) if is_address(out) else contextlib.nullcontext(Here(out))
 
 
 @contextlib.contextmanager
