@@ -31,6 +31,7 @@ from results import RESULTS, heading, provenance, table, write_json
 RESULT = RESULTS / "faults.json"
 PARTS = ("kill", "errors", "bits", "together", "fleet", "serve")
 BESIDE = "add beside a server"
+_LONG = {"fleet": "fleet, its workers started anew", "serve": "serve"}
 OF_BITS = ("merge", "dynamic", "dynamic --sign-key")
 
 
@@ -68,7 +69,7 @@ def summary(result: dict) -> str:
         rows.append((name, *counted))
     for name in sorted({"fleet", "serve"} & set(result)):
         of = result[name]["scenarios"][name]
-        rows.append((name, 0, _sum(of, "points"), 0, 0, _sum(of, "lost"), _sum(of, "left")))
+        rows.append((_LONG[name], 0, _sum(of, "points"), 0, 0, _sum(of, "lost"), _sum(of, "left")))
     rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
     columns = ("command", "ended at a call", "at a moment", "a call failed", "under a limit", "lost", "left behind")
     tables = [table(columns, [(name, *(f"{n:,}" for n in counted)) for name, *counted in rows])]

@@ -33,13 +33,16 @@ def test_nothing_recorded_was_lost_or_left_behind(part, recorded):
 
 
 def test_what_is_recorded_is_much(recorded):
-    assert {"kill", "errors", "bits", "together", "fleet"} <= set(recorded)
+    assert set(faults.PARTS) <= set(recorded)
+    assert faults.BESIDE in recorded["together"]["scenarios"]
+    assert sum(tally["points"] for tally in recorded["serve"]["scenarios"]["serve"].values()) >= 50
     kill, errors = recorded["kill"]["scenarios"], recorded["errors"]["scenarios"]
     assert len(kill) >= 4 <= len(errors)
-    for name in ("merge --overwrite", "add --replace", "remove"):
+    for name in ("merge --overwrite", "add --replace", "remove", "fleet"):
         assert {"-9", "143", "130"} <= {code for tally in kill[name].values() for code in tally["ended"]}
         assert kill[name]["SIGKILL at a call"]["points"] >= 20
         assert sum(tally["points"] for way, tally in kill[name].items() if way.endswith("moment")) >= 50
+    for name in ("merge --overwrite", "add --replace", "remove"):
         assert {"4"} <= {code for tally in errors[name].values() for code in tally["ended"]}
     assert kill["add --replace"]["SIGKILL at a call"]["old"] > 0 < kill["add --replace"]["SIGKILL at a call"]["new"]
 

@@ -104,8 +104,18 @@ def run(
 
 def workers_by_fork() -> None:
     """From now on, workers of this process are forks of it: they have the libraries, and the shim as it is armed."""
-    real = multiprocessing.get_context
+    real, real_fork = multiprocessing.get_context, os.fork
     multiprocessing.get_context = lambda method=None: real("fork")
+
+    def fork() -> int:
+        """Python drops what is raised in its own callbacks around a fork, and spawned workers have none."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            return real_fork()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    os.fork = fork
 
 
 def _be_command(
