@@ -233,10 +233,8 @@ def _system_error(error: OSError) -> EnvironmentUnusable:
 @contextlib.contextmanager
 def guarded(display: Display) -> Iterator[None]:
     """Turn every error into one message and an exit code: exit 1 is left to gates. SIGTERM cleans up as Ctrl-C does."""
-    is_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
-    before = signal.signal(signal.SIGTERM, _terminated) if is_main else None
     try:
-        with told_if_unreadable(display.error):
+        with told_if_unreadable(display.error), _ended_by_signals():
             yield
     except LoraExportError as error:
         display.error(error, error)
@@ -258,9 +256,30 @@ def guarded(display: Display) -> Iterator[None]:
         sys.exit(told.exit_code)
     finally:
         display.clear()
-        if is_main:
-            signal.signal(signal.SIGTERM, before)
 
 
-def _terminated(number: int, _frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM ends as Ctrl-C does, and both do where a library makes another error of what they raise, as safetensors
+    does while it makes a tensor."""
+    if threading.current_thread() is not threading.main_thread():  # which may not set handlers
+        yield
+        return
+    raised: list[BaseException] = []
+
+    def end(number: int, _frame: object) -> NoReturn:
+        raised.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
+        raise raised[-1]
+
+    # A shell starts what is in its background with SIGINT ignored; so it stays.
+    numbers = [signal.SIGTERM, *([signal.SIGINT] * (signal.getsignal(signal.SIGINT) is signal.default_int_handler))]
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    except Exception as error:
+        if raised:
+            raise raised[-1] from error
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -24,3 +24,15 @@ def test_sigterm_ends_with_143_and_nothing_left(tmp_path):
     assert ended.value.code == 143
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_a_library_makes_of_a_signal_is_no_refusal(number, code, tmp_path, capsys):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended, guarded(Display(as_json=False, quiet=True)):
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException as error:
+            raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from error
+    assert ended.value.code == code and "error:" not in capsys.readouterr().err
+    assert signal.getsignal(number) == before
