@@ -25,12 +25,12 @@ def near(given: str) -> str | None:
 
 
 def refuse_missing(given: str, *, kind: str) -> None:
-    """Refuse what is neither there nor spelled like a hub id.
+    """Refuse what is neither there nor spelled like a hub id, and what is nearly the name of something there.
 
     Raises:
         InputRefused: It is named, with the nearest name beside it.
     """
-    if not Path(given).expanduser().exists() and not _HUB_ID.fullmatch(given):
+    if not Path(given).expanduser().exists() and (not _HUB_ID.fullmatch(given) or near(given) is not None):
         refuse_no_folder(given, kind=kind)
 
 

@@ -25,16 +25,17 @@ def refuse_existing(out: Path, *, overwrite: bool, marker: str = MANIFEST) -> No
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not overwrite:
+    if (out / marker).is_file():
+        if overwrite:
+            return
         raise InputRefused("The output folder exists", where=str(out), next_step="name another, or add --overwrite")
-    if not (out / marker).is_file():
-        what = "export" if marker == MANIFEST else "extracted adapter"
-        raise InputRefused(
-            f"The output folder holds something that is no {what}; it is not replaced, even with --overwrite",
-            where=str(out),
-            expected=f"a folder with {marker}, or none",
-            next_step="name another folder, or remove this one yourself",
-        )
+    what = "export" if marker == MANIFEST else "extracted adapter"
+    raise InputRefused(
+        f"The output folder holds something that is no {what}; it is not replaced, even with --overwrite",
+        where=str(out),
+        expected=f"a folder with {marker}, or none",
+        next_step="name another folder, or remove this one yourself",
+    )
 
 
 @contextlib.contextmanager

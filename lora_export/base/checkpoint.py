@@ -100,7 +100,7 @@ class Checkpoint:
                 where=str(located.path),
                 expected="config.json and safetensors",
                 found="adapter_config.json",
-                next_step="name the base first, then the adapters: lora-export merge BASE ADAPTER…",
+                next_step="name the base first, then the adapters: lora-export COMMAND BASE ADAPTER…",
             )
         config = read_json(located.path / "config.json")
         if not is_known:

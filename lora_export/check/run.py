@@ -222,9 +222,9 @@ def _dynamic_cases(check: Check, progress: Progress) -> None:
     inputs = context.session.manifest.adapter_inputs
     has_own_head = all(entry.base_has_default for entry in inputs if entry.kind is AdapterInputKind.WEIGHT)
     for done, record in enumerate(records):
-        progress("checking", done, len(records) + 1)
+        progress(f"checking {record.name}", done, len(records) + 1)
         alone[record.name] = _adapter_cases(check, record, with_body=not has_own_head and done == 0)
-    progress("checking", len(records), len(records) + 1)
+    progress("checking the base and mixed rows", len(records), len(records) + 1)
     if has_own_head:
         base = Examined("base", None, context.reference([], None))
         expected = examination.judge_alone(base, context.own[None])

@@ -1,5 +1,6 @@
 """The command line, and all of Click: parse, one call of the pipeline, render, exit code. The only room that exits.
 
+    entry.py    the installed command
     main.py     the group of commands; merge, dynamic, add, remove, inspect
     check.py    check
     bench.py    bench

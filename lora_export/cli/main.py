@@ -24,7 +24,7 @@ from lora_export.cli.run import run
 from lora_export.cli.serve import serve_command
 from lora_export.cli.verify import verify_command
 from lora_export.errors import UsageProblem
-from lora_export.named import refuse_missing
+from lora_export.named import refuse_missing, refuse_no_folder
 from lora_export.quiet import leave_quantized_layers_out
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -47,6 +47,7 @@ def main() -> None:
     fleet     many adapters, each packed, checked, recorded
     inspect   what an adapter, base or export holds
     run       try an export
+    serve     an export over HTTP                        (needs the extra "serve")
 
     BASE and ADAPTER are folders or hub ids. Exit codes: 0 done, 1 a gate failed, 2 usage, 3 input refused,
     4 environment, 5 latency undecided, 6 a defect.
@@ -72,6 +73,8 @@ def _export(mode: str, paths: Sequence[str], flags: options.ExportFlags, *, how:
     with guarded(display):
         base, adapters = base_and_adapters(paths, flags.names)
         if mode == "dynamic" and not adapters and not how.targets:
+            if not Path(paths[0]).expanduser().exists():
+                refuse_no_folder(paths[0], kind="base or adapter")
             raise UsageProblem("Nothing to serve: no adapter and no --targets", next_step="name at least one of them")
         display.start(f"lora-export {mode}")
         from lora_export import pipeline
@@ -159,6 +162,8 @@ def dynamic(
     flags: options.ExportFlags,
 ) -> None:
     """Write one graph whose adapters are inputs, and each adapter as a file beside it.
+
+    BASE may be left out where the adapters record it.
 
     \b
     Examples:

@@ -44,8 +44,9 @@ def base_and_adapters(
         UsageProblem: There are more names than adapters.
         InputRefused: A path leads nowhere.
     """
+    first = "base" if len(paths) > 1 else "base or adapter"
     for place, path in enumerate(paths):
-        refuse_missing(path, kind="adapter" if place else "base")
+        refuse_missing(path, kind="adapter" if place else first)
     first_is_adapter = (Path(paths[0]).expanduser() / "adapter_config.json").is_file()
     return (None, named(paths, names)) if first_is_adapter else (paths[0], named(paths[1:], names))
 

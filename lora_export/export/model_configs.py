@@ -48,6 +48,30 @@ def _with_labels(config, labels: dict[int, str] | None, n_labels: int):
     return config
 
 
+def remarks_on_labels(folders: Sequence[AdapterFolder], configs: Sequence, task: Task) -> tuple[str, ...]:
+    """A word on each adapter that brings a head of several classes whose names nothing tells.
+
+    Args:
+        configs: From `configs_for`; empty where there is no model to tell the classes of.
+    """
+    if task not in CLASSIFICATION:
+        return ()
+    unnamed = [
+        folder.name
+        for folder, config in zip(folders, configs, strict=bool(configs))
+        if folder.config.get("modules_to_save") and config.num_labels > 1 and _are_numbers(config.id2label)
+    ]
+    return tuple(
+        f"{name!r} names no classes, so they are LABEL_0, LABEL_1 …: PEFT saves no names. "
+        "model.config.save_pretrained(ADAPTER) beside the adapter does, before the export."
+        for name in unnamed
+    )
+
+
+def _are_numbers(labels: Mapping[int, str]) -> bool:
+    return all(label == f"LABEL_{index}" for index, label in labels.items())
+
+
 def merged_config(folders: Sequence[AdapterFolder], configs: Sequence):
     sizes = {folder.name: config.num_labels for folder, config in zip(folders, configs, strict=True)}
     with_heads = [

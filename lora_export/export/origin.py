@@ -52,7 +52,7 @@ def _from_the_config(error: LoraExportError, folder: AdapterFolder) -> LoraExpor
         where=f"{folder.path / CONFIG}: base_model_name_or_path = {folder.base!r}",
         expected=error.expected,
         found=error.found,
-        next_step="name the base as the first argument: lora-export merge BASE ADAPTER…",
+        next_step="name the base as the first argument: lora-export COMMAND BASE ADAPTER…",
     )
 
 

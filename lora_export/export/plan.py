@@ -22,7 +22,7 @@ from lora_export.base.weightless import build_weightless
 from lora_export.carried import Carried, plan_added, plan_carried
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.export.given_files import GivenGraph, locate_graph
-from lora_export.export.model_configs import configs_for, merged_config, vocabulary_of
+from lora_export.export.model_configs import configs_for, merged_config, remarks_on_labels, vocabulary_of
 from lora_export.export.origin import another_base, locate_base, quantized_training, remark_on, remark_on_training
 from lora_export.export.padding import choose_padding, reads_last_token, with_padding
 from lora_export.export.pooling import choose_head, task_for
@@ -174,6 +174,7 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     if request.mode == "merge" and adapter_configs:
         config = merged_config(folders, adapter_configs)
     remarks += carried.remarks
+    remarks += remarks_on_labels(folders, adapter_configs, task)
     others = {f.name: other for f in folders if (other := another_base(f, checkpoint.located)) is not None}
     remarks += tuple(remark_on(name, other, checkpoint.located.given) for name, other in others.items())
     remarks += _remarks_on_training(folders, checkpoint)

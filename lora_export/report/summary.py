@@ -134,7 +134,7 @@ def bench_findings(report: BenchReport) -> tuple[Finding, ...]:
 def swap_sentence(report: BenchReport) -> str:
     """What changing the adapter costs; says so if it was not measured."""
     if not report.swaps:
-        return "Changing the adapter was not measured."
+        return "Changing the adapter was not measured: that takes a dynamic export of two."
     parts = [
         f"{fmt.microseconds(swap.median_us)} to one {SWAP_NAMES[swap.name]} "
         f"(median over {fmt.counted(len(swap.samples_us), 'swap')})"

@@ -92,10 +92,14 @@ def test_wrong_arguments_are_a_usage_error(arguments):
 def test_arguments_that_contradict_each_other(adapters, bases, exports, tmp_path):
     base, out = bases["bert"], tmp_path / "out"
     assert "Nothing to serve: no adapter and no --targets" in fails(2, "dynamic", base, "-o", out)
+    text = fails(3, "dynamic", tmp_path / "topcs", "-o", out)
+    assert "The base or adapter is not a folder" in text and "nothing at this path" in text
     text = fails(2, "merge", base, adapters["topic"], "-o", out, "--name", "a", "--name", "b")
     assert "More --name than adapters" in text and "2 names for 1 adapters" in text
     text = fails(2, "dynamic", base, adapters["topic"], adapters["topic"], "-o", out)
     assert "Two adapters have the same name" in text and "--name" in text
+    text = fails(2, "run", exports["bert-dynamic"], "hi")
+    assert "The base has no head of its own" in text and "name one with --adapter: topic, kind" in text
     assert "is no number" in fails(2, "run", exports["bert-dynamic"], "hi", "--adapter", "topic=much")
     assert "The export has no adapter 'nobody'" in fails(2, "run", exports["bert-dynamic"], "hi", "--adapter", "nobody")
     text = fails(2, "run", exports["bert-merged"], "hi", "--adapter", "kind")
@@ -108,7 +112,7 @@ def test_arguments_that_contradict_each_other(adapters, bases, exports, tmp_path
 def test_inputs_that_are_refused(adapters, bases, exports, own, tmp_path):
     out = tmp_path / "out"
     cases = {
-        "The base is not a folder": ["merge", tmp_path / "nowhere", "-o", out],
+        "The base or adapter is not a folder": ["merge", tmp_path / "nowhere", "-o", out],
         "config.json is missing": ["merge", tmp_path, "-o", out],
         "The adapter is not a folder": ["merge", bases["bert"], tmp_path / "nowhere", "-o", out],
         "The folder holds no PEFT adapter": ["merge", bases["bert"], bases["llama"], "-o", out],
@@ -472,6 +476,16 @@ def test_the_installed_command_prints_errors_on_stderr_and_results_on_stdout(ada
     assert done.returncode == 0 and done.stdout.startswith("adapter topic") and done.stderr == ""
     done = subprocess.run([SCRIPT, "inspect", tmp_path], capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 3 and done.stdout == "" and done.stderr.startswith("error: The folder is neither")
+
+
+def test_without_click_the_command_says_what_it_needs(monkeypatch, capsys):
+    from lora_export.cli import entry
+
+    monkeypatch.setattr(entry.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 4 and "pip install click" in said and "from lora_export import AdapterSession" in said
 
 
 def piped_to_nobody(*arguments: object, both: bool = False) -> tuple[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from references import decoder_feeds, error, inputs_for, outputs_of, real, rms_e
 
 from lora_export.artifact import read_manifest, sha256_of
 from lora_export.errors import EnvironmentUnusable, InputRefused, UsageProblem
-from lora_export.export.plan import Request
+from lora_export.export.plan import Request, make_plan
 from lora_export.integrity.sources import SourceOverrides
 from lora_export.pipeline import ExportOptions, add_adapter, export
 from lora_export.runtime.adapter_session import AdapterSession
@@ -195,11 +196,9 @@ def test_an_existing_folder_is_not_touched(exports, bases, adapters, tmp_path):
     out = tmp_path / "notes"
     out.mkdir()
     (out / "diary.txt").write_text("dear diary")
-    with pytest.raises(InputRefused, match="The output folder exists") as refused:
-        export_to(out, spec, bases, adapters)
-    assert "--overwrite" in str(refused.value)
-    with pytest.raises(InputRefused, match="is no export; it is not replaced, even with --overwrite"):
-        export_to(out, spec, bases, adapters, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(InputRefused, match="is no export; it is not replaced, even with --overwrite"):
+            export_to(out, spec, bases, adapters, overwrite=overwrite)
     assert (out / "diary.txt").read_text() == "dear diary"
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
@@ -210,6 +209,18 @@ def test_a_file_in_the_way_is_refused(bases, adapters, tmp_path):
         with pytest.raises(InputRefused, match="The output folder"):
             export_to(tmp_path / "out", EXPORTS["classifier-merged"], bases, adapters, overwrite=overwrite)
     assert (tmp_path / "out").read_text() == "a file"
+
+
+def test_classes_without_names_are_told(bases, adapters, tmp_path):
+    named = tmp_path / "named"
+    shutil.copytree(adapters["topic"], named)
+    unnamed = tmp_path / "unnamed"
+    shutil.copytree(adapters["topic"], unnamed, ignore=shutil.ignore_patterns("config.json"))
+    labels = {index: f"subject {index}" for index in range(3)}
+    (named / "config.json").write_text(json.dumps({"id2label": labels}))
+    plan = make_plan(Request(str(bases["bert"]), ((str(named), None), (str(unnamed), None)), "dynamic"))
+    said = [remark for remark in plan.remarks if "names no classes" in remark]
+    assert len(said) == 1 and said[0].startswith("'unnamed'") and "model.config.save_pretrained(ADAPTER)" in said[0]
 
 
 def test_overwrite_replaces_an_earlier_export_whole(exports, own, bases, adapters):
