@@ -272,7 +272,7 @@ def _ended_by_signals() -> Iterator[None]:
         raise raised[-1]
 
     # A shell starts what is in its background with SIGINT ignored; so it stays.
-    numbers = [signal.SIGTERM, *([signal.SIGINT] * (signal.getsignal(signal.SIGINT) is signal.default_int_handler))]
+    numbers = [signal.SIGTERM, *([signal.SIGINT] * callable(signal.getsignal(signal.SIGINT)))]
     before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -36,3 +38,16 @@ def test_what_a_library_makes_of_a_signal_is_no_refusal(number, code, tmp_path, 
             raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from error
     assert ended.value.code == code and "error:" not in capsys.readouterr().err
     assert signal.getsignal(number) == before
+
+
+def test_ctrl_c_before_a_command_begins_is_no_failed_gate():
+    code = """
+import os, signal, sys, types
+import click
+room = sys.modules["lora_export.cli.main"] = types.ModuleType("lora_export.cli.main")
+room.main = click.command()(lambda: os.kill(os.getpid(), signal.SIGINT))
+from lora_export.cli.entry import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")
