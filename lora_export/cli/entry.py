@@ -14,7 +14,7 @@ def main() -> None:
     """Run the command line; exit 4 where Click is not installed, and 130 where Ctrl-C comes before a command begins."""
     if (
         signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # a shell ignores it for what is in its background
+    ):  # else ignored: in a background
         signal.signal(signal.SIGINT, _end)
     if importlib.util.find_spec("click") is None:
         print(
