@@ -12,9 +12,7 @@ from lora_export.errors import EnvironmentUnusable
 
 def main() -> None:
     """Run the command line; exit 4 where Click is not installed, and 130 where Ctrl-C comes before a command begins."""
-    if (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # else ignored: in a background
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored: in a background
         signal.signal(signal.SIGINT, _end)
     if importlib.util.find_spec("click") is None:
         print(
