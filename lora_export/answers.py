@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-
-from lora_export.contract import AdapterInput
 
 _MOST_ANSWER_TOKENS = 30
 _MOST_WORDS = 5
 # A configuration's `problem_type`.
 REGRESSION, MULTI_LABEL = "regression", "multi_label_classification"
-
-
-def base_answers(adapter_inputs: Iterable[AdapterInput]) -> bool:
-    """Whether a base with these inputs answers by itself: an encoder without a head is no classifier."""
-    return all(entry.base_has_default for entry in adapter_inputs)
 
 
 def class_answer(logits: np.ndarray, labels: Mapping[int, str], problem_type: str | None = None) -> dict:

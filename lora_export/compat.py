@@ -2,8 +2,7 @@
 
 The rest of the package takes them from here by name, so a library that moves one is met in one place: by a slower way
 where there is one, else by an error that names versions. Attributes of a library's own objects (a model's class, its
-config) are used where they are needed, and listed here. Tests walk the table, and hold that nothing private is imported
-anywhere else.
+config) are used where they are needed, and listed here. Tests walk the table; nothing else that is private is imported.
 """
 
 from __future__ import annotations
@@ -171,6 +170,10 @@ BORROWED = (
         "the same for the others", Without.REFUSED,
     ),
     Borrowed(
+        "transformers.integrations.ggml:GGUF_CONFIG_MAPPING", "transformers", "5.23",
+        "which keys of a GGUF file are read into a config", Without.REFUSED,
+    ),
+    Borrowed(
         "transformers.modeling_gguf_pytorch_utils:get_gguf_hf_weights_map", "transformers", "5.23",
         "which parameters a GGUF file's tensors are", Without.REFUSED,
     ),
@@ -245,11 +248,8 @@ def borrow_if_there(name: str) -> object | None:
 def replaced(name: str, replacement: object) -> Iterator[None]:
     """While open, `replacement` stands in the module or class of the symbol `name`, which is there."""
     original = borrow(name)
-    owner, attribute = next(
-        (each, own)
-        for each, own in map(_owner_of, _BY_NAME[name].place.split("|"))
-        if getattr(each, own, None) is original
-    )
+    places = map(_owner_of, _BY_NAME[name].place.split("|"))
+    owner, attribute = next((each, own) for each, own in places if getattr(each, own, None) is original)
     setattr(owner, attribute, replacement)
     try:
         yield

@@ -9,7 +9,7 @@ Standard library only: a host without torch, onnx or PEFT reads it too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
@@ -281,3 +281,9 @@ class GraphContract:
             tuple(map(spec, fields.get("optional_inputs", ()))),
             fields.get("adapter_inputs_required", False),
         )
+
+
+def has_own_head(adapter_inputs: Iterable[AdapterInput]) -> bool:
+    """Whether a base with these inputs answers by itself. An encoder's checkpoint has no classifier to do so with; that
+    a module has no bias of its own is no lack."""
+    return all(entry.base_has_default for entry in adapter_inputs if entry.kind is AdapterInputKind.WEIGHT)

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from lora_export.artifact import Manifest, versions
-from lora_export.contract import graph_file
+from lora_export.contract import SINGLE, graph_file
 from lora_export.runtime.session import device_name
 from lora_export.verdict import Environment, Subject
 
@@ -35,13 +35,14 @@ def environment(provider: str, reason: str, settings: dict[str, str]) -> Environ
 
 
 # Of the weights' bytes: the export's session (1 ×), one that shows what is inside (1 ×, and once more while it packs
-# them), the reference at its dtype (1 ×), and that at a wider one (2 ×, but at float32 both have the same weights).
+# them), the reference at its dtype (1 ×), and that at a wider one (2 ×). At float32 both have the same weights, but for
+# T5, an encoder-decoder, which casts to the dtype of its weights.
 _MEMORY, _MEMORY_OF_A_PRECISE_REFERENCE = 4, 2
 
 
 def memory_of_references(manifest: Manifest, folder: Path, *, precisely: bool) -> int:
     """Bytes that a check's session and references need, `precisely` with one at a wider dtype."""
-    shares_weights = manifest.dtype == "float32" and manifest.quantization is None
+    shares_weights = manifest.dtype == "float32" and manifest.quantization is None and SINGLE in manifest.graphs
     copies = _MEMORY_OF_A_PRECISE_REFERENCE if precisely and not shares_weights else 0
     return manifest.weights_bytes(folder) * (_MEMORY + copies)
 

@@ -23,8 +23,8 @@ from lora_export.errors import EnvironmentUnusable
 
 # How the name of a temporary folder of this tool begins.
 OWN_FOLDER = ".lora-export-"
-# Folders that this process builds in, for `remove_own`.
-_own: set[Path] = set()
+# Folders that a process builds in, with its number, for `remove_own`.
+_own: set[tuple[Path, int]] = set()
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _NOT_KNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
@@ -129,13 +129,13 @@ def alone_in(folder: Path, out: Path) -> Iterator[Path]:
         if _is_at(handle, folder):
             break
         _close(handle)
-    _own.add(folder)
+    _own.add((folder, os.getpid()))
     try:
         for left in folder.iterdir():
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield folder
     finally:
-        _own.discard(folder)
+        _own.discard((folder, os.getpid()))
         if handle is None or _is_at(handle, folder):  # and not another's, begun since this one was put in its place
             remove(folder)
         _close(handle)
@@ -158,11 +158,11 @@ def own_folder(parent: Path, prefix: str) -> Iterator[Path]:
         if handle is None or (_lock(handle, wait=False) and _is_at(handle, folder)):
             break
         _close(handle)
-    _own.add(folder)
+    _own.add((folder, os.getpid()))
     try:
         yield folder
     finally:
-        _own.discard(folder)
+        _own.discard((folder, os.getpid()))
         remove(folder)
         _close(handle)
 
@@ -182,8 +182,9 @@ def workplace() -> Path:
 
 def remove_own() -> None:
     """Remove what this process is building, where it can only end."""
-    for folder in tuple(_own):
-        remove(folder)
+    for folder, process in tuple(_own):
+        if process == os.getpid():  # and not of the process that this one was forked from
+            remove(folder)
 
 
 def remove(folder: Path) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 
 from lora_export.answers import (
     answer_span,
-    base_answers,
     class_answer,
     class_shares,
     ctc_tokens,
@@ -23,6 +22,7 @@ from lora_export.check.inputs.audio import read_features, read_samples
 from lora_export.check.inputs.batcher import Batcher
 from lora_export.check.inputs.examples import Batch, Example
 from lora_export.check.inputs.tokenizers import load_tokenizer
+from lora_export.contract import has_own_head
 from lora_export.errors import InputRefused, UsageProblem, some_of
 from lora_export.reading import CONFIG, model_settings, read_json
 from lora_export.runtime.adapter_session import AdapterSession
@@ -59,7 +59,7 @@ def run_trial(
     adapters = blend or None
     place = _preprocessing_of(manifest, folder, blend)
     head = {"task": manifest.task, "adapter": dict(blend), "provider": session.provider, "inputs": list(inputs)}
-    if not blend and not base_answers(manifest.adapter_inputs):
+    if not blend and not has_own_head(manifest.adapter_inputs):
         names = some_of([each.name for each in manifest.adapters], 8)
         what = "The base has no head of its own, so it answers with an adapter only"
         raise UsageProblem(what, next_step=f"name one with --adapter: {names}")

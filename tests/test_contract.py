@@ -24,6 +24,7 @@ from lora_export.contract import (
     KindSpec,
     SiteChoice,
     StoredDefault,
+    has_own_head,
     spec_of,
 )
 from lora_export.errors import InputRefused
@@ -249,3 +250,9 @@ def test_the_parameters_that_inputs_take_the_place_of():
     choice = SiteChoice(lora_modules=("q",), replaced_modules=("head",), bias_modules=("q", "norm"))
     assert choice.parameters == {"head.weight", "head.bias", "q.bias", "norm.bias"}
     assert SiteChoice(lora_modules=("q",), embedding_modules=("e",)).parameters == frozenset()
+
+
+@pytest.mark.parametrize(("kind", "answers"), [(AdapterInputKind.WEIGHT, False), (AdapterInputKind.BIAS, True)])
+def test_a_base_lacks_a_head_and_not_a_bias(kind, answers):
+    lacks = AdapterInput("m.x", "m", kind, "float32", ("out_features",), base_has_default=False)
+    assert has_own_head([lacks]) is answers

@@ -6,8 +6,9 @@ Config and tokenizer are those that Transformers makes of the file. The folder h
 of its tensors each parameter is; it lasts as long as this process.
 
 Taken are the architectures below, whose weights tests compare with `from_pretrained`, and of these only files of which
-Transformers leaves nothing out: it drops tensors that it has no place for (`rope_freqs` of Llama 3.1) and the scaling
-of positions in silence.
+Transformers leaves nothing out. It drops in silence tensors that it has no place for (`rope_freqs` of Llama 3.1), the
+scaling of positions, the base of StarCoder2's, and sliding windows; so each key must be one that it reads, or say what
+the config has anyway.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ from lora_export.folders import workplace
 from lora_export.quiet import quiet
 from lora_export.reading import read_json
 
+# Keys that Transformers' map has not, which must say what the config has anyway: sizes of a head, factors, lengths.
+_HEAD_SIZES = ("attention.key_length", "attention.value_length")
+_SCALES = ("rope.scale_linear", "rope.scaling.factor", "rope.scaling.attn_factor")
+_LENGTHS = ("attention.sliding_window", "rope.scaling.original_context_length")
+# Whatever it is called: a link in the hub's cache, or a copy, is the same base.
+_FILE = "model.gguf"
 ARCHITECTURES = ("llama", "phi3", "qwen2", "qwen3", "starcoder2")
 
 
@@ -115,17 +122,18 @@ def _folder(file: Path, version: tuple[int, int]) -> Path:
         config = AutoConfig.for_model(**raw)
         if "tokenizer.ggml.model" in reader.fields:
             AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    _require_read(file, reader, config)
     model = build_weightless(Task.TEXT_GENERATION, config, "float32", most_parameters=4 * len(reader.tensors) + 256)
     fields = json.loads(config.to_json_string()) | {"architectures": [type(model).__name__], "dtype": "float32"}
     refuse_unsafe_or_unknown(fields, folder)
     kinds = sorted({tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1})
     known = {
-        "file": file.name,
+        "file": _FILE,
         "described": f"GGUF ({', '.join(kinds)})",
         "config": raw,
         "tensors": _placed(file, reader, model, config=raw),
     }
-    (folder / file.name).symlink_to(file)
+    (folder / _FILE).symlink_to(file)
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
     (folder / GGUF_NAMES).write_text(json.dumps(known), encoding="utf-8")
     return folder
@@ -162,6 +170,35 @@ def _require_taken(file: Path, reader: object) -> None:
             found=", ".join(found),
             next_step="name the checkpoint that the file was made from",
         )
+
+
+def _require_read(file: Path, reader: object, config: object) -> None:
+    """Refuse what the file says of the model and Transformers does not read, unless it says what the config has."""
+    architecture = _text(reader, "general.architecture")
+    read = {key for key, name in borrow("GGUF_CONFIG_MAPPING")[architecture].items() if name is not None}
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    theta, longest = config.rope_parameters["rope_theta"], config.max_position_embeddings
+    holds = {
+        "rope.freq_base": lambda value: value == theta,
+        **dict.fromkeys(("rope.dimension_count", *_HEAD_SIZES), lambda value: value == head),
+        **dict.fromkeys(_SCALES, lambda value: value == 1),
+        "rope.scaling.type": lambda value: value == "none",
+        **dict.fromkeys(_LENGTHS, lambda value: value >= longest),
+        **dict.fromkeys(("expert_count", "expert_used_count", "pooling_type"), lambda value: value == 0),
+        "attention.causal": bool,
+        "vocab_size": lambda value: value == config.vocab_size,
+    }
+    for name, entry in reader.fields.items():
+        key, value = name.removeprefix(f"{architecture}."), entry.contents()
+        if key == name or (key in read and key != "rope.freq_base"):
+            continue
+        if key not in holds or not holds[key](value):
+            raise InputRefused(
+                "The GGUF file says something of its model that Transformers leaves out",
+                where=str(file),
+                found=f"{name} = {value}",
+                next_step="name the checkpoint that the file was made from",
+            )
 
 
 def _processor(reader: object, config: Mapping[str, object]) -> object:

@@ -43,7 +43,7 @@ from lora_export.check.locate.probe import Probe
 from lora_export.check.locate.probes import with_feeds, worst_probes
 from lora_export.check.locate.where import Where
 from lora_export.check.results import CheckReport
-from lora_export.contract import AdapterInputKind
+from lora_export.contract import AdapterInputKind, has_own_head
 from lora_export.environment import environment, lack_of_memory, memory_of_references, subject
 from lora_export.errors import UsageProblem
 from lora_export.runtime.arrays import run_arrays
@@ -219,13 +219,12 @@ def _dynamic_cases(check: Check, progress: Progress) -> None:
     examination, context = check.examination, check.examination.context
     alone: dict[str | None, Outputs] = {}
     records = context.session.manifest.adapters
-    inputs = context.session.manifest.adapter_inputs
-    has_own_head = all(entry.base_has_default for entry in inputs if entry.kind is AdapterInputKind.WEIGHT)
+    base_answers = has_own_head(context.session.manifest.adapter_inputs)
     for done, record in enumerate(records):
         progress(f"checking {record.name}", done, len(records) + 1)
-        alone[record.name] = _adapter_cases(check, record, with_body=not has_own_head and done == 0)
+        alone[record.name] = _adapter_cases(check, record, with_body=not base_answers and done == 0)
     progress("checking the base and mixed rows", len(records), len(records) + 1)
-    if has_own_head:
+    if base_answers:
         base = Examined("base", None, context.reference([], None))
         expected = examination.judge_alone(base, context.own[None])
         deployed_case(examination, base, context.own[None])

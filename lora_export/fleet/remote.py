@@ -42,6 +42,7 @@ class Mirror:
     Attributes:
         system, root: fsspec's file system and the path in it.
         known: sha256 by name of what the address surely has.
+        earlier: Names of what a fleet had there before.
         is_whole: Whether the address has one fleet, and no part of another.
         run: What the lock has of this run.
     """
@@ -52,27 +53,37 @@ class Mirror:
     root: str
     progress: Progress
     known: dict[str, str] = field(default_factory=dict)
+    earlier: set[str] = field(default_factory=set)
     is_whole: bool = True
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def at(self, name: str) -> str:
         return f"{self.root}/{name}"
 
-    def fetch(self) -> None:
+    def fetch(self, *, was_left: bool) -> None:
         """Make the folder what the address has.
+
+        Args:
+            was_left: Whether a run that was killed left its lock.
 
         Raises:
             InputRefused: It has something that is no fleet.
         """
         there = self._there() - {_LOCK}
         if there and not {MANIFEST, *RECORDS} <= there:
+            self.is_whole = not was_left
             raise InputRefused(
-                "The output's address holds something that is no fleet",
+                "The output's address holds part of a fleet, whose first upload was cut off"
+                if was_left
+                else "The output's address holds something that is no fleet",
                 where=self.address,
                 expected="what `lora-export fleet` made there, or nothing",
-                next_step="name another address with -o",
+                next_step="remove what is there, or name another address with -o"
+                if was_left
+                else "name another address with -o",
             )
         files = self._files_there() if there else {}
+        self.earlier |= files.keys()
         if not files:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
@@ -80,13 +91,21 @@ class Mirror:
         for done, name in enumerate(names):
             self.progress("fetching", done, len(names))
             place = self.folder / name
-            if name not in files or not place.is_file() or sha256_of(place) != files[name]:
+            if name in there and (name not in files or not place.is_file() or sha256_of(place) != files[name]):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 self.system.get_file(self.at(name), str(place))
-        self.known = files
+        self._remove_but({*names})
+        self.known = {name: digest for name, digest in files.items() if name in there}
         if not verify(self.folder).passed:
             self.known = {}
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _remove_but(self, names: set[str]) -> None:
+        """Remove what the folder has and the address has not; reports are not fetched."""
+        for path in self.folder.rglob("*"):
+            name = path.relative_to(self.folder).as_posix()
+            if path.is_file() and name not in names and not name.startswith(f"{REPORTS}/"):
+                path.unlink()
 
     def _there(self) -> set[str]:
         return {path.removeprefix(f"{self.root}/") for path in map(str, self.system.find(self.root))}
@@ -108,6 +127,8 @@ class Mirror:
             EnvironmentUnusable: The store refuses.
         """
         with _store_errors_told(self.address):
+            if not self.is_mine():
+                _refuse_second(self, json_of(self.system.cat_file(self.at(_LOCK))))
             self._upload()
         return {key: f"{self.address}/{path.relative_to(self.folder).as_posix()}" for key, path in files.items()}
 
@@ -123,10 +144,18 @@ class Mirror:
             self.progress("uploading", done, len(names))
             self.system.makedirs(self.at(name).rpartition("/")[0], exist_ok=True)
             self.system.put_file(str(self.folder / name), self.at(name))
-        for name in self._there() - {*files, *names, _LOCK}:
-            if not name.startswith(f"{REPORTS}/"):
-                self.system.rm_file(self.at(name))
+        for name in (self.earlier - files.keys()) & self._there():
+            self.system.rm_file(self.at(name))
         self.is_whole = True
+
+    @property
+    def lock(self) -> dict[str, object]:
+        """What the lock of this run says."""
+        return {"host": _host(), "process": os.getpid(), "run": self.run}
+
+    def is_mine(self) -> bool:
+        """Whether the lock is still of this run."""
+        return json_of(self.system.cat_file(self.at(_LOCK))) == self.lock
 
 
 @dataclass(frozen=True)
@@ -162,14 +191,17 @@ def mirrored(address: str, cache: Path, progress: Progress) -> Iterator[Mirror]:
         was_left = _lock(mirror)
     try:
         with _store_errors_told(address):
-            if not (was_left and (folder / MANIFEST).is_file() and verify(folder).passed):
-                mirror.fetch()
+            if was_left and (folder / MANIFEST).is_file() and verify(folder).passed:
+                mirror.earlier |= read_manifest(folder).files.keys()
+            else:
+                mirror.fetch(was_left=was_left)
         yield mirror
     finally:
         _runs.discard(mirror.run)
         if mirror.is_whole:  # else the next run takes the lock over, and uploads all anew
             with contextlib.suppress(Exception):
-                system.rm_file(mirror.at(_LOCK))
+                if mirror.is_mine():
+                    system.rm_file(mirror.at(_LOCK))
 
 
 def _lock(mirror: Mirror) -> bool:
@@ -182,15 +214,26 @@ def _lock(mirror: Mirror) -> bool:
     was_left = mirror.system.exists(place)
     if was_left:
         holder = json_of(mirror.system.cat_file(place))
-        if holder.get("host") != socket.gethostname() or _is_at_work(holder):
+        if holder.get("host") != _host() or _is_at_work(holder):
             _refuse_second(mirror, holder)
-    mine = {"host": socket.gethostname(), "process": os.getpid(), "run": mirror.run}
+    mine = mirror.lock
     mirror.system.makedirs(mirror.root, exist_ok=True)
     mirror.system.pipe_file(place, json.dumps(mine).encode())
     if (holder := json_of(mirror.system.cat_file(place))) != mine:
         _refuse_second(mirror, holder)
     _runs.add(mirror.run)
     return was_left
+
+
+def _host() -> str:
+    """This machine, since it started, and the space that process numbers are of: containers may share a name."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts += [
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            str(Path("/proc/self/ns/pid").readlink()),
+        ]
+    return " ".join(parts)
 
 
 def _refuse_second(mirror: Mirror, holder: Mapping) -> None:

@@ -11,9 +11,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from lora_export.answers import base_answers
 from lora_export.artifact import MANIFEST, AdapterRecord, Manifest, read_manifest
-from lora_export.contract import SINGLE
+from lora_export.contract import SINGLE, has_own_head
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.reading import model_settings
 from lora_export.runtime.adapter_session import AdapterSession
@@ -137,7 +136,7 @@ class Models:
         _require_free_base(self.base, [record.name for record in served])
         adapters = {record.name: self._served(record, folder, record.files[SINGLE]) for record in served}
         self.config = model_settings(folder)
-        has_base = base_answers(manifest.adapter_inputs)
+        has_base = has_own_head(manifest.adapter_inputs)
         labels = _labels_of(manifest, self.config)
         self.view = View(self.session.snapshot(), self.base, labels, has_base, MappingProxyType(adapters))
         for place in {folder, *(each.place for each in adapters.values())}:

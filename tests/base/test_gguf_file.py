@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -35,14 +36,15 @@ TOKENS = [*bytes_to_unicode().values(), "ab", *(f"<{number}>" for number in rang
 
 
 def write_gguf(
-    file: Path, architecture: str, *, extra: str = "", kind: str = "model", is_tied: bool = False, scaling: str = ""
-) -> Path:
+    file: Path, architecture: str, *, extra: str = "", kind: str = "model", is_tied: bool = False,
+    says: Mapping[str, int | float | str] | None = None,
+) -> Path:  # fmt: skip
     """A tiny model with random weights: matrices in Q8_0, the rest in float32.
 
     Args:
         extra: A tensor that no model has.
         kind: `general.type`.
-        scaling: Of positions.
+        says: More keys of the architecture.
     """
     # Transformers takes its own number where the file's is not among those that it reads.
     sizes = SIZES | ({"head_dim": 128} if architecture == "qwen3" else {})
@@ -52,8 +54,9 @@ def write_gguf(
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_string("general.name", "tiny")
     writer.add_string("general.type", kind)
-    if scaling:
-        writer.add_string(f"{architecture}.rope.scaling.type", scaling)
+    adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, bool: writer.add_bool}
+    for key, value in (says or {}).items():
+        adders[type(value)](f"{architecture}.{key}", value)
     for key, name in GGUF_CONFIG_MAPPING[architecture].items():
         value = SIZES.get(name)
         if isinstance(value, int):
@@ -134,9 +137,12 @@ def test_an_adapter_is_put_onto_a_gguf_file_and_found_again(tmp_path):
     for name in ("model.onnx", "model.onnx.data", "tokenizer.json", "genai_config.json"):
         assert (tmp_path / "of-file" / name).read_bytes() == (tmp_path / "of-folder" / name).read_bytes(), name
     record = read_manifest(tmp_path / "of-file").base
-    assert record.given == str(file) and record.files == {"m.gguf": sha256_of(file)}
+    assert record.given == str(file) and record.files == {"model.gguf": sha256_of(file)}
     report = check(tmp_path / "of-file", SourceOverrides(), CheckOptions(provider="cpu", n_rows=4))[0]
     assert report.verdict is Verdict.PASS and any("GGUF (Q8_0)" in sentence for sentence in report.skipped)
+    (tmp_path / "copy.gguf").write_bytes(file.read_bytes())
+    elsewhere = SourceOverrides(str(tmp_path / "copy.gguf"))
+    assert check(tmp_path / "of-file", elsewhere, CheckOptions(provider="cpu", n_rows=1))[0].verdict is Verdict.PASS
     file.write_bytes(file.read_bytes() + b"more")
     with pytest.raises(InputRefused, match="This base is not the one that was exported"):
         check(tmp_path / "of-file", SourceOverrides(), CheckOptions(provider="cpu", n_rows=4))
@@ -147,13 +153,43 @@ def test_an_adapter_is_put_onto_a_gguf_file_and_found_again(tmp_path):
 @pytest.mark.parametrize(
     ("how", "found"),
     [({"kind": "adapter"}, "adapter of llama"), ({"extra": "rope_freqs.weight"}, "no place for rope_freqs.weight"),
-     ({"scaling": "linear"}, "rope.scaling.type linear")],
+     ({"says": {"rope.scaling.type": "linear"}}, "rope.scaling.type linear")],
 )  # fmt: skip
 def test_what_transformers_would_leave_out_is_refused(how, found, tmp_path):
     file = write_gguf(tmp_path / "m.gguf", "llama", **how)
     with pytest.raises(InputRefused) as refused:
         locate(str(file), kind="base")
     assert found in refused.value.found and "the checkpoint that the file was made from" in refused.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("architecture", "says"),
+    [("starcoder2", {"rope.freq_base": 999_999.0}), ("phi3", {"attention.sliding_window": 47}),
+     ("llama", {"rope.scale_linear": 4.0}), ("llama", {"rope.scaling.factor": 4.0}),
+     ("phi3", {"rope.dimension_count": 12}), ("llama", {"attention.key_length": 32}), ("llama", {"expert_count": 8}),
+     ("qwen2", {"logit_scale": 2.0}), ("qwen2", {"pooling_type": 3})],
+)  # fmt: skip
+def test_keys_that_transformers_does_not_read_are_refused_where_they_matter(architecture, says, tmp_path):
+    file = write_gguf(tmp_path / "m.gguf", architecture, says=says)
+    with pytest.raises(InputRefused, match="says something of its model that Transformers leaves out") as refused:
+        locate(str(file), kind="base")
+    ((key, value),) = says.items()
+    assert refused.value.found == f"{architecture}.{key} = {value}"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "says", "theta"),
+    [("starcoder2", {"rope.freq_base": 10_000.0, "rope.dimension_count": 16}, 10_000),
+     ("qwen2", {"rope.freq_base": 999_999.0}, 999_999),
+     ("phi3", {"rope.dimension_count": 16, "attention.sliding_window": 2047, "rope.scaling.original_context_length": 64,
+               "rope.scaling.factor": 1.0}, 10_000),
+     ("llama", {"attention.key_length": 16, "attention.value_length": 16, "attention.causal": True,
+                "expert_count": 0}, 10_000)],
+)  # fmt: skip
+def test_keys_that_say_what_the_config_has_are_taken(architecture, says, theta, tmp_path):
+    file = write_gguf(tmp_path / "m.gguf", architecture, says=says)
+    config = Checkpoint.open(locate(str(file), kind="base")).load_config()
+    assert config.rope_parameters["rope_theta"] == theta
 
 
 def test_another_architecture_a_damaged_file_and_a_missing_package_are_refused(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import fsspec
 import pytest
 from command_line import call, fails
 
-from lora_export.errors import EnvironmentUnusable
+from lora_export.errors import EnvironmentUnusable, InputRefused
 from lora_export.fleet import remote
 from lora_export.fleet.remote import mirrored
 from lora_export.integrity.verify import verify
@@ -121,16 +122,57 @@ def test_one_fleet_at_a_time(tmp_path):
 def test_the_lock_of_one_that_died_here_is_taken_over_and_another_machines_is_not(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    address = _held_by(ended.pid, socket.gethostname(), tmp_path / "here")
+    address = _held_by(ended.pid, remote._host(), tmp_path / "here")
     with mirrored(address, tmp_path / "cache", silent):
         pass
-    address = _held_by(ended.pid, "elsewhere", tmp_path / "there")
+    for host in ("elsewhere", socket.gethostname()):  # containers may have one name, and processes of their own
+        address = _held_by(ended.pid, host, tmp_path / "there")
+        with (
+            pytest.raises(EnvironmentUnusable, match=r"remove \.fleet\.lock"),
+            mirrored(address, tmp_path / "cache", silent),
+        ):
+            pass
+        assert (tmp_path / "there/.fleet.lock").is_file()
+
+
+def test_a_lock_that_another_took_is_not_removed_and_nothing_is_uploaded(tmp_path):
+    lock = tmp_path / "out/.fleet.lock"
     with (
-        pytest.raises(EnvironmentUnusable, match=r"remove \.fleet\.lock"),
-        mirrored(address, tmp_path / "cache", silent),
+        pytest.raises(EnvironmentUnusable, match="Another fleet is being made at this address"),
+        mirrored(f"file://{tmp_path / 'out'}", tmp_path / "cache", silent) as mirror,
     ):
+        _held_by(1, "elsewhere", tmp_path / "out")
+        mirror.published({})
+    assert [path.name for path in lock.parent.iterdir()] == [lock.name]
+    assert json.loads(lock.read_text())["host"] == "elsewhere"
+
+
+def test_what_is_gone_at_the_address_is_uploaded_again_and_what_is_not_of_the_fleet_stays(store, tmp_path, monkeypatch):
+    _as_if_whole(monkeypatch)
+    with mirrored(ADDRESS, tmp_path, silent) as mirror:
+        _made(mirror.folder, a="1", b="2", **dict.fromkeys(remote.RECORDS, "{}"))
+        mirror.published({})
+    store.rm_file("/store/served/a")
+    store.pipe_file("/store/served/eu/model.onnx", b"another fleet's")
+    with mirrored(ADDRESS, tmp_path, silent) as mirror:
+        assert "a" not in mirror.known and "b" in mirror.known
+        (mirror.folder / "b").unlink()
+        manifest = json.loads((mirror.folder / "lora_export.json").read_text())
+        del manifest["files"]["b"]
+        (mirror.folder / "lora_export.json").write_text(json.dumps(manifest))
+        mirror.published({})
+    files = there(ADDRESS)
+    assert files["a"] == b"1" and "b" not in files and files["eu/model.onnx"] == b"another fleet's"
+
+
+def test_a_first_upload_that_was_cut_off_and_whose_folder_is_gone_says_so(store, tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    lock = {"host": remote._host(), "process": ended.pid, "run": "x"}
+    store.pipe({"/store/served/.fleet.lock": json.dumps(lock).encode(), "/store/served/model.onnx": b"part"})
+    with pytest.raises(InputRefused, match="whose first upload was cut off"), mirrored(ADDRESS, tmp_path, silent):
         pass
-    assert (tmp_path / "there/.fleet.lock").is_file()
+    assert ".fleet.lock" in there(ADDRESS)
 
 
 def test_files_outside_the_folder_are_refused(tmp_path):
@@ -144,14 +186,20 @@ def test_files_outside_the_folder_are_refused(tmp_path):
 def _made(folder: Path, **files: str) -> None:
     """A manifest of `files` in `folder`, as far as an upload reads it."""
     folder.mkdir(parents=True)
-    _put(folder, {"lora_export.json": json.dumps(files), "reports/fleet.json": "{}", **files})
+    hashes = {name: hashlib.sha256(content.encode()).hexdigest() for name, content in files.items()}
+    _put(folder, {"lora_export.json": json.dumps({"files": hashes}), "reports/fleet.json": "{}", **files})
+
+
+def _as_if_whole(monkeypatch) -> None:
+    """Folders of `_made` are exports."""
+    monkeypatch.setattr(
+        remote, "read_manifest", lambda folder: Files(json.loads((folder / "lora_export.json").read_text())["files"])
+    )
+    monkeypatch.setattr(remote, "verify", lambda folder: Passed())
 
 
 def test_an_upload_that_failed_is_made_whole_by_the_next_run(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        remote, "read_manifest", lambda folder: Files(json.loads((folder / "lora_export.json").read_text()))
-    )
-    monkeypatch.setattr(remote, "verify", lambda folder: Passed())
+    _as_if_whole(monkeypatch)
 
     def full(self, here, at, **how):
         raise OSError("no space in the store")
@@ -164,8 +212,7 @@ def test_an_upload_that_failed_is_made_whole_by_the_next_run(store, tmp_path, mo
         with monkeypatch.context() as patch:
             patch.setattr(type(store), "put_file", full)
             mirror.published({})
-    store.pipe_file("/store/served/left", b"of a fleet that was killed")
-    assert set(there(ADDRESS)) == {".fleet.lock", "left"}
+    assert set(there(ADDRESS)) == {".fleet.lock"}
     with mirrored(ADDRESS, tmp_path, silent) as mirror:
         assert mirror.known == {} and (mirror.folder / "a").read_text() == "1"
         assert mirror.published({"json": mirror.folder / "reports/fleet.json"}) == {

@@ -73,6 +73,8 @@ def test_a_manifest_whose_meaning_changed_is_noticed_by_its_hash_of_itself(expor
     for position in (scale, given, digits, len(content) - 2):
         wrong = bytearray(content)
         wrong[position] ^= 1
+        if position == digits:  # a bit of a letter may make it none of a hash
+            wrong[position] = ord("1") if content[position] == ord("0") else ord("0")
         path.write_bytes(wrong)
         if position < len(content) - 2:
             (problem,) = verify(folder).problems

@@ -24,6 +24,7 @@ from lora_export.check.judge.tolerances import INT8, tolerances
 from lora_export.check.judge.weights import WeightErrors, weights_case
 from lora_export.check.reference.on_integers import linear_weight
 from lora_export.check.results import COST
+from lora_export.contract import has_own_head
 from lora_export.runtime.adapter_session import RowAdapter
 
 _AS_DEPLOYED = (
@@ -93,7 +94,7 @@ def cost_cases(examination: Examination, *, merged: AnySession | None = None) ->
         _cost(examination, context.deployed, (record,), adapter=record.name, described="quantized, then adapted")
     if merged is not None:
         _cost(examination, merged, merged.manifest.adapters, adapter=None, described="merged, then quantized")
-    if all(entry.base_has_default for entry in context.session.manifest.adapter_inputs):
+    if has_own_head(context.session.manifest.adapter_inputs):
         _cost(examination, context.deployed, (), adapter=None, described="")
 
 

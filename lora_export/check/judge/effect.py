@@ -66,5 +66,6 @@ def effect_share(
 
 def _effects(*sides: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The effect in the reference and in the export, a block of positions at a time."""
-    for expected, found, without in blocks(*sides):
+    n = len(sides[-1])
+    for expected, found, without in blocks(*(side[:n] for side in sides)):
         yield expected - without, found - without

@@ -209,7 +209,9 @@ def _cost_effect(sides: Sides) -> Figure:
         return None
     found_without = sides.without if sides.found_without is None else sides.found_without
     square = product = 0.0
-    for with_it, without, found, base in blocks(sides.pytorch, sides.without, sides.exported, found_without):
+    n = len(sides.without)
+    four = (sides.pytorch, sides.without, sides.exported, found_without)
+    for with_it, without, found, base in blocks(*(side[:n] for side in four)):
         square += float(np.square(with_it - without).sum())
         product += float(((found - base) * (with_it - without)).sum())
     return (product / square if square else 0.0), sides.limits.cost_effect

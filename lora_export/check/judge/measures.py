@@ -23,12 +23,17 @@ _SURELY_MANY = 64 * ENOUGH
 
 
 def blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    """The positions that all of `arrays` `[positions, …]` have, in float64, a million numbers at a time."""
-    n_positions = min(map(len, arrays))
+    """The positions of `arrays`, each `[positions, …]`, in float64, a million numbers at a time.
+
+    Raises:
+        ValueError: They have different numbers of positions.
+    """
+    n_positions, *others = map(len, arrays)
+    if any(n != n_positions for n in others):
+        raise ValueError(f"arrays of {n_positions} and {others} positions")
     step = max(1, _BLOCK // max(1, math.prod(arrays[0].shape[1:])))
     for start in range(0, n_positions, step):
-        stop = min(start + step, n_positions)
-        yield tuple(array[start:stop].astype(np.float64) for array in arrays)
+        yield tuple(array[start : start + step].astype(np.float64) for array in arrays)
 
 
 def largest(values: np.ndarray) -> float:
