@@ -195,6 +195,15 @@ def remove(folder: Path) -> None:
             return
 
 
+def state_of(file: Path) -> tuple[int, int, int] | None:
+    """What changes with a file's content, or with another file in its place; None where there is no file."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def link(file: Path, place: Path) -> None:
     """`place` as another name of `file`, or as a copy where the file system has no such names."""
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -41,13 +41,12 @@ def _is_mistyped(given: str) -> bool:
     """Whether a letter or two part `given` from what is there: `adapters/topcs`, and no other model of one owner."""
     path = Path(given).expanduser()
     others = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-    digits = [character for character in path.name if character.isdigit()]
-    return any(
-        [character for character in other if character.isdigit()] == digits
-        and difflib.SequenceMatcher(None, path.name, other).ratio() > _MISTYPED
-        and abs(len(other) - len(path.name)) <= 2
-        for other in others
-    )
+    alike = difflib.get_close_matches(path.name, others, n=len(others) or 1, cutoff=_MISTYPED)
+    return any(abs(len(other) - len(path.name)) <= 2 and _digits(other) == _digits(path.name) for other in alike)
+
+
+def _digits(name: str) -> str:
+    return "".join(filter(str.isdigit, name))
 
 
 def refuse_no_folder(given: str, *, kind: str) -> None:

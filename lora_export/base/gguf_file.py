@@ -29,7 +29,7 @@ from lora_export.base.tasks import Task
 from lora_export.base.weightless import build_weightless
 from lora_export.compat import borrow
 from lora_export.errors import EnvironmentUnusable, InputRefused, refused_if_it_fails, some_of
-from lora_export.folders import workplace
+from lora_export.folders import state_of, workplace
 from lora_export.quiet import quiet
 from lora_export.reading import read_json
 
@@ -37,6 +37,7 @@ from lora_export.reading import read_json
 _HEAD_SIZES = ("attention.key_length", "attention.value_length")
 _SCALES = ("rope.scale_linear", "rope.scaling.factor", "rope.scaling.attn_factor")
 _LENGTHS = ("attention.sliding_window", "rope.scaling.original_context_length")
+_NAME_IT = "name the checkpoint that the file was made from"
 # Whatever it is called: a link in the hub's cache, or a copy, is the same base.
 _FILE = "model.gguf"
 ARCHITECTURES = ("llama", "phi3", "qwen2", "qwen3", "starcoder2")
@@ -88,17 +89,11 @@ def gguf_folder(file: Path) -> Path:
         InputRefused: It is no model of the architectures that are taken, or not whole.
         EnvironmentUnusable: The package gguf is not installed.
     """
-    return _folder(file, _version(file))
-
-
-def _version(file: Path) -> tuple[int, int]:
-    """What tells a file from another that was put in its place."""
-    status = file.stat()
-    return status.st_mtime_ns, status.st_size
+    return _folder(file, state_of(file))
 
 
 @functools.cache
-def _folder(file: Path, version: tuple[int, int]) -> Path:
+def _folder(file: Path, state: tuple[int, int, int] | None) -> Path:
     if find_spec("gguf") is None:
         raise EnvironmentUnusable(
             "The package gguf is not installed, by which Transformers reads GGUF files",
@@ -115,7 +110,7 @@ def _folder(file: Path, version: tuple[int, int]) -> Path:
         refused_if_it_fails(
             "Transformers cannot read the config and the tokenizer of the GGUF file",
             where=str(file),
-            next_step="name the checkpoint that the file was made from",
+            next_step=_NAME_IT,
         ),
     ):
         raw, _ = PreTrainedConfig.get_config_dict(file.parent, gguf_file=file.name)
@@ -140,11 +135,11 @@ def _folder(file: Path, version: tuple[int, int]) -> Path:
 
 
 def _reader(file: Path) -> object:
-    return _opened(file, _version(file))
+    return _opened(file, state_of(file))
 
 
 @functools.lru_cache(maxsize=2)
-def _opened(file: Path, version: tuple[int, int]) -> object:
+def _opened(file: Path, state: tuple[int, int, int] | None) -> object:
     from gguf import GGUFReader
 
     with refused_if_it_fails("The file is truncated or not GGUF", where=str(file), next_step="fetch the file again"):
@@ -168,7 +163,7 @@ def _require_taken(file: Path, reader: object) -> None:
             where=str(file),
             expected=f"a model in one file, of {', '.join(ARCHITECTURES)}, without scaled positions",
             found=", ".join(found),
-            next_step="name the checkpoint that the file was made from",
+            next_step=_NAME_IT,
         )
 
 
@@ -197,7 +192,7 @@ def _require_read(file: Path, reader: object, config: object) -> None:
                 "The GGUF file says something of its model that Transformers leaves out",
                 where=str(file),
                 found=f"{name} = {value}",
-                next_step="name the checkpoint that the file was made from",
+                next_step=_NAME_IT,
             )
 
 
@@ -224,5 +219,5 @@ def _refuse(file: Path, found: str, expected: str) -> None:
         where=str(file),
         expected=expected,
         found=found,
-        next_step="name the checkpoint that the file was made from",
+        next_step=_NAME_IT,
     )

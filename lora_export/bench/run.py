@@ -76,9 +76,8 @@ class Bench:
 
     def open(self, name: str) -> Session:
         """A session by name; its operators by provider are kept."""
-        other = self.plan.against
-        if name == AGAINST and other is not None:
-            session = other.open(self.provider)
+        if name == AGAINST:
+            session = self.plan.against.open(self.provider)
         else:
             session = open_export(self.folders[name], self.provider, stop_spinning=True)
         self.operators[name] = placements(name, session)
@@ -206,9 +205,8 @@ def measure_memory(
 def _memory_job(
     plan: BenchPlan, folders: Mapping[str, Path], session: str, *, provider: str, runs: Sequence
 ) -> MemoryJob:
-    other = plan.against
-    if session == AGAINST and other is not None:
-        return other.memory_job(provider, plan.vocabulary, runs)
+    if session == AGAINST:
+        return plan.against.memory_job(provider, plan.vocabulary, runs)
     return MemoryJob(str(folders[session]), provider, plan.vocabulary, runs)
 
 

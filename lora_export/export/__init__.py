@@ -25,6 +25,6 @@
     genai.py       genai_config.json
     describe.py    inspect and --dry-run, as values
 
-Imports adapters, agreement, artifact, base, carried, changing, compat, contract, errors, graph, integrity,
+Imports adapters, agreement, artifact, base, carried, changing, compat, contract, errors, folders, graph, integrity,
 other_tools, quantization, quiet, reading, runtime, sentence, staging.
 """

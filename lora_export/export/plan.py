@@ -158,11 +158,7 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
             config, remarks = with_padding(config, pad_token_id), remarks + said
         adapter_configs = configs_for(config, task, folders, model=model)
     if request.pad_token_id is not None and pad_token_id is None:
-        raise UsageProblem(
-            "--pad-token-id is for classifiers on decoders, which read a text at its last token",
-            found=f"{task} on {config.model_type}",
-            next_step="leave it out",
-        )
+        _refuse_padding(f"{task} on {config.model_type}")
     paths = {folder.name: folder.path for folder in folders}
     sizes = {f.name: vocabulary_of(config) for f, config in zip(folders, adapter_configs, strict=True)}
     is_new = added_to is None
@@ -180,6 +176,14 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     remarks += _remarks_on_training(folders, checkpoint)
     found = (request, checkpoint, folders, task, dtype, config, adapter_configs, carried, pad_token_id)
     return Plan(*found, model, others, remarks, given, head)
+
+
+def _refuse_padding(found: str) -> None:
+    raise UsageProblem(
+        "--pad-token-id is for classifiers on decoders, which read a text at its last token",
+        found=found,
+        next_step="leave it out",
+    )
 
 
 def _remarks_on_training(folders: Sequence[AdapterFolder], checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from lora_export.export.padding import padded_fields
 from lora_export.export.plan import Plan, local_path
 from lora_export.export.resolve import Resolved
 from lora_export.export.weights import Parameters
+from lora_export.folders import state_of
 
 
 @dataclass(frozen=True)
@@ -43,25 +44,16 @@ def hashed_sources(plan: Plan) -> Iterator[Callable[[], Sources]]:
         *source_files(plan.checkpoint.located.path),
         *(f.path / name for f in plan.folders for name in (CONFIG, WEIGHTS)),
     ]
-    before = {file: _state(file) for file in files}
+    before = {file: state_of(file) for file in files}
     with ThreadPoolExecutor(max_workers=1) as hashing:
         hashed = hashing.submit(_hash_sources, plan)
 
         def result() -> Sources:
             found = hashed.result()
-            _refuse_changed([file for file in files if _state(file) != before[file]])
+            _refuse_changed([file for file in files if state_of(file) != before[file]])
             return found
 
         yield result
-
-
-def _state(file: Path) -> tuple[int, ...] | None:
-    """What changes with a file's content; None where there is no file."""
-    try:
-        found = file.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _refuse_changed(files: Sequence[Path]) -> None:

@@ -65,6 +65,10 @@ class _Found:
     differences: list[Difference]
     placement: Placement
 
+    @property
+    def biases(self) -> set[str]:
+        return {difference.path for difference in self.differences if difference.kind is DifferenceKind.BIAS}
+
 
 def _find(request: ExtractRequest, progress: Progress) -> _Found:
     base = Checkpoint.open(locate(request.base, kind="base"))
@@ -123,7 +127,6 @@ def run_extract(
     refuse_existing(out, overwrite=overwrite, marker=MARKER)
     found = _find(request, progress)
     checkpoints, placement = found.checkpoints, found.placement
-    biases = {difference.path for difference in found.differences if difference.kind is DifferenceKind.BIAS}
     n_bytes = _bytes_needed(found, request.choice)
     with (
         ThreadPoolExecutor(max_workers=1) as hashing,
@@ -133,7 +136,7 @@ def run_extract(
         file = TensorFile(folder / WEIGHTS)
         meter = partial(progress, "decomposing differences")
         results = write_pairs(
-            checkpoints, placement, biases, choice=request.choice, file=file, progress=meter, exact=request.exact
+            checkpoints, placement, found.biases, choice=request.choice, file=file, progress=meter, exact=request.exact
         )
         wholes = write_wholes(checkpoints, placement, file)
         file.close()

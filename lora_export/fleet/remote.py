@@ -72,15 +72,14 @@ class Mirror:
         there = self._there() - {_LOCK}
         if there and not {MANIFEST, *RECORDS} <= there:
             self.is_whole = not was_left
+            what, step = "something that is no fleet", "name another address with -o"
+            if was_left:
+                what, step = "part of a fleet, whose first upload was cut off", f"remove what is there, or {step}"
             raise InputRefused(
-                "The output's address holds part of a fleet, whose first upload was cut off"
-                if was_left
-                else "The output's address holds something that is no fleet",
+                f"The output's address holds {what}",
                 where=self.address,
                 expected="what `lora-export fleet` made there, or nothing",
-                next_step="remove what is there, or name another address with -o"
-                if was_left
-                else "name another address with -o",
+                next_step=step,
             )
         files = self._files_there() if there else {}
         self.earlier |= files.keys()
@@ -127,8 +126,8 @@ class Mirror:
             EnvironmentUnusable: The store refuses.
         """
         with _store_errors_told(self.address):
-            if not self.is_mine():
-                _refuse_second(self, json_of(self.system.cat_file(self.at(_LOCK))))
+            if (holder := self.holder()) != self.lock:
+                _refuse_second(self, holder)
             self._upload()
         return {key: f"{self.address}/{path.relative_to(self.folder).as_posix()}" for key, path in files.items()}
 
@@ -153,9 +152,9 @@ class Mirror:
         """What the lock of this run says."""
         return {"host": _host(), "process": os.getpid(), "run": self.run}
 
-    def is_mine(self) -> bool:
-        """Whether the lock is still of this run."""
-        return json_of(self.system.cat_file(self.at(_LOCK))) == self.lock
+    def holder(self) -> dict[str, object]:
+        """What the lock at the address says."""
+        return json_of(self.system.cat_file(self.at(_LOCK)))
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ def mirrored(address: str, cache: Path, progress: Progress) -> Iterator[Mirror]:
         _runs.discard(mirror.run)
         if mirror.is_whole:  # else the next run takes the lock over, and uploads all anew
             with contextlib.suppress(Exception):
-                if mirror.is_mine():
+                if mirror.holder() == mirror.lock:
                     system.rm_file(mirror.at(_LOCK))
 
 
@@ -213,13 +212,12 @@ def _lock(mirror: Mirror) -> bool:
     place = mirror.at(_LOCK)
     was_left = mirror.system.exists(place)
     if was_left:
-        holder = json_of(mirror.system.cat_file(place))
+        holder = mirror.holder()
         if holder.get("host") != _host() or _is_at_work(holder):
             _refuse_second(mirror, holder)
-    mine = mirror.lock
     mirror.system.makedirs(mirror.root, exist_ok=True)
-    mirror.system.pipe_file(place, json.dumps(mine).encode())
-    if (holder := json_of(mirror.system.cat_file(place))) != mine:
+    mirror.system.pipe_file(place, json.dumps(mirror.lock).encode())
+    if (holder := mirror.holder()) != mirror.lock:
         _refuse_second(mirror, holder)
     _runs.add(mirror.run)
     return was_left
