@@ -35,6 +35,7 @@
     staging.py      a folder that appears whole or not at all
     changing.py     a change of some of an export's files, at once or not at all
     environment.py  where a result was obtained
+    progress.py     what a caller is told while a command works
     verdict.py      the values that the results of check and bench have in common
     compat.py       the list of every private or patched symbol of another library, and where each is used
     quiet.py        libraries that print, silenced

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_export.artifact import MANIFEST
 from lora_export.contract import (
+    PAST,
     ROWS,
     SINGLE,
     AdapterInput,
@@ -20,7 +21,7 @@ from lora_export.contract import (
 )
 from lora_export.errors import InputRefused
 
-_PAST, _GROUPED = "past_key_values.", b"GroupQueryAttention"
+_GROUPED = b"GroupQueryAttention"
 _N_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 
 
@@ -90,7 +91,7 @@ def require_agreement_in(
     where = f"{folder / MANIFEST}: {'contract' if graph == SINGLE else f'graphs.{graph}'}"
     n_bytes = data.stat().st_size if data.is_file() else None
     require_agreement(contract, inputs, outputs, optional=optional, where=where, data_bytes=n_bytes)
-    has_cache = any(spec.name.startswith(_PAST) for spec in inputs)
+    has_cache = any(spec.name.startswith(PAST) for spec in inputs)
     # A name of an operator stands in a graph's file as it is, and weights are elsewhere.
     is_grouped = has_cache and _GROUPED in (folder / graph_file(graph)).read_bytes()
     layout = CacheLayout.TOKENS if is_grouped else CacheLayout.COLUMNS

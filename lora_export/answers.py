@@ -19,7 +19,7 @@ def class_answer(logits: np.ndarray, labels: Mapping[int, str], problem_type: st
     2. Several at once (`multi_label_classification`): a probability each, and those of 50 % or more.
     3. A regression, or one score (a reranker): the numbers as they are.
     """
-    names = [labels.get(index, f"LABEL_{index}") for index in range(len(logits))]
+    names = [class_name(labels, index) for index in range(len(logits))]
     order = np.argsort(-logits.astype(np.float64))
     values = class_values(logits, problem_type)
     scores = {names[i]: float(values[i]) for i in order}
@@ -28,6 +28,11 @@ def class_answer(logits: np.ndarray, labels: Mapping[int, str], problem_type: st
     if problem_type == MULTI_LABEL:
         return {"labels": [name for name, score in scores.items() if score >= 0.5], "scores": scores}
     return {"label": next(iter(scores)), "scores": scores}
+
+
+def class_name(labels: Mapping[int, str], index: int) -> str:
+    """The name of class `index`; `LABEL_i`, as Transformers calls it, where it has none."""
+    return labels.get(index, f"LABEL_{index}")
 
 
 def class_values(logits: np.ndarray, problem_type: str | None = None) -> np.ndarray:
@@ -64,8 +69,13 @@ def class_shares(logits: np.ndarray, labels: Mapping[int, str]) -> dict:
     """The share of the image that each class of `logits` `[classes, height, width]` takes, the largest first."""
     counts = np.bincount(logits.argmax(axis=0).ravel(), minlength=len(logits))
     shares = counts / counts.sum()
-    found = {labels.get(int(i), f"LABEL_{i}"): float(shares[i]) for i in np.argsort(-shares) if shares[i]}
+    found = {class_name(labels, int(i)): float(shares[i]) for i in np.argsort(-shares) if shares[i]}
     return {"label": next(iter(found)), "scores": found}
+
+
+def token_classes(logits: np.ndarray, labels: Mapping[int, str]) -> dict:
+    """The likeliest class of each token of `logits` `[tokens, classes]`."""
+    return {"labels": [class_name(labels, int(i)) for i in logits.argmax(axis=-1)]}
 
 
 def depth_answer(depth: np.ndarray) -> dict:

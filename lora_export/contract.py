@@ -19,6 +19,14 @@ Dim = int | str
 SINGLE = "model"
 ENCODER, DECODER, DECODER_WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"
 
+# What the names of a cache's inputs begin with, and its outputs': `past_key_values.{i}.key` → `present.{i}.key`.
+PAST, PRESENT = "past_key_values.", "present."
+
+
+def present_of(past: str) -> str:
+    """The output that is the cache input `past` after a run."""
+    return PRESENT + past.removeprefix(PAST)
+
 
 def graph_file(graph: str) -> str:
     """The ONNX file of `graph`."""
@@ -243,7 +251,7 @@ class GraphContract:
     @property
     def past(self) -> tuple[TensorSpec, ...]:
         """The inputs that take the cache; none for a graph without one."""
-        return tuple(spec for spec in self.inputs if spec.name.startswith("past_key_values."))
+        return tuple(spec for spec in self.inputs if spec.name.startswith(PAST))
 
     def of_module(self, module: str) -> dict[AdapterInputKind, AdapterInput]:
         """The adapter inputs of `module` by kind; empty if the graph has none there."""

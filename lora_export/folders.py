@@ -81,7 +81,7 @@ def held(folder: Path, *, to_read: bool = False) -> Iterator[None]:
         return
     while True:
         handle = _open(folder)
-        if handle is None or (_lock(handle, wait=True, shared=to_read) and _is_at(handle, folder)):
+        if handle is None or (lock(handle, wait=True, shared=to_read) and _is_at(handle, folder)):
             break
         _close(handle)
     try:
@@ -118,7 +118,7 @@ def alone_in(folder: Path, out: Path) -> Iterator[Path]:
             raise
         if handle is None:
             break
-        if not _lock(handle, wait=False):
+        if not lock(handle, wait=False):
             _close(handle)
             raise EnvironmentUnusable(
                 "Another process is writing this folder",
@@ -155,7 +155,7 @@ def own_folder(parent: Path, prefix: str) -> Iterator[Path]:
         except OSError:
             remove(folder)
             raise
-        if handle is None or (_lock(handle, wait=False) and _is_at(handle, folder)):
+        if handle is None or (lock(handle, wait=False) and _is_at(handle, folder)):
             break
         _close(handle)
     _own.add((folder, os.getpid()))
@@ -255,8 +255,13 @@ def _close(handle: int | None) -> None:
         os.close(handle)
 
 
-def _lock(handle: int, *, wait: bool, shared: bool = False) -> bool:
-    """Whether the folder is this process's now; a disk without locks, such as some of a network, gives it to all."""
+def lock(handle: int, *, wait: bool, shared: bool = False) -> bool:
+    """Whether the open file or folder is this process's now, until it closes `handle`.
+
+    A disk without locks, such as some of a network, and a system without them give it to all.
+    """
+    if fcntl is None:
+        return True
     try:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

@@ -10,12 +10,12 @@ remove_adapters. A fleet exports one graph and packs the adapters of a list for 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_export.adapters.pack import choose_sites
 from lora_export.artifact import REPORTS, ExportKind, Manifest, write_manifest
-from lora_export.bench.plan import BASE, MERGED, BenchOptions, BenchPlan, foldable, plan_bench
+from lora_export.bench.plan import BenchOptions, BenchPlan, plan_bench
 from lora_export.bench.results import BenchReport
 from lora_export.bench.run import Bench, run_measurements
 from lora_export.carried import copy_carried
@@ -24,19 +24,19 @@ from lora_export.check.context import CheckOptions
 from lora_export.check.opened import opened_check
 from lora_export.check.results import CheckReport
 from lora_export.check.run import run_cases
+from lora_export.export.again import merged_again
 from lora_export.export.contracts import contract_of
 from lora_export.export.genai import write_settings
-from lora_export.export.graphs import finished_graphs
+from lora_export.export.graphs import FinishedGraph, finished_graphs
 from lora_export.export.integers import Maker
 from lora_export.export.lifecycle import AddOptions, add_to, remove_from
 from lora_export.export.options import ExportOptions
 from lora_export.export.outputs import Meter, planned_bytes
-from lora_export.export.plan import Request, make_plan
-from lora_export.export.pooling import pooling_again
+from lora_export.export.plan import Plan, Request, make_plan
 from lora_export.export.quantizing import quantize_graphs, require_possible
-from lora_export.export.recall import keep, recalled, record_key
-from lora_export.export.records import adapter_records, hashed_sources, hashes_of, write_config
-from lora_export.export.resolve import resolve
+from lora_export.export.recall import Recalled, keep, recalled, record_key
+from lora_export.export.records import Sources, adapter_records, hashed_sources, hashes_of, write_config
+from lora_export.export.resolve import Resolved, resolve
 from lora_export.export.targets import target_modules
 from lora_export.extract.results import ExtractReport
 from lora_export.extract.run import ExtractRequest, run_extract
@@ -47,26 +47,14 @@ from lora_export.fleet.run import run_fleet
 from lora_export.folders import held, own_folder
 from lora_export.graph.bind import write_graphs
 from lora_export.integrity.signature import sign, signer_with
-from lora_export.integrity.sources import SourceOverrides, locate_graph_source, locate_sources
-from lora_export.quantization import requested_of
+from lora_export.integrity.sources import SourceOverrides, locate_sources
+from lora_export.progress import Progress, Remark, mute, silent
 from lora_export.report.extract_html import write_extract_reports
 from lora_export.report.fleet import write_fleet_reports
 from lora_export.report.write import write_reports, write_reproduction, written_if_stopped
 from lora_export.staging import refuse_existing, require_disk, staging
 
-# Stage, how much of it is done, and of how much.
-Progress = Callable[[str, int, int], None]
-# A sentence about what was decided for the user.
-Remark = Callable[[str], None]
 _NOT_MOVED = SourceOverrides()
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """The default progress: none."""
-
-
-def mute(sentence: str) -> None:
-    """The default remark: none."""
 
 
 def export(request: Request, options: ExportOptions, *, progress: Progress = silent, remark: Remark = mute) -> Manifest:
@@ -83,56 +71,84 @@ def export(request: Request, options: ExportOptions, *, progress: Progress = sil
     for sentence in plan.remarks:
         remark(sentence)
     require_disk(options.out.parent, plan.n_bytes)
-    with hashed_sources(plan) as sources_when_hashed:
-        progress("reading adapters", 0, 1)
-        zeros = options.zeros_for_missing_head
-        resolved = resolve(plan, zeros_for_missing_head=zeros) if earlier is None else earlier.resolved
-        require_possible(request.quantization, resolved.model)
-        targets = target_modules(options.targets, resolved.model)
-        choice = choose_sites(resolved.adapters if request.mode == "dynamic" else (), targets)
-        n_bytes = planned_bytes(plan, resolved, choice)
-        progress("building the graph", 0, 1)
+    with hashed_sources(plan) as hashed:
+        built = _build(plan, options, earlier, progress=progress, remark=remark)
         if earlier is None:
-            graphs = finished_graphs(plan, resolved, choice, use_cache=options.use_cache, remark=remark)
-            keep(key, request, options, found=(plan, resolved))
-        else:
-            graphs = earlier.graphs
-        models = {name: graph.model for name, graph in graphs.items()}
-        quantization = quantize_graphs(models, plan, resolved, remark=remark)
-        resolved = resolved.quantized(quantization)
-        adapter_inputs = {name: graph.adapter_inputs for name, graph in graphs.items()}
-        with staging(options.out, overwrite=options.overwrite, n_bytes=n_bytes) as folder:
-            meter = Meter(progress, n_bytes)
-            make_weight, required = Maker(resolved.parameters.make_weight), options.required_inputs
-            written = write_graphs(
-                models, folder, make_weight, adapter_inputs=adapter_inputs, on_weight=meter, required=required
-            )
-            contracts = {
-                name: contract_of(model, written.adapter_inputs[name], required=required)
-                for name, model in models.items()
-            }
-            sources = sources_when_hashed()
-            records = adapter_records(plan, resolved, sources, graphs=contracts, folder=folder)
-            files = written.sha256 | hashes_of(records, folder)
-            files |= write_config(plan, folder) | copy_carried(plan.carried, folder)
-            files |= write_settings(plan, folder, contracts, required=required)
-            manifest = Manifest(
-                kind=ExportKind.DYNAMIC if request.mode == "dynamic" else ExportKind.MERGED,
-                task=plan.task,
-                dtype=plan.dtype,
-                provider=request.provider,
-                base=sources.base,
-                adapters=records,
-                graphs=contracts,
-                files=dict(sorted(files.items())),
-                pad_token_id=plan.pad_token_id,
-                quantization=quantization,
-                given_graph=sources.graph,
-                sentence_embedding=None if plan.head is None else plan.head.embedding,
-            )
-            write_manifest(folder, manifest)
+            keep(key, request, options, found=(plan, built.resolved))
+        with staging(options.out, overwrite=options.overwrite, n_bytes=built.n_bytes) as folder:
+            manifest = _write(built, folder, options, hashed=hashed, progress=progress)
             if signer is not None:
                 sign(folder, signer)
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What an export writes: finished graphs without weights, and what their weights are made of.
+
+    Attributes:
+        resolved: The base's parameters and the adapters, the base as integers if it is quantized.
+        n_bytes: About as many are written.
+    """
+
+    plan: Plan
+    resolved: Resolved
+    graphs: Mapping[str, FinishedGraph]
+    n_bytes: int
+
+
+def _build(
+    plan: Plan, options: ExportOptions, earlier: Recalled | None, *, progress: Progress, remark: Remark
+) -> _Built:
+    """PEFT reads the adapters; the graphs are made, or come from the cache (`earlier`: what they were planned with)."""
+    progress("reading adapters", 0, 1)
+    zeros = options.zeros_for_missing_head
+    resolved = resolve(plan, zeros_for_missing_head=zeros) if earlier is None else earlier.resolved
+    require_possible(plan.request.quantization, resolved.model)
+    targets = target_modules(options.targets, resolved.model)
+    choice = choose_sites(resolved.adapters if plan.request.mode == "dynamic" else (), targets)
+    n_bytes = planned_bytes(plan, resolved, choice)
+    progress("building the graph", 0, 1)
+    graphs = None if earlier is None else earlier.graphs
+    if graphs is None:
+        graphs = finished_graphs(plan, resolved, choice, use_cache=options.use_cache, remark=remark)
+    models = {name: graph.model for name, graph in graphs.items()}
+    resolved = resolved.quantized(quantize_graphs(models, plan, resolved, remark=remark))
+    return _Built(plan, resolved, graphs, n_bytes)
+
+
+def _write(
+    built: _Built, folder: Path, options: ExportOptions, *, hashed: Callable[[], Sources], progress: Progress
+) -> Manifest:
+    """Write graphs, weights, adapters, side files and the manifest, which waits for the sources' hashes."""
+    plan, resolved, required = built.plan, built.resolved, options.required_inputs
+    models = {name: graph.model for name, graph in built.graphs.items()}
+    inputs = {name: graph.adapter_inputs for name, graph in built.graphs.items()}
+    meter, maker = Meter(progress, built.n_bytes), Maker(resolved.parameters.make_weight)
+    written = write_graphs(models, folder, maker, adapter_inputs=inputs, on_weight=meter, required=required)
+    contracts = {
+        name: contract_of(model, written.adapter_inputs[name], required=required) for name, model in models.items()
+    }
+    sources = hashed()
+    records = adapter_records(plan, resolved, sources, graphs=contracts, folder=folder)
+    files = written.sha256 | hashes_of(records, folder)
+    files |= write_config(plan, folder) | copy_carried(plan.carried, folder)
+    files |= write_settings(plan, folder, contracts, required=required)
+    manifest = Manifest(
+        kind=ExportKind.DYNAMIC if plan.request.mode == "dynamic" else ExportKind.MERGED,
+        task=plan.task,
+        dtype=plan.dtype,
+        provider=plan.request.provider,
+        base=sources.base,
+        adapters=records,
+        graphs=contracts,
+        files=dict(sorted(files.items())),
+        pad_token_id=plan.pad_token_id,
+        quantization=resolved.parameters.quantization,
+        given_graph=sources.graph,
+        sentence_embedding=None if plan.head is None else plan.head.embedding,
+    )
+    write_manifest(folder, manifest)
     return manifest
 
 
@@ -247,28 +263,11 @@ def export_compared(
     plan: BenchPlan, base: Path, adapters: Mapping[str, Path], *, out: Path, progress: Progress
 ) -> dict[str, Path]:
     """Export the base, and of a dynamic export one adapter folded in, as the export was; the folders under `out`."""
-    manifest, chosen = plan.manifest, {BASE: ()}
-    name = foldable(manifest) if manifest.kind is ExportKind.DYNAMIC else None
-    graph = None if manifest.given_graph is None else str(locate_graph_source(manifest.given_graph))
-    if name is not None:
-        chosen[MERGED] = ((str(adapters[name]), name),)
-    for done, (label, folded) in enumerate(chosen.items()):
-        progress("exporting what to compare with", done, len(chosen))
-        request = Request(
-            base=str(base),
-            adapters=folded,
-            mode="merge",
-            task=manifest.task,
-            dtype=manifest.dtype,
-            provider=manifest.provider,
-            residual_base=any(record.residual_base for record in manifest.adapters),
-            pad_token_id=manifest.pad_token_id,
-            quantization=requested_of(manifest.quantization),
-            graph=graph,
-            pooling=pooling_again(manifest.sentence_embedding, base, adapters),
-        )
+    for done, (label, folded) in enumerate(plan.compared.items()):
+        progress("exporting what to compare with", done, len(plan.compared))
+        request = merged_again(plan.manifest, base, adapters, folded=folded)
         export(request, ExportOptions(out / label, zeros_for_missing_head=True))
-    return {label: out / label for label in chosen}
+    return {label: out / label for label in plan.compared}
 
 
 def extract_adapter(

@@ -15,6 +15,7 @@ from lora_export.answers import (
     ctc_tokens,
     depth_answer,
     likeliest_tokens,
+    token_classes,
 )
 from lora_export.artifact import Manifest
 from lora_export.base.tasks import SEQ2SEQ, Task
@@ -154,8 +155,7 @@ class _Answers:
             return self._words(logits, batch.inputs["input_ids"][row])
         if logits.ndim == 1:
             return class_answer(logits, self.labels, _config(self.place, self.session).get("problem_type"))
-        best = logits[batch.real[row]].argmax(axis=-1)
-        return {"labels": [self.labels.get(int(i), f"LABEL_{i}") for i in best]}
+        return token_classes(logits[batch.real[row]], self.labels)
 
     def _transcript(self, logits: np.ndarray) -> dict:
         tokens = ctc_tokens(logits, _config(self.place, self.session).get("pad_token_id") or 0)

@@ -66,8 +66,10 @@ class _Prelude:
                 if read == name:
                     node.input[index] = wrong
 
-    def done(self) -> bool:
-        for index, node in enumerate(self._nodes):
+    def done(self, before: str = "") -> bool:
+        """Put the nodes in front of all, or of the first one of an operator; whether there are any."""
+        start = next((i for i, node in enumerate(self._graph.node) if before in ("", node.op_type)), 0)
+        for index, node in enumerate(self._nodes, start):
             self._graph.node.insert(index, node)
         return bool(self._nodes)
 
@@ -121,7 +123,13 @@ def positions_after_a_past(model: onnx.ModelProto, contract: GraphContract) -> b
         return False
     off = prelude.op("Min", [length, prelude.ints(1)])
     prelude.put_in_place("position_ids", prelude.op("Add", ["position_ids", off]))
-    return prelude.done()
+    # An attention that turns its queries and keys itself takes the rows of these tables.
+    attention = "GroupQueryAttention"
+    tables = {name for node in model.graph.node if node.op_type == attention for name in node.input[7:9] if name}
+    for table in sorted(tables):
+        rows = [table, off, prelude.ints(_TO_THE_END), prelude.ints(0)]
+        prelude.put_in_place(table, prelude.op("Slice", rows))
+    return prelude.done(before=attention if tables else "")
 
 
 def neighbours_row(model: onnx.ModelProto, contract: GraphContract) -> bool:

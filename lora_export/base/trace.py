@@ -26,7 +26,7 @@ from lora_export.base.seq2seq import seq2seq_sample
 from lora_export.base.sparing import sparing
 from lora_export.base.tasks import SEQ2SEQ, Task
 from lora_export.compat import borrow
-from lora_export.contract import SINGLE
+from lora_export.contract import PAST, PRESENT, SINGLE
 from lora_export.errors import EnvironmentUnusable, some_of
 from lora_export.quiet import quiet
 
@@ -97,6 +97,12 @@ def sliding_windows(config) -> tuple[int, ...]:
     parts = (config, getattr(config, "text_config", None))
     found = {getattr(part, name, None) for part in parts for name in ("sliding_window", "window_size")}
     return tuple(sorted(size for size in found if isinstance(size, int) and size > 0))
+
+
+def n_positions(config) -> int | None:
+    """The most tokens of a text, by a config (a `PretrainedConfig`), or its text part; None if it does not say."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _sample(task: Task, model: torch.nn.Module, graph: str, *, named: Collection[str] | None) -> Sample:
@@ -178,11 +184,11 @@ def _name_cache(graph: ir.Graph, n_layers: int) -> None:
     Raises:
         EnvironmentUnusable: This Transformers names what it traces in a way that is not known here.
     """
-    for values, prefix in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
+    for values, prefix in ((graph.inputs, PAST), (graph.outputs, PRESENT)):
         for value in values:
             if found := _TRACED_CACHE.search(value.name):
-                value.name = f"{prefix}.{found[1]}.{found[2]}"
-        expected = {f"{prefix}.{layer}.{part}" for layer in range(n_layers) for part in ("key", "value")}
+                value.name = f"{prefix}{found[1]}.{found[2]}"
+        expected = {f"{prefix}{layer}.{part}" for layer in range(n_layers) for part in ("key", "value")}
         names = {value.name for value in values}
         if not expected <= names:
             raise EnvironmentUnusable(
@@ -196,11 +202,11 @@ def _name_cache(graph: ir.Graph, n_layers: int) -> None:
 
 def _axes_of(graph: ir.Graph) -> dict[str, dict[int, str]]:
     """The names of the axes of each input of an encoder or a decoder alone."""
-    decoder = any(value.name.startswith("past_key_values") for value in graph.inputs)
+    decoder = any(value.name.startswith(PAST) for value in graph.inputs)
     dual = {"input_ids", "pixel_values"} <= {value.name for value in graph.inputs}
     found = {}
     for value in graph.inputs:
-        if value.name.startswith("past_key_values"):
+        if value.name.startswith(PAST):
             found[value.name] = {0: "batch_size", 2: "past_sequence_length"}
         elif value.name == "attention_mask" and decoder:
             found[value.name] = {0: "batch_size", 1: "total_sequence_length"}

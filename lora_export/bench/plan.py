@@ -80,6 +80,12 @@ class BenchPlan:
     vocabulary: int
     races: tuple[PlannedRace, ...]
 
+    @property
+    def compared(self) -> dict[str, tuple[str, ...]]:
+        """What is exported to compare with, by session: the adapters that are folded into each."""
+        folded = foldable(self.manifest) if self.manifest.kind is ExportKind.DYNAMIC else None
+        return {BASE: ()} if folded is None else {BASE: (), MERGED: (folded,)}
+
     def graphs_of(self, session: str) -> Mapping[str, GraphContract]:
         """What a session runs; the base and the merged form take inputs as the export does."""
         return (self.against if session == AGAINST and self.against is not None else self.manifest).graphs

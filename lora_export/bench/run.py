@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from lora_export.bench.warm_up import MOST_SECONDS, RULE
 from lora_export.bench.workloads import source_length, workload_inputs
 from lora_export.environment import environment, subject
 from lora_export.errors import EnvironmentUnusable, InputRefused
+from lora_export.progress import Progress
 from lora_export.runtime.seq2seq_session import open_export
 from lora_export.runtime.session import choose_provider
 
@@ -38,7 +39,6 @@ _UNKNOWN_MEMORY = {
     "process": "Memory in the process: unknown, this system has no /proc.",
     "device": "Memory on the GPU: unknown, nvidia-smi does not name the process (a container hides the ids it knows).",
 }
-Progress = Callable[[str, int, int], None]
 
 
 class Bench:

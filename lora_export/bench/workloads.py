@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lora_export.bench.shapes import Shape
-from lora_export.contract import DECODER_WITH_PAST, ENCODER, LOGITS_TO_KEEP, SINGLE, GraphContract, TensorSpec
+from lora_export.contract import DECODER_WITH_PAST, ENCODER, LOGITS_TO_KEEP, PAST, SINGLE, GraphContract, TensorSpec
 from lora_export.runtime.arrays import numpy_dtype
 
 _SEED = 0
@@ -24,7 +24,7 @@ def size_of(spec: TensorSpec, shape: Shape) -> tuple[int | str, ...]:
         return spec.dims
     if spec.name == "attention_mask" and past:
         return (batch, past + sequence)
-    if spec.name.startswith("past_key_values."):
+    if spec.name.startswith(PAST):
         # As many heads, of the size, as the graph says; one that does not say is left as it is.
         _, heads, _, head_size = spec.dims if len(spec.dims) == 4 else ("", "", "", "")
         return (batch, heads, past, head_size)
@@ -56,7 +56,7 @@ def _values(spec: TensorSpec, size: tuple[int, ...], *, vocabulary: int, shape: 
         return np.ones(size, np.int64)
     if spec.name == "position_ids":
         return np.broadcast_to(np.arange(past, past + sequence), size)
-    if spec.name.startswith("past_key_values.") or spec.name in DENSE:
+    if spec.name.startswith(PAST) or spec.name in DENSE:
         return rng.standard_normal(size)
     return np.zeros(size, np.int64)
 

@@ -11,6 +11,6 @@
     judge/                 how far apart, and how much is allowed
     locate/                where it went wrong
 
-Imports artifact, base, compat, contract, environment, errors, export, graph, integrity, quantization, quiet, reading,
-runtime, sentence, verdict.
+Imports artifact, base, compat, contract, environment, errors, export, graph, integrity, progress, quantization,
+quiet, reading, runtime, sentence, verdict.
 """

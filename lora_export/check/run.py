@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,11 +46,10 @@ from lora_export.check.results import CheckReport
 from lora_export.contract import AdapterInputKind, has_own_head
 from lora_export.environment import environment, lack_of_memory, memory_of_references, subject
 from lora_export.errors import UsageProblem
+from lora_export.progress import Progress
 from lora_export.runtime.arrays import run_arrays
 from lora_export.runtime.seq2seq_session import open_export
 from lora_export.verdict import Environment
-
-Progress = Callable[[str, int, int], None]
 
 _MIXED_ROWS = 8
 

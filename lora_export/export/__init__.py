@@ -21,10 +21,11 @@
     contracts.py   what a written graph takes and gives
     outputs.py     the files of an export, and the bytes of its weights
     records.py     adapter files, config, and the entries of the manifest
+    again.py       an export asked for again, as its manifest says
     lifecycle.py   adapters of a dynamic export that come, are replaced and go
     genai.py       genai_config.json
     describe.py    inspect and --dry-run, as values
 
 Imports adapters, agreement, artifact, base, carried, changing, compat, contract, errors, folders, graph, integrity,
-other_tools, quantization, quiet, reading, runtime, sentence, staging.
+other_tools, progress, quantization, quiet, reading, runtime, sentence, staging.
 """

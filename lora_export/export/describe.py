@@ -36,7 +36,8 @@ def fuse_provider(requested: str | None) -> tuple[str, str]:
     if requested is not None:
         return requested, "asked for"
     choice = choose_provider(None)
-    return choice.name, choice.reason
+    is_cpu = choice.name == "cpu"
+    return choice.name, "no usable GPU here; --provider cuda fuses for one elsewhere" if is_cpu else choice.reason
 
 
 def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), *, sign_key: Path | None = None) -> dict:

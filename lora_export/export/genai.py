@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_export.artifact import sha256_of
 from lora_export.base.tasks import Task
-from lora_export.contract import SINGLE, CacheLayout, GraphContract, graph_file
+from lora_export.contract import PAST, PRESENT, SINGLE, CacheLayout, GraphContract, graph_file
 from lora_export.export.given_files import copy_settings
 from lora_export.export.plan import Plan
 from lora_export.other_tools import GENAI_CONFIG
@@ -38,7 +38,7 @@ def _write_genai_config(folder: Path, config, contract: GraphContract) -> dict[s
     Greedy search without sampling, so that a first run is reproducible; hosts override it per request. There is no file
     where the cache differs by layer or keys from values (Gemma 4, DeepSeek): GenAI has one number of heads, one size.
     """
-    caches = [spec for spec in contract.inputs if spec.name.startswith("past_key_values.")]
+    caches = [spec for spec in contract.inputs if spec.name.startswith(PAST)]
     if len({(spec.dims[1], spec.dims[3]) for spec in caches}) != 1:
         return {}
     config, cache = config.get_text_config(), caches[0]
@@ -56,12 +56,11 @@ def _write_genai_config(folder: Path, config, contract: GraphContract) -> dict[s
                 "filename": graph_file(SINGLE),
                 "head_size": cache.dims[3],
                 "hidden_size": config.hidden_size,
-                "inputs": names
-                | {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"},
+                "inputs": names | {"past_key_names": f"{PAST}%d.key", "past_value_names": f"{PAST}%d.value"},
                 "outputs": {
                     "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
+                    "present_key_names": f"{PRESENT}%d.key",
+                    "present_value_names": f"{PRESENT}%d.value",
                 },
                 "num_attention_heads": config.num_attention_heads,
                 "num_hidden_layers": len(caches) // 2,

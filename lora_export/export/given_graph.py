@@ -6,7 +6,7 @@ deltas (`merge`), at the weights whose numbers are those of the adapted modules 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -32,6 +32,7 @@ from lora_export.graph.matching import (
     rename,
 )
 from lora_export.graph.unpacking import unpack
+from lora_export.progress import Remark
 
 _SHOWN = 6
 _LOOKUPS = ("Gather", "Shape")
@@ -85,7 +86,7 @@ def matched_graph(given: GivenGraph, resolved: Resolved, choice: SiteChoice) -> 
 
 
 def given_graph(
-    given: GivenGraph, resolved: Resolved, choice: SiteChoice, *, is_merged: bool, remark: Callable[[str], None]
+    given: GivenGraph, resolved: Resolved, choice: SiteChoice, *, is_merged: bool, remark: Remark
 ) -> tuple[ir.Model, tuple[AdapterInput, ...]]:
     """The graph to write, and its adapter inputs.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,8 +13,9 @@ import onnx_ir as ir
 
 from lora_export.artifact import versions
 from lora_export.base.layers import N_TRACED, Stack, alike_layers, is_deep, shortened
+from lora_export.base.recipe import Recipe
 from lora_export.base.tasks import Task, graphs_of
-from lora_export.base.trace import sliding_windows, trace
+from lora_export.base.trace import n_positions, sliding_windows, trace
 from lora_export.contract import SINGLE, AdapterInput, GraphContract, SiteChoice
 from lora_export.errors import refused_if_it_fails
 from lora_export.export.given_graph import given_graph
@@ -32,6 +33,8 @@ from lora_export.graph.sentence import add_sentence_embedding
 from lora_export.graph.sites import find_sites, refuse_unlinked, sites_in
 from lora_export.graph.stamp import stamp
 from lora_export.graph.unbound import bind_small, rename_weight, untie
+from lora_export.progress import Remark
+from lora_export.quantization import Quantization
 
 _ADAPTER_INPUTS = "lora_export.adapter_inputs"
 # What a config holds besides the architecture; it changes no graph.
@@ -47,7 +50,7 @@ class FinishedGraph:
 
 
 def finished_graphs(
-    plan: Plan, resolved: Resolved, choice: SiteChoice, *, use_cache: bool, remark: Callable[[str], None]
+    plan: Plan, resolved: Resolved, choice: SiteChoice, *, use_cache: bool, remark: Remark
 ) -> dict[str, FinishedGraph]:
     """The graphs of the plan's task by stem, in the order they run.
 
@@ -96,7 +99,7 @@ class _Facts:
 
 
 def _finished_graph(
-    plan: Plan, resolved: Resolved, choice: SiteChoice, *, graph: str, use_cache: bool, remark: Callable[[str], None]
+    plan: Plan, resolved: Resolved, choice: SiteChoice, *, graph: str, use_cache: bool, remark: Remark
 ) -> FinishedGraph:
     facts = _facts(plan, resolved, choice, graph=graph)
     build = partial(_build, plan, resolved, facts, use_cache=use_cache, remark=remark)
@@ -142,12 +145,12 @@ def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, *, graph: str) ->
     # Of a decoder, whose attention holds no weights, the graph is the same one.
     if plan.request.quantization is not None and plan.task is not Task.TEXT_GENERATION:
         finished_from["holds_weights"] = False
+    if plan.request.quantization is not None and plan.request.quantization.keep:
+        finished_from["not_packed"] = plan.request.quantization.keep
     return _Facts(graph, choice, traced_from, finished_from, small, untied)
 
 
-def _build(
-    plan: Plan, resolved: Resolved, facts: _Facts, *, use_cache: bool, remark: Callable[[str], None]
-) -> ir.Model:
+def _build(plan: Plan, resolved: Resolved, facts: _Facts, *, use_cache: bool, remark: Remark) -> ir.Model:
     """The finished graph: of one layer of each kind, copied, where all are alike; else of the whole model."""
     stack = alike_layers(resolved.model) if len(graphs_of(plan.task)) == 1 else None
     if stack is not None and _is_uniform(facts, stack):
@@ -197,12 +200,22 @@ def _trace_and_fuse(
     choice = facts.choice if is_only_graph else present_in(model.graph, facts.choice)
     model, inputs = add_adapter_inputs(model, choice)
     with _refused(plan, "fuse", f"its fusions for {plan.request.provider}"):
-        how = {"holds_weights": plan.request.quantization is None}
-        model = fuse(model, plan.request.provider, sliding_windows(plan.config), **how)
+        model = fuse(
+            model,
+            plan.request.provider,
+            sliding_windows(plan.config),
+            n_positions=n_positions(plan.config),
+            holds_weights=plan.request.quantization is None,
+            may_pack=partial(_may_pack, plan.request.quantization),
+        )
     if plan.task is Task.TEXT_GENERATION:
         model = keep_last_logits(model)
     refuse_bfloat16(model, plan.request.provider)
     return model, inputs
+
+
+def _may_pack(how: Quantization | None, recipe: Recipe) -> bool:
+    return how is None or not any(map(how.keeps, recipe.parameters))
 
 
 def _has_attention_operator(plan: Plan) -> bool:

@@ -6,7 +6,7 @@ refused leaves the export as it was. One process at a time changes an export.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,15 @@ from lora_export.artifact import ADAPTERS, AdapterRecord, ExportKind, Manifest, 
 from lora_export.carried import copy_carried, licensed_adapter
 from lora_export.changing import Change
 from lora_export.errors import InputRefused
+from lora_export.export.again import asked_again
 from lora_export.export.contracts import require_described
-from lora_export.export.plan import Plan, Request, make_plan
+from lora_export.export.plan import Plan, make_plan
 from lora_export.export.pooling import require_same_head
 from lora_export.export.records import adapter_records, hashed_sources, hashes_of, require_gated
 from lora_export.export.resolve import resolve
 from lora_export.integrity.signature import sign, signer_with
 from lora_export.integrity.sources import SourceOverrides, locate_sources
-from lora_export.quantization import requested_of
+from lora_export.progress import Progress, Remark
 from lora_export.sentence import NONE
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ def add_to(
     overrides: SourceOverrides,
     *,
     options: AddOptions,
-    progress: Callable[[str, int, int], None],
-    remark: Callable[[str], None],
+    progress: Progress,
+    remark: Remark,
 ) -> Manifest:
     """See `pipeline.add_adapter`, which holds the folder."""
     folder = change.place
@@ -61,11 +62,13 @@ def add_to(
     manifest = _dynamic_manifest(folder, "A merged export holds one task and takes no more adapters")
     require_described(manifest, folder)
     base, _ = locate_sources(manifest, SourceOverrides(overrides.base), only_base=True)
-    how = (manifest.task, manifest.dtype, manifest.provider)
-    how_read = {"convert_rank": options.convert_rank, "residual_base": options.residual_base}
-    how_read |= {"pad_token_id": manifest.pad_token_id, "quantization": requested_of(manifest.quantization)}
-    how_read["pooling"] = NONE
-    plan = make_plan(Request(str(base), tuple(adapters), "dynamic", *how, **how_read), added_to=folder)
+    request = replace(
+        asked_again(manifest, base, adapters, mode="dynamic"),
+        convert_rank=options.convert_rank,
+        residual_base=options.residual_base,
+        pooling=NONE,
+    )
+    plan = make_plan(request, added_to=folder)
     for source in plan.folders:
         require_same_head(manifest.sentence_embedding, source)
     replaced = _replaced(plan, manifest, folder, may_replace=options.replace)
@@ -86,9 +89,7 @@ def add_to(
     return changed
 
 
-def remove_from(
-    change: Change, names: Sequence[str], sign_key: Path | None, *, remark: Callable[[str], None]
-) -> Manifest:
+def remove_from(change: Change, names: Sequence[str], sign_key: Path | None, *, remark: Remark) -> Manifest:
     """See `pipeline.remove_adapters`, which holds the folder."""
     signer = signer_with(sign_key) if sign_key is not None else None
     what = "A merged export has its adapters in its weights, and none can be taken out"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lora_export.adapters.factors import Adapter
 from lora_export.artifact import ADAPTERS, MANIFEST, SIGNATURE
@@ -14,6 +14,7 @@ from lora_export.export.quantizing import planned_sizes
 from lora_export.export.resolve import Resolved
 from lora_export.export.tied import refuse_changed_embedding, untied_modules
 from lora_export.other_tools import GENAI_CONFIG
+from lora_export.progress import Progress
 
 # Modules of a decoder that only its first step computes: keys and values of the source.
 _OF_THE_SOURCE = (
@@ -89,7 +90,7 @@ def _is_shared(paths: Sequence[str]) -> bool:
 class Meter:
     """Counts written bytes for the progress display."""
 
-    def __init__(self, progress: Callable[[str, int, int], None], total: int) -> None:
+    def __init__(self, progress: Progress, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
 
     def __call__(self, name: str, n_bytes: int) -> None:

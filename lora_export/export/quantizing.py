@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -18,6 +18,7 @@ from lora_export.export.resolve import Resolved
 from lora_export.graph.pack import pack_siblings
 from lora_export.graph.quantize import quantize_weights
 from lora_export.graph.unbound import unbound
+from lora_export.progress import Remark
 from lora_export.quantization import Method, Quantization
 
 # Floats that are worth a word: of what stays as it is, as a share of all.
@@ -82,7 +83,7 @@ def planned_sizes(plan: Plan, resolved: Resolved, choice: SiteChoice) -> dict[st
 
 
 def quantize_graphs(
-    models: Mapping[str, ir.Model], plan: Plan, resolved: Resolved, *, remark: Callable[[str], None]
+    models: Mapping[str, ir.Model], plan: Plan, resolved: Resolved, *, remark: Remark
 ) -> Quantization | None:
     """Let `models` (changed in place) read integers, and say what was done; None where nothing is quantized.
 

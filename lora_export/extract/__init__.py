@@ -8,5 +8,5 @@
     peft_folder.py  the adapter on disk
     results.py      what was found, as frozen values
 
-Imports adapters, artifact, base, carried, errors, export, staging.
+Imports adapters, artifact, base, carried, errors, export, progress, staging.
 """

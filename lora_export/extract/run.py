@@ -30,11 +30,11 @@ from lora_export.extract.peft_folder import TensorFile, prove_loads, write_confi
 from lora_export.extract.placement import Placement, kinds_only_merged, place
 from lora_export.extract.results import ExtractReport, LeftOut
 from lora_export.extract.svd import RankChoice, frobenius
+from lora_export.progress import Progress
 from lora_export.staging import refuse_existing, staging
 
 # What tells an extracted adapter from anything else, so that `overwrite` replaces nothing but one.
 MARKER = f"{REPORTS}/extract.json"
-Progress = Callable[[str, int, int], None]
 
 
 def silent(stage: str, done: int, total: int) -> None:

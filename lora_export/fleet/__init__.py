@@ -19,5 +19,5 @@
     remote.py       a fleet at an address
 
 Imports adapters, artifact, base, carried, check, compat, environment, errors, export, folders, graph, integrity,
-quiet, reading, runtime, staging, verdict.
+progress, quiet, reading, runtime, staging, verdict.
 """

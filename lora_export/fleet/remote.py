@@ -16,7 +16,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,12 +27,12 @@ from lora_export.fleet.roster import is_address
 from lora_export.fleet.state import RECORDS
 from lora_export.graph.cache import cache_folder
 from lora_export.integrity.verify import verify
+from lora_export.progress import Progress
 from lora_export.reading import json_of
 
 _LOCK = ".fleet.lock"
 # Of this process, at work.
 _runs: set[str] = set()
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass

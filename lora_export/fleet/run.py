@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,9 +30,9 @@ from lora_export.fleet.pool import Pool
 from lora_export.fleet.roster import is_address, read_roster
 from lora_export.fleet.sources import Opened, open_all
 from lora_export.folders import link, put_in_place
+from lora_export.progress import Progress
 from lora_export.runtime.session import choose_provider
 
-Progress = Callable[[str, int, int], None]
 # What a worker runs.
 WORK = "lora_export.fleet.worker:work"
 

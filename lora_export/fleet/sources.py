@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from lora_export.errors import InputRefused, LoraExportError
 from lora_export.fleet.outcomes import AdapterOutcome, Outcome
 from lora_export.fleet.roster import Entry
 from lora_export.fleet.survey import kind_of
+from lora_export.progress import Progress
 
 _FETCHED = ("adapter_config.json", "adapter_model.safetensors", "config.json")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -41,7 +42,7 @@ class Opened:
 
 
 def open_all(
-    entries: Sequence[Entry], base: str, task: str | None, *, fetched: Path, progress: Callable[[str, int, int], None]
+    entries: Sequence[Entry], base: str, task: str | None, *, fetched: Path, progress: Progress
 ) -> tuple[list[Opened], list[AdapterOutcome]]:
     """Every adapter's headers and hashes, and the outcome of those that have none.
 

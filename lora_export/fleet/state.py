@@ -9,7 +9,6 @@ Until a run ends, its work lies in `.OUT.fleet` beside OUT, where a run that was
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ from pathlib import Path
 from lora_export.artifact import REPORTS
 from lora_export.errors import EnvironmentUnusable
 from lora_export.fleet.outcomes import AdapterOutcome
-from lora_export.folders import put_back
+from lora_export.folders import lock, put_back
 from lora_export.staging import write_whole
 
 _KEPT = "fleet"
@@ -52,15 +51,13 @@ def locked(out: Path) -> Iterator[None]:
     out.parent.mkdir(parents=True, exist_ok=True)
     path = out.parent / f".{out.name}.fleet.lock"
     with path.open("w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock(file.fileno(), wait=False):
             raise EnvironmentUnusable(
                 "Another fleet is being made in this folder",
                 where=str(out),
                 found=f"{path} is locked",
                 next_step="wait for it, or name another folder with -o",
-            ) from error
+            )
         yield
 
 

@@ -12,12 +12,15 @@
     unbound.py               initializers without a value
     attention_node.py        the standard attention, as it is traced
     heads.py                 heads merged, and taken apart
+    evaluate.py              a graph's nodes, run
     mask.py                  what an attention mask lets through
     key_mask.py              masks that are of keys alone
     head.py                  a decoder's head, for the last tokens only
     token_order.py           a cache's order of tokens
-    grouped_attention.py     one attention operator a layer, the cache in place
     pack.py                  projections of one input, packed
+    rotary.py                rotary embedding inside the attention
+    grouped_projections.py   queries, keys and values packed for the attention
+    grouped_attention.py     one attention operator a layer, the cache in place
     encoder_attention.py     attention without a cache, in one operator
     reshapes.py              reshapes that undo each other
     shape_sums.py            no length is copied to the GPU

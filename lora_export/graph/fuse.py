@@ -7,12 +7,13 @@ of attention, and those that must work without weights: packed projections, and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 from onnx_ir.convenience import replace_nodes_and_values
 from onnx_ir.passes import common as common_passes
 
+from lora_export.base.recipe import Recipe
 from lora_export.base.sparing import sparing
 from lora_export.compat import borrow, borrow_if_there, replaced
 from lora_export.graph.batch_transposes import take_batch_transposes_apart
@@ -25,12 +26,22 @@ from lora_export.graph.unbound import is_matrix_transpose, prepare_weights, reci
 from lora_export.quiet import quiet
 
 
-def fuse(model: ir.Model, provider: str, windows: tuple[int, ...] = (), *, holds_weights: bool = True) -> ir.Model:
+def fuse(
+    model: ir.Model,
+    provider: str,
+    windows: tuple[int, ...] = (),
+    *,
+    n_positions: int | None = None,
+    holds_weights: bool = True,
+    may_pack: Callable[[Recipe], bool] = lambda recipe: True,
+) -> ir.Model:
     """`model` (changed in place and returned) optimized and fused for `provider`, "cpu" or "cuda".
 
     Args:
         windows: The sizes of sliding windows that the base's config names.
+        n_positions: The most tokens of a text, by the base's config; None if it does not say.
         holds_weights: Whether an attention may hold its projections' weights, which are then floats.
+        may_pack: Which weights of a decoder's projections may be packed, by their recipe.
     """
     from onnxscript.optimizer import optimize_ir
 
@@ -44,7 +55,8 @@ def fuse(model: ir.Model, provider: str, windows: tuple[int, ...] = (), *, holds
         # Its last step but a few fuses again what it had taken apart: T5 in float16, whose residual is float32.
         unfuse_mixed_dtype_skip_norms(model)
     take_batch_transposes_apart(model)
-    group_attention(model, provider, windows)
+    common_passes.RemoveUnusedNodesPass()(drop_undone_reshapes(model))  # so that attention finds its projections
+    group_attention(model, provider, windows, n_positions=n_positions, may_pack=may_pack)
     if provider == "cpu":
         simplify_attention(model, holds_weights=holds_weights)
     drop_undone_reshapes(model)

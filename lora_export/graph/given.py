@@ -15,13 +15,13 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
+from lora_export.contract import PAST, PRESENT
 from lora_export.errors import InputRefused, some_of
 from lora_export.graph.grouped_attention import GROUPED
 from lora_export.graph.head import last_hidden
 from lora_export.graph.token_order import TokenOrder
 from lora_export.quiet import quiet
 
-_PAST, _PRESENT = "past_key_values.", "present."
 _OF_ADAPTERS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude", ".token_ids", ".token_delta", "lora_gate")
 # What adapters are added to: their shapes say where the batch is.
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits")
@@ -205,7 +205,7 @@ def _fix_cache_sizes(graph: ir.Graph, head_size: int | None) -> None:
         if isinstance(width, int):
             head_size = width // (queries if grouped.inputs[_KEY] is not None else queries + 2 * keys)
     for value in (*graph.inputs, *graph.outputs):
-        if value.name.startswith((_PAST, _PRESENT)) and value.shape is not None and len(value.shape) == 4:
+        if value.name.startswith((PAST, PRESENT)) and value.shape is not None and len(value.shape) == 4:
             dims = list(value.shape)
             if not isinstance(dims[3], int) and head_size is not None:
                 value.shape = ir.Shape([*dims[:3], head_size])

@@ -22,15 +22,17 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
-from lora_export.contract import CacheLayout
+from lora_export.base.recipe import Recipe
+from lora_export.contract import PAST, PRESENT, CacheLayout
 from lora_export.graph.attention_node import attended, is_plain
+from lora_export.graph.grouped_projections import ProjectionPacker
 from lora_export.graph.head import last_hidden
 from lora_export.graph.heads import merged_heads, read_instead
 from lora_export.graph.mask import CausalMask, causal_mask, is_false_for_real_tokens
+from lora_export.graph.rotary import Rotary, Rotation, unturned
 from lora_export.graph.token_order import TokenOrder
 
 GROUPED = "GroupQueryAttention"
-_PAST = "past_key_values."
 _DTYPES = {
     "cpu": (ir.DataType.FLOAT, ir.DataType.FLOAT16),
     "cuda": (ir.DataType.FLOAT16, ir.DataType.BFLOAT16),
@@ -55,11 +57,20 @@ class _Layer:
     attended: ir.Value
 
 
-def group_attention(model: ir.Model, provider: str, windows: tuple[int, ...] = ()) -> ir.Model:
+def group_attention(
+    model: ir.Model,
+    provider: str,
+    windows: tuple[int, ...] = (),
+    *,
+    n_positions: int | None = None,
+    may_pack: Callable[[Recipe], bool] = lambda recipe: True,
+) -> ir.Model:
     """Rewrite `model` (changed in place and returned) if the conditions hold.
 
     Args:
         windows: The sizes of sliding windows that the base's config names.
+        n_positions: The most tokens of a text, by the base's config; None if it does not say.
+        may_pack: Which weights may be packed, by their recipe.
     """
     graph = model.graph
     layers = _layers(graph, provider)
@@ -69,9 +80,13 @@ def group_attention(model: ir.Model, provider: str, windows: tuple[int, ...] = (
     masks = {mask: causal_mask(graph, mask, windows) for mask in {layer.node.inputs[3] for layer in layers}}
     if None in masks.values():
         return model
+    # On CUDA neither has been run yet.
+    rotary = Rotary(graph, n_positions if provider == "cpu" else None)
+    rotations = [rotary.of(layer.node.inputs[0], layer.new[0]) for layer in layers]
     order = TokenOrder(graph, hidden)
-    for layer in layers:
-        _attend(graph, layer, order, mask=masks[layer.node.inputs[3]])
+    packer = ProjectionPacker(graph, order.sizes, may_pack) if provider == "cpu" else None
+    for layer, rotation in zip(layers, rotations, strict=True):
+        _attend(graph, layer, order, mask=masks[layer.node.inputs[3]], rotation=rotation, packer=packer)
     model.graph.opset_imports.setdefault("com.microsoft", 1)
     common_passes.RemoveUnusedNodesPass()(model)
     common_passes.TopologicalSortPass()(model)
@@ -80,7 +95,7 @@ def group_attention(model: ir.Model, provider: str, windows: tuple[int, ...] = (
 
 def cache_layout(model: ir.Model) -> CacheLayout | None:
     """Where `model` keeps a token in its cache; None if it has no cache."""
-    if not any(value.name.startswith(_PAST) for value in model.graph.inputs):
+    if not any(value.name.startswith(PAST) for value in model.graph.inputs):
         return None
     is_grouped = any(node.op_type == GROUPED for node in model.graph)
     return CacheLayout.TOKENS if is_grouped else CacheLayout.COLUMNS
@@ -89,7 +104,7 @@ def cache_layout(model: ir.Model) -> CacheLayout | None:
 def _layers(graph: ir.Graph, provider: str) -> list[_Layer]:
     """Conditions 1 and 4: the layers, or none."""
     inputs = {value.name: value for value in graph.inputs}
-    caches = [name.removesuffix("key") for name in inputs if name.startswith(_PAST) and name.endswith(".key")]
+    caches = [name.removesuffix("key") for name in inputs if name.startswith(PAST) and name.endswith(".key")]
     # All layers read one condition, so it is run once.
     is_of_padding = functools.cache(functools.partial(is_false_for_real_tokens, graph))
     found = [_layer(inputs[f"{cache}key"], inputs[f"{cache}value"], is_of_padding) for cache in caches]
@@ -154,15 +169,23 @@ def _is_free_of_slots(graph: ir.Graph, layers: list[_Layer]) -> bool:
 def _is_of_slots(node: ir.Node, value: ir.Value) -> bool:
     """Whether `node` reads in `value` how the cache's slots are filled, or how many there are."""
     is_mask = value.is_graph_input() and value.name == "attention_mask"
-    is_cache = value.is_graph_input() and value.name.startswith(_PAST)
-    if not is_mask and not is_cache and not (value.is_graph_output() and value.name.startswith("present.")):
+    is_cache = value.is_graph_input() and value.name.startswith(PAST)
+    if not is_mask and not is_cache and not (value.is_graph_output() and value.name.startswith(PRESENT)):
         return False
     slots = 1 if is_mask else 2
     axes = range(len(value.shape))[node.attributes.get_int("start", 0) : node.attributes.get_int("end", 4)]
     return node.op_type != "Shape" or slots in axes
 
 
-def _attend(graph: ir.Graph, layer: _Layer, order: TokenOrder, *, mask: CausalMask) -> None:
+def _attend(
+    graph: ir.Graph,
+    layer: _Layer,
+    order: TokenOrder,
+    *,
+    mask: CausalMask,
+    rotation: Rotation | None,
+    packer: ProjectionPacker | None,
+) -> None:
     node, (key, value) = layer.node, layer.past
     query = node.inputs[0]
     size = query.shape[3]
@@ -171,10 +194,18 @@ def _attend(graph: ir.Graph, layer: _Layer, order: TokenOrder, *, mask: CausalMa
     if mask.window is not None:
         attributes["local_window_size"] = mask.window
     nodes: list[ir.Node] = []
-    operands = [merged_heads(nodes, operand) for operand in (query, *layer.new)]
+    turned = (query, layer.new[0])
+    operands = [merged_heads(nodes, states) if rotation is None else unturned(nodes, states) for states in turned]
+    operands.append(merged_heads(nodes, layer.new[1]))
+    packed = None if packer is None else packer.packed(operands)
+    operands = [packed, None, None] if packed is not None else operands
+    operands += [key, value, order.lengths, order.total]
+    if rotation is not None:
+        operands += [rotation.cos, rotation.sin]
+        attributes |= {"do_rotary": 1, "rotary_interleaved": int(rotation.is_interleaved)}
     grouped = ir.node(
         GROUPED,
-        [*operands, key, value, order.lengths, order.total],
+        operands,
         attributes=attributes,
         domain="com.microsoft",
         num_outputs=3,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.graph.mask import MaskEvaluator, attended_by
+from lora_export.graph.evaluate import Evaluator
+from lora_export.graph.mask import attended_by
 
 _ROWS = 3
 # The lengths of symbolic axes: all of them different, and all the same.
@@ -33,7 +34,7 @@ def key_mask(graph: ir.Graph, mask: ir.Value | None) -> KeyMask | None:
     another, or cannot be run. No mask is one that lets all through."""
     if mask is None:
         return KeyMask(None)
-    evaluate = MaskEvaluator.of(graph, mask)
+    evaluate = Evaluator.of(graph, mask)
     if evaluate is None or evaluate.largest_number(_NO_LENGTH) > _LONGEST_WINDOW:
         return None
     # What is run are copies. Two masks could not be told apart, nor a token's number from any other.
@@ -54,7 +55,7 @@ def key_mask(graph: ir.Graph, mask: ir.Value | None) -> KeyMask | None:
 
 def is_false_with_keys(graph: ir.Graph, condition: ir.Value) -> bool:
     """Whether `condition` is false wherever a row has any key to attend."""
-    evaluate = MaskEvaluator.of(graph, condition)
+    evaluate = Evaluator.of(graph, condition)
     if evaluate is None or evaluate.largest_number(_NO_LENGTH) > _LONGEST_WINDOW:
         return False
     found = (evaluate(sizes, given) for sizes, given in _cases(evaluate))
@@ -69,7 +70,7 @@ def _is_read_for_its_shape(value: ir.Value) -> bool:
     return all(node.op_type == "Shape" for node, _ in value.uses())
 
 
-def _cases(evaluate: MaskEvaluator) -> Iterator[tuple[dict[str, int], dict[str, np.ndarray]]]:
+def _cases(evaluate: Evaluator) -> Iterator[tuple[dict[str, int], dict[str, np.ndarray]]]:
     """Sizes and masks to run a mask with, with padding and without; the last sizes are longer than any window."""
     axes = dict.fromkeys(str(dim.value) for value in evaluate.inputs for dim in value.shape if not isinstance(dim, int))
     longest = evaluate.largest_number(_NO_LENGTH) + 3

@@ -6,25 +6,20 @@ A decoder's mask `[batch, 1, new, total]` is causal if query `q` of a row attend
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
-from onnx_ir.convenience import extract
+
+from lora_export.graph.evaluate import Evaluator
 
 # Tokens as shapes: prompts, a step, and a chunk on a cache.
 _CASES = ((2, 4, 0), (3, 1, 0), (3, 1, 5), (3, 4, 4))
 # An additive mask adds the lowest number of its dtype, or -inf, where nothing is to be attended.
 _MASKED = -1e4
-# A constant of more numbers is a table, whose axes have sizes of their own.
-_FEW = 16
 # No window is as long: such numbers are ends of slices, or the lowest of a dtype.
 _NO_WINDOW = 2**20
-# What ONNX's reference evaluator raises for an operator that it has not, or operands that it does not take. The graph
-# then keeps its own mask, which is right and slower.
-_CANNOT_RUN = (ValueError, TypeError, KeyError, IndexError, NotImplementedError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -43,64 +38,13 @@ class CausalMask:
         return attended & (attention_mask[:, None, :] != 0)
 
 
-class MaskEvaluator:
-    """Runs a copy of the nodes that compute a mask.
-
-    Attributes:
-        inputs: What they read of the graph's inputs, copies too.
-    """
-
-    def __init__(self, model: ir.Model) -> None:
-        self.inputs, self._nodes = tuple(model.graph.inputs), tuple(model.graph)
-        self._evaluator = ReferenceEvaluator(ir.to_proto(model))
-
-    @classmethod
-    def of(cls, graph: ir.Graph, value: ir.Value) -> MaskEvaluator | None:
-        """For the nodes of `graph` that compute `value`; None where they read a weight or have no reference."""
-        read = _read_by(value)
-        inputs = [each for each in read if each.producer() is None]
-        has_domains = any(node.domain for node in {each.producer() for each in read} - {None})
-        if has_domains or any(each not in graph.inputs for each in inputs):
-            return None
-        try:
-            model = ir.Model(extract(graph, inputs, [value]), ir_version=10)
-            model.opset_imports.update(graph.opset_imports)
-            return cls(model)
-        except _CANNOT_RUN:
-            return None
-
-    def largest_number(self, below: int) -> int:
-        """The largest whole number below `below` among the constants, 0 if there is none: no window is larger."""
-        constants = (ir.convenience.get_const_tensor(value) for node in self._nodes for value in node.inputs if value)
-        arrays = (tensor.numpy().reshape(-1) for tensor in constants if tensor is not None and tensor.size <= _FEW)
-        numbers = (abs(float(number)) for array in arrays for number in array)
-        return max((int(number) for number in numbers if number < below), default=0)
-
-    def __call__(self, sizes: Mapping[str, int], given: Mapping[str, np.ndarray]) -> np.ndarray | None:
-        """The mask as its nodes compute it; None if they cannot be run here.
-
-        Args:
-            sizes: Of the symbolic axes of inputs, by name.
-            given: The inputs that are not zeros; those that the mask does not read are left out.
-        """
-        feeds = {}
-        for value in self.inputs:
-            dims = [dim if isinstance(dim, int) else sizes[str(dim.value)] for dim in value.shape]
-            feeds[value.name] = given[value.name] if value.name in given else np.zeros(dims, value.dtype.numpy())
-        try:
-            (found,) = self._evaluator.run(None, feeds)
-        except _CANNOT_RUN:
-            return None
-        return found
-
-
 def causal_mask(graph: ir.Graph, mask: ir.Value, windows: tuple[int, ...]) -> CausalMask | None:
     """The causal mask that `mask` computes from the inputs of `graph`; None if it is another, or cannot be run.
 
     Args:
         windows: The sizes of sliding windows to try.
     """
-    evaluate = MaskEvaluator.of(graph, mask)
+    evaluate = Evaluator.of(graph, mask)
     if evaluate is None:
         return None
     candidates = [CausalMask(), *map(CausalMask, windows)]
@@ -117,7 +61,7 @@ def causal_mask(graph: ir.Graph, mask: ir.Value, windows: tuple[int, ...]) -> Ca
 
 def is_false_for_real_tokens(graph: ir.Graph, condition: ir.Value) -> bool:
     """Whether `condition`, `[batch, 1, new, 1]`, is false for every token that is no padding, under a causal mask."""
-    evaluate = MaskEvaluator.of(graph, condition)
+    evaluate = Evaluator.of(graph, condition)
     if evaluate is None:
         return False
     for attention_mask, new in _attention_masks(0):
@@ -140,7 +84,7 @@ def attended_by(mask: np.ndarray | None) -> np.ndarray | None:
     return added == 0 if np.all((added == 0) | (added < _MASKED)) else None
 
 
-def _of_tokens(evaluate: MaskEvaluator, attention_mask: np.ndarray, new: int) -> np.ndarray | None:
+def _of_tokens(evaluate: Evaluator, attention_mask: np.ndarray, new: int) -> np.ndarray | None:
     """What is computed for the last `new` tokens of an attention mask `[batch, total]`."""
     batch, total = attention_mask.shape
     sizes = {
@@ -174,17 +118,3 @@ def _agrees(found: np.ndarray, expected: np.ndarray, real: np.ndarray) -> bool:
     if found.shape[1:] != expected.shape[1:] or found.shape[0] not in (1, len(expected)):
         return False
     return np.array_equal(np.broadcast_to(found, expected.shape)[real], expected[real])
-
-
-def _read_by(value: ir.Value) -> list[ir.Value]:
-    """`value`, and all values that it is computed from but constants."""
-    found: dict[ir.Value, None] = {}
-    waiting = [value]
-    while waiting:
-        each = waiting.pop()
-        if each in found or each.const_value is not None:
-            continue
-        found[each] = None
-        if each.producer() is not None:
-            waiting += [operand for operand in each.producer().inputs if operand is not None]
-    return list(found)

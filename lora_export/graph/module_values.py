@@ -4,7 +4,8 @@ A fused graph has lost part of its module paths, but its weights keep the names 
 weight is read, the module is computed:
 
 1. The anchor is the node that reads `<module>.weight`: a product, a lookup, a convolution or a normalization. Of
-   projections packed into one product, `a.weight+b.weight`, each has its part of the Split behind it.
+   projections packed into one product, `a.weight+b.weight`, each has its part of the Split behind it; there is one
+   behind what `GroupQueryAttention` reads packed, too, once `take_apart` has put it there.
 2. The module's output is where the chain of its own nodes ends: those that add the product of its pair or its bias,
    scale it by its gain, and reshape it. A node is the module's own if it reads one of the module's tensors, or carries
    the module's path.
@@ -29,6 +30,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lora_export.contract import ADAPTER_INPUT_KINDS, AdapterInputKind, spec_of
+from lora_export.graph.grouped_projections import take_apart
 from lora_export.graph.sites import NAME_SCOPES
 from lora_export.graph.stored_integers import without_rounded_activations
 
@@ -97,7 +99,7 @@ class WrittenGraph:
     file lets them be rounded to integers: what they should be is then known to float rounding."""
 
     def __init__(self, path: Path) -> None:
-        self._model = without_rounded_activations(ir.load(path))
+        self._model = take_apart(without_rounded_activations(ir.load(path)))
         graph = self._model.graph
         self.nodes = tuple(_node(node) for node in graph)
         self.inputs = frozenset(value.name for value in graph.inputs)

@@ -26,6 +26,7 @@ class TokenOrder:
         lengths: int32 `[batch]`: the number of a row's tokens in the cache after this run, padding among the new ones
             included, minus one: GroupQueryAttention's `seqlens_k`. What padding leaves in the cache lies after the
             row's tokens, and the next run writes over it.
+        sizes: int64 `[2]`: the batch and the new tokens.
         total: int32 scalar: the number of columns of `attention_mask`, computed from its shape and so on the CPU.
     """
 
@@ -35,7 +36,7 @@ class TokenOrder:
         inputs = {value.name: value for value in graph.inputs}
         mask, ids = inputs["attention_mask"], inputs["input_ids"]
         self._batch_sequence = list(ids.shape)
-        self._shape = self._op("Shape", [ids], [2], _INT64)
+        self.sizes = self._op("Shape", [ids], [2], _INT64)
         new = self._op("Shape", [ids], [1], _INT64, start=1, end=2)
         total = self._op("Shape", [mask], [1], _INT64, start=1, end=2)
         past = self._op("Sub", [total, new], [1], _INT64)
@@ -77,7 +78,7 @@ class TokenOrder:
                 continue
             whole = value
             if len(value.shape) == 3:  # The gate may be one number a row, or one in all.
-                shape = self._op("Concat", [self._shape, self._ints([1])], [3], _INT64, axis=0)
+                shape = self._op("Concat", [self.sizes, self._ints([1])], [3], _INT64, axis=0)
                 whole = self._op("Expand", [value, shape], [*self._batch_sequence, 1], value.dtype)
             ordered = self._gather(whole, self._sources)
             for node, index in users:

@@ -2,7 +2,8 @@
 
     write.py           all renderings of a check or bench into a folder (extract: extract_html.py; fleet: fleet.py)
     as_json.py         for programs, by a published schema
-    html.py            one self-contained page
+    pages.py           pages from templates
+    html.py            the page of a check or bench
     text.py            a terminal
     markdown.py        a CI job's summary
     junit.py           JUnit XML

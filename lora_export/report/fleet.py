@@ -16,7 +16,7 @@ from markupsafe import Markup
 from lora_export.fleet.outcomes import AdapterOutcome, FleetReport, Outcome
 from lora_export.report import format as fmt
 from lora_export.report.as_json import render_json
-from lora_export.report.html import _templates
+from lora_export.report.pages import page
 from lora_export.report.provenance import environment_facts, pair_table
 from lora_export.report.scatter import Point, scatter_plot
 from lora_export.report.tables import Cell, Column, Table, TableRow, verdict_cell
@@ -142,23 +142,21 @@ def render_fleet_html(report: FleetReport) -> str:
         figures.append(("Adapters a second", f"{len(done) / report.seconds_packing:.1f}"))
     facts = (("List", report.source), ("Folder", report.folder), ("Base", report.base), ("Task", report.task))
     digest = base64.b64encode(hashlib.sha256(_FILTER.encode()).digest()).decode()
-    return (
-        _templates()
-        .get_template("fleet.html")
-        .render(
-            report=report,
-            verdict=fleet_verdict(report),
-            summary=fleet_summary(report),
-            figures=figures,
-            facts=(*facts, ("Workers", str(report.n_workers)), ("Kinds", str(report.n_kinds))),
-            environment_facts=environment_facts(report.environment),
-            plot=Markup(effect_plot(report)),
-            reasons=reason_table(report),
-            adapters=adapter_table(report),
-            versions=pair_table("Versions", "Distribution", report.environment.versions),
-            script=Markup(_FILTER),
-            script_hash=digest,
-        )
+    return page(
+        "fleet.html",
+        report=report,
+        verdict=fleet_verdict(report),
+        headline=f"A fleet of {fmt.counted(len(report.adapters), 'adapter')}",
+        summary=fleet_summary(report),
+        figures=figures,
+        facts=(*facts, ("Workers", str(report.n_workers)), ("Kinds", str(report.n_kinds))),
+        environment_facts=environment_facts(report.environment),
+        plot=Markup(effect_plot(report)),
+        reasons=reason_table(report),
+        adapters=adapter_table(report),
+        versions=pair_table("Versions", "Distribution", report.environment.versions),
+        script=Markup(_FILTER),
+        script_hash=digest,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 from lora_export.bench.results import BenchReport
 from lora_export.check.results import CheckReport
@@ -102,19 +103,18 @@ def _where(
     subject: Subject, environment: Environment, seconds: float, *, more: tuple[tuple[str, str], ...] = ()
 ) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(environment.versions.items()))
-    settings = ", ".join(f"{name}={value}" for name, value in sorted(environment.settings.items()))
-    facts = [
-        *subject_facts(subject),
-        *more,
-        *environment_facts(environment),
-        ("Duration", fmt.duration(seconds)),
-        ("Versions", versions),
-        ("Settings", settings),
-    ]
-    facts = [(label, value) for label, value in facts if value]
-    width = max(len(label) for label, _ in facts)
-    lines = [line for label, value in facts for line in _wrapped(value, f"  {label:<{width}}  ")]
-    return "\n".join(["Where", *lines])
+    duration = ("Duration", fmt.duration(seconds))
+    facts = [*subject_facts(subject), *more, *environment_facts(environment), duration, ("Versions", versions)]
+    blocks = (_pairs("Where", facts), _pairs("Settings", sorted(environment.settings.items())))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _pairs(title: str, pairs: Sequence[tuple[str, str]]) -> str:
+    """A name and its value in each line; none for an empty value."""
+    given = [(name, value) for name, value in pairs if value]
+    width = max((len(name) for name, _ in given), default=0)
+    lines = [line for name, value in given for line in _wrapped(value, f"  {name:<{width}}  ")]
+    return "\n".join([title, *lines]) if lines else ""
 
 
 def _table(table: Table) -> str:

@@ -5,6 +5,7 @@
     seq2seq_session.py    `Seq2SeqSession`
     described.py          whether the manifest describes the graph that was opened
     host_inputs.py        a text model's inputs, completed from what a tokenizer gives
+    positions.py          how many tokens a text may have
     residency.py          which adapters' tensors are in memory
     held_adapter.py       an adapter that is loaded
     bank.py               the adapters of a graph at one moment

@@ -14,13 +14,14 @@ import numpy as np
 import onnxruntime as ort
 
 from lora_export.artifact import Manifest, read_manifest
-from lora_export.contract import SINGLE, data_file, graph_file
+from lora_export.contract import SINGLE, data_file, graph_file, present_of
 from lora_export.runtime.adapter_file import read_adapter, reader_of, require_fit, require_unchanged
 from lora_export.runtime.bank import Bank, RowAdapter, Shelf
 from lora_export.runtime.batch import mask_padded_classes, require_equal_rows, run_batch
-from lora_export.runtime.cache import Cache, present_of
+from lora_export.runtime.cache import Cache
 from lora_export.runtime.described import require_described
 from lora_export.runtime.host_inputs import completed_inputs
+from lora_export.runtime.positions import told_if_too_long
 from lora_export.runtime.residency import Residency
 from lora_export.runtime.session import choose_provider, open_session
 from lora_export.runtime.stacking import stored_defaults
@@ -175,8 +176,8 @@ class AdapterSession:
 
         Raises:
             UsageProblem: An unknown adapter, the number of entries is not the batch size, an input is missing, inputs
-                differ in rows (texts and images) where adapters do, or an activated LoRA continues a cache and its
-                gate is not among `inputs` (see `gate`).
+                differ in rows (texts and images) where adapters do, a text is longer than the model takes, or an
+                activated LoRA continues a cache and its gate is not among `inputs` (see `gate`).
         """
         n_cached = None if cache is None else cache.length
         inputs = completed_inputs(inputs, self.contract, n_cached)
@@ -185,7 +186,8 @@ class AdapterSession:
         require_equal_rows(inputs, rows)
         names = list(outputs or self._output_names(cache))
         fed = bank.with_gate(inputs, rows, n_past=n_cached or 0)
-        results = run_batch(self.session, bank, fed, rows=rows, names=names, cache=cache)
+        with told_if_too_long(fed, self.folder):
+            results = run_batch(self.session, bank, fed, rows=rows, names=names, cache=cache)
         mask_padded_classes(results, self.contract, bank.classes(rows))
         return results
 

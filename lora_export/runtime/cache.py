@@ -9,11 +9,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnxruntime as ort
 
-from lora_export.contract import CacheLayout, GraphContract, TensorSpec
+from lora_export.contract import CacheLayout, GraphContract, TensorSpec, present_of
 from lora_export.errors import UsageProblem
 from lora_export.runtime.arrays import memory_of, numpy_dtype, onnx_element_type, run_bound
-
-_PAST, _PRESENT = "past_key_values", "present"
 
 
 class Cache:
@@ -95,11 +93,6 @@ class Cache:
         where = (self._provider, 0, onnx_element_type(spec.dtype), shape, place)
         binding.bind_input(spec.name, *where)
         binding.bind_output(present, *where)
-
-
-def present_of(past: str) -> str:
-    """The output that is the cache input `past` after a run."""
-    return past.replace(_PAST, _PRESENT)
 
 
 def with_room(inputs: Mapping[str, np.ndarray], contract: GraphContract) -> dict[str, np.ndarray]:

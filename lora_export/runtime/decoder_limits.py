@@ -9,6 +9,7 @@ from lora_export.contract import GATE_INPUT
 from lora_export.errors import UsageProblem
 from lora_export.reading import CONFIG, model_settings, size_in
 from lora_export.runtime.adapter_session import AdapterSession
+from lora_export.runtime.positions import n_positions
 
 # What follows from a text's tokens.
 _OF_TOKENS = {"input_ids", "attention_mask", "position_ids", "token_type_ids", GATE_INPUT}
@@ -42,9 +43,8 @@ class DecoderLimits:
                 expected="a decoder for text generation",
                 found=f"a graph that takes {', '.join(others)}" if others else "a graph without a cache",
             )
-        config, where = model_settings(session.folder), session.folder / CONFIG
-        n_positions = size_in(config, "max_position_embeddings", "n_positions", where=where)
-        return cls(size_in(config, "vocab_size", where=where), n_positions)
+        vocabulary = size_in(model_settings(session.folder), "vocab_size", where=session.folder / CONFIG)
+        return cls(vocabulary, n_positions(session.folder))
 
     def require(self, *, max_rows: int, max_length: int, prefill_chunk: int) -> None:
         for name, value in (("max_rows", max_rows), ("max_length", max_length), ("prefill_chunk", prefill_chunk)):

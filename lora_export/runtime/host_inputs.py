@@ -17,13 +17,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lora_export.contract import LOGITS_TO_KEEP, GraphContract, TensorSpec
+from lora_export.contract import LOGITS_TO_KEEP, PAST, GraphContract, TensorSpec
 from lora_export.errors import UsageProblem
 from lora_export.runtime.arrays import numpy_dtype
 
-TOKEN_IDS, MASK, TYPES, POSITIONS, PAST = (
-    "input_ids", "attention_mask", "token_type_ids", "position_ids", "past_key_values.",
-)  # fmt: skip
+TOKEN_IDS, MASK, TYPES, POSITIONS = "input_ids", "attention_mask", "token_type_ids", "position_ids"
 
 
 def completed_inputs(

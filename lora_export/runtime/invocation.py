@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lora_export.contract import GATE_INPUT
+from lora_export.contract import GATE_INPUT, PAST
 from lora_export.errors import UsageProblem
 from lora_export.runtime.stacking import RowSpec
 
@@ -62,7 +62,7 @@ def refuse_unknown_past(inputs: Mapping[str, np.ndarray], n_past: int = 0) -> No
     Args:
         n_past: How many tokens are in a cache that is not among `inputs`.
     """
-    if n_past or any(array.shape[2] > 0 for name, array in inputs.items() if name.startswith("past_key_values.")):
+    if n_past or any(array.shape[2] > 0 for name, array in inputs.items() if name.startswith(PAST)):
         raise UsageProblem(
             "An activated LoRA continues a cache, and what came before decides whether it is active",
             where=f"input {GATE_INPUT}",

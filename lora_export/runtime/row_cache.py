@@ -17,11 +17,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-from lora_export.contract import GATE_INPUT, LOGITS_TO_KEEP, CacheLayout, GraphContract
+from lora_export.contract import GATE_INPUT, LOGITS_TO_KEEP, CacheLayout, GraphContract, present_of
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.arrays import numpy_dtype
 from lora_export.runtime.batch import mask_padded_classes, run_batch
-from lora_export.runtime.cache import Cache, present_of
+from lora_export.runtime.cache import Cache
 from lora_export.runtime.host_inputs import completed_inputs, empty
 from lora_export.runtime.stacking import RowSpec
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_export.artifact import read_manifest
-from lora_export.contract import DECODER, DECODER_WITH_PAST, ENCODER, adapter_file
+from lora_export.contract import DECODER, DECODER_WITH_PAST, ENCODER, PAST, PRESENT, adapter_file, present_of
 from lora_export.errors import InputRefused, UsageProblem, some_of
 from lora_export.runtime.adapter_file import reader_of
 from lora_export.runtime.adapter_session import AdapterSession
@@ -174,8 +174,7 @@ class Seq2SeqSession:
         now = self.snapshot()
         encoded = now.encode(source, adapters)
         results = now.sessions[DECODER].run(encoded | {"input_ids": targets}, adapters)
-        past = {name.replace("present", "past_key_values"): value for name, value in results.items()}
-        past.pop("logits")
+        past = {PAST + name.removeprefix(PRESENT): value for name, value in results.items() if name.startswith(PRESENT)}
         fixed = {name: value for name, value in past.items() if ".encoder." in name}
         if "encoder_attention_mask" in encoded:
             fixed["encoder_attention_mask"] = encoded["encoder_attention_mask"]
@@ -186,7 +185,7 @@ class Seq2SeqSession:
         """The logits at further targets `[batch, n]` with the adapters of `begin`, and the state after them."""
         feeds = {**state.fixed, **state.cache, "input_ids": targets}
         results = state.decoder.run(feeds, state.adapters)
-        cache = {name: results[name.replace("past_key_values", "present")] for name in state.cache}
+        cache = {name: results[present_of(name)] for name in state.cache}
         return results["logits"], replace(state, cache=cache)
 
     def generate(

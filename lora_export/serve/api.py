@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from lora_export import __version__
-from lora_export.answers import class_values
+from lora_export.answers import class_name, class_values
 from lora_export.errors import LoraExportError
 from lora_export.serve.encoders import Answer
 from lora_export.serve.guard import Guard
@@ -193,6 +193,6 @@ def _classes(answer: Answer, service: Service) -> dict:
     probabilities = class_values(values, service.models.problem_type(answer.target.place)).tolist()
     best = int(values.argmax())
     return {
-        "label": labels.get(best, f"LABEL_{best}"), "probs": probabilities, "num_classes": len(values),
-        "labels": [labels.get(index, f"LABEL_{index}") for index in range(len(values))],
+        "label": class_name(labels, best), "probs": probabilities, "num_classes": len(values),
+        "labels": [class_name(labels, index) for index in range(len(values))],
     }  # fmt: skip

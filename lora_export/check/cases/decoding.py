@@ -22,9 +22,8 @@ from lora_export.check.locate.probe import Probe
 from lora_export.check.locate.probes import step_probe
 from lora_export.check.reference.unmerged import Reference
 from lora_export.check.results import Measured, ParityCase
-from lora_export.contract import GATE_INPUT
+from lora_export.contract import GATE_INPUT, present_of
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
-from lora_export.runtime.cache import present_of
 from lora_export.runtime.generate import empty_cache, generate
 
 _ROWS = 4

@@ -1,0 +1,72 @@
+"""Rotary embedding inside the attention: its tables are the model's own, and only where they can stand in."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+import transformers
+from onnx.reference import ReferenceEvaluator
+from onnx_ir.convenience import extract
+
+from lora_export.base.tasks import Task
+from lora_export.base.trace import n_positions, trace
+from lora_export.base.weightless import build_weightless
+from lora_export.graph.fuse import fuse
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 6000,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+LLAMA = transformers.LlamaConfig(**SIZES)
+SCALED = transformers.LlamaConfig(**SIZES, rope_parameters=LINEAR)
+PARTIAL = transformers.StableLmConfig(**(SIZES | {"hidden_size": 128}), partial_rotary_factor=0.5)
+
+
+def fused(config: transformers.PretrainedConfig, positions: int | None) -> ir.Model:
+    model = trace(Task.TEXT_GENERATION, build_weightless(Task.TEXT_GENERATION, config, "float32"))
+    return fuse(model, "cpu", n_positions=positions)
+
+
+def attentions(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+
+
+def evaluated(model: ir.Model, value: ir.Value) -> np.ndarray:
+    part = ir.Model(extract(model.graph, [], [value]), ir_version=10)
+    part.opset_imports.update(model.opset_imports)
+    return ReferenceEvaluator(ir.to_proto(part)).run(None, {})[0]
+
+
+@pytest.mark.parametrize("config", [LLAMA, SCALED, PARTIAL], ids=["plain", "scaled", "half of a head"])
+def test_the_tables_are_the_models_own(config):
+    model = fused(config, n_positions(config))
+    assert "RotaryEmbedding" not in {node.op_type for node in model.graph}
+    nodes = attentions(model)
+    assert len(nodes) == 2 and all(node.attributes.get_int("do_rotary") == 1 for node in nodes)
+    assert len({(node.inputs[7], node.inputs[8]) for node in nodes}) == 1
+    rotary = build_weightless(Task.TEXT_GENERATION, config, "float32").get_submodule("model.rotary_emb")
+    expected = rotary(torch.zeros(1), torch.arange(6000)[None])
+    for table, whole in zip(nodes[0].inputs[7:9], expected, strict=True):
+        half = whole[0, :, : whole.shape[2] // 2].numpy()
+        assert list(table.shape) == [6000, half.shape[1]]
+        np.testing.assert_allclose(evaluated(model, table), half, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "positions"),
+    [({}, None), ({}, (1 << 17) + 1), ({"head_dim": 8}, 100)],
+    ids=["no number of positions", "too many", "heads that the operator does not turn"],
+)
+def test_where_the_tables_cannot_stand_in_the_traced_values_stay(changes, positions):
+    model = fused(transformers.LlamaConfig(**SIZES, **changes), positions)
+    assert sum(node.op_type == "RotaryEmbedding" for node in model.graph) == 4
+    assert all(not node.attributes.get_int("do_rotary", 0) for node in attentions(model))
+
+
+def test_a_text_may_be_longer_than_a_small_config_says():
+    """PyTorch takes it too; the smallest table costs nothing."""
+    model = fused(LLAMA, 100)
+    assert attentions(model)[0].inputs[7].shape[0] == 4096
