@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import statistics
 import sys
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from processes import run_measured
 from random_models import LlamaShape, write_adapter, write_llama
+from readme_tables import write_into_readme
 from results import RESULTS, Target, heading, host_kind, provenance, table, target_table, write_json
 
 _JOBS = {"cold": "ours, cold", "cached": "ours, cached graph", "peer": "peer", "cp": "cp of the weights"}
@@ -162,6 +165,26 @@ def find_targets(samples: list[Sample], doubled: Sample | None) -> list[Target]:
     return found
 
 
+def export_table(result: dict) -> str:
+    """The jobs' medians, and the range of each ratio over the rounds."""
+    samples, rows = [Sample(**each) for each in result["samples"]], []
+    names = {
+        "cold": "`merge`, nothing cached", "cached": "`merge`, graph cached", "peer": "PEFT + exporter + save",
+        "cp": "`cp` of the weight file",
+    }  # fmt: skip
+    for job, name in names.items():
+        mine, relative = [s for s in samples if s.job == job], ratios(samples, job, "peer", "seconds")
+        seconds, peak = (statistics.median(getattr(s, what) for s in mine) for what in ("seconds", "peak_bytes"))
+        of_peer = f"{statistics.median(relative):.2f} × ({min(relative):.2f} to {max(relative):.2f})"
+        rows.append(
+            (name, f"{seconds:.1f}", "1" if job == "peer" else of_peer, "–" if job == "cp" else f"{peak / 1e6:,.0f} MB")
+        )
+    columns = ("", "seconds", "of the peer's", "peak anonymous memory")
+    doubled = next(each["value"] for each in result["targets"] if each["name"].endswith("twice the layers"))
+    said = f"With twice the layers the peak memory of `merge` was {doubled:.2f} ×."
+    return f"{textwrap.fill(heading(result['environment']), 120)}\n\n{table(columns, rows)}\n\n{said}\n"
+
+
 def markdown(result: dict, samples: list[Sample], targets: list[Target]) -> str:
     """The results as Markdown."""
     rows = []
@@ -232,6 +255,8 @@ def main() -> int:
     result |= {"samples": [asdict(s) for s in samples], "doubled": asdict(doubled) if doubled else None}
     result |= {"targets": [asdict(target) for target in targets]}
     write_json(args.out, result)
+    if doubled is not None and args.out.parent == RESULTS:
+        write_into_readme("export", export_table(json.loads(args.out.read_text(encoding="utf-8"))))
     print(markdown(result, samples, targets))
     agrees = agreement is None or agreement["relative_error"] <= _AGREEMENT
     return 0 if identical and agrees and all(target.verdict == "pass" for target in targets) else 1

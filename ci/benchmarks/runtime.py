@@ -14,12 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from random_models import Head, LlamaShape, write_adapter, write_llama
+from readme_tables import write_into_readme
 from results import RESULTS, Target, heading, host_kind, provenance, table, target_table, write_json
 
 from lora_export.artifact import read_manifest
@@ -156,6 +158,24 @@ def markdown(environment: dict, measured: Sequence[tuple[Case, Sequence[Workload
     return "\n\n".join([*parts, target_table(targets)])
 
 
+_SHOWN = {
+    "base again": "base again", "merged": "merged", "dynamic": "one adapter",
+    "mixed rows": f"{_N_ADAPTERS} adapters, another in each row",
+}  # fmt: skip
+
+
+def runtime_table(result: dict) -> str:
+    """The ratios to the base, medians with their intervals."""
+    rows = []
+    for case in result["cases"]:
+        for workload in case["workloads"]:
+            ratios = {ratio["variant"]: ratio for ratio in workload["ratios"]}
+            found = [ratios.get(name) for name in _SHOWN]
+            cells = [f"{r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})" if r else "–" for r in found]
+            rows.append((f"{case['name']}, {workload['name']}", *cells))
+    return f"{textwrap.fill(heading(result['environment']), 120)}\n\n{table(('', *_SHOWN.values()), rows)}\n"
+
+
 def to_json(
     environment: dict, blocks: int, measured: Sequence[tuple[Case, Sequence[Workload]]], targets: Sequence[Target]
 ) -> dict:
@@ -195,6 +215,8 @@ def main() -> int:
         targets += find_targets(case, workloads)
         # After each case: an interrupted run keeps what it has found.
         write_json(args.out, to_json(environment, args.blocks, measured, targets))
+    if args.only is None and args.out.parent == RESULTS:
+        write_into_readme("runtime", runtime_table(json.loads(args.out.read_text(encoding="utf-8"))))
     print(markdown(environment, measured, targets))
     return int(any(target.verdict == "fail" for target in targets))
 
