@@ -18,6 +18,7 @@ from onnx_ir.passes import common as common_passes
 from lora_export.contract import PAST, PRESENT
 from lora_export.errors import InputRefused, some_of
 from lora_export.graph.grouped_attention import GROUPED
+from lora_export.graph.grouped_projections import ProjectionPacker
 from lora_export.graph.head import last_hidden
 from lora_export.graph.token_order import TokenOrder
 from lora_export.quiet import quiet
@@ -219,7 +220,8 @@ def without_unused(model: ir.Model) -> None:
 
 def order_tokens(model: ir.Model, where: Path) -> None:
     """Let padding stand on either side of a row's tokens in `model` (changed in place), where its attention is
-    `GroupQueryAttention`; others mask it column by column.
+    `GroupQueryAttention`; others mask it column by column. Its projections of floats are packed, also those that were
+    taken apart for adapters.
 
     Raises:
         InputRefused: The graph computes more from its mask than the lengths of rows, or its head is not found.
@@ -234,7 +236,11 @@ def order_tokens(model: ir.Model, where: Path) -> None:
     before = set(graph)
     order = TokenOrder(graph, hidden)
     own = set(graph) - before
+    packer = ProjectionPacker(graph, order.sizes)
     for node in grouped:
+        packed = packer.packed(node.inputs[:3]) if None not in node.inputs[:3] else None
+        for index, value in enumerate((packed, None, None) if packed is not None else ()):
+            node.replace_input_with(index, value)
         node.replace_input_with(_LENGTHS, order.lengths)
         node.replace_input_with(_TOTAL, order.total)
     common_passes.RemoveUnusedNodesPass()(model)

@@ -35,7 +35,7 @@ class ProjectionPacker:
         may: Which weights may be packed, by their recipe.
     """
 
-    def __init__(self, graph: ir.Graph, sizes: ir.Value, may: Callable[[Recipe], bool]) -> None:
+    def __init__(self, graph: ir.Graph, sizes: ir.Value, may: Callable[[Recipe], bool] = lambda recipe: True) -> None:
         self._graph, self._sizes, self._may = graph, sizes, may
         self._zeros: dict[tuple[int, ir.DataType], ir.Value] = {}
 
@@ -81,7 +81,7 @@ class ProjectionPacker:
 def _projection(states: ir.Value) -> _Projection | None:
     """What `states`, `[batch, sequence, out]`, is, if nothing but one node reads it."""
     node = states.producer()
-    if node is None or len(tuple(states.uses())) != 1:
+    if node is None or len(tuple(states.uses())) != 1 or states.shape is None or states.dtype is None:
         return None
     if is_packable(node):
         return _Projection(node)

@@ -3,7 +3,7 @@
 Each gets a product of its own, and with it the place for whatever an adapter brings. What read the packed product reads
 the parts:
 
-1. `GroupQueryAttention` with query, key and value in its first input takes three;
+1. `GroupQueryAttention` with query, key and value in its first input takes three (floats are packed again afterwards);
 2. a `Split` at the same sizes goes;
 3. anything else reads their `Concat`.
 
