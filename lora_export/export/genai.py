@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_export.artifact import sha256_of
@@ -12,6 +12,8 @@ from lora_export.contract import PAST, PRESENT, SINGLE, CacheLayout, GraphContra
 from lora_export.export.given_files import copy_settings
 from lora_export.export.plan import Plan
 from lora_export.other_tools import GENAI_CONFIG
+from lora_export.runtime.end_tokens import end_tokens_in
+from lora_export.runtime.tokenizer import open_tokenizer
 
 # GenAI runs every other decoder with per-layer caches under its generic type.
 _GENAI_TYPES = ("gemma", "gemma2", "granite", "llama", "mistral", "olmo", "phi", "phi3", "qwen2", "qwen3", "smollm3")
@@ -29,11 +31,16 @@ def write_settings(
         return {}
     if plan.given_graph is not None and plan.given_graph.settings:
         return copy_settings(plan.given_graph, folder)
-    return _write_genai_config(folder, plan.config, contracts[SINGLE])
+    is_brought = "." in plan.carried.places.values()
+    ends = end_tokens_in(folder, folder, is_brought=is_brought, tokenizer=lambda: open_tokenizer(folder))
+    return _write_genai_config(folder, plan.config, contracts[SINGLE], ends=sorted(ends))
 
 
-def _write_genai_config(folder: Path, config, contract: GraphContract) -> dict[str, str]:
+def _write_genai_config(folder: Path, config, contract: GraphContract, *, ends: Sequence[int]) -> dict[str, str]:
     """Write the file for a decoder of `config` (a `PretrainedConfig`) and return its sha256 by name.
+
+    Args:
+        ends: The tokens that end a text, by the settings in `folder`.
 
     Greedy search without sampling, so that a first run is reproducible; hosts override it per request. There is no file
     where the cache differs by layer or keys from values (Gemma 4, DeepSeek): GenAI has one number of heads, one size.
@@ -47,6 +54,8 @@ def _write_genai_config(folder: Path, config, contract: GraphContract) -> dict[s
     context = getattr(config, "max_position_embeddings", None) or 2048
     bos, eos, pad = (getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
     pad = pad if pad is not None else (eos[0] if isinstance(eos, list) else eos)
+    if ends and set(ends) != set(eos if isinstance(eos, list) else [eos]):  # else as the configuration has them
+        eos = list(ends) if len(ends) > 1 else ends[0]
     fields = {
         "model": {
             "bos_token_id": bos if bos is not None else 0,

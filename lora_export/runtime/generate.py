@@ -16,7 +16,7 @@ from lora_export.errors import UsageProblem
 from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
 from lora_export.runtime.chat_template import Messages
 from lora_export.runtime.decoder_limits import DecoderLimits
-from lora_export.runtime.generation_config import eos_ids_of, generation_defaults
+from lora_export.runtime.end_tokens import end_tokens_in, has_brought_settings
 from lora_export.runtime.host_inputs import empty
 from lora_export.runtime.sampling import Sampling
 from lora_export.runtime.scheduler import Finish, Request, Scheduler, Token
@@ -150,13 +150,10 @@ def prompt_ids(session: AdapterSession, prompt: Prompt, adapter: RowAdapter) -> 
 
 
 def end_tokens(session: AdapterSession, adapter: RowAdapter) -> frozenset[int]:
-    """The tokens that end a text of `adapter`: by the configuration, or else by the tokenizer if there is one."""
-    own = session.preprocessing(adapter)
-    found = eos_ids_of(generation_defaults(*dict.fromkeys([own, session.folder])))
-    if found or not (own / "tokenizer.json").is_file():
-        return found
-    eos = session.tokenizer(adapter).eos_id
-    return frozenset() if eos is None else frozenset({eos})
+    """The tokens that end a text of `adapter`; see `end_tokens_in`."""
+    place, export = session.preprocessing(adapter), session.folder
+    is_brought = has_brought_settings(place, export, session.manifest)
+    return end_tokens_in(place, export, is_brought=is_brought, tokenizer=lambda: session.tokenizer(adapter))
 
 
 def _is_text(prompt: Prompt) -> bool:

@@ -38,12 +38,21 @@ class TextTokenizer:
     eos_id: int | None
     chat_template: str | None
     _encode: Callable[[str, bool], list[int]]
+    _encode_pair: Callable[[str, str], tuple[list[int], list[int]]]
     _decode: Callable[[Sequence[int]], str]
 
     def encode(self, text: str) -> list[int]:
         """The prompt `text`, with the special tokens that begin every text, and without an end token."""
         ids = self._encode(text, True)
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.eos_id else ids
+
+    def encode_source(self, text: str) -> list[int]:
+        """`text` as an encoder takes it, with all special tokens that the tokenizer puts around it."""
+        return self._encode(text, True)
+
+    def encode_pair(self, text: str, other: str) -> tuple[list[int], list[int]]:
+        """Two texts as an encoder takes them, and which of the two each token is of."""
+        return self._encode_pair(text, other)
 
     def encode_chat(self, messages: Messages, options: Mapping[str, object] | None = None) -> list[int]:
         """`messages` as the prompt of the assistant's answer.
@@ -84,6 +93,11 @@ def tokenizer_folders(place: Path, export: Path) -> tuple[Path, ...]:
     return (place,) if is_whole or place == export else (place, export)
 
 
+def has_fast_tokenizer(place: Path, export: Path) -> bool:
+    """Whether the tokenizer in `place` has a `tokenizer.json`, which needs no Transformers."""
+    return (tokenizer_folders(place, export)[-1] / _TOKENIZER).is_file()
+
+
 def open_tokenizer(place: Path, export: Path | None = None) -> TextTokenizer:
     """The tokenizer in `place`, a folder of `export`; see `tokenizer_folders` for what is not there.
 
@@ -93,23 +107,36 @@ def open_tokenizer(place: Path, export: Path | None = None) -> TextTokenizer:
     """
     folders = tokenizer_folders(place, export or place)
     folder, configs = folders[-1], [read_json_if_there(each / _CONFIG) for each in folders]
-    config = next((each for each in configs if each), {})
-    special_maps = (read_json_if_there(each / _SPECIALS) for each in folders)
-    specials = _special_tokens(next((each for each in special_maps if each), {}) | config, place)
+    specials = special_tokens_in(place, export or place)
     opened = _fast if (folder / _TOKENIZER).is_file() else _of_transformers
-    encode, decode, id_of = opened(folder)
+    encode, encode_pair, decode, id_of = opened(folder)
     eos = specials.get("eos_token")
     templates = map(read_template, folders, configs)
     template = next((each for each in templates if each is not None), None)
-    return TextTokenizer(place, specials, None if eos is None else id_of(eos), template, encode, decode)
+    return TextTokenizer(place, specials, None if eos is None else id_of(eos), template, encode, encode_pair, decode)
 
 
-def _fast(folder: Path) -> tuple[Callable, Callable, Callable]:
+def special_tokens_in(place: Path, export: Path) -> dict[str, str]:
+    """The special tokens of the tokenizer in `place`, a folder of `export`, by name, such as `mask_token`.
+
+    Raises:
+        InputRefused: One of them is no text.
+    """
+    folders = tokenizer_folders(place, export)
+    config, special_map = (
+        next((found for each in folders if (found := read_json_if_there(each / name))), {})
+        for name in (_CONFIG, _SPECIALS)
+    )
+    return _special_tokens(special_map | config, place)
+
+
+def _fast(folder: Path) -> tuple[Callable, Callable, Callable, Callable]:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise EnvironmentUnusable(
-            "Texts need the package `tokenizers`", next_step="pip install tokenizers, or give token ids"
+            "Texts need the package `tokenizers`",
+            next_step="pip install tokenizers, or give token ids",
         ) from error
     where = str(folder / _TOKENIZER)
     try:
@@ -124,14 +151,19 @@ def _fast(folder: Path) -> tuple[Callable, Callable, Callable]:
         with refused_if_it_fails("The tokenizer makes no tokens of the text", where=where, next_step=_NEXT):
             return tokenizer.encode(text, add_special_tokens=is_whole).ids
 
+    def encode_pair(text: str, other: str) -> tuple[list[int], list[int]]:
+        with refused_if_it_fails("The tokenizer makes no tokens of the texts", where=where, next_step=_NEXT):
+            found = tokenizer.encode(text, other)
+        return found.ids, found.type_ids
+
     def decode(ids: Sequence[int]) -> str:
         with refused_if_it_fails("The tokenizer makes no text of the tokens", where=where, next_step=_NEXT):
             return tokenizer.decode(ids)
 
-    return encode, decode, tokenizer.token_to_id
+    return encode, encode_pair, decode, tokenizer.token_to_id
 
 
-def _of_transformers(folder: Path) -> tuple[Callable, Callable, Callable]:
+def _of_transformers(folder: Path) -> tuple[Callable, Callable, Callable, Callable]:
     """Vocabularies that Transformers makes a tokenizer of."""
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise InputRefused(
@@ -157,10 +189,14 @@ def _of_transformers(folder: Path) -> tuple[Callable, Callable, Callable]:
     def encode(text: str, is_whole: bool) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=is_whole)
 
+    def encode_pair(text: str, other: str) -> tuple[list[int], list[int]]:
+        found = tokenizer(text, other, return_token_type_ids=True)
+        return found["input_ids"], found["token_type_ids"]
+
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)
 
-    return encode, decode, tokenizer.convert_tokens_to_ids
+    return encode, encode_pair, decode, tokenizer.convert_tokens_to_ids
 
 
 def _special_tokens(fields: Mapping[str, object], where: Path) -> dict[str, str]:
