@@ -52,10 +52,10 @@ def answer_span(start: np.ndarray, end: np.ndarray, first: int, *, last: int) ->
     return first + place[0], first + place[1], float(joint[place])
 
 
-def likeliest_tokens(logits: np.ndarray) -> list[tuple[int, float]]:
-    """The likeliest tokens of `logits` `[vocabulary]`, with their probabilities."""
+def likeliest_tokens(logits: np.ndarray, most: int = _MOST_WORDS) -> list[tuple[int, float]]:
+    """The `most` likeliest tokens of `logits` `[vocabulary]`, with their probabilities."""
     scores = _softmax(logits.astype(np.float64))
-    return [(int(token), float(scores[token])) for token in np.argsort(-scores)[:_MOST_WORDS]]
+    return [(int(token), float(scores[token])) for token in np.argsort(-scores)[:most]]
 
 
 def ctc_tokens(logits: np.ndarray, blank: int) -> list[int]:

@@ -3,6 +3,9 @@
     session.py            an ONNX Runtime session on a provider that is really used
     adapter_session.py    `AdapterSession`
     seq2seq_session.py    `Seq2SeqSession`
+    targets.py            how an encoder-decoder's texts start and end
+    target_group.py       texts of one that are written together
+    seq2seq_scheduler.py  many of them, which come and go between steps
     described.py          whether the manifest describes the graph that was opened
     host_inputs.py        a text model's inputs, completed from what a tokenizer gives
     positions.py          how many tokens a text may have
@@ -24,6 +27,10 @@
     tokenizer.py          texts to token ids and back
     text_stream.py        a text token by token
     generation_config.py  what the configuration says of generating
+    end_tokens.py         which tokens end a text
+    sound.py              WAV files as a speech model's inputs
+    inputs.py             texts, images and sounds as a graph's inputs
+    images.py             image files as a graph's inputs
     generate.py           texts, ids or messages to texts
     arrays.py             NumPy arrays to ONNX Runtime values
     intermediates.py      values inside a graph

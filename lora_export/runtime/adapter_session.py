@@ -29,6 +29,7 @@ from lora_export.runtime.tokenizer import TextTokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     from lora_export.runtime.generate import Generated, Piece, Prompt
+    from lora_export.runtime.inputs import Given
     from lora_export.runtime.sampling import Sampling
 
 
@@ -93,7 +94,12 @@ class AdapterSession:
     @property
     def bank(self) -> Bank:
         """The adapters as they are now: a value that no later `load` or `unload` changes."""
-        return self._shelf.banks[self.graph]
+        return self.banks[self.graph]
+
+    @property
+    def banks(self) -> Mapping[str, Bank]:
+        """The same, by graph."""
+        return self._shelf.banks
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -182,7 +188,7 @@ class AdapterSession:
         n_cached = None if cache is None else cache.length
         inputs = completed_inputs(inputs, self.contract, n_cached)
         bank = self.bank
-        rows = bank.rows(adapters, _n_rows(inputs))
+        rows = bank.rows(adapters, len(next(iter(inputs.values()))))
         require_equal_rows(inputs, rows)
         names = list(outputs or self._output_names(cache))
         fed = bank.with_gate(inputs, rows, n_past=n_cached or 0)
@@ -212,7 +218,7 @@ class AdapterSession:
             adapters: As in `run`.
             sampling: How tokens are chosen; greedily by default.
             stop: Texts that end a text, in which they are left out.
-            eos_ids: Tokens that end a text; by default those of `generation_config.json`, or else of the tokenizer.
+            eos_ids: Tokens that end a text; by default those of each row's own settings (`end_tokens_in`).
             max_rows: The most texts at a time; others follow as rows become free.
             stream: Called with each piece of a text as it is written.
 
@@ -238,6 +244,12 @@ class AdapterSession:
         names = [adapter] if isinstance(adapter, str) else list(adapter or ())
         records = [record for record in self.manifest.adapters if len(names) == 1 and record.name == names[0]]
         return self.folder / (records[0].preprocessing or ".") if records else self.folder
+
+    def inputs(self, rows: Sequence[Given], adapter: RowAdapter = None) -> dict[str, np.ndarray]:
+        """What `run` takes for texts, pairs of texts, or image files; see `inputs_of`."""
+        from lora_export.runtime.inputs import inputs_of
+
+        return inputs_of(self, rows, adapter)
 
     def cache(self, batch: int, longest: int) -> Cache:
         """An empty cache for `batch` rows of at most `longest` tokens, padding included, to give to `run`.
@@ -280,7 +292,7 @@ class AdapterSession:
         """All that `run` feeds the graph for a batch: its own inputs, the gate and the adapters, as arrays."""
         inputs = completed_inputs(inputs, self.contract)
         bank = self.bank
-        rows = bank.rows(adapters, _n_rows(inputs))
+        rows = bank.rows(adapters, len(next(iter(inputs.values()))))
         stacked = {name: array for name, array in bank.stacked(rows).items() if name not in inputs}
         return {**bank.with_gate(inputs, rows), **stacked}
 
@@ -288,7 +300,3 @@ class AdapterSession:
         """The adapter inputs of a batch as arrays, for hosts with another runtime; absent inputs keep their default."""
         bank = self.bank
         return bank.stacked(bank.rows(adapters, batch))
-
-
-def _n_rows(inputs: Mapping[str, np.ndarray]) -> int:
-    return len(next(iter(inputs.values())))

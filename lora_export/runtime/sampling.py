@@ -78,11 +78,11 @@ class Sampler:
         Raises:
             FloatingPointError: The scores are not finite, so that no token is the likeliest.
         """
-        _require_finite(scores)
+        require_finite(scores)
         sampling = self._sampling
         if sampling.repetition_penalty != 1:
             scores = penalized(scores, self._seen, sampling.repetition_penalty)
-            _require_finite(scores)
+            require_finite(scores)
         token = int(scores.argmax()) if sampling.temperature == 0 else self._drawn(scores)
         if sampling.repetition_penalty != 1:
             self._seen.add(token)
@@ -93,7 +93,8 @@ class Sampler:
         return int(self._rng.choice(len(shares), p=shares))
 
 
-def _require_finite(scores: np.ndarray) -> None:
+def require_finite(scores: np.ndarray) -> None:
+    """Raise FloatingPointError where no score is the largest."""
     if not np.isfinite(scores.max()):
         raise FloatingPointError("the scores of the next token are not finite")
 

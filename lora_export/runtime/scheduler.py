@@ -60,12 +60,14 @@ class Token:
         token_id: None for a request that is over without one (cancelled, failed).
         finish: Set on the last one of a request.
         error: Why it failed.
+        is_start: It is no part of the text, but of what a target starts with (encoder-decoders).
     """
 
     request: Request
     token_id: int | None
     finish: Finish | None = None
     error: Exception | None = None
+    is_start: bool = False
 
 
 @dataclass(eq=False)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,11 +19,19 @@ from lora_export.contract import DECODER, DECODER_WITH_PAST, ENCODER, PAST, PRES
 from lora_export.errors import InputRefused, UsageProblem, some_of
 from lora_export.runtime.adapter_file import reader_of
 from lora_export.runtime.adapter_session import AdapterSession
-from lora_export.runtime.bank import RowAdapter, Shelf
-from lora_export.runtime.generation_config import eos_ids_of, generation_defaults
+from lora_export.runtime.bank import Bank, RowAdapter, Shelf
+from lora_export.runtime.end_tokens import end_tokens_in, has_brought_settings
+from lora_export.runtime.generation_config import generation_defaults
 from lora_export.runtime.residency import Residency
+from lora_export.runtime.targets import TargetRules, fixed_part, speech_start
+from lora_export.runtime.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from lora_export.runtime.inputs import Given
 
 _GRAPHS = (ENCODER, DECODER, DECODER_WITH_PAST)
+# The encoder's input of a speech model.
+SOUNDS = "input_features"
 RowAdapters = Sequence[RowAdapter] | RowAdapter
 
 
@@ -78,7 +88,6 @@ class Seq2SeqSession:
         self.folder, self.manifest = encoder.folder, encoder.manifest
         self.provider, self.provider_reason = encoder.provider, encoder.provider_reason
         self._encoder_inputs = [spec.name for spec in self.manifest.graphs[ENCODER].inputs]
-        self._defaults = generation_defaults(self.folder)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -93,15 +102,49 @@ class Seq2SeqSession:
         return view
 
     @property
+    def banks(self) -> Mapping[str, Bank]:
+        """The adapters as they are now, by graph: values that no later `load` or `unload` changes."""
+        return self._shelf.banks
+
+    @property
     def start_ids(self) -> tuple[int, ...]:
-        """What the decoder is given first: the model's start token, and the one it is forced to begin with, if any."""
-        return tuple(self._defaults[name] for name in ("decoder_start_token_id", "forced_bos_token_id")
-                     if self._defaults.get(name) is not None)  # fmt: skip
+        """What the decoder is given first: the model's start token, and the one it is forced to begin with, if any.
+
+        Of what speech starts with, the part before a language that the model finds by itself.
+        """
+        return fixed_part(self.rules().start)
 
     @property
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end a text."""
-        return eos_ids_of(self._defaults)
+        return self.rules().eos_ids
+
+    def rules(self, adapter: RowAdapter = None) -> TargetRules:
+        """How a target of `adapter` starts and ends: by its own configuration, and the export's where it has none.
+
+        Speech is transcribed without times, in the language that the model hears.
+        """
+        place = self.preprocessing(adapter)
+        defaults = generation_defaults(*dict.fromkeys([place, self.folder]))
+        rules = TargetRules.of(defaults)
+        if self.manifest.graphs[ENCODER].inputs[0].name == SOUNDS:
+            rules = replace(rules, start=speech_start(defaults))
+        is_brought, opened = has_brought_settings(place, self.folder, self.manifest), partial(self.tokenizer, adapter)
+        return replace(rules, eos_ids=end_tokens_in(place, self.folder, is_brought=is_brought, tokenizer=opened))
+
+    def preprocessing(self, adapter: RowAdapter = None) -> Path:
+        """As `AdapterSession.preprocessing`."""
+        return self.sessions[ENCODER].preprocessing(adapter)
+
+    def tokenizer(self, adapter: RowAdapter = None) -> TextTokenizer:
+        """As `AdapterSession.tokenizer`."""
+        return self.sessions[ENCODER].tokenizer(adapter)
+
+    def inputs(self, rows: Sequence[Given], adapter: RowAdapter = None) -> dict[str, np.ndarray]:
+        """What `generate` takes for texts or WAV files; see `inputs_of`."""
+        from lora_export.runtime.inputs import inputs_of
+
+        return inputs_of(self, rows, adapter)
 
     def load(self, prefix: str | Path, name: str | None = None) -> str:
         """Load the files `<prefix>.<graph>.onnx_adapter` made for this export and return the adapter's name.
@@ -124,12 +167,21 @@ class Seq2SeqSession:
                 expected=f"{paths[ENCODER].name}, {paths[DECODER].name} and so on beside it",
             )
         brought = {graph: self.sessions[graph].read(path) for graph, path in paths.items() if path.is_file()}
-        self._require_whole(prefix, brought)
+        self._require_whole(str(prefix), brought)
         readers = {graph: reader_of(paths[graph]) for graph in brought if self.residency.or_none}
         self._shelf.put(name, {graph: brought.get(graph, {}) for graph in _GRAPHS}, None, readers=readers)
         return name
 
-    def _require_whole(self, prefix: Path, brought: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    def hold(self, name: str, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Load as `name` what `read` of the `sessions` gave, by graph: arrays that must not change any more.
+
+        Raises:
+            InputRefused: The tensors of the graphs do not belong together.
+        """
+        self._require_whole(name, tensors)
+        self._shelf.put(name, {graph: tensors.get(graph, {}) for graph in _GRAPHS}, None)
+
+    def _require_whole(self, what: str, brought: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """Refuse files of which one lacks what another brings to a module that both graphs have."""
         every = {name for tensors in brought.values() for name in tensors}
         for graph, contract in self.manifest.graphs.items():
@@ -138,7 +190,7 @@ class Seq2SeqSession:
             if lacking:
                 raise InputRefused(
                     "The adapter's files do not belong together: one graph would run without it",
-                    where=f"{prefix}: {graph}",
+                    where=f"{what}: {graph}",
                     expected=some_of(lacking, 4),
                     next_step="pack it for this export with `lora-export add`",
                 )
@@ -199,42 +251,22 @@ class Seq2SeqSession:
     ) -> list[list[int]]:
         """The greedy target of each row, without its start, up to and without an end token.
 
+        Tokens that a row's configuration suppresses are not written. A row has the tokens that it has alone.
+
         Args:
             inputs: The encoder's inputs by name.
-            start_ids: Targets that every row starts with, e.g. Whisper's language and task; default: `start_ids`.
-            eos_ids: Default: those of the export's configuration.
+            start_ids: Targets that every row starts with, e.g. Whisper's language and task; default: those of `rules`.
+            eos_ids: Default: those of `rules`.
 
         Raises:
-            UsageProblem: Neither the call nor the export's configuration says how a target starts.
+            UsageProblem: Neither the call nor a row's configuration says how a target starts.
+            InputRefused: The scores of a token are not finite.
         """
-        start = self.start_ids if start_ids is None else tuple(start_ids)
-        ends = self.eos_ids if eos_ids is None else eos_ids
-        if not start:
-            raise UsageProblem(
-                "Nothing says how a target starts",
-                where=f"{self.folder}: config.json, generation_config.json",
-                expected="decoder_start_token_id",
-                next_step="name the first tokens with start_ids",
-            )
-        n_rows = len(next(iter(inputs.values())))
-        generated: list[list[int]] = [[] for _ in range(n_rows)]
-        finished = np.zeros(n_rows, bool)
-        targets = np.tile(np.array(start, np.int64), (n_rows, 1))
-        state = None
-        for _ in range(max_new_tokens):
-            if state is None:
-                logits, state = self.begin({**inputs, "decoder_input_ids": targets}, adapters)
-            else:
-                logits, state = self.advance(state, targets)
-            best = logits[:, -1].astype(np.float32).argmax(axis=-1)
-            for row, token in enumerate(best):
-                finished[row] |= int(token) in ends
-                if not finished[row]:
-                    generated[row].append(int(token))
-            if finished.all():
-                break
-            targets = best[:, None].astype(np.int64)
-        return generated
+        from lora_export.runtime.seq2seq_scheduler import write_targets
+
+        return write_targets(
+            self, inputs, adapters, max_new_tokens=max_new_tokens, start_ids=start_ids, eos_ids=eos_ids
+        )
 
     def split(self, inputs: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         if "decoder_input_ids" not in inputs:

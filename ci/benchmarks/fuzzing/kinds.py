@@ -234,7 +234,7 @@ def _image(subjects: Subjects, work: Path) -> Kind:
     from lora_export.base.tasks import Task
     from lora_export.check.inputs.batcher import Batcher
     from lora_export.check.inputs.examples import Example
-    from lora_export.check.inputs.images import MOST_PIXELS
+    from lora_export.runtime.images import MOST_PIXELS
 
     folder, contract = vision_folder(work / "of-image")
     batcher, file = Batcher(folder, Task.IMAGE_CLASSIFICATION, contract), work / "of-image.png"

@@ -3,7 +3,6 @@
     tokenizers.py        the tokenizer, or seeded token ids
     examples.py          texts and images, from a file or from the machine
     amount.py            how much: less of a large base
-    images.py            image files
     batcher.py           rows as a graph's inputs, in padded batches
     seq2seq_examples.py  sources and targets
     prepared.py          all inputs of a check

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import wave
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from lora_export.artifact import Manifest
 from lora_export.contract import ENCODER
 from lora_export.errors import InputRefused
 from lora_export.runtime.arrays import numpy_dtype
+from lora_export.runtime.sound import read_wav
 
 
 def read_features(folder: Path, files: Sequence[str], manifest: Manifest) -> np.ndarray:
@@ -22,7 +22,7 @@ def read_features(folder: Path, files: Sequence[str], manifest: Manifest) -> np.
             sampling rate.
     """
     extractor = _extractor(folder)
-    sounds = [_read_wav(Path(file), extractor.sampling_rate) for file in files]
+    sounds = [read_wav(Path(file), extractor.sampling_rate, where=file) for file in files]
     found = extractor(sounds, sampling_rate=extractor.sampling_rate, return_tensors="np")["input_features"]
     spec = next(spec for spec in manifest.graphs[ENCODER].inputs if spec.name == "input_features")
     if found.shape[1:] != spec.dims[1:]:
@@ -43,7 +43,7 @@ def read_samples(folder: Path, file: str) -> np.ndarray:
         InputRefused: As of `read_features`.
     """
     extractor = _extractor(folder)
-    sound = _read_wav(Path(file), extractor.sampling_rate)
+    sound = read_wav(Path(file), extractor.sampling_rate, where=file)
     return extractor([sound], sampling_rate=extractor.sampling_rate, return_tensors="np")["input_values"]
 
 
@@ -59,32 +59,3 @@ def _extractor(folder: Path):
             expected="preprocessor_config.json",
             next_step="export from a base folder that holds it",
         ) from error
-
-
-def _read_wav(path: Path, sampling_rate: int) -> np.ndarray:
-    """The mean of a file's channels, float32 in [-1, 1)."""
-    try:
-        with wave.open(str(path), "rb") as file:
-            rate, width, n_channels = file.getframerate(), file.getsampwidth(), file.getnchannels()
-            raw = file.readframes(file.getnframes())
-    # Of a chunk that says a wrong size, the module raises errors that are not its own.
-    except (OSError, EOFError, wave.Error, RuntimeError, ValueError) as error:
-        found = str(error) or "it ends too early"
-        raise InputRefused("The input is no WAV file", where=str(path), found=found) from error
-    if (rate, width) != (sampling_rate, 2):
-        raise InputRefused(
-            "The sound is not sampled as the model takes it",
-            where=str(path),
-            expected=f"16 bits at {sampling_rate} Hz",
-            found=f"{8 * width} bits at {rate} Hz",
-            next_step=f"convert it, e.g. with ffmpeg -i IN -ar {sampling_rate} -sample_fmt s16 OUT.wav",
-        )
-    if len(raw) % (width * n_channels) or not raw:
-        raise InputRefused(
-            "The sound is cut off, or there is none",
-            where=str(path),
-            expected=f"whole samples of {n_channels} channels",
-            found=f"{len(raw)} bytes",
-        )
-    samples = np.frombuffer(raw, "<i2").astype(np.float32) / 2**15
-    return samples.reshape(-1, n_channels).mean(axis=1)

@@ -9,11 +9,11 @@ import numpy as np
 
 from lora_export.base.tasks import Task
 from lora_export.check.inputs.examples import MOST_TOKENS, SEED, Batch, Example, Examples
-from lora_export.check.inputs.images import read_image
 from lora_export.check.inputs.tokenizers import load_tokenizer
 from lora_export.contract import GraphContract
 from lora_export.errors import InputRefused
 from lora_export.runtime.arrays import numpy_dtype
+from lora_export.runtime.images import read_image
 
 # Inputs that are no texts: images, and sounds.
 _SIGNALS = ("pixel_values", "input_values")

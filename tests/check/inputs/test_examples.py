@@ -157,28 +157,3 @@ def test_hostile_lines_are_refused_by_number(line, tmp_path):
     with pytest.raises(InputRefused, match="A line of the data is not an example") as refused:
         read_examples(path, 8)
     assert refused.value.where == f"{path}:2"
-
-
-def test_images_that_are_none_or_too_large_are_refused(tmp_path, monkeypatch):
-    from PIL import Image
-
-    from lora_export.check.inputs import images
-
-    path = tmp_path / "a.png"
-    Image.new("P", (7, 5)).save(path)
-    assert (images.read_image(str(path)).mode, images.read_image(str(path)).size) == ("RGB", (7, 5))
-    whole = path.read_bytes()
-    for content in (b"", b"GIF89a", whole[:60], whole.replace(b"PLTE", b"PLTX")):
-        path.write_bytes(content)
-        with pytest.raises(InputRefused, match="no image that Pillow reads") as refused:
-            images.read_image(str(path))
-        assert refused.value.where == str(path)
-    path.write_bytes(whole[:16] + (60_000).to_bytes(4, "big") * 2 + whole[24:])
-    monkeypatch.setattr(Image, "_decompression_bomb_check", lambda size: None)
-    with pytest.raises(InputRefused):
-        images.read_image(str(path))
-    monkeypatch.setattr(images, "MOST_PIXELS", 34)
-    path.write_bytes(whole)
-    with pytest.raises(InputRefused, match="An image is too large") as refused:
-        images.read_image(str(path))
-    assert refused.value.found == "7 × 5"

@@ -1,0 +1,153 @@
+"""Sounds as a speech model's inputs: WAV files as samples, and samples as Whisper's log-mel spectrogram. NumPy only.
+
+The spectrogram is that of Whisper (Radford et al., arXiv 2212.04356, section 2.2, and `whisper/audio.py`), as
+Transformers' `WhisperFeatureExtractor` makes it: with filters after Slaney's Auditory Toolbox (1998).
+"""
+
+from __future__ import annotations
+
+import functools
+import wave
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from lora_export.errors import InputRefused
+from lora_export.reading import read_json_if_there, size_in
+
+_SETTINGS = "preprocessor_config.json"
+_KIND = "WhisperFeatureExtractor"
+# Of Slaney's scale: linear up to the break, with a step of 200/3 Hz a mel, then 27 steps to 6.4 times the frequency.
+_BREAK_HZ, _HZ_A_MEL, _RATIO, _STEPS = 1000.0, 200 / 3, 6.4, 27
+# The end of the highest band, at any rate.
+_HIGHEST_HZ = 8000.0
+_LEAST_POWER, _DECADES = 1e-10, 8.0
+
+
+@dataclass(frozen=True)
+class LogMel:
+    """Makes spectrograms of sounds.
+
+    Attributes:
+        rate: Samples a second.
+        n_samples: Of a whole input; shorter sounds are followed by silence.
+        hop: Samples from a frame to the next.
+        window: Samples of a frame.
+    """
+
+    rate: int
+    n_samples: int
+    n_bands: int
+    hop: int
+    window: int
+
+    def features(self, samples: np.ndarray) -> np.ndarray:
+        """Log power by band and frame, float32 `[bands, frames]`, of samples in [-1, 1), float32 `[n]`.
+
+        Raises:
+            InputRefused: There are none, or more than an input takes.
+        """
+        if not 0 < len(samples) <= self.n_samples:
+            raise InputRefused(
+                "The sound is longer than the model takes at a time, or there is none",
+                expected=f"at most {self.n_samples / self.rate:g} s",
+                found=f"{len(samples) / self.rate:g} s",
+                next_step="cut it where nobody speaks",
+            )
+        whole = np.zeros(self.n_samples)
+        whole[: len(samples)] = samples
+        padded = np.pad(whole, self.window // 2, mode="reflect")
+        n_frames = self.n_samples // self.hop  # one more is made, and left out
+        frames = np.lib.stride_tricks.sliding_window_view(padded, self.window)[:: self.hop][:n_frames]
+        hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(self.window) / self.window)
+        power = np.abs(np.fft.rfft(frames * hann)) ** 2
+        logs = np.log10(np.maximum(_filters(self.n_bands, self.window, self.rate) @ power.T, _LEAST_POWER))
+        return ((np.maximum(logs, logs.max() - _DECADES) + 4) / 4).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=4)
+def _filters(n_bands: int, window: int, rate: int) -> np.ndarray:
+    """Triangles of equal area over the frequencies of a frame, `[bands, window / 2 + 1]`."""
+    edges = _hertz(np.linspace(0, _mels(_HIGHEST_HZ), n_bands + 2))
+    frequencies = np.linspace(0, rate // 2, window // 2 + 1)
+    rising = (frequencies - edges[:-2, None]) / np.diff(edges)[:-1, None]
+    falling = (edges[2:, None] - frequencies) / np.diff(edges)[1:, None]
+    return np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]
+
+
+def _mels(hertz: float) -> float:
+    above = max(hertz, _BREAK_HZ)
+    return min(hertz, _BREAK_HZ) / _HZ_A_MEL + np.log(above / _BREAK_HZ) * _STEPS / np.log(_RATIO)
+
+
+def _hertz(mels: np.ndarray) -> np.ndarray:
+    least = _BREAK_HZ / _HZ_A_MEL
+    above = np.exp(np.maximum(mels - least, 0) * np.log(_RATIO) / _STEPS)
+    return np.minimum(mels, least) * _HZ_A_MEL * above
+
+
+def open_log_mel(place: Path, export: Path) -> LogMel:
+    """By the settings in `place`, a folder of `export`, or else in the export's own.
+
+    Raises:
+        InputRefused: There are none, or they are not Whisper's.
+    """
+    where = next((path for path in (place / _SETTINGS, export / _SETTINGS) if path.is_file()), export / _SETTINGS)
+    fields = read_json_if_there(where)
+    if fields.get("feature_extractor_type") != _KIND or fields.get("dither") or fields.get("do_normalize"):
+        raise InputRefused(
+            "The exported folder does not say how sounds become the model's inputs",
+            where=str(where),
+            expected=f"{_KIND} without dither and normalization",
+            found=str(fields.get("feature_extractor_type") or ("other settings" if fields else "no such file")),
+            next_step="export from a base folder that holds its preprocessor_config.json",
+        )
+    names = ("sampling_rate", "chunk_length", "feature_size", "hop_length", "n_fft")
+    rate, seconds, n_bands, hop, window = (_size(fields, name, where) for name in names)
+    return LogMel(rate, rate * seconds, n_bands, hop, window)
+
+
+def _size(fields: Mapping, name: str, where: Path) -> int:
+    found = size_in(fields, name, where=where)
+    if found is None:
+        raise InputRefused("A setting of the sounds is missing", where=f"{where}: {name}", expected="a whole number")
+    return found
+
+
+def read_wav(file: Path | BinaryIO, sampling_rate: int, *, where: str) -> np.ndarray:
+    """The mean of a file's channels, float32 in [-1, 1).
+
+    Args:
+        where: Its place, for a message.
+
+    Raises:
+        InputRefused: It is no 16-bit WAV of this sampling rate.
+    """
+    try:
+        with wave.open(str(file) if isinstance(file, Path) else file, "rb") as opened:
+            rate, width, n_channels = opened.getframerate(), opened.getsampwidth(), opened.getnchannels()
+            raw = opened.readframes(opened.getnframes())
+    # Of a chunk that says a wrong size, the module raises errors that are not its own.
+    except (OSError, EOFError, wave.Error, RuntimeError, ValueError) as error:
+        found = str(error) or "it ends too early"
+        raise InputRefused("The input is no WAV file", where=where, found=found) from error
+    if (rate, width) != (sampling_rate, 2):
+        raise InputRefused(
+            "The sound is not sampled as the model takes it",
+            where=where,
+            expected=f"16 bits at {sampling_rate} Hz",
+            found=f"{8 * width} bits at {rate} Hz",
+            next_step=f"convert it, e.g. with ffmpeg -i IN -ar {sampling_rate} -sample_fmt s16 OUT.wav",
+        )
+    if len(raw) % (width * n_channels) or not raw:
+        raise InputRefused(
+            "The sound is cut off, or there is none",
+            where=where,
+            expected=f"whole samples of {n_channels} channels",
+            found=f"{len(raw)} bytes",
+        )
+    samples = np.frombuffer(raw, "<i2").astype(np.float32) / 2**15
+    return samples.reshape(-1, n_channels).mean(axis=1)

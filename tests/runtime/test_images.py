@@ -1,0 +1,85 @@
+"""Images become the pixels that Transformers' processors make of them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import transformers
+from PIL import Image
+
+from lora_export.errors import InputRefused
+from lora_export.runtime import images
+
+
+def picture(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(2).integers(0, 256, (height, width, 3), np.uint8))
+
+
+PROCESSORS = {
+    "vit": lambda: transformers.ViTImageProcessor(size={"height": 16, "width": 20}),
+    "clip": lambda: transformers.CLIPImageProcessor(size={"shortest_edge": 18}, crop_size=15),
+    "bit": lambda: transformers.BitImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 18}),
+    "deit": lambda: transformers.DeiTImageProcessor(size={"height": 20, "width": 20}, crop_size=16),
+}
+
+
+@pytest.mark.parametrize("size", [(40, 31), (17, 60), (16, 16)], ids=str)
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_pixels_are_those_of_transformers(kind, size, tmp_path):
+    PROCESSORS[kind]().save_pretrained(tmp_path)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    expected = processor([picture(*size)], return_tensors="np")["pixel_values"][0]
+    found = images.open_image_steps(tmp_path / "absent", tmp_path).pixels(picture(*size))
+    assert found.shape == expected.shape and found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"image_processor_type": "ConvNextImageProcessor"}, "does not say how images become"),
+        ({"do_resize": False}, "does not say how images become"),
+        ({"size": {"height": 16, "width": 16, "longest_edge": 3}}, "A setting of the images"),
+        ({"size": {"height": 1e9, "width": 16}}, "A setting of the images"),
+        ({"image_mean": [0.5]}, "A setting of the images"),
+        ({"image_std": [0, 1, 1]}, "A setting of the images"),
+        ({"do_center_crop": True, "crop_size": 17}, "A setting of the images"),
+        ({"resample": "x"}, "A setting of the images"),
+    ],
+)
+def test_other_settings_are_refused(changes, said, tmp_path):
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(InputRefused, match=said) as refused:
+        images.open_image_steps(tmp_path, tmp_path)
+    assert refused.value.where == str(path)
+
+
+def test_an_image_that_would_become_too_large_is_refused():
+    steps = images.ImageSteps(224, 2, None, None, None, None)
+    with pytest.raises(InputRefused, match="An image is too narrow"):
+        steps.pixels(Image.new("RGB", (1, 300_000)))
+
+
+def test_images_that_are_none_or_too_large_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.new("P", (7, 5)).save(path)
+    assert (images.read_image(str(path)).mode, images.read_image(str(path)).size) == ("RGB", (7, 5))
+    whole = path.read_bytes()
+    for content in (b"", b"GIF89a", whole[:60], whole.replace(b"PLTE", b"PLTX")):
+        path.write_bytes(content)
+        with pytest.raises(InputRefused, match="no image that Pillow reads") as refused:
+            images.read_image(str(path))
+        assert refused.value.where == str(path)
+    path.write_bytes(whole[:16] + (60_000).to_bytes(4, "big") * 2 + whole[24:])
+    monkeypatch.setattr(Image, "_decompression_bomb_check", lambda size: None)
+    with pytest.raises(InputRefused):
+        images.read_image(str(path))
+    monkeypatch.setattr(images, "MOST_PIXELS", 34)
+    path.write_bytes(whole)
+    with pytest.raises(InputRefused, match="An image is too large") as refused:
+        images.read_image(str(path))
+    assert refused.value.found == "7 × 5"
