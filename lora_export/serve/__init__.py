@@ -3,16 +3,23 @@
     server.py            from an export to a process that answers until it is told to end
     api.py               the routes
     schema.py            the bodies of requests
-    guard.py             what stands before every request: key, size, time; its line of the log
+    forms.py             forms with files
+    guard.py             what stands before every request: host, page, key, size, time; its line of the log
     service.py           how a request waits for its answer
+    tasks.py             which tasks are served, and where
     batching.py          rows of different requests and adapters in one run
     encoders.py          a run of an encoder's rows
+    tokens_api.py        the routes about tokens: their classes, questions, gaps
+    image_urls.py        images in requests
     reranking.py         the route of rerankers
-    writing_api.py       the routes of decoders: completions and chats
+    writing_api.py       the routes of models that write texts: completions and chats
+    speech_api.py        the routes of speech recognition
     writing.py           texts of many requests on one scheduler
     pieces.py            their tokens as pieces of text
+    counting.py          how many there were
     events.py            a stream of them
     models.py            the export's session, and the names that it is served under
+    limits.py            how long a row may be, and how many texts are written at a time
     names.py             the field `model`: base, adapter, blend
     runtime_adapters.py  adapters that are loaded while it runs
     texts.py             tokenizers

@@ -21,12 +21,15 @@ from lora_export.answers import class_name, class_values
 from lora_export.errors import LoraExportError
 from lora_export.serve.encoders import Answer
 from lora_export.serve.guard import Guard
+from lora_export.serve.image_urls import pixels_of
 from lora_export.serve.logs import log
-from lora_export.serve.models import CLASSIFICATION, FEATURES
-from lora_export.serve.problems import Problem, problem_of
+from lora_export.serve.problems import Problem, problem_of, problem_of_body
 from lora_export.serve.reranking import add_reranking
 from lora_export.serve.schema import ClassifyBody, EmbeddingBody, LoadBody, UnloadBody
-from lora_export.serve.service import Service
+from lora_export.serve.service import Service, usage_of
+from lora_export.serve.speech_api import add_speech
+from lora_export.serve.tasks import CLASSIFICATION, FEATURES, IMAGES, TOKENS
+from lora_export.serve.tokens_api import add_tokens, classes_of_tokens
 from lora_export.serve.writing_api import add_writing
 
 _OWNER = "lora-export"
@@ -43,7 +46,9 @@ def build(service: Service) -> Guard:
     _add_models(api, service)
     _add_encoders(api, service)
     add_reranking(api, service)
+    add_tokens(api, service)
     add_writing(api, service)
+    add_speech(api, service)
     return Guard(api, service.options, service.metrics)
 
 
@@ -58,7 +63,7 @@ def _add_errors(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def of_body(request: Request, error: RequestValidationError) -> Response:
-        return _refusal(_problem_of_body(error))
+        return _refusal(problem_of_body(error.errors()))
 
     @api.exception_handler(HTTPException)
     async def of_path(request: Request, error: HTTPException) -> Response:
@@ -70,17 +75,6 @@ def _refusal(problem: Problem, headers: Mapping[str, str] | None = None) -> Resp
     return Response(
         json.dumps(problem.body), problem.status, {**(headers or {}), **problem.headers}, "application/json"
     )
-
-
-def _problem_of_body(error: RequestValidationError) -> Problem:
-    """The first field that is wrong, by its name."""
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"][1:])
-    if first["type"] == "extra_forbidden":
-        return Problem(400, f"The field {field!r} is not supported", param=field, code="unsupported_field")
-    if first["type"] == "json_invalid":
-        return Problem(400, "The request is no JSON", code="bad_json")
-    return Problem(400, f"{field or 'The request'}: {first['msg']}", param=field or None, code="bad_value")
 
 
 def _add_state(api: FastAPI, service: Service) -> None:
@@ -162,26 +156,28 @@ def _add_encoders(api: FastAPI, service: Service) -> None:
             {"object": "embedding", "index": index, "embedding": _encoded(answer.values, body.encoding_format)}
             for index, answer in enumerate(found)
         ]
-        return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": _usage(rows)})
+        return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage_of(rows)})
 
     @api.post("/v1/classify", tags=["encoders"])
     async def classify(body: ClassifyBody, request: Request) -> Response:
-        """The class of each input: its label, and the probability of each class."""
-        target = service.target(body, request, CLASSIFICATION)
-        rows = await service.rows(body.input, target)
-        found: list[Answer] = await service.answers(request, target, rows)
+        """The class of each input, a text or an image, or of each of its tokens: label, and probabilities."""
+        target = service.target(body, request, CLASSIFICATION, TOKENS, IMAGES)
+        if service.models.task == TOKENS:
+            return await classes_of_tokens(body, request, service=service, target=target)
+        pixels = None
+        if service.models.task == IMAGES:
+            images = service.listed(body.input, "input")
+            service.require_room(len(images), "input", most=service.options.max_batch)
+            pixels = await asyncio.to_thread(pixels_of, images, service.models.images(target.place))
+        rows = await service.rows(body.input, target) if pixels is None else [()] * len(pixels)
+        found: list[Answer] = await service.answers(request, target, rows, pixels=pixels)
         data = [{"index": index, **_classes(answer, service)} for index, answer in enumerate(found)]
         return JSONResponse(
             {
                 "id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()),
-                "model": body.model, "data": data, "usage": _usage(rows),
+                "model": body.model, "data": data, "usage": usage_of(rows),
             }
         )  # fmt: skip
-
-
-def _usage(rows: list[list[int]]) -> dict:
-    n_tokens = sum(map(len, rows))
-    return {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
 
 
 def _encoded(values: np.ndarray, form: str) -> list[float] | str:

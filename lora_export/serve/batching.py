@@ -18,6 +18,8 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from lora_export.serve.problems import Problem
 
 if TYPE_CHECKING:
@@ -43,9 +45,10 @@ class Row:
 
     Attributes:
         model: What it asked for.
-        ids: Its tokens.
+        ids: Its tokens; none of an image.
         target: What `model` meant when the tokens were made.
         types: Of a pair of texts, which of the two each token is of; None for one text.
+        pixels: Of an image, `[3, height, width]`; None for a text.
     """
 
     model: str
@@ -53,6 +56,7 @@ class Row:
     ticket: Ticket
     target: Target | None = None
     types: Sequence[int] | None = None
+    pixels: np.ndarray | None = None
 
 
 @dataclass(eq=False)
@@ -132,11 +136,12 @@ class Batcher:
         *,
         target: Target | None = None,
         types: Sequence[Sequence[int]] | None = None,
+        pixels: Sequence[np.ndarray] | None = None,
     ) -> Ticket:
         """Queue the rows of a request.
 
         Args:
-            types: Of rows that are pairs of texts, see `Row`.
+            types, pixels: Of rows that are pairs of texts, or images, see `Row`.
 
         Raises:
             Problem: 400 if there are more rows than ever fit, 429 if they do not fit now, 503 if the server ends.
@@ -146,8 +151,8 @@ class Batcher:
                 400, f"The request has {len(rows)} inputs; at most {self._limits.max_queue} are taken", param="input"
             )
         ticket = Ticket(deadline)
-        of_each = types or itertools.repeat(None)
-        ticket.rows = tuple(Row(model, ids, ticket, target, own) for ids, own in zip(rows, of_each, strict=False))
+        of_each = zip(rows, types or itertools.repeat(None), pixels or itertools.repeat(None), strict=False)
+        ticket.rows = tuple(Row(model, ids, ticket, target, own, image) for ids, own, image in of_each)
         with self._changed:
             if not self._is_open:
                 raise Problem(503, "The server is shutting down", code="draining", retry_after_s=LEAST_RETRY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,22 +10,34 @@ import numpy as np
 
 from lora_export.contract import GraphContract
 from lora_export.errors import UsageProblem
-from lora_export.runtime.arrays import lowest
+from lora_export.runtime.arrays import lowest, numpy_dtype
 from lora_export.sentence import SENTENCE_EMBEDDING
 from lora_export.serve.batching import LEAST_RETRY, Row
-from lora_export.serve.models import CLASSIFICATION, Models, Target, View
+from lora_export.serve.models import Models, Target, View
 from lora_export.serve.options import Pooling
 from lora_export.serve.problems import Problem
+from lora_export.serve.tasks import CLASSIFICATION, GAPS, IMAGES, QUESTIONS, TOKENS
 
-_LOGITS, _STATES, _POOLED = "logits", "last_hidden_state", "pooler_output"
+_STATES, _POOLED = "last_hidden_state", "pooler_output"
 _TYPES = "token_type_ids"
+# What answers are made of, where that is not embeddings.
+_OUTPUTS = {
+    CLASSIFICATION: ("logits",), IMAGES: ("logits",), TOKENS: ("logits",), GAPS: ("logits",),
+    QUESTIONS: ("start_logits", "end_logits"),
+}  # fmt: skip
+_OF_TOKENS = (TOKENS, GAPS, QUESTIONS)
 # Outputs that are one vector a row.
 _VECTORS = (_POOLED, SENTENCE_EMBEDDING)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a row's model says: an embedding, or the scores of its own classes; `target` is what it was asked of."""
+    """What a row's model says; `target` is what it was asked of.
+
+    Attributes:
+        values: Float32. An embedding, or the scores of its own classes. Where each token has an answer, `[tokens, n]`:
+            the scores of a token's classes, of all tokens in its place, or of being an answer's first and last.
+    """
 
     values: np.ndarray
     target: Target
@@ -38,14 +51,12 @@ class Encoder:
         self._contract: GraphContract = models.manifest.contract
         outputs = {spec.name for spec in self._contract.outputs}
         wanted = _POOLED if pooling is Pooling.POOLER else _STATES
-        if models.task == CLASSIFICATION:
-            wanted = _LOGITS
-        elif pooling is None and SENTENCE_EMBEDDING in outputs:
+        if pooling is None and SENTENCE_EMBEDDING in outputs:
             wanted = SENTENCE_EMBEDDING
-        if wanted not in outputs:
-            raise _no_output(wanted, outputs)
-        self._output = wanted
-        self._normalize = wanted != SENTENCE_EMBEDDING if normalize is None else normalize
+        self._outputs = _OUTPUTS.get(models.task, (wanted,))
+        if missing := [name for name in self._outputs if name not in outputs]:
+            raise _no_output(missing[0], outputs)
+        self._normalize = self._outputs != (SENTENCE_EMBEDDING,) if normalize is None else normalize
         pad = models.manifest.pad_token_id
         self._pad = pad if pad is not None else models.config.get("pad_token_id") or 0
 
@@ -62,14 +73,18 @@ class Encoder:
         if targets:
             inputs = self._inputs([rows[index] for index in targets])
             adapters = [target.adapter for target in targets.values()]
-            outputs = view.session.run(inputs, adapters, [self._output])[self._output]
-            values = self._values(outputs, inputs["attention_mask"])
+            outputs = view.session.run(inputs, adapters, self._outputs)
+            values = self._values([outputs[name] for name in self._outputs], inputs.get("attention_mask"))
             for index, value in zip(targets, values, strict=True):
                 found[index] = _answer(value, targets[index])
         return found
 
     def _inputs(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
-        """Token ids, their mask and, where the graph takes them, types, `[rows, longest]`, padded on the right."""
+        """Token ids, their mask and, where the graph takes them, types, `[rows, longest]`, padded on the right; or the
+        images `[rows, 3, height, width]`."""
+        if rows[0].pixels is not None:
+            spec = self._contract.inputs[0]
+            return {spec.name: np.stack([row.pixels for row in rows]).astype(numpy_dtype(spec.dtype))}
         longest = max(len(row.ids) for row in rows)
         ids = np.full((len(rows), longest), self._pad, np.int64)
         mask, types = np.zeros_like(ids), np.zeros_like(ids)
@@ -81,10 +96,21 @@ class Encoder:
         has_types = any(spec.name == _TYPES for spec in self._contract.inputs)
         return {"input_ids": ids, "attention_mask": mask} | ({_TYPES: types} if has_types else {})
 
-    def _values(self, outputs: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
-        if self._output == _LOGITS:
-            return [_own_classes(row).astype(np.float32) for row in outputs]
-        vectors = outputs.astype(np.float32) if self._output in _VECTORS else self._pooled(outputs, mask)
+    def most_tokens(self, most_bytes: int) -> int:
+        """The tokens of a run whose scores take `most_bytes`, where each has a score for every token there is."""
+        of_each = self._models.config.get("vocab_size") if self._models.task == GAPS else None
+        return max(1, most_bytes // (4 * of_each)) if of_each else sys.maxsize
+
+    def _values(self, outputs: Sequence[np.ndarray], mask: np.ndarray | None) -> list[np.ndarray]:
+        task, first = self._models.task, outputs[0]
+        if task in (CLASSIFICATION, IMAGES):
+            return [row[own_classes(row)].astype(np.float32) for row in first]
+        if task in _OF_TOKENS:
+            joined = first if len(outputs) == 1 else np.stack(outputs, axis=-1)
+            rows = [row[:size, own_classes(row[0])] for row, size in zip(joined, mask.sum(axis=1), strict=True)]
+            return [row.astype(np.float32, copy=False) for row in rows]
+        is_vector = self._outputs[0] in _VECTORS
+        vectors = first.astype(np.float32) if is_vector else self._pooled(first, mask)
         return list(normalized(vectors) if self._normalize else vectors)
 
     def _pooled(self, states: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -116,14 +142,14 @@ def _current(view: View, row: Row) -> Target:
     return target
 
 
-def _own_classes(row: np.ndarray) -> np.ndarray:
-    """Without the lowest finite numbers, which are beyond a row's own classes; what is not finite has its place."""
-    (own,) = np.nonzero(row != lowest(row.dtype))
-    return row[: own[-1] + 1] if len(own) else row[:0]
+def own_classes(scores: np.ndarray) -> slice:
+    """Those of `[n]` that are a row's own: the lowest finite numbers are beyond; what is not finite has its place."""
+    (own,) = np.nonzero(scores != lowest(scores.dtype))
+    return slice(own[-1] + 1 if len(own) else 0)
 
 
 def _answer(values: np.ndarray, target: Target) -> Answer | Problem:
-    if not len(values) or not np.isfinite(values).all():
+    if not values.size or not np.isfinite(values).all():
         return Problem(500, f"The answer of {target.model!r} is not finite", code="not_finite")
     return Answer(values, target)
 

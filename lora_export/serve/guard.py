@@ -2,9 +2,10 @@
 
 1. The `Host` header, where the server is for this machine only and has no key: a web page must not reach it under a
    name of its own (DNS rebinding).
-2. The key, for all paths under `/v1/`.
-3. No new work while the server shuts down.
-4. The size of the body, and the time that it takes to come.
+2. There, the page that sends it: a browser sends a form to any site, and says in `Origin` from which page.
+3. The key, for all paths under `/v1/`.
+4. No new work while the server shuts down.
+5. The size of the body, and the time that it takes to come.
 """
 
 from __future__ import annotations
@@ -84,8 +85,13 @@ class Guard:
 
     def _refuse(self, scope: Scope, headers: Mapping[str, bytes]) -> None:
         key = self._options.api_key
-        if key is None and self._options.is_local and not _is_local(headers.get("host", b"")):
-            raise Problem(421, "The server answers to the names of this machine only, as it has no key", code="host")
+        if key is None and self._options.is_local:
+            if not _is_local(headers.get("host", b"")):
+                said = "The server answers to the names of this machine only, as it has no key"
+                raise Problem(421, said, code="host")
+            origin = headers.get("origin")
+            if origin is not None and not _is_local(origin.rpartition(b"//")[2]):
+                raise Problem(403, "The server answers to pages of this machine only, as it has no key", code="origin")
         if not scope["path"].startswith(_GUARDED):
             return
         given = headers.get("authorization", b"").removeprefix(b"Bearer ")

@@ -12,25 +12,23 @@ from types import MappingProxyType
 import numpy as np
 
 from lora_export.artifact import MANIFEST, AdapterRecord, Manifest, read_manifest
-from lora_export.contract import SINGLE, has_own_head
+from lora_export.contract import DECODER, SINGLE, has_own_head
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.reading import model_settings
 from lora_export.runtime.adapter_session import AdapterSession
-from lora_export.runtime.arrays import numpy_dtype
 from lora_export.runtime.bank import Bank
+from lora_export.runtime.images import ImageSteps, open_image_steps
+from lora_export.runtime.seq2seq_session import Seq2SeqSession
 from lora_export.runtime.stacking import RowSpec
+from lora_export.serve.limits import longest_row, most_texts
 from lora_export.serve.metrics import BLEND
 from lora_export.serve.names import parse_model, unknown_model
 from lora_export.serve.options import ServeOptions
 from lora_export.serve.problems import Problem
+from lora_export.serve.tasks import IMAGES, TASKS, WRITING, why_not_served
 from lora_export.serve.texts import Texts, Voice, open_voice
 
-GENERATION, CLASSIFICATION, FEATURES = "text-generation", "text-classification", "feature-extraction"
-TASKS = (GENERATION, CLASSIFICATION, FEATURES)
-# Names of sizes in a model's configuration that limit a text.
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-# Position tables of these begin behind the padding token's place.
-_OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text", "esm"})
+Session = AdapterSession | Seq2SeqSession
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Target:
         label: Its name in metrics and logs: a blend's is one for all, as clients make up any number of them.
         adapter: As `AdapterSession.run` takes a row's.
         labels: The names of classes, by number.
-        bank: The adapters of the moment in which it meant that.
+        banks: The adapters of the moment in which it meant that, by graph.
     """
 
     model: str
@@ -64,12 +62,23 @@ class Target:
     adapter: Mapping[str, float] | None
     place: Path
     labels: Mapping[int, str]
-    bank: Bank
+    banks: Mapping[str, Bank]
 
     @property
     def rows(self) -> tuple[RowSpec, ...]:
         """What its rows run: another one where an adapter was replaced by one of the same name."""
-        return self.bank.rows(self.adapter, 1)
+        return tuple(bank.rows(self.adapter, 1)[0] for bank in self.banks.values())
+
+    def require_blend(self) -> None:
+        """Refuse a blend that cannot be made, such as of heads of different sizes.
+
+        Raises:
+            UsageProblem: It is one.
+        """
+        blend = self.adapter or {}
+        if len(blend) > 1 or any(weight != 1 for weight in blend.values()):
+            for bank in self.banks.values():
+                bank.stacked(bank.rows(self.adapter, 1))
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class View:
         has_base: Whether the base answers by itself: an encoder without a head is no classifier.
     """
 
-    session: AdapterSession
+    session: Session
     base: str
     base_labels: Mapping[int, str]
     has_base: bool
@@ -108,7 +117,7 @@ class View:
         named = [part.record.labels or {} for part in parts] or [self.base_labels]
         labels = named[0] if all(each == named[0] for each in named) else {}
         label = BLEND if len(blend) > 1 or (blend and model not in blend) else model
-        return Target(model, label, blend or None, places.pop(), labels, self.session.bank)
+        return Target(model, label, blend or None, places.pop(), labels, self.session.banks)
 
 
 class Models:
@@ -126,15 +135,17 @@ class Models:
         self.base = options.model_name or _base_name(manifest, folder)
         self.started = int(time.time())
         self._texts: dict[Path, Texts] = {}
+        self._images: dict[Path, ImageSteps] = {}
         self._voices: dict[Path, Voice] = {}
         self._problem_types: dict[Path, str | None] = {}
         self._changing = threading.Lock()
-        self.session = AdapterSession(
+        opened = Seq2SeqSession if DECODER in manifest.graphs else AdapterSession
+        self.session: Session = opened(
             folder, options.provider, n_threads=options.n_threads, max_bytes=options.max_resident_bytes
         )
         served = [record for record in manifest.adapters if record.files]
         _require_free_base(self.base, [record.name for record in served])
-        adapters = {record.name: self._served(record, folder, record.files[SINGLE]) for record in served}
+        adapters = {record.name: self._served(record, folder, next(iter(record.files.values()))) for record in served}
         self.config = model_settings(folder)
         has_base = has_own_head(manifest.adapter_inputs)
         labels = _labels_of(manifest, self.config)
@@ -146,7 +157,11 @@ class Models:
     @property
     def writes(self) -> bool:
         """Whether the models write texts."""
-        return self.task == GENERATION
+        return self.task in WRITING
+
+    def most_texts(self, options: ServeOptions) -> int:
+        """The most texts that are written at a time."""
+        return most_texts(self.manifest, self.config, options, longest=self.longest)
 
     def texts(self, place: Path) -> Texts:
         """The tokenizer of an encoder in `place`."""
@@ -154,16 +169,24 @@ class Models:
             self._open(place)
         return self._texts[place]
 
+    def images(self, place: Path) -> ImageSteps:
+        """What images go through, by the settings in `place`."""
+        if place not in self._images:
+            self._open(place)
+        return self._images[place]
+
     def voice(self, place: Path) -> Voice:
-        """The tokenizer and the settings of a decoder in `place`."""
+        """The tokenizer and the settings of a model that writes, in `place`."""
         if place not in self._voices:
             self._open(place)
         return self._voices[place]
 
     def _open(self, place: Path) -> None:
         export = next((each for each in (place, *place.parents) if (each / MANIFEST).is_file()), self.folder)
-        if self.writes:
-            self._voices[place] = open_voice(place, export)
+        if self.task == IMAGES:
+            self._images[place] = open_image_steps(place, export)
+        elif self.writes:
+            self._voices[place] = open_voice(place, export, self.manifest, task=self.task)
         else:
             self._texts[place] = Texts(place, export)
 
@@ -173,8 +196,13 @@ class Models:
             self._problem_types[place] = (model_settings(place) or self.config).get("problem_type")
         return self._problem_types[place]
 
-    def put(self, name: str, served: Served, tensors: Mapping[str, np.ndarray], *, in_place: bool) -> None:
+    def put(
+        self, name: str, served: Served, tensors: Mapping[str, Mapping[str, np.ndarray]], *, in_place: bool
+    ) -> None:
         """Serve an adapter from now on.
+
+        Args:
+            tensors: By graph.
 
         Raises:
             Problem: 400 if the name is taken and it is not `in_place`.
@@ -188,8 +216,16 @@ class Models:
                     400, f"The adapter {name!r} is loaded already; load_inplace replaces it", param="lora_name",
                     code="already_loaded",
                 )  # fmt: skip
-            self.session.hold(name, tensors, served.record.invocation_tokens)
+            if isinstance(self.session, Seq2SeqSession):
+                self.session.hold(name, tensors)
+            else:
+                self.session.hold(name, tensors[SINGLE], served.record.invocation_tokens)
             self._show({**self.view.adapters, name: served})
+
+    def read(self, file: Path, graph: str) -> dict[str, np.ndarray]:
+        """The tensors of an adapter's file for `graph`; see `AdapterSession.read` for what is refused."""
+        session = self.session.sessions[graph] if isinstance(self.session, Seq2SeqSession) else self.session
+        return session.read(file)
 
     def remove(self, name: str) -> None:
         """Serve an adapter no longer; rows that wait for it are refused.
@@ -206,42 +242,19 @@ class Models:
     def _show(self, adapters: Mapping[str, Served]) -> None:
         self.view = replace(self.view, session=self.session.snapshot(), adapters=MappingProxyType(dict(adapters)))
         used = {self.folder, *(each.place for each in adapters.values())}
-        for kept in (self._texts, self._voices, self._problem_types):
+        for kept in (self._texts, self._images, self._voices, self._problem_types):
             for place in set(kept) - used:
                 kept.pop(place, None)
+
+    def _longest(self, options: ServeOptions) -> int | None:
+        if self.task == IMAGES:
+            return None
+        made_for = None if self.writes else self.texts(self.folder).longest
+        return longest_row(self.manifest, self.config, options, made_for=made_for)
 
     def _served(self, record: AdapterRecord, folder: Path, root: str) -> Served:
         place = folder if record.preprocessing in (None, ".") else folder / record.preprocessing
         return Served(record, place, root, self.started)
-
-    def _longest(self, options: ServeOptions) -> int:
-        """The most tokens of a row: what positions there are, what the tokenizer was made for, what was asked.
-
-        Of texts that are written, what the cache has room for, unless more is asked for.
-        """
-        asked = options.max_length
-        positions = next((self.config[name] for name in _POSITIONS if isinstance(self.config.get(name), int)), None)
-        if positions and self.config.get("model_type") in _OFFSET_POSITIONS:
-            positions -= (self.config.get("pad_token_id") or 0) + 1
-        made_for = None if self.writes else self.texts(self.folder).longest
-        limits = [limit for limit in (positions, made_for) if limit]
-        if asked is not None and limits and asked > min(limits):
-            raise UsageProblem("The model takes no rows of that length", where="--max-length", expected=f"at most "
-                               f"{min(limits)}", found=str(asked))  # fmt: skip
-        found = [*limits, *([asked] if asked else [])]
-        if self.writes and asked is None:
-            found.append(options.max_cache_bytes // (options.max_batch * _bytes_a_token(self.manifest)))
-        if not found:
-            raise UsageProblem(
-                "Neither the model nor its tokenizer says how long a text may be", next_step="give --max-length"
-            )
-        return min(found)
-
-
-def _bytes_a_token(manifest: Manifest) -> int:
-    """Of a decoder's cache, for one token of one row."""
-    past = manifest.contract.past
-    return max(1, sum(spec.dims[1] * spec.dims[3] * numpy_dtype(spec.dtype).itemsize for spec in past))
 
 
 def _require_task(manifest: Manifest, folder: Path) -> None:
@@ -250,7 +263,7 @@ def _require_task(manifest: Manifest, folder: Path) -> None:
             "The server does not serve this task",
             where=str(folder),
             expected=", ".join(TASKS),
-            found=str(manifest.task),
+            found=f"{manifest.task}: {why_not_served(manifest.task)}",
             next_step="run it from Python, with AdapterSession or Seq2SeqSession",
         )
 

@@ -29,6 +29,7 @@ class _Text:
 
     def __init__(self, job: Job, tokenizer: TextTokenizer) -> None:
         self.job, self.finish = job, None
+        self.start: list[int] = []
         self._reader = TextStream(tokenizer.decode, job.wish.stop)
 
     def add(self, token: Token) -> Piece:
@@ -39,7 +40,7 @@ class _Text:
         """
         if token.finish is Finish.FAILED:
             raise _failure(self.job, token.error)
-        is_word = token.token_id is not None and token.finish is not Finish.STOP
+        is_word = token.token_id is not None and token.finish is not Finish.STOP and not token.is_start
         text = self._reader.add(token.token_id) if is_word else ""
         if token.finish and not self._reader.is_stopped:
             text += self._reader.end()
@@ -59,13 +60,17 @@ class Pieces:
     """The pieces of a request's texts, in the order in which their tokens come.
 
     Attributes:
-        n_tokens: How many tokens there were.
+        n_tokens: How many tokens there were, starts of targets aside.
     """
 
     def __init__(self, writer: Writer, jobs: Sequence[Job], tokenizer: TextTokenizer) -> None:
         self._writer, self._jobs = writer, jobs
         self._texts = [_Text(job, tokenizer) for job in jobs]
         self.n_tokens = 0
+
+    def start_of(self, index: int) -> list[int]:
+        """What the model was given of text `index`'s start after its first part, its own choices among it."""
+        return self._texts[index].start
 
     def cancel(self) -> None:
         """Write no further; nobody waits for it."""
@@ -80,7 +85,10 @@ class Pieces:
             text = self._texts[job.index]
             if text.finish is not None:  # a stop string was before it
                 continue
-            self.n_tokens += token.token_id is not None
+            if token.is_start and not token.finish:
+                text.start.append(token.token_id)
+                continue
+            self.n_tokens += token.token_id is not None and not token.is_start
             piece = text.add(token)
             if piece.finish and not token.finish:
                 self._writer.cancel([job])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from lora_export.errors import EnvironmentUnusable, LoraExportError
 
 # What OpenAI's client makes an exception of its own of, by status.
@@ -53,6 +55,22 @@ def problem_of(error: BaseException) -> Problem:
     if isinstance(error, LoraExportError):
         return Problem(400, one_line(error), code="refused")
     return Problem(500, "The server failed to answer; its log says why", code="defect")
+
+
+def problem_of_body(errors: Sequence[Mapping], *, in_body: bool = True) -> Problem:
+    """The first field of a request that is wrong, by its name.
+
+    Args:
+        errors: As pydantic lists them.
+        in_body: Whether the first part of each place says only that it is the body.
+    """
+    first = errors[0]
+    field = ".".join(str(part) for part in first["loc"][int(in_body) :])
+    if first["type"] == "extra_forbidden":
+        return Problem(400, f"The field {field!r} is not supported", param=field, code="unsupported_field")
+    if first["type"] == "json_invalid":
+        return Problem(400, "The request is no JSON", code="bad_json")
+    return Problem(400, f"{field or 'The request'}: {first['msg']}", param=field or None, code="bad_value")
 
 
 def one_line(error: LoraExportError) -> str:

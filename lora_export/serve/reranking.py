@@ -9,10 +9,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from lora_export.serve.encoders import Answer
-from lora_export.serve.models import CLASSIFICATION
 from lora_export.serve.problems import Problem
 from lora_export.serve.schema import RerankBody
-from lora_export.serve.service import Service
+from lora_export.serve.service import Service, usage_of
+from lora_export.serve.tasks import CLASSIFICATION
 
 # Where sentence-transformers writes what a cross-encoder's score goes through, today and before.
 _SECTION, _FIELD, _OLD_FIELD = "sentence_transformers", "activation_fn", "sbert_ce_default_activation_function"
@@ -41,11 +41,8 @@ def add_reranking(api: FastAPI, service: Service) -> None:
             | ({"document": {"text": texts[i]}} if body.return_documents else {})
             for i in order
         ]
-        n_tokens = sum(map(len, rows))
-        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-        return JSONResponse(
-            {"id": f"rerank-{uuid.uuid4().hex}", "model": body.model, "usage": usage, "results": results}
-        )
+        head = {"id": f"rerank-{uuid.uuid4().hex}", "model": body.model}
+        return JSONResponse(head | {"usage": usage_of(rows), "results": results})
 
 
 def relevances(logits: np.ndarray, config: dict) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 1. The file lies in the folder that the server was given, links followed.
 2. The manifest of the export that it lies in lists it, and it has the hash that stands there. The bytes that were
-   hashed are the bytes that are loaded, whatever happens to the file meanwhile.
+   hashed are the bytes that are loaded, whatever happens to the file meanwhile. Of an encoder-decoder's adapter, which
+   has a file for each graph, one is named, and all are read likewise.
 3. That export is of the same base, by the hashes of its files, with the same quantization and padding token.
 4. Its tensors are those of this graph's inputs, and finite.
 
@@ -42,7 +43,7 @@ class RuntimeAdapters:
     most_bytes: int
 
     def load(self, name: str, path: str, *, in_place: bool) -> str:
-        """Serve the adapter in the file `path` as `name`; the file's sha256.
+        """Serve the adapter of the file `path` as `name`; the file's sha256.
 
         Raises:
             Problem: The name or the file is refused.
@@ -51,17 +52,24 @@ class RuntimeAdapters:
         file = self._inside(path)
         try:
             export, manifest, record = self._record_of(file, path)
-            content = self._read(file, path)
-            found, expected = hashlib.sha256(content).hexdigest(), manifest.files[_name_in(export, file)]
-            if found != expected:
-                raise _refused(f"The file {path!r} is not the one that was exported: its sha256 is {found}", "hash")
-            tensors = self._tensors(content)
+            tensors, hashes = {}, {}
+            for graph, name_in_export in record.files.items():
+                part = self._inside(str(export / name_in_export))
+                content = self._read(part, name_in_export)
+                hashes[part] = found = hashlib.sha256(content).hexdigest()
+                if found != manifest.files.get(name_in_export):
+                    of = repr(path) if part == file else f"{name_in_export!r}, of the adapter {path!r},"
+                    raise _refused(f"The file {of} is not the one that was exported: its sha256 is {found}", "hash")
+                tensors[graph] = self._tensors(content, graph)
         except (InputRefused, UsageProblem) as error:
             raise _refused(f"The adapter {path!r} is refused: {one_line(error)}", "contract") from error
         root = file.relative_to(self.folder).as_posix()
         served = Served(record, self._place(export, manifest, record), root, int(time.time()))
-        self.models.put(name, served, tensors, in_place=in_place)
-        return found
+        try:
+            self.models.put(name, served, tensors, in_place=in_place)
+        except InputRefused as error:  # the tensors of its graphs do not belong together
+            raise _refused(f"The adapter {path!r} is refused: {one_line(error)}", "contract") from error
+        return hashes[file]
 
     def _inside(self, path: str) -> Path:
         try:
@@ -93,6 +101,8 @@ class RuntimeAdapters:
             raise _refused(f"The manifest of its export has no adapter file {name!r}", "hash")
         if manifest.base.files != self.models.manifest.base.files:
             raise _refused(f"The adapter {path!r} was exported for another base: its files have other hashes", "base")
+        if unknown := set(record.files) - set(self.models.manifest.graphs):
+            raise _refused(f"The adapter {path!r} was made for another graph: {', '.join(sorted(unknown))}", "base")
         for field in ("quantization", "pad_token_id"):
             found, expected = getattr(manifest, field), getattr(self.models.manifest, field)
             if found != expected:
@@ -111,12 +121,12 @@ class RuntimeAdapters:
                 raise _refused(f"{path!r} is no regular file of at most {self.most_bytes:,} bytes", "size")
             return opened.read(self.most_bytes + 1)
 
-    def _tensors(self, content: bytes):
+    def _tensors(self, content: bytes, graph: str):
         with own_temporary_folder() as folder:
             copy = folder / "copy.onnx_adapter"
             copy.write_bytes(content)
             try:
-                return self.models.session.read(copy)
+                return self.models.read(copy, graph)
             except InputRefused as error:
                 where = (error.where or "").replace(str(copy), "").lstrip(": ") or None
                 raise InputRefused(

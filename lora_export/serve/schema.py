@@ -69,6 +69,38 @@ class ClassifyBody(Body):
     input: Texts
 
 
+class QuestionBody(Body):
+    """`/v1/question-answering`, as the inputs of Transformers' pipeline."""
+
+    question: Text
+    context: Text
+
+
+class GapsBody(Body):
+    """`/v1/fill-mask`."""
+
+    input: Text | Annotated[list[Text], _FIRST]
+    top_k: Annotated[int, Field(ge=1, le=100)] = 5
+
+
+class SpeechBody(Body):
+    """`/v1/audio/transcriptions`, beside its `file`; what is not given is the model's own choice."""
+
+    language: Text | None = None
+    prompt: Literal[""] | None = None
+    response_format: Literal["json", "text", "verbose_json"] = "json"
+    temperature: Annotated[float, AfterValidator(_no_rounding_error), Field(ge=0, le=1)] | None = None
+    stream: bool = False
+
+
+class TranslationBody(Body):
+    """`/v1/audio/translations`, beside its `file`."""
+
+    prompt: Literal[""] | None = None
+    response_format: Literal["json", "text", "verbose_json"] = "json"
+    temperature: Annotated[float, AfterValidator(_no_rounding_error), Field(ge=0, le=1)] | None = None
+
+
 class Document(Strict):
     """A text, as an object."""
 

@@ -19,6 +19,7 @@ from types import FrameType
 
 import uvicorn
 
+from lora_export.runtime.targets import settings_not_done
 from lora_export.serve import logs
 from lora_export.serve.api import build
 from lora_export.serve.guard import Guard
@@ -143,6 +144,9 @@ def _greeting(service: Service, host: str, port: int) -> str:
     names = ", ".join(view.adapters) or "no adapters"
     address = f"[{host}]" if ":" in host else host
     lines = [f"serving {view.base} with {names} on http://{address}:{port} ({view.session.provider})"]
+    if service.models.writes and (ignored := settings_not_done(service.models.voice(service.models.folder).defaults)):
+        asked = ", ".join(f"{name}={value}" for name, value in ignored.items())
+        lines.append(f"texts are greedy or sampled: {asked} of the export's configuration has no effect")
     if not options.is_local and options.api_key is None:
         lines.append("anyone who reaches this address may use it: --api-key asks for a key")
     return "\n".join(lines)

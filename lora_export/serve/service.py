@@ -6,28 +6,28 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from starlette.requests import Request
 
 from lora_export.serve.batching import Batcher, Limits, Row
 from lora_export.serve.encoders import Encoder
 from lora_export.serve.guard import Seen
 from lora_export.serve.metrics import Load, Metrics
-from lora_export.serve.models import CLASSIFICATION, FEATURES, GENERATION, Models, Target
+from lora_export.serve.models import Models, Target
 from lora_export.serve.options import ServeOptions
 from lora_export.serve.problems import Problem
 from lora_export.serve.runtime_adapters import RuntimeAdapters
 from lora_export.serve.schema import Body
+from lora_export.serve.tasks import PATH_OF_TASK
 from lora_export.serve.writing import Writer
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 # Above it, tokens are made on another thread: the event loop has other clients to answer.
 LONG_TEXT = 20_000
-# The path that answers for an export's task.
-PATH_OF_TASK = {
-    GENERATION: "/v1/completions and /v1/chat/completions",
-    CLASSIFICATION: "/v1/classify",
-    FEATURES: "/v1/embeddings",
-}
 
 
 class Service:
@@ -44,13 +44,11 @@ class Service:
         self.metrics = Metrics(self.load, lambda: self.models.view.adapters, models.base)
         self.batcher, self.writer = None, None
         if models.writes:
-            self.writer = Writer(
-                models, most=options.max_batch, longest=models.longest, max_queue=options.max_queue,
-                metrics=self.metrics,
-            )  # fmt: skip
+            self.writer = Writer(models, options, self.metrics)
         else:
             encoder = Encoder(models, options.pooling, normalize=options.normalize)
-            limits = Limits(options.max_batch, options.max_batch_tokens, options.max_queue, options.max_wait_ms / 1000)
+            most_tokens = min(options.max_batch_tokens, encoder.most_tokens(options.max_cache_bytes))
+            limits = Limits(options.max_batch, most_tokens, options.max_queue, options.max_wait_ms / 1000)
             self.batcher = Batcher(encoder.run, limits, self)
         self._engine = self.writer or self.batcher
         self.is_draining = False
@@ -76,14 +74,14 @@ class Service:
         """Of the batcher: a run is over."""
         self.metrics.ran([row.model for row in rows], seconds)
 
-    def target(self, body: Body, request: Request, task: str) -> Target:
+    def target(self, body: Body, request: Request, *tasks: str) -> Target:
         """What a request's model is; notes it for the log.
 
         Raises:
-            Problem: The export is for another task than `task`, or the model is not served.
+            Problem: The export is for another task than `tasks`, or the model is not served.
         """
         seen: Seen = request.state.seen
-        if self.models.task != task:
+        if self.models.task not in tasks:
             raise Problem(
                 400, f"The export is for {self.models.task}: {PATH_OF_TASK[self.models.task]} answers",
                 code="other_task",
@@ -100,19 +98,37 @@ class Service:
         Raises:
             Problem: There is nothing, or a row is longer than the model takes.
         """
+        given = self.listed(given, "input")
+        if isinstance(given[0], str):
+            return [each.ids for each in await self.encodings(given, target, "input")]
+        found = [list(ids) for ids in given]
+        self.require_tokens(found, "input")
+        self._require_length(found, "input")
+        return found
+
+    def listed(self, given: str | Sequence, field: str) -> Sequence:
+        """Texts, or lists of token ids, of a request that may have one of them alone.
+
+        Raises:
+            Problem: There is nothing, or there are more than ever wait.
+        """
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             given = [given]
         if not given or not all(map(len, given)):
-            raise Problem(400, "An input is empty", param="input", code="empty")
-        self.require_room(len(given), "input")
-        if isinstance(given[0], str):
-            texts = self.models.texts(target.place)
-            is_long = sum(map(len, given)) > LONG_TEXT
-            found = await asyncio.to_thread(texts.encode, given) if is_long else texts.encode(given)
-        else:
-            found = [list(ids) for ids in given]
-            self._require_tokens(found)
-        self._require_length(found, "input")
+            raise Problem(400, f"{'A prompt' if field == 'prompt' else 'An input'} is empty", param=field, code="empty")
+        self.require_room(len(given), field)
+        return given
+
+    async def encodings(self, given: Sequence[str | tuple[str, str]], target: Target, field: str) -> list[Encoding]:
+        """The tokens of texts, or of pairs of them, with the characters that each is of.
+
+        Raises:
+            Problem: A row is longer than the model takes.
+        """
+        texts = self.models.texts(target.place)
+        is_long = sum(len(part) for each in given for part in each) > LONG_TEXT
+        found = await asyncio.to_thread(texts.encodings, given) if is_long else texts.encodings(given)
+        self._require_length([each.ids for each in found], field)
         return found
 
     def _require_length(self, rows: Sequence[Sequence[int]], field: str) -> None:
@@ -123,15 +139,15 @@ class Service:
                 code="context_length_exceeded",
             )  # fmt: skip
 
-    def require_room(self, n_texts: int, field: str) -> None:
-        """Refuse a request of more texts than ever wait, before work is done for them.
+    def require_room(self, n_texts: int, field: str, *, most: int | None = None) -> None:
+        """Refuse a request of more texts than ever wait, or images than `most`, before work is done for them.
 
         Raises:
             Problem: 400.
         """
-        most = self.options.max_queue
+        what, most = ("texts", self.options.max_queue) if most is None else ("images", most)
         if n_texts > most:
-            raise Problem(400, f"The request has {n_texts} texts; at most {most} are taken", param=field)
+            raise Problem(400, f"The request has {n_texts} {what}; at most {most} are taken", param=field)
 
     async def pairs(self, text: str, others: Sequence[str], target: Target) -> tuple[list, list]:
         """The tokens of `text` with each of `others` behind it, and which of the two each is of.
@@ -142,10 +158,8 @@ class Service:
         if not text or not others:
             raise Problem(400, "An input is empty", param="query" if others else "documents", code="empty")
         self.require_room(len(others), "documents")
-        texts = self.models.texts(target.place)
-        found = await asyncio.to_thread(texts.encode_pairs, text, others)
-        self._require_length([ids for ids, _ in found], "documents")
-        return [ids for ids, _ in found], [types for _, types in found]
+        found = await self.encodings([(text, other) for other in others], target, "documents")
+        return [each.ids for each in found], [each.type_ids for each in found]
 
     async def answers(
         self,
@@ -154,8 +168,9 @@ class Service:
         rows: Sequence[Sequence[int]],
         *,
         types: Sequence[Sequence[int]] | None = None,
+        pixels: Sequence[np.ndarray] | None = None,
     ) -> list:
-        """The answers of an encoder to `rows`, which are pairs of texts where they have `types`.
+        """The answers of an encoder to `rows`, which are pairs of texts where they have `types`, or images.
 
         Raises:
             Problem: They are not answered.
@@ -163,7 +178,7 @@ class Service:
         seen: Seen = request.state.seen
         n_tokens = sum(map(len, rows))
         seen.fields |= {"rows": len(rows), "prompt_tokens": n_tokens}
-        ticket = self.batcher.submit(target.model, rows, seen.deadline, target=target, types=types)
+        ticket = self.batcher.submit(target.model, rows, seen.deadline, target=target, types=types, pixels=pixels)
         answer = asyncio.wrap_future(ticket.future)
         found = await self.answered(request, answer, cancel=lambda: self.batcher.cancel(ticket))
         self.metrics.tokens.labels(self.metrics.label(target.label), "prompt").inc(n_tokens)
@@ -194,12 +209,17 @@ class Service:
             raise Problem(499, "The client has gone")
         raise Problem(504, f"There was no answer within {self.options.timeout_s:g} s", code="deadline")
 
-    def _require_tokens(self, rows: Sequence[Sequence[int]]) -> None:
+    def require_tokens(self, rows: Sequence[Sequence[int]], field: str) -> None:
+        """Refuse token ids that the model does not know.
+
+        Raises:
+            Problem: 400.
+        """
         vocabulary = self.models.config.get("vocab_size")
         most = vocabulary if isinstance(vocabulary, int) else 2**31
         wrong = next((token for row in rows for token in row if not 0 <= token < most), None)
         if wrong is not None:
-            raise Problem(400, f"{wrong} is no token of this model", param="input", code="bad_token")
+            raise Problem(400, f"{wrong} is no token of this model", param=field, code="bad_token")
 
     def close(self) -> None:
         """Finish what waits, and end the threads."""
@@ -210,3 +230,9 @@ async def disconnected(request: Request) -> None:
     """Returns when the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def usage_of(rows: Sequence[Sequence[int]]) -> dict:
+    """The tokens of an encoder's rows, as OpenAI's API counts them."""
+    n_tokens = sum(map(len, rows))
+    return {"prompt_tokens": n_tokens, "total_tokens": n_tokens}

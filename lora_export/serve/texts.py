@@ -1,15 +1,24 @@
-"""The tokenizers of an export: an encoder's, by the package `tokenizers` alone, and a decoder's with its settings."""
+"""An export's tokenizers: an encoder's, by the package `tokenizers` alone; a writing model's, with its settings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lora_export.artifact import Manifest
 from lora_export.errors import InputRefused, refused_if_it_fails
 from lora_export.reading import read_json_if_there
-from lora_export.runtime.generation_config import eos_ids_of, generation_defaults
-from lora_export.runtime.tokenizer import TextTokenizer, open_tokenizer, tokenizer_folders
+from lora_export.runtime.end_tokens import end_tokens_in, has_brought_settings
+from lora_export.runtime.generation_config import generation_defaults
+from lora_export.runtime.sound import LogMel, open_log_mel
+from lora_export.runtime.targets import TargetRules
+from lora_export.runtime.tokenizer import TextTokenizer, open_tokenizer, special_tokens_in, tokenizer_folders
+from lora_export.serve.tasks import SPEECH
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 _FILE = "tokenizer.json"
 # What configurations write for "no limit".
@@ -22,6 +31,7 @@ class Texts:
     Attributes:
         folder: Its place.
         longest: The most tokens of a row that it was made for; None where it does not say.
+        mask: The token that stands for a gap, and its id; None where there is none.
 
     Raises:
         InputRefused: There is no `tokenizer.json`, or it cannot be read.
@@ -49,33 +59,55 @@ class Texts:
         longest = next((config for config in configs if config), {}).get("model_max_length")
         self.longest = int(longest) if isinstance(longest, int | float) and 0 < longest < _NO_LIMIT else None
 
+        word = special_tokens_in(place, export).get("mask_token")
+        token = None if word is None else self.tokenizer.token_to_id(word)
+        self.mask = None if token is None else (word, token)
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, with those that the tokenizer puts around it."""
+        return [each.ids for each in self.encodings(texts)]
+
+    def encodings(self, texts: Sequence[str | tuple[str, str]]) -> list[Encoding]:
+        """The tokens of each text or pair of texts, with the characters that each of them is of."""
         what, where = "The tokenizer makes no tokens of the text", str(self.folder / _FILE)
         with refused_if_it_fails(what, where=where, next_step="fetch the export's tokenizer files again"):
-            return [each.ids for each in self.tokenizer.encode_batch(list(texts))]
-
-    def encode_pairs(self, text: str, others: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """The tokens of `text` with each of `others` behind it, and which of the two each token is of."""
-        return [(each.ids, each.type_ids) for each in self.tokenizer.encode_batch([(text, other) for other in others])]
+            return self.tokenizer.encode_batch(list(texts))
 
 
 @dataclass(frozen=True)
 class Voice:
-    """What a decoder's texts are made with.
+    """What a model that writes texts is asked with.
 
     Attributes:
         defaults: What the configuration says of generating.
         eos_ids: The tokens that end a text.
+        rules: What an encoder-decoder's configuration says of its targets.
+        ears: What makes a speech model's inputs of sounds; None for others.
     """
 
     tokenizer: TextTokenizer
     defaults: Mapping[str, object]
     eos_ids: frozenset[int]
+    rules: TargetRules
+    ears: LogMel | None = None
 
 
-def open_voice(place: Path, folder: Path) -> Voice:
-    """What is in `place`, and what is not there in the export's `folder`."""
+def open_voice(place: Path, folder: Path, manifest: Manifest, *, task: str) -> Voice:
+    """What is in `place`, and what is not there in the export's `folder`; `manifest` is that of the server's export."""
     tokenizer, defaults = open_tokenizer(place, folder), generation_defaults(*dict.fromkeys([place, folder]))
-    of_tokenizer = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
-    return Voice(tokenizer, defaults, eos_ids_of(defaults) or of_tokenizer)
+    is_brought = has_brought_settings(place, folder, manifest)
+    ends = end_tokens_in(place, folder, is_brought=is_brought, tokenizer=lambda: tokenizer)
+    if not ends and tokenizer.eos_id is not None:  # of one without a tokenizer.json
+        ends = frozenset({tokenizer.eos_id})
+    ears = None
+    if task == SPEECH:
+        ears, tokenizer = open_log_mel(place, folder), _without_times(tokenizer, defaults)
+    return Voice(tokenizer, defaults, ends, replace(TargetRules.of(defaults), eos_ids=ends), ears)
+
+
+def _without_times(tokenizer: TextTokenizer, defaults: Mapping[str, object]) -> TextTokenizer:
+    """`tokenizer`, whose texts leave out Whisper's tokens of times, which follow the one that forbids them."""
+    last = defaults.get("no_timestamps_token_id")
+    if type(last) is not int:
+        return tokenizer
+    return replace(tokenizer, _decode=lambda ids: tokenizer.decode(token for token in ids if token <= last))

@@ -9,12 +9,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from lora_export.contract import SINGLE
 from lora_export.errors import UsageProblem
 from lora_export.runtime.sampling import Sampling
 from lora_export.runtime.scheduler import Request, Scheduler, Token
+from lora_export.runtime.seq2seq_scheduler import Seq2SeqScheduler
+from lora_export.runtime.seq2seq_session import Seq2SeqSession
+from lora_export.runtime.target_group import Source
+from lora_export.runtime.targets import Start, TargetRules
 from lora_export.serve.batching import LEAST_RETRY, MOST_RETRY
 from lora_export.serve.metrics import Metrics
 from lora_export.serve.models import Models, Target
+from lora_export.serve.options import ServeOptions
 from lora_export.serve.problems import Problem
 
 
@@ -23,8 +29,11 @@ class Wish:
     """What a text is to be written by.
 
     Attributes:
-        prompt: Token ids.
+        prompt: Token ids; none for a sound.
         stop: Texts that end it.
+        source: Of an encoder-decoder, what its encoder is given, and
+        rules: what its configuration says of targets, and
+        start: what its target starts with, if not as that says.
     """
 
     prompt: Sequence[int]
@@ -32,6 +41,9 @@ class Wish:
     max_new_tokens: int
     eos_ids: frozenset[int]
     stop: tuple[str, ...] = ()
+    source: Source | None = None
+    rules: TargetRules | None = None
+    start: Start | None = None
 
 
 @dataclass(eq=False)
@@ -57,16 +69,13 @@ class Writer:
     """Writes texts until it is closed.
 
     Args:
-        models: Of an export for text generation.
-        most: The most texts at a time; others wait.
-        longest: The most tokens of a text, prompt included.
-        max_queue: The most texts that wait.
+        models: Of an export whose models write.
     """
 
-    def __init__(self, models: Models, *, most: int, longest: int, max_queue: int, metrics: Metrics) -> None:
+    def __init__(self, models: Models, options: ServeOptions, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._most, self._max_queue = most, max_queue
-        self._scheduler = Scheduler(models.session, max_rows=most, max_length=longest)
+        self._most, self._max_queue = models.most_texts(options), options.max_queue
+        self._scheduler = _scheduler(models, options, self._most)
         self._changed = threading.Condition()
         self._jobs: dict[Request, Job] = {}
         self._seconds_a_text = 0.0
@@ -96,9 +105,7 @@ class Writer:
             Problem: 429 if the queue is full, 503 if the server ends.
             UsageProblem: A prompt or a blend cannot be run.
         """
-        blend = target.adapter or {}
-        if len(blend) > 1 or any(weight != 1 for weight in blend.values()):
-            target.bank.stacked(target.rows)  # refuses heads of different sizes before others wait
+        target.require_blend()  # before others wait
         loop, tokens = asyncio.get_running_loop(), asyncio.Queue()
         jobs = [Job(index, target, wish, loop, tokens) for index, wish in enumerate(wishes)]
         with self._changed:
@@ -133,11 +140,13 @@ class Writer:
         self._thread.join()
 
     def _submit(self, job: Job) -> None:
-        wish = job.wish
-        job.request = self._scheduler.submit(
-            wish.prompt, job.target.adapter, sampling=wish.sampling, max_new_tokens=wish.max_new_tokens,
-            eos_ids=wish.eos_ids, bank=job.target.bank,
-        )  # fmt: skip
+        wish, target = job.wish, job.target
+        how = {"sampling": wish.sampling, "max_new_tokens": wish.max_new_tokens, "eos_ids": wish.eos_ids}
+        if isinstance(self._scheduler, Seq2SeqScheduler):
+            how |= {"rules": wish.rules, "start": wish.start, "banks": target.banks}
+            job.request = self._scheduler.submit(wish.source, target.adapter, **how)
+        else:
+            job.request = self._scheduler.submit(wish.prompt, target.adapter, bank=target.banks[SINGLE], **how)
         self._jobs[job.request] = job
 
     def _cancel(self, jobs: Sequence[Job]) -> None:
@@ -187,6 +196,14 @@ class Writer:
             self._scheduler.clear()  # no step does it while there is no job, and what waits counts
         for job in failed:
             _on(job.loop, [(job, error)])
+
+
+def _scheduler(models: Models, options: ServeOptions, most: int) -> Scheduler | Seq2SeqScheduler:
+    if isinstance(models.session, Seq2SeqSession):
+        return Seq2SeqScheduler(
+            models.session, max_rows=most, max_length=models.longest, max_source_tokens=options.max_batch_tokens
+        )
+    return Scheduler(models.session, max_rows=most, max_length=models.longest)
 
 
 def _on(loop: asyncio.AbstractEventLoop, given: Sequence[tuple[Job, Token | Exception]]) -> None:

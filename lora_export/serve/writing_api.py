@@ -6,19 +6,21 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from lora_export.runtime.sampling import Sampling
+from lora_export.serve.counting import Count
 from lora_export.serve.events import EventStream
-from lora_export.serve.guard import Seen
-from lora_export.serve.models import GENERATION, Target
+from lora_export.serve.models import Target
 from lora_export.serve.pieces import Piece, Pieces
 from lora_export.serve.problems import Problem
 from lora_export.serve.schema import ChatBody, CompletionBody, WritingBody
 from lora_export.serve.service import LONG_TEXT, Service
+from lora_export.serve.tasks import GENERATION, TEXT2TEXT
 from lora_export.serve.texts import Voice
 from lora_export.serve.writing import Wish
 
@@ -29,23 +31,20 @@ _TOP_K = 50
 
 
 def add_writing(api: FastAPI, service: Service) -> None:
-    """The routes of decoders."""
+    """The routes of decoders and of encoder-decoders that take texts."""
 
-    @api.post("/v1/completions", tags=["decoders"])
+    @api.post("/v1/completions", tags=["texts"])
     async def completions(body: CompletionBody, request: Request) -> Response:
-        """How each prompt goes on."""
-        target = service.target(body, request, GENERATION)
+        """How each prompt goes on; of an encoder-decoder, what it makes of each prompt."""
+        target = service.target(body, request, GENERATION, TEXT2TEXT)
         voice = service.models.voice(target.place)
         prompts = await _prompts(body.prompt, voice, service)
-        wishes = [
-            _wish(
-                body, ids, voice, longest=service.models.longest, asked=body.max_tokens, default=_TOKENS_OF_A_COMPLETION
-            )
-            for ids in prompts
-        ]
+        how = {"longest": service.models.longest, "asked": body.max_tokens, "default": _TOKENS_OF_A_COMPLETION}
+        make = _wish if service.models.task == GENERATION else _target_wish
+        wishes = [make(body, ids, voice, **how) for ids in prompts]
         return await _written(service, request, target, wishes=wishes, form=Form.of_completions(body))
 
-    @api.post("/v1/chat/completions", tags=["decoders"])
+    @api.post("/v1/chat/completions", tags=["texts"])
     async def chat(body: ChatBody, request: Request) -> Response:
         """The assistant's answer, by the export's chat template."""
         target = service.target(body, request, GENERATION)
@@ -62,16 +61,16 @@ def add_writing(api: FastAPI, service: Service) -> None:
 
 
 async def _prompts(given: str | list, voice: Voice, service: Service) -> list[list[int]]:
-    if isinstance(given, str) or (given and isinstance(given[0], int)):
-        given = [given]
-    if not given or not all(map(len, given)):
-        raise Problem(400, "A prompt is empty", param="prompt", code="empty")
-    service.require_room(len(given), "prompt")
+    given = service.listed(given, "prompt")
     if not isinstance(given[0], str):
+        if service.models.task == TEXT2TEXT:
+            service.require_tokens(given, "prompt")
         return [list(ids) for ids in given]
 
     def encode() -> list[list[int]]:
-        return [voice.tokenizer.encode(text) for text in given]
+        is_source = service.models.task == TEXT2TEXT
+        make = voice.tokenizer.encode_source if is_source else voice.tokenizer.encode
+        return [make(text) for text in given]
 
     return await asyncio.to_thread(encode) if sum(map(len, given)) > LONG_TEXT else encode()
 
@@ -87,11 +86,26 @@ def _wish(
             f"The prompt has {len(ids)} tokens{wanted}; a text has at most {longest}",
             code="context_length_exceeded",
         )
+    return _wish_for(body, ids, voice, most=asked or min(default or room, room))
+
+
+def _target_wish(
+    body: WritingBody, ids: list[int], voice: Voice, *, longest: int, asked: int | None, default: int
+) -> Wish:
+    """Of an encoder-decoder, whose source and target are as long as a text may be, each by itself."""
+    room = longest - len(voice.rules.start)
+    if len(ids) > longest or (asked or 0) > room:
+        too_long = f"The prompt has {len(ids)} tokens" if len(ids) > longest else f"{asked} new tokens are asked for"
+        most = longest if len(ids) > longest else room
+        raise Problem(400, f"{too_long}; there is room for {most}", code="context_length_exceeded")
+    wish = _wish_for(body, ids, voice, most=asked or min(default, room))
+    return replace(wish, source={"input_ids": np.array(ids, np.int64)}, rules=voice.rules)
+
+
+def _wish_for(body: WritingBody, ids: list[int], voice: Voice, *, most: int) -> Wish:
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    return Wish(
-        ids, sampling_of(body, voice.defaults), asked or min(default or room, room),
-        frozenset() if body.ignore_eos else voice.eos_ids, stop,
-    )  # fmt: skip
+    ends = frozenset() if body.ignore_eos else voice.eos_ids
+    return Wish(ids, sampling_of(body, voice.defaults), most, ends, stop)
 
 
 def sampling_of(body: WritingBody, defaults: Mapping[str, object]) -> Sampling:
@@ -185,7 +199,7 @@ async def _written(
     if form.body.stream_options is not None and not form.body.stream:
         raise Problem(400, "stream_options go with stream: true", param="stream_options")
     pieces = Pieces(service.writer, service.writer.submit(target, wishes), service.models.voice(target.place).tokenizer)
-    count = _Count(service, request.state.seen, target, n_prompt=sum(len(wish.prompt) for wish in wishes))
+    count = Count(service, request.state.seen, target, n_prompt=sum(len(wish.prompt) for wish in wishes))
     watched = count.of(pieces)
     if form.body.stream:
         return EventStream(_events(watched, form, count, n_texts=len(wishes)), request.state.seen, pieces.cancel)
@@ -201,7 +215,7 @@ async def _written(
     return JSONResponse(form.whole(["".join(each) for each in parts], finishes, count.usage))
 
 
-async def _events(pieces: AsyncIterator[Piece], form: Form, count: _Count, *, n_texts: int) -> AsyncIterator[dict]:
+async def _events(pieces: AsyncIterator[Piece], form: Form, count: Count, *, n_texts: int) -> AsyncIterator[dict]:
     if form.starts:
         for index in range(n_texts):
             yield form.start(index)
@@ -210,36 +224,3 @@ async def _events(pieces: AsyncIterator[Piece], form: Form, count: _Count, *, n_
             yield form.piece(piece)
     if form.wants_usage:
         yield form.chunk([]) | {"usage": count.usage}
-
-
-class _Count:
-    """The tokens of a request, for its answer, the log and the metrics."""
-
-    def __init__(self, service: Service, seen: Seen, target: Target, *, n_prompt: int) -> None:
-        self._metrics, self._seen, self._model = service.metrics, seen, target.label
-        self._n_prompt, self._n_written = n_prompt, 0
-        self._metrics.tokens.labels(self._label(), "prompt").inc(n_prompt)
-        seen.fields["prompt_tokens"] = n_prompt
-
-    async def of(self, pieces: Pieces) -> AsyncIterator[Piece]:
-        """`pieces`, counted as they come, also where they are not read to their end."""
-        try:
-            async for piece in pieces:
-                if not self._n_written:
-                    seconds = time.monotonic() - self._seen.started
-                    self._metrics.first_token_seconds.labels(self._label()).observe(seconds)
-                self._n_written = pieces.n_tokens
-                yield piece
-        finally:
-            self._metrics.tokens.labels(self._label(), "completion").inc(pieces.n_tokens)
-            self._seen.fields["completion_tokens"] = pieces.n_tokens
-
-    def _label(self) -> str:
-        return self._metrics.label(self._model)
-
-    @property
-    def usage(self) -> dict:
-        return {
-            "prompt_tokens": self._n_prompt, "completion_tokens": self._n_written,
-            "total_tokens": self._n_prompt + self._n_written,
-        }  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from live import running
 
 from lora_export.check.context import CheckOptions
 from lora_export.errors import UsageProblem
@@ -125,6 +126,45 @@ def test_run_fills_a_gap(made):
     assert result["label"] == tokenizer.decode([int(logits[0, place].argmax())]).strip()
     with pytest.raises(UsageProblem, match="The text has no gap to fill"):
         run_trial(out, ["no gap"], {}, provider="cpu", max_new_tokens=1)
+
+
+def test_a_server_answers_questions_and_fills_gaps(made):
+    out, base, _ = made("question-answering")
+    question, text = "who?", "the quick brown fox"
+    given = transformers.AutoTokenizer.from_pretrained(base)(
+        question, text, return_tensors="pt", return_token_type_ids=True, return_offsets_mapping=True
+    )
+    offsets, sequence = given.pop("offset_mapping")[0].tolist(), given.sequence_ids(0)
+    with torch.no_grad():
+        outputs = reference(made, "question-answering")(**given)
+    inside = [place for place, number in enumerate(sequence) if number == 1]
+    starts, ends = (torch.softmax(s[0, inside].double(), -1) for s in (outputs.start_logits, outputs.end_logits))
+    joint = torch.triu(starts[:, None] * ends[None, :])
+    i, j = divmod(int(joint.argmax()), len(inside))
+    with running(out, model_name="base") as live:
+        found = live.post("/v1/question-answering", model="a", question=question, context=text).json()
+        assert live.post("/v1/question-answering", model="a", question="", context=text).status_code == 400
+        assert live.post("/v1/fill-mask", model="a", input="x").status_code == 400
+    start, end = offsets[inside[i]][0], offsets[inside[j]][1]
+    assert (found["answer"], found["start"], found["end"]) == (text[start:end], start, end)
+    assert found["score"] == pytest.approx(float(joint.max()), abs=1e-5)
+
+    out, base, _ = made("fill-mask")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    given = tokenizer("a [UNK] b [UNK]", return_tensors="pt", return_token_type_ids=True)
+    with torch.no_grad():
+        logits = reference(made, "fill-mask")(**given).logits[0]
+    with running(out, model_name="base") as live:
+        (data,) = live.post("/v1/fill-mask", model="a", input="a [UNK] b [UNK]", top_k=3).json()["data"]
+        refused = live.post("/v1/fill-mask", model="a", input="no gap")
+    assert refused.status_code == 400 and "write [UNK] where a word is missing" in refused.json()["error"]["message"]
+    assert [(gap["start"], gap["end"]) for gap in data["gaps"]] == [(2, 7), (10, 15)]
+    places = (given["input_ids"][0] == tokenizer.mask_token_id).nonzero()[:, 0].tolist()
+    for gap, place in zip(data["gaps"], places, strict=True):
+        expected, tokens = torch.softmax(logits[place].double(), -1).topk(3)
+        assert [each["token"] for each in gap["candidates"]] == tokens.tolist()
+        assert [each["score"] for each in gap["candidates"]] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert gap["candidates"][0]["text"] == tokenizer.decode([int(tokens[0])])
 
 
 def test_run_chooses_an_ending(made):

@@ -13,7 +13,7 @@ from live import running, wait_until
 from transformers import AutoTokenizer
 
 from lora_export import AdapterSession
-from lora_export.serve.encoders import _own_classes
+from lora_export.serve.encoders import own_classes
 
 TEXTS = ("Open a socket.", "Größe, and a longer text than the others are: it decides the padding.", "x", "listen")
 
@@ -292,5 +292,5 @@ def test_base64_is_little_endian_float32(features):
 def test_scores_that_are_not_finite_shift_no_label():
     low = np.finfo(np.float32).min
     row = np.array([np.nan, 1.0, -np.inf, low, 2.0, low, low], np.float32)
-    np.testing.assert_array_equal(_own_classes(row), row[:5])
-    assert len(_own_classes(row[5:])) == 0
+    np.testing.assert_array_equal(row[own_classes(row)], row[:5])
+    assert len(row[5:][own_classes(row[5:])]) == 0

@@ -138,7 +138,7 @@ def test_a_missing_package_is_named_with_the_extra(monkeypatch, exports):
 
 
 def test_what_cannot_be_served_is_refused_before_it_listens(exports, tmp_path):
-    assert "The server does not serve this task" in fails(3, "serve", exports["tagger-dynamic"])
+    assert "The server does not serve this task" in fails(3, "serve", exports["clip-dynamic"])
     assert "The folder holds no export" in fails(3, "serve", tmp_path)
     said = fails(2, "serve", exports["features-dynamic"], "--model-name", "features")
     assert "would both be called 'features'" in said

@@ -1,0 +1,139 @@
+"""`/v1/classify` of taggers and image classifiers: each answer is its own adapter's."""
+
+from __future__ import annotations
+
+import base64
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from live import running
+from PIL import Image
+from references import unmerged
+from transformers import AutoTokenizer
+
+from lora_export import InputRefused
+from lora_export.serve.models import Models
+from lora_export.serve.options import ServeOptions
+
+TEXTS = ("Open a socket.", "Größe, and a longer text than the others are: it decides the padding.", "x")
+TAGGERS, SIGHTS = {"tagger": None, "tags": "tags"}, {"vit": None, "sights": "sights"}
+SIZES = {"tagger": 4, "tags": 6, "vit": 3, "sights": 5}
+
+
+def shares(logits: np.ndarray) -> np.ndarray:
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def tagger(exports):
+    with running(exports["tagger-dynamic"], model_name="tagger") as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def vit(exports):
+    with running(exports["vit-dynamic"], model_name="vit", max_batch=4) as live:
+        yield live
+
+
+def test_every_token_has_the_label_of_its_own_adapter(tagger, bases, adapters):
+    tokenizer = AutoTokenizer.from_pretrained(bases["tagger"])
+    calls = [(model, text) for model in TAGGERS for text in TEXTS]
+
+    def ask(call):
+        return tagger.post("/v1/classify", model=call[0], input=call[1]).json()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        answers = list(pool.map(ask, calls))
+    for (model, text), whole in zip(calls, answers, strict=True):
+        folders = [adapters[TAGGERS[model]]] if TAGGERS[model] else []
+        reference = unmerged(bases["tagger"], "BertForTokenClassification", folders, SIZES[model] if folders else None)
+        given = tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+        offsets = given.pop("offset_mapping")[0].tolist()
+        with torch.no_grad():
+            expected = shares(reference(**given).logits[0].numpy())
+        (found,) = whole["data"]
+        assert found["num_classes"] == SIZES[model] and len(found["labels"]) == SIZES[model]
+        assert whole["usage"]["prompt_tokens"] == len(offsets)
+        assert len(found["tokens"]) == len(offsets) - 2  # [CLS] and [SEP] are left out
+        for token, row, (start, end) in zip(found["tokens"], expected[1:-1], offsets[1:-1], strict=True):
+            assert token["label"] == found["labels"][int(row.argmax())]
+            np.testing.assert_allclose(token["score"], row.max(), atol=1e-5)
+            assert (token["start"], token["end"], token["text"]) == (start, end, text[start:end])
+    assert {token["label"] for token in answers[1]["data"][0]["tokens"]} <= {f"LABEL_{n}" for n in range(4)}
+
+
+def test_tokens_given_by_their_ids_have_no_place(tagger):
+    ids = [1, 40, 41, 2]
+    by_id = tagger.post("/v1/classify", model="tags", input=ids).json()["data"][0]["tokens"]
+    assert len(by_id) == 4 and set(by_id[0]) == {"label", "score"}
+    found = tagger.post("/v1/classify", model="tags", input=["ab", ""])
+    assert found.status_code == 400 and "An input is empty" in found.json()["error"]["message"]
+    assert tagger.post("/v1/embeddings", model="tags", input="x").status_code == 400
+
+
+def picture(n: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(n).integers(0, 256, (20 + n, 30, 3), np.uint8))
+
+
+def url(image: Image.Image) -> str:
+    made = io.BytesIO()
+    image.save(made, "PNG")
+    return "data:image/png;base64," + base64.b64encode(made.getvalue()).decode()
+
+
+def test_images_are_classified_by_their_own_adapters(vit, bases, adapters):
+    processor = transformers.AutoImageProcessor.from_pretrained(bases["vit"])
+    calls = [(model, n) for n in range(3) for model in SIGHTS]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        answers = list(
+            pool.map(lambda call: vit.post("/v1/classify", model=call[0], input=url(picture(call[1]))).json(), calls)
+        )
+    references = {
+        "vit": unmerged(bases["vit"], "ViTForImageClassification"),
+        "sights": unmerged(bases["vit"], "ViTForImageClassification", [adapters["sights"]], 5),
+    }
+    for (model, n), whole in zip(calls, answers, strict=True):
+        with torch.no_grad():
+            logits = references[model](**processor(picture(n), return_tensors="pt")).logits[0].numpy()
+        (found,) = whole["data"]
+        np.testing.assert_allclose(found["probs"], shares(logits), atol=1e-5)
+        assert found["num_classes"] == SIZES[model]
+    both = vit.post("/v1/classify", model="sights", input=[url(picture(0)), url(picture(1))]).json()["data"]
+    assert [each["index"] for each in both] == [0, 1]
+    np.testing.assert_allclose(both[1]["probs"], answers[3]["data"][0]["probs"], atol=1e-5)
+    assert vit.metrics()["lora_export_batch_rows_sum"] >= 8
+    with vit.http() as client:
+        assert {each["max_model_len"] for each in client.get("/v1/models").json()["data"]} == {None}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("https://example.org/a.png", "no address is fetched"),
+        ("data:text/plain;base64,aaaa", "no address is fetched"),
+        ("data:image/png;base64,!!", "base64 is damaged"),
+        ("data:image/png;base64,aGVsbG8=", "no image that Pillow reads"),
+        ([5, 6], "no address is fetched"),
+        (["data:image/png;base64,aGVsbG8="] * 5, "has 5 images; at most 4 are taken"),
+        ("", "An input is empty"),
+    ],
+)
+def test_what_is_no_image_is_refused(vit, given, said):
+    found = vit.post("/v1/classify", model="sights", input=given)
+    assert found.status_code == 400 and said in found.json()["error"]["message"]
+
+
+def test_an_export_that_cannot_be_served_says_why(exports, own):
+    with pytest.raises(InputRefused, match="does not serve this task") as refused:
+        Models(exports["clip-dynamic"], ServeOptions(provider="cpu"))
+    assert refused.value.found == "zero-shot-image-classification: its rows are images beside texts"
+    folder = own(exports["vit-dynamic"])
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(InputRefused, match="does not say how images become"):
+        Models(folder, ServeOptions(provider="cpu"))
