@@ -49,6 +49,8 @@ _serve_options = options.as_flags(
         _count("--max-body-bytes", _DEFAULT.max_body_bytes, "Most bytes of a request."),
         _count("--max-resident-bytes", None,
                "Most bytes of the export's adapters in memory; others are read again.  [default: no bound]"),
+        click.option("--map-adapters", is_flag=True,
+                     help="Map the files of the export's adapters: they take no memory, and must not be written into."),
         _count("--max-adapter-bytes", _DEFAULT.max_adapter_bytes, "Most bytes of an adapter loaded at run time."),
         click.option("--api-key", envvar=_KEY, show_envvar=True,
                      help="Key that requests must have; better from the environment, as commands are seen by others."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import onnxruntime as ort
 from lora_export.artifact import sha256_of
 from lora_export.contract import ROWS, GraphContract
 from lora_export.errors import InputRefused, of_the_system
-from lora_export.runtime.arrays import to_array
+from lora_export.runtime.arrays import memory_of, to_array
+
+# How much of a tensor is looked at for a number that is not 0, and at how many places of a file it may begin.
+_BYTES_LOOKED_AT, _MOST_PLACES = 1024, 8
 
 
 def require_unchanged(path: Path, expected: str | None) -> None:
@@ -74,6 +78,23 @@ def _has_shape(array: np.ndarray, dims: Sequence[int | str], sizes: dict[str, in
 
 
 def read_adapter(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file, in memory of their own."""
+    # The values are views of the adapter's memory, which goes with it.
+    return _of_values(path, lambda values: {name: to_array(value).copy() for name, value in values.items()})
+
+
+def map_adapter(path: Path) -> dict[str, np.ndarray]:
+    """As `read_adapter`, but views of the file's pages, which every process that maps them shares.
+
+    ONNX Runtime reads and checks the file. Where a tensor lies in it follows from where it lies in ONNX Runtime's copy,
+    and holds only if its bytes are the same in both; a tensor for which it does not is copied.
+    """
+    return _of_values(path, lambda values: _mapped(path, values))
+
+
+def _of_values(
+    path: Path, make: Callable[[Mapping[str, ort.OrtValue]], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise InputRefused(
             "There is no such adapter file",
@@ -82,9 +103,43 @@ def read_adapter(path: Path) -> dict[str, np.ndarray]:
         )
     try:
         adapter = ort.AdapterFormat.read_adapter(str(path))
-        # The values are views of the adapter's memory, which goes with `adapter`.
-        return {name: to_array(value).copy() for name, value in adapter.get_parameters().items()}
+        return make(adapter.get_parameters())
     except (RuntimeError, ValueError) as error:  # also a name that is no text
         if (of_system := of_the_system(error)) is not None:
             raise of_system from error
         raise InputRefused("The file is no ONNX Runtime adapter, or is truncated", where=str(path)) from error
+
+
+def _mapped(path: Path, values: Mapping[str, ort.OrtValue]) -> dict[str, np.ndarray]:
+    with path.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    contents = {name: memory_of(value).tobytes() for name, value in values.items() if value.tensor_size_in_bytes()}
+    start = _start(values, contents, pages)
+    found = {}
+    for name, value in values.items():
+        array = to_array(value)
+        place = 0 if start is None else value.data_ptr() - start
+        if start is None or name not in contents or place % array.itemsize:
+            found[name] = array.copy()
+        else:
+            found[name] = np.frombuffer(pages, array.dtype, array.size, place).reshape(array.shape)
+    return found
+
+
+def _start(values: Mapping[str, ort.OrtValue], contents: Mapping[str, bytes], pages: mmap.mmap) -> int | None:
+    """The address of the file's first byte in ONNX Runtime's copy of it; None if the tensors are no parts of one."""
+    # Not one of zeros only, which are in many places.
+    sought = next((name for name, content in contents.items() if any(content[:_BYTES_LOOKED_AT])), None)
+    place = -1 if sought is None else pages.find(contents[sought])
+    for _ in range(_MOST_PLACES):
+        if place < 0:
+            return None
+        start = values[sought].data_ptr() - place
+        offsets = {name: values[name].data_ptr() - start for name in contents}
+        if all(
+            offset >= 0 and pages[offset : offset + len(contents[name])] == contents[name]
+            for name, offset in offsets.items()
+        ):
+            return start
+        place = pages.find(contents[sought], place + 1)
+    return None

@@ -15,14 +15,14 @@ import onnxruntime as ort
 
 from lora_export.artifact import Manifest, read_manifest
 from lora_export.contract import SINGLE, data_file, graph_file, present_of
-from lora_export.runtime.adapter_file import read_adapter, reader_of, require_fit, require_unchanged
+from lora_export.runtime.adapter_file import map_adapter, read_adapter, reader_of, require_fit, require_unchanged
 from lora_export.runtime.bank import Bank, RowAdapter, Shelf
 from lora_export.runtime.batch import mask_padded_classes, require_equal_rows, run_batch
 from lora_export.runtime.cache import Cache
 from lora_export.runtime.described import require_described
 from lora_export.runtime.host_inputs import completed_inputs
 from lora_export.runtime.positions import told_if_too_long
-from lora_export.runtime.residency import Residency
+from lora_export.runtime.residency import Residency, residency_of
 from lora_export.runtime.session import choose_provider, open_session
 from lora_export.runtime.stacking import stored_defaults
 from lora_export.runtime.tokenizer import TextTokenizer, open_tokenizer
@@ -50,6 +50,8 @@ class AdapterSession:
         graph: Which graph of an export of several; `Seq2SeqSession` runs all of an encoder-decoder.
         max_bytes: The most bytes of adapters in memory: those not used the longest are dropped, and read from their
             files again when a run needs them. A `Residency` bounds several sessions together. None for no bound.
+        map_adapters: Map the adapters' files, which then take no memory of their own. Others may take their place, but
+            they must not be written into.
 
     Raises:
         UsageProblem: The export has no such graph, or it has several and none is named.
@@ -67,6 +69,7 @@ class AdapterSession:
         stop_spinning: bool = False,
         graph: str | None = None,
         max_bytes: int | Residency | None = None,
+        map_adapters: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
@@ -79,10 +82,11 @@ class AdapterSession:
         require_described(self.session, self.contract, self.folder, graph=self.graph)
         merged = tuple(record.name for record in self.manifest.adapters if not record.files)
         defaults = stored_defaults(self.folder / data_file(self.graph), self.contract)
-        self.residency = max_bytes if isinstance(max_bytes, Residency) else Residency(max_bytes)
+        self.residency = residency_of(max_bytes, map_adapters=map_adapters)
         bank = Bank(self.contract, self.provider, defaults, merged, residency=self.residency.or_none)
         self._shelf = Shelf({self.graph: bank})
         self._tokenizers: dict[Path, TextTokenizer] = {}
+        self._read_file = map_adapter if map_adapters else read_adapter
         for record in self.manifest.adapters:
             file = record.files.get(self.graph)
             if file is not None:
@@ -128,8 +132,7 @@ class AdapterSession:
         Raises:
             InputRefused: The file is no adapter, or its tensors are not those of this graph's inputs.
         """
-        path = Path(path)
-        name = name or path.stem
+        path, name = Path(path), name or Path(path).stem
         reader = {self.graph: reader_of(path)} if self.residency.or_none else {}
         self._shelf.put(name, {self.graph: self.read(path)}, invocation_tokens, readers=reader)
         return name
@@ -140,7 +143,7 @@ class AdapterSession:
         Raises:
             InputRefused: The file is no adapter, or its tensors are not those of this graph's inputs.
         """
-        tensors = read_adapter(path)
+        tensors = self._read_file(path)
         require_fit(path, tensors, self.contract)
         return tensors
 
@@ -268,8 +271,7 @@ class AdapterSession:
 
         Every adapter input but the gate (see `gate`) is bound, so nothing is left of an adapter that was bound before.
         """
-        bank = self.bank
-        for name, value in bank.values(bank.rows(adapters, batch)).items():
+        for name, value in (bank := self.bank).values(bank.rows(adapters, batch)).items():
             binding.bind_ortvalue_input(name, value)
 
     def gate(self, input_ids: np.ndarray, adapters: Sequence[RowAdapter] | RowAdapter) -> np.ndarray | None:
@@ -283,8 +285,7 @@ class AdapterSession:
         """
         if self.contract.gate is None:
             return None
-        bank = self.bank
-        return bank.gate(input_ids, bank.rows(adapters, len(input_ids)))
+        return (bank := self.bank).gate(input_ids, bank.rows(adapters, len(input_ids)))
 
     def feeds(
         self, inputs: Mapping[str, np.ndarray], adapters: Sequence[RowAdapter] | RowAdapter = None
@@ -298,5 +299,4 @@ class AdapterSession:
 
     def stacked(self, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> dict[str, np.ndarray]:
         """The adapter inputs of a batch as arrays, for hosts with another runtime; absent inputs keep their default."""
-        bank = self.bank
-        return bank.stacked(bank.rows(adapters, batch))
+        return (bank := self.bank).stacked(bank.rows(adapters, batch))

@@ -104,3 +104,19 @@ class Residency:
                 found=f"{n_bytes:,} bytes with those that are pinned or have no file",
                 next_step="give the session more with max_bytes, or unpin or unload another",
             )
+
+
+def residency_of(max_bytes: int | Residency | None, *, map_adapters: bool) -> Residency:
+    """What bounds the adapters of a session.
+
+    Raises:
+        UsageProblem: Files that are mapped take no memory that could be bounded.
+    """
+    found = max_bytes if isinstance(max_bytes, Residency) else Residency(max_bytes)
+    if map_adapters and found.or_none:
+        raise UsageProblem(
+            "Adapters whose files are mapped take no memory to be bounded",
+            where="map_adapters, max_bytes",
+            next_step="give one of them",
+        )
+    return found

@@ -22,7 +22,7 @@ from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.bank import Bank, RowAdapter, Shelf
 from lora_export.runtime.end_tokens import end_tokens_in, has_brought_settings
 from lora_export.runtime.generation_config import generation_defaults
-from lora_export.runtime.residency import Residency
+from lora_export.runtime.residency import Residency, residency_of
 from lora_export.runtime.targets import TargetRules, fixed_part, speech_start
 from lora_export.runtime.tokenizer import TextTokenizer
 
@@ -62,7 +62,7 @@ class Seq2SeqSession:
         sessions: The sessions by graph. What one of them loads or unloads by itself changes its graph alone.
 
     Args:
-        folder, provider, n_threads, stop_spinning, max_bytes: As in `AdapterSession`.
+        folder, provider, n_threads, stop_spinning, max_bytes, map_adapters: As in `AdapterSession`.
 
     Raises:
         UsageProblem: The export is no encoder-decoder's.
@@ -78,9 +78,11 @@ class Seq2SeqSession:
         n_threads: int | None = None,
         stop_spinning: bool = False,
         max_bytes: int | Residency | None = None,
+        map_adapters: bool = False,
     ) -> None:
-        self.residency = max_bytes if isinstance(max_bytes, Residency) else Residency(max_bytes)
+        self.residency = residency_of(max_bytes, map_adapters=map_adapters)
         how = {"n_threads": n_threads, "stop_spinning": stop_spinning, "max_bytes": self.residency}
+        how |= {"map_adapters": map_adapters}
         opened = {graph: AdapterSession(folder, provider, graph=graph, **how) for graph in _GRAPHS}
         self._shelf = Shelf({graph: session.bank for graph, session in opened.items()})
         self.sessions = {graph: session.with_shelf(self._shelf) for graph, session in opened.items()}

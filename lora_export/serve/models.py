@@ -141,8 +141,9 @@ class Models:
         self._changing = threading.Lock()
         opened = Seq2SeqSession if DECODER in manifest.graphs else AdapterSession
         self.session: Session = opened(
-            folder, options.provider, n_threads=options.n_threads, max_bytes=options.max_resident_bytes
-        )
+            folder, options.provider, n_threads=options.n_threads, max_bytes=options.max_resident_bytes,
+            map_adapters=options.map_adapters,
+        )  # fmt: skip
         served = [record for record in manifest.adapters if record.files]
         _require_free_base(self.base, [record.name for record in served])
         adapters = {record.name: self._served(record, folder, next(iter(record.files.values()))) for record in served}

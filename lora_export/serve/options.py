@@ -36,6 +36,7 @@ class ServeOptions:
         max_body_bytes: Most bytes of a request.
         max_resident_bytes: Most bytes of the export's adapters in memory; others are read again when they are needed.
             None for no bound.
+        map_adapters: Whether the files of the export's adapters are mapped, and take no memory of their own.
         max_adapter_bytes: Most bytes of an adapter that is loaded at run time.
         runtime_adapters: The folder that adapters may be loaded from at run time; None for none.
         api_key: What requests must have; None for a server that asks for none.
@@ -59,6 +60,7 @@ class ServeOptions:
     drain_s: float = 30.0
     max_body_bytes: int = 1_000_000
     max_resident_bytes: int | None = None
+    map_adapters: bool = False
     max_adapter_bytes: int = 1_000_000_000
     api_key: str | None = None
     runtime_adapters: Path | None = None
