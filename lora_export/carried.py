@@ -26,7 +26,7 @@ _VOCABULARIES = (
 _GROUPS = {
     "tokenizer": (
         *_VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
-        "chat_template.jinja",
+        "source.spm", "target.spm", "chat_template.jinja",
     ),
     "processor": ("preprocessor_config.json", "processor_config.json"),
     "generation settings": ("generation_config.json",),

@@ -182,6 +182,13 @@ def test_merged_adapters_with_different_tokenizers_are_refused(bases, adapters, 
     assert plan_carried(bases["llama"], {"one": one, "same": same}, "merge").places == {"one": ".", "same": "."}
 
 
+def test_a_tokenizer_of_two_vocabularies_is_whole(tmp_path):
+    """Marian's: one for what it reads and one for what it writes."""
+    names = ("vocab.json", "source.spm", "target.spm", "tokenizer_config.json")
+    base = write(tmp_path / "base", *names)
+    assert set(plan_carried(base, {}, "merge").files) == set(names)
+
+
 def test_generation_settings_of_an_adapter_are_its_own(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     for folder, end in ((base, 2), (adapter, 7)):

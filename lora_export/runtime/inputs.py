@@ -6,6 +6,7 @@ Texts need the package `tokenizers`, images Pillow. Nothing is cut: what is too 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from lora_export.errors import InputRefused, UsageProblem
 from lora_export.reading import model_settings
 from lora_export.runtime.arrays import numpy_dtype
 from lora_export.runtime.images import open_image_steps, read_image
-from lora_export.runtime.sound import open_log_mel, read_wav
+from lora_export.runtime.sound import open_log_mel, open_samples, read_wav
 from lora_export.runtime.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def inputs_of(
     1. Texts: `input_ids`, `attention_mask` and, of pairs, `token_type_ids`, int64 `[rows, longest]`, filled up on the
        right.
     2. Images: `pixel_values` `[rows, 3, height, width]`, where the processor is one that `open_image_steps` knows.
-    3. Sounds for Whisper: `input_features` `[rows, bands, frames]`.
+    3. Sounds: for Whisper `input_features` `[rows, bands, frames]`, for Wav2Vec2 and its kin `input_values`
+       `[rows, samples]`, where all are of one length.
 
     Raises:
         UsageProblem: The graph takes something else, such as images beside texts.
@@ -47,7 +49,7 @@ def inputs_of(
     several = session.manifest.graphs.get(ENCODER)
     contract = session.manifest.contract if several is None else several
     place, export = session.preprocessing(adapter), session.folder
-    signal = next((spec for spec in contract.inputs if spec.name in ("pixel_values", "input_features")), None)
+    signal = next((spec for spec in contract.inputs if spec.name in _SIGNALS), None)
     if signal is None and any(spec.name == "input_ids" for spec in contract.inputs):
         pad = session.manifest.pad_token_id
         pad = model_settings(export).get("pad_token_id") or 0 if pad is None else pad
@@ -59,8 +61,10 @@ def inputs_of(
             found=", ".join(spec.name for spec in contract.inputs),
             next_step="make them with the processor of Transformers that the base has",
         )
-    make = _pixels(place, export) if signal.name == "pixel_values" else _features(place, export)
-    return {signal.name: np.stack([make(row) for row in rows]).astype(numpy_dtype(signal.dtype))}
+    made = list(map(_SIGNALS[signal.name](place, export), rows))
+    if len({array.shape for array in made}) > 1:
+        raise UsageProblem("Sounds of different lengths are no batch", next_step="run each alone")
+    return {signal.name: np.stack(made).astype(numpy_dtype(signal.dtype))}
 
 
 def _of_texts(
@@ -91,11 +95,19 @@ def _pixels(place: Path, export: Path) -> Callable[[Given], np.ndarray]:
     return seen
 
 
-def _features(place: Path, export: Path) -> Callable[[Given], np.ndarray]:
-    ears = open_log_mel(place, export)
+def _sounds(open_settings: Callable, place: Path, export: Path) -> Callable[[Given], np.ndarray]:
+    ears = open_settings(place, export)
 
     def heard(row: Given) -> np.ndarray:
         samples = row if isinstance(row, np.ndarray) else read_wav(Path(row), ears.rate, where=str(row))
         return ears.features(samples)
 
     return heard
+
+
+# What makes a graph's input of a row, by the input's name.
+_SIGNALS = {
+    "pixel_values": _pixels,
+    "input_features": partial(_sounds, open_log_mel),
+    "input_values": partial(_sounds, open_samples),
+}

@@ -1,4 +1,6 @@
-"""Sounds as a speech model's inputs: WAV files as samples, and samples as Whisper's log-mel spectrogram. NumPy only.
+"""Sounds as a speech model's inputs: WAV files as samples, and samples as they are or as Whisper's spectrogram.
+
+NumPy only.
 
 The spectrogram is that of Whisper (Radford et al., arXiv 2212.04356, section 2.2, and `whisper/audio.py`), as
 Transformers' `WhisperFeatureExtractor` makes it: with filters after Slaney's Auditory Toolbox (1998).
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import wave
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +21,7 @@ from lora_export.errors import InputRefused
 from lora_export.reading import read_json_if_there, size_in
 
 _SETTINGS = "preprocessor_config.json"
-_KIND = "WhisperFeatureExtractor"
+_OF_SPECTROGRAMS, _OF_SAMPLES = "WhisperFeatureExtractor", "Wav2Vec2FeatureExtractor"
 # Of Slaney's scale: linear up to the break, with a step of 200/3 Hz a mel, then 27 steps to 6.4 times the frequency.
 _BREAK_HZ, _HZ_A_MEL, _RATIO, _STEPS = 1000.0, 200 / 3, 6.4, 27
 # The end of the highest band, at any rate.
@@ -95,19 +97,58 @@ def open_log_mel(place: Path, export: Path) -> LogMel:
     Raises:
         InputRefused: There are none, or they are not Whisper's.
     """
-    where = next((path for path in (place / _SETTINGS, export / _SETTINGS) if path.is_file()), export / _SETTINGS)
-    fields = read_json_if_there(where)
-    if fields.get("feature_extractor_type") != _KIND or fields.get("dither") or fields.get("do_normalize"):
-        raise InputRefused(
-            "The exported folder does not say how sounds become the model's inputs",
-            where=str(where),
-            expected=f"{_KIND} without dither and normalization",
-            found=str(fields.get("feature_extractor_type") or ("other settings" if fields else "no such file")),
-            next_step="export from a base folder that holds its preprocessor_config.json",
-        )
+    fields, where = _settings(place, export, _OF_SPECTROGRAMS, refused=("dither", "do_normalize"))
     names = ("sampling_rate", "chunk_length", "feature_size", "hop_length", "n_fft")
     rate, seconds, n_bands, hop, window = (_size(fields, name, where) for name in names)
     return LogMel(rate, rate * seconds, n_bands, hop, window)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Makes inputs of sounds for a model that takes samples, such as Wav2Vec2 and HuBERT.
+
+    Attributes:
+        rate: Samples a second.
+        is_normalized: Whether a sound's samples get mean 0 and variance 1.
+    """
+
+    rate: int
+    is_normalized: bool
+
+    def features(self, samples: np.ndarray) -> np.ndarray:
+        """The samples `[n]` in float32 as the model takes them."""
+        if self.is_normalized:
+            samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
+        return samples.astype(np.float32)
+
+
+def open_samples(place: Path, export: Path) -> Samples:
+    """By the settings in `place`, a folder of `export`, or else in the export's own.
+
+    Raises:
+        InputRefused: There are none, or they are not Wav2Vec2's.
+    """
+    fields, where = _settings(place, export, _OF_SAMPLES)
+    if not isinstance(is_normalized := fields.get("do_normalize", True), bool):
+        raise InputRefused("A setting of the sounds is not true or false", where=f"{where}: do_normalize")
+    return Samples(_size(fields, "sampling_rate", where), is_normalized)
+
+
+def _settings(place: Path, export: Path, kind: str, *, refused: Sequence[str] = ()) -> tuple[Mapping, Path]:
+    """The settings of an extractor of this kind, none of the `refused` among them, and where they stand."""
+    where = next((path for path in (place / _SETTINGS, export / _SETTINGS) if path.is_file()), export / _SETTINGS)
+    fields = read_json_if_there(where)
+    if fields.get("feature_extractor_type") != kind or any(fields.get(name) for name in refused):
+        without = f" without {' and '.join(refused)}" if refused else ""
+        raise InputRefused(
+            "The exported folder does not say how sounds become the model's inputs in a way that is known here",
+            where=str(where),
+            expected=f"{kind}{without}",
+            found=str(fields.get("feature_extractor_type") or ("other settings" if fields else "no such file")),
+            next_step="export from a base folder that holds its preprocessor_config.json, or run it from Python with "
+            "Transformers' own extractor",
+        )
+    return fields, where
 
 
 def _size(fields: Mapping, name: str, where: Path) -> int:

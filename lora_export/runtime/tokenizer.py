@@ -16,7 +16,8 @@ from lora_export.runtime.chat_template import Messages, read_template, render
 _TOKENIZER, _CONFIG, _SPECIALS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 _VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 TOKENIZER_FILES = (
-    _TOKENIZER, *_VOCABULARIES, _CONFIG, _SPECIALS, "added_tokens.json", "merges.txt", "chat_template.jinja",
+    _TOKENIZER, *_VOCABULARIES, _CONFIG, _SPECIALS, "added_tokens.json", "merges.txt", "source.spm", "target.spm",
+    "chat_template.jinja",
 )  # fmt: skip
 _NEXT = "fetch the folder's tokenizer files again"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -10,7 +10,8 @@
     batching.py          rows of different requests and adapters in one run
     encoders.py          a run of an encoder's rows
     tokens_api.py        the routes about tokens: their classes, questions, gaps
-    image_urls.py        images in requests
+    data_urls.py         images and sounds in requests
+    ctc_words.py         a sound's frames as words
     reranking.py         the route of rerankers
     writing_api.py       the routes of models that write texts: completions and chats
     speech_api.py        the routes of speech recognition

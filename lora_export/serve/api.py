@@ -19,16 +19,16 @@ from starlette.exceptions import HTTPException
 from lora_export import __version__
 from lora_export.answers import class_name, class_values
 from lora_export.errors import LoraExportError
+from lora_export.serve.data_urls import frames_of, signals_of
 from lora_export.serve.encoders import Answer
 from lora_export.serve.guard import Guard
-from lora_export.serve.image_urls import pixels_of
 from lora_export.serve.logs import log
 from lora_export.serve.problems import Problem, problem_of, problem_of_body
 from lora_export.serve.reranking import add_reranking
 from lora_export.serve.schema import ClassifyBody, EmbeddingBody, LoadBody, UnloadBody
 from lora_export.serve.service import Service, usage_of
 from lora_export.serve.speech_api import add_speech
-from lora_export.serve.tasks import CLASSIFICATION, FEATURES, IMAGES, TOKENS
+from lora_export.serve.tasks import CLASSIFICATION, FEATURES, IMAGES, OF_SIGNALS, SOUNDS, TOKENS
 from lora_export.serve.tokens_api import add_tokens, classes_of_tokens
 from lora_export.serve.writing_api import add_writing
 
@@ -160,17 +160,17 @@ def _add_encoders(api: FastAPI, service: Service) -> None:
 
     @api.post("/v1/classify", tags=["encoders"])
     async def classify(body: ClassifyBody, request: Request) -> Response:
-        """The class of each input, a text or an image, or of each of its tokens: label, and probabilities."""
-        target = service.target(body, request, CLASSIFICATION, TOKENS, IMAGES)
+        """The class of each input, a text, an image or a sound, or of each of its tokens: label, and probabilities."""
+        target = service.target(body, request, CLASSIFICATION, TOKENS, IMAGES, SOUNDS)
         if service.models.task == TOKENS:
             return await classes_of_tokens(body, request, service=service, target=target)
-        pixels = None
-        if service.models.task == IMAGES:
-            images = service.listed(body.input, "input")
-            service.require_room(len(images), "input", most=service.options.max_batch)
-            pixels = await asyncio.to_thread(pixels_of, images, service.models.images(target.place))
-        rows = await service.rows(body.input, target) if pixels is None else [()] * len(pixels)
-        found: list[Answer] = await service.answers(request, target, rows, pixels=pixels)
+        signals = None
+        if service.models.task in OF_SIGNALS:
+            urls = service.listed(body.input, "input")
+            service.require_room(len(urls), "input", most=service.options.max_batch)
+            signals = await asyncio.to_thread(signals_of, urls, service.models.signals(target.place))
+        rows = await service.rows(body.input, target) if signals is None else list(map(frames_of, signals))
+        found: list[Answer] = await service.answers(request, target, rows, signals=signals)
         data = [{"index": index, **_classes(answer, service)} for index, answer in enumerate(found)]
         return JSONResponse(
             {

@@ -45,10 +45,10 @@ class Row:
 
     Attributes:
         model: What it asked for.
-        ids: Its tokens; none of an image.
+        ids: Its tokens; none of an image, and a number for each 20 ms of a sound.
         target: What `model` meant when the tokens were made.
         types: Of a pair of texts, which of the two each token is of; None for one text.
-        pixels: Of an image, `[3, height, width]`; None for a text.
+        signal: What the graph takes of an image, `[3, height, width]`, or of a sound; None for a text.
     """
 
     model: str
@@ -56,7 +56,7 @@ class Row:
     ticket: Ticket
     target: Target | None = None
     types: Sequence[int] | None = None
-    pixels: np.ndarray | None = None
+    signal: np.ndarray | None = None
 
 
 @dataclass(eq=False)
@@ -136,12 +136,12 @@ class Batcher:
         *,
         target: Target | None = None,
         types: Sequence[Sequence[int]] | None = None,
-        pixels: Sequence[np.ndarray] | None = None,
+        signals: Sequence[np.ndarray] | None = None,
     ) -> Ticket:
         """Queue the rows of a request.
 
         Args:
-            types, pixels: Of rows that are pairs of texts, or images, see `Row`.
+            types, signals: Of rows that are pairs of texts, or no texts, see `Row`.
 
         Raises:
             Problem: 400 if there are more rows than ever fit, 429 if they do not fit now, 503 if the server ends.
@@ -151,8 +151,8 @@ class Batcher:
                 400, f"The request has {len(rows)} inputs; at most {self._limits.max_queue} are taken", param="input"
             )
         ticket = Ticket(deadline)
-        of_each = zip(rows, types or itertools.repeat(None), pixels or itertools.repeat(None), strict=False)
-        ticket.rows = tuple(Row(model, ids, ticket, target, own, image) for ids, own, image in of_each)
+        of_each = zip(rows, types or itertools.repeat(None), signals or itertools.repeat(None), strict=False)
+        ticket.rows = tuple(Row(model, ids, ticket, target, own, signal) for ids, own, signal in of_each)
         with self._changed:
             if not self._is_open:
                 raise Problem(503, "The server is shutting down", code="draining", retry_after_s=LEAST_RETRY)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,15 +16,15 @@ from lora_export.serve.batching import LEAST_RETRY, Row
 from lora_export.serve.models import Models, Target, View
 from lora_export.serve.options import Pooling
 from lora_export.serve.problems import Problem
-from lora_export.serve.tasks import CLASSIFICATION, GAPS, IMAGES, QUESTIONS, TOKENS
+from lora_export.serve.tasks import CLASSIFICATION, CTC, GAPS, IMAGES, QUESTIONS, SOUNDS, TOKENS
 
 _STATES, _POOLED = "last_hidden_state", "pooler_output"
 _TYPES = "token_type_ids"
 # What answers are made of, where that is not embeddings.
 _OUTPUTS = {
-    CLASSIFICATION: ("logits",), IMAGES: ("logits",), TOKENS: ("logits",), GAPS: ("logits",),
+    **dict.fromkeys((CLASSIFICATION, IMAGES, SOUNDS, TOKENS, GAPS, CTC), ("logits",)),
     QUESTIONS: ("start_logits", "end_logits"),
-}  # fmt: skip
+}
 _OF_TOKENS = (TOKENS, GAPS, QUESTIONS)
 # Outputs that are one vector a row.
 _VECTORS = (_POOLED, SENTENCE_EMBEDDING)
@@ -36,7 +36,8 @@ class Answer:
 
     Attributes:
         values: Float32. An embedding, or the scores of its own classes. Where each token has an answer, `[tokens, n]`:
-            the scores of a token's classes, of all tokens in its place, or of being an answer's first and last.
+            the scores of a token's classes, of all tokens in its place (of a sound's frame, too), or of being an
+            answer's first and last.
     """
 
     values: np.ndarray
@@ -70,21 +71,30 @@ class Encoder:
                 targets[index] = _current(view, row)
             except Problem as problem:
                 found[index] = problem
-        if targets:
-            inputs = self._inputs([rows[index] for index in targets])
-            adapters = [target.adapter for target in targets.values()]
+        for together in self._batches(rows, targets):
+            inputs = self._inputs([rows[index] for index in together])
+            adapters = [targets[index].adapter for index in together]
             outputs = view.session.run(inputs, adapters, self._outputs)
             values = self._values([outputs[name] for name in self._outputs], inputs.get("attention_mask"))
-            for index, value in zip(targets, values, strict=True):
+            for index, value in zip(together, values, strict=True):
                 found[index] = _answer(value, targets[index])
         return found
 
+    @staticmethod
+    def _batches(rows: Sequence[Row], places: Iterable[int]) -> list[list[int]]:
+        """Those of `rows` in `places` that are run at once: all texts, and signals of one shape."""
+        batches: dict[tuple[int, ...] | None, list[int]] = {}
+        for place in places:
+            signal = rows[place].signal
+            batches.setdefault(None if signal is None else signal.shape, []).append(place)
+        return list(batches.values())
+
     def _inputs(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
         """Token ids, their mask and, where the graph takes them, types, `[rows, longest]`, padded on the right; or the
-        images `[rows, 3, height, width]`."""
-        if rows[0].pixels is not None:
+        signals `[rows, …]`."""
+        if rows[0].signal is not None:
             spec = self._contract.inputs[0]
-            return {spec.name: np.stack([row.pixels for row in rows]).astype(numpy_dtype(spec.dtype))}
+            return {spec.name: np.stack([row.signal for row in rows]).astype(numpy_dtype(spec.dtype))}
         longest = max(len(row.ids) for row in rows)
         ids = np.full((len(rows), longest), self._pad, np.int64)
         mask, types = np.zeros_like(ids), np.zeros_like(ids)
@@ -103,8 +113,10 @@ class Encoder:
 
     def _values(self, outputs: Sequence[np.ndarray], mask: np.ndarray | None) -> list[np.ndarray]:
         task, first = self._models.task, outputs[0]
-        if task in (CLASSIFICATION, IMAGES):
+        if task in (CLASSIFICATION, IMAGES, SOUNDS):
             return [row[own_classes(row)].astype(np.float32) for row in first]
+        if task == CTC:
+            return [row[:, own_classes(row[0])].astype(np.float32) for row in first]
         if task in _OF_TOKENS:
             joined = first if len(outputs) == 1 else np.stack(outputs, axis=-1)
             rows = [row[:size, own_classes(row[0])] for row, size in zip(joined, mask.sum(axis=1), strict=True)]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,16 +20,19 @@ from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.bank import Bank
 from lora_export.runtime.images import ImageSteps, open_image_steps
 from lora_export.runtime.seq2seq_session import Seq2SeqSession
+from lora_export.runtime.sound import Samples, open_samples
 from lora_export.runtime.stacking import RowSpec
-from lora_export.serve.limits import longest_row, most_texts
+from lora_export.serve.ctc_words import CtcWords
+from lora_export.serve.limits import longest_row
 from lora_export.serve.metrics import BLEND
 from lora_export.serve.names import parse_model, unknown_model
 from lora_export.serve.options import ServeOptions
 from lora_export.serve.problems import Problem
-from lora_export.serve.tasks import IMAGES, TASKS, WRITING, why_not_served
+from lora_export.serve.tasks import CTC, IMAGES, OF_SIGNALS, TASKS, WRITING, why_not_served
 from lora_export.serve.texts import Texts, Voice, open_voice
 
 Session = AdapterSession | Seq2SeqSession
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,8 @@ class Models:
         self.base = options.model_name or _base_name(manifest, folder)
         self.started = int(time.time())
         self._texts: dict[Path, Texts] = {}
-        self._images: dict[Path, ImageSteps] = {}
+        self._signals: dict[Path, ImageSteps | Samples] = {}
+        self._words: dict[Path, CtcWords] = {}
         self._voices: dict[Path, Voice] = {}
         self._problem_types: dict[Path, str | None] = {}
         self._changing = threading.Lock()
@@ -160,32 +165,33 @@ class Models:
         """Whether the models write texts."""
         return self.task in WRITING
 
-    def most_texts(self, options: ServeOptions) -> int:
-        """The most texts that are written at a time."""
-        return most_texts(self.manifest, self.config, options, longest=self.longest)
-
     def texts(self, place: Path) -> Texts:
         """The tokenizer of an encoder in `place`."""
-        if place not in self._texts:
-            self._open(place)
-        return self._texts[place]
+        return self._opened(self._texts, place)
 
-    def images(self, place: Path) -> ImageSteps:
-        """What images go through, by the settings in `place`."""
-        if place not in self._images:
-            self._open(place)
-        return self._images[place]
+    def signals(self, place: Path) -> ImageSteps | Samples:
+        """What images or sounds go through, by the settings in `place`."""
+        return self._opened(self._signals, place)
+
+    def words(self, place: Path) -> CtcWords:
+        """What makes a text of frames' tokens, by the settings in `place`."""
+        return self._opened(self._words, place)
 
     def voice(self, place: Path) -> Voice:
         """The tokenizer and the settings of a model that writes, in `place`."""
-        if place not in self._voices:
+        return self._opened(self._voices, place)
+
+    def _opened(self, kept: Mapping[Path, T], place: Path) -> T:
+        if place not in kept:
             self._open(place)
-        return self._voices[place]
+        return kept[place]
 
     def _open(self, place: Path) -> None:
         export = next((each for each in (place, *place.parents) if (each / MANIFEST).is_file()), self.folder)
-        if self.task == IMAGES:
-            self._images[place] = open_image_steps(place, export)
+        if self.task in OF_SIGNALS:
+            self._signals[place] = (open_image_steps if self.task == IMAGES else open_samples)(place, export)
+            if self.task == CTC:
+                self._words[place] = CtcWords.of(place, export)
         elif self.writes:
             self._voices[place] = open_voice(place, export, self.manifest, task=self.task)
         else:
@@ -243,12 +249,12 @@ class Models:
     def _show(self, adapters: Mapping[str, Served]) -> None:
         self.view = replace(self.view, session=self.session.snapshot(), adapters=MappingProxyType(dict(adapters)))
         used = {self.folder, *(each.place for each in adapters.values())}
-        for kept in (self._texts, self._images, self._voices, self._problem_types):
+        for kept in (self._texts, self._signals, self._words, self._voices, self._problem_types):
             for place in set(kept) - used:
                 kept.pop(place, None)
 
     def _longest(self, options: ServeOptions) -> int | None:
-        if self.task == IMAGES:
+        if self.task in OF_SIGNALS:
             return None
         made_for = None if self.writes else self.texts(self.folder).longest
         return longest_row(self.manifest, self.config, options, made_for=made_for)

@@ -140,12 +140,12 @@ class Service:
             )  # fmt: skip
 
     def require_room(self, n_texts: int, field: str, *, most: int | None = None) -> None:
-        """Refuse a request of more texts than ever wait, or images than `most`, before work is done for them.
+        """Refuse a request of more texts than ever wait, or signals than `most`, before work is done for them.
 
         Raises:
             Problem: 400.
         """
-        what, most = ("texts", self.options.max_queue) if most is None else ("images", most)
+        what, most = ("texts", self.options.max_queue) if most is None else ("inputs", most)
         if n_texts > most:
             raise Problem(400, f"The request has {n_texts} {what}; at most {most} are taken", param=field)
 
@@ -168,9 +168,9 @@ class Service:
         rows: Sequence[Sequence[int]],
         *,
         types: Sequence[Sequence[int]] | None = None,
-        pixels: Sequence[np.ndarray] | None = None,
+        signals: Sequence[np.ndarray] | None = None,
     ) -> list:
-        """The answers of an encoder to `rows`, which are pairs of texts where they have `types`, or images.
+        """The answers of an encoder to `rows`, which are pairs of texts where they have `types`, or signals.
 
         Raises:
             Problem: They are not answered.
@@ -178,7 +178,7 @@ class Service:
         seen: Seen = request.state.seen
         n_tokens = sum(map(len, rows))
         seen.fields |= {"rows": len(rows), "prompt_tokens": n_tokens}
-        ticket = self.batcher.submit(target.model, rows, seen.deadline, target=target, types=types, pixels=pixels)
+        ticket = self.batcher.submit(target.model, rows, seen.deadline, target=target, types=types, signals=signals)
         answer = asyncio.wrap_future(ticket.future)
         found = await self.answered(request, answer, cancel=lambda: self.batcher.cancel(ticket))
         self.metrics.tokens.labels(self.metrics.label(target.label), "prompt").inc(n_tokens)

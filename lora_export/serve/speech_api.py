@@ -18,14 +18,15 @@ from lora_export.runtime.sampling import Sampling
 from lora_export.runtime.sound import read_wav
 from lora_export.runtime.targets import TRANSCRIBE, TRANSLATE, fixed_part, languages_of, speech_start
 from lora_export.serve.counting import Count
+from lora_export.serve.data_urls import frames_of, signal_of
 from lora_export.serve.events import EventStream
 from lora_export.serve.forms import read_form
-from lora_export.serve.models import Models
+from lora_export.serve.models import Models, Target
 from lora_export.serve.pieces import Piece, Pieces
 from lora_export.serve.problems import Problem, problem_of_body
 from lora_export.serve.schema import Body, SpeechBody, TranslationBody
 from lora_export.serve.service import Service
-from lora_export.serve.tasks import SPEECH
+from lora_export.serve.tasks import CTC, SPEECH
 from lora_export.serve.texts import Voice
 from lora_export.serve.writing import Wish
 
@@ -60,11 +61,17 @@ class _Heard:
     body: SpeechBody | TranslationBody
     task: str
     seconds: float
-    wish: Wish
+    wish: Wish | None
     languages: Mapping[int, str]
 
-    def language(self, start: list[int]) -> str | None:
-        """The sound's language: asked for, or found by the model at the start of its text, or its only one."""
+    def language(self, start: list[int] | None) -> str | None:
+        """The sound's language: asked for, or found by the model at the start of its text, or its only one.
+
+        Args:
+            start: None where the model does not say.
+        """
+        if start is None:
+            return None
         asked = getattr(self.body, "language", None)
         found = next((self.languages[token] for token in start if token in self.languages), None)
         return asked or found or (None if self.languages else "en")
@@ -80,7 +87,9 @@ async def _written_down(request: Request, service: Service, kind: type[Body]) ->
         other = next((name for name in form.files if name != _FILE), None)
         raise Problem(400, f"The form has no file {_FILE!r}" if other is None else f"The file {other[:80]!r} is not "
                       "supported", param=other or _FILE, code="bad_value")  # fmt: skip
-    target = service.target(body, request, SPEECH)
+    target = service.target(body, request, SPEECH, CTC)
+    if service.models.task == CTC:
+        return await _of_frames(request, service, target, body=body, file=form.files[_FILE])
     voice = service.models.voice(target.place)
     heard = await asyncio.to_thread(_heard, body, form.files[_FILE], voice, models=service.models)
     request.state.seen.fields["seconds"] = round(heard.seconds, 3)
@@ -96,6 +105,26 @@ async def _written_down(request: Request, service: Service, kind: type[Body]) ->
 
     await service.answered(request, asyncio.ensure_future(collect()), cancel=pieces.cancel)
     return _answer("".join(parts).strip(), heard, pieces.start_of(0))
+
+
+async def _of_frames(
+    request: Request, service: Service, target: Target, *, body: SpeechBody | TranslationBody, file: bytes
+) -> Response:
+    """The text of a model that has a token for each frame: it knows neither languages nor chance."""
+    asked = [name for name in ("language", "temperature", "stream") if getattr(body, name, None)]
+    if asked or isinstance(body, TranslationBody):
+        field = next(iter(asked), None)
+        said = "There is no translation" if field is None else f"The field {field!r} means nothing"
+        raise Problem(
+            400, f"{said} to {body.model!r}: it transcribes frame by frame", param=field, code="unsupported_field"
+        )
+    steps = service.models.signals(target.place)
+    signal = await asyncio.to_thread(signal_of, file, steps, where=_FILE)
+    (answer,) = await service.answers(request, target, [frames_of(signal)], signals=[signal])
+    seconds = len(signal) / steps.rate
+    request.state.seen.fields["seconds"] = round(seconds, 3)
+    text = service.models.words(target.place).text(answer.values)
+    return _answer(text, _Heard(body, TRANSCRIBE, seconds, None, {}), None)
 
 
 def _heard(body: SpeechBody | TranslationBody, file: bytes, voice: Voice, *, models: Models) -> _Heard:
@@ -124,13 +153,13 @@ def _heard(body: SpeechBody | TranslationBody, file: bytes, voice: Voice, *, mod
     return _Heard(body, task, len(samples) / voice.ears.rate, wish, by_token)
 
 
-def _answer(text: str, heard: _Heard, start: list[int]) -> Response:
+def _answer(text: str, heard: _Heard, start: list[int] | None) -> Response:
     if heard.body.response_format == "text":
         return PlainTextResponse(f"{text}\n")
     usage = {"usage": {"type": "duration", "seconds": heard.seconds}}
     if heard.body.response_format == "json":
         return JSONResponse({"text": text} | usage)
-    language = heard.language([*fixed_part(heard.wish.start), *start])
+    language = heard.language(None if start is None else [*fixed_part(heard.wish.start), *start])
     said = {} if language is None else {"language": language}
     return JSONResponse({"task": heard.task, **said, "duration": heard.seconds, "text": text} | usage)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 GENERATION, TEXT2TEXT, SPEECH = "text-generation", "text2text-generation", "automatic-speech-recognition"
 CLASSIFICATION, FEATURES, TOKENS = "text-classification", "feature-extraction", "token-classification"
 QUESTIONS, GAPS, IMAGES = "question-answering", "fill-mask", "image-classification"
+SOUNDS, CTC = "audio-classification", "ctc-speech-recognition"
 
+# Whose rows are no texts, and are prepared before they wait.
+OF_SIGNALS = (IMAGES, SOUNDS, CTC)
 # Whose models write texts, token by token.
 WRITING = (GENERATION, TEXT2TEXT, SPEECH)
 PATH_OF_TASK = {
@@ -18,16 +21,15 @@ PATH_OF_TASK = {
     QUESTIONS: "/v1/question-answering",
     GAPS: "/v1/fill-mask",
     IMAGES: "/v1/classify",
+    SOUNDS: "/v1/classify",
+    CTC: "/v1/audio/transcriptions",
 }
 TASKS = tuple(PATH_OF_TASK)
-_OF_SOUNDS = "its sounds are prepared in as many ways as there are models, by Transformers, which a server does without"
 # Why an export for another task is refused.
 _NO_FORM = {
     "multiple-choice": "there is no usual form of such a request",
     "semantic-segmentation": "its answer is an image",
     "depth-estimation": "its answer is an image",
-    "audio-classification": _OF_SOUNDS,
-    "ctc-speech-recognition": _OF_SOUNDS,
     "zero-shot-image-classification": "its rows are images beside texts",
 }
 

@@ -18,6 +18,7 @@ from lora_export.runtime.seq2seq_session import Seq2SeqSession
 from lora_export.runtime.target_group import Source
 from lora_export.runtime.targets import Start, TargetRules
 from lora_export.serve.batching import LEAST_RETRY, MOST_RETRY
+from lora_export.serve.limits import most_texts
 from lora_export.serve.metrics import Metrics
 from lora_export.serve.models import Models, Target
 from lora_export.serve.options import ServeOptions
@@ -74,7 +75,8 @@ class Writer:
 
     def __init__(self, models: Models, options: ServeOptions, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._most, self._max_queue = models.most_texts(options), options.max_queue
+        self._most = most_texts(models.manifest, models.config, options, longest=models.longest)
+        self._max_queue = options.max_queue
         self._scheduler = _scheduler(models, options, self._most)
         self._changed = threading.Condition()
         self._jobs: dict[Request, Job] = {}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import wave
 from pathlib import Path
 
 import numpy as np
+import openai
 import pytest
 import tiny
 import torch
@@ -13,10 +17,12 @@ import transformers
 from live import running
 
 from lora_export.check.context import CheckOptions
-from lora_export.errors import UsageProblem
+from lora_export.errors import InputRefused, UsageProblem
 from lora_export.export.plan import Request
 from lora_export.integrity.sources import SourceOverrides
 from lora_export.pipeline import ExportOptions, check, export
+from lora_export.serve.models import Models
+from lora_export.serve.options import ServeOptions
 from lora_export.trial import run_trial
 from lora_export.verdict import Verdict
 
@@ -165,6 +171,59 @@ def test_a_server_answers_questions_and_fills_gaps(made):
         assert [each["token"] for each in gap["candidates"]] == tokens.tolist()
         assert [each["score"] for each in gap["candidates"]] == pytest.approx(expected.tolist(), abs=1e-5)
         assert gap["candidates"][0]["text"] == tokenizer.decode([int(tokens[0])])
+
+
+SOUND = (9000 * np.sin(np.arange(9000) / 7)).astype("<i2")
+
+
+def of_sound(made, task: str, samples: np.ndarray) -> np.ndarray:
+    """The logits of PEFT's model with Transformers' extractor."""
+    given = transformers.Wav2Vec2FeatureExtractor()(samples / 32768, sampling_rate=16000, return_tensors="pt")
+    with torch.no_grad():
+        return reference(made, task)(given["input_values"]).logits[0]
+
+
+def wav(samples: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    with wave.open(file, "wb") as opened:
+        opened.setnchannels(1), opened.setsampwidth(2), opened.setframerate(16000)
+        opened.writeframes(samples.tobytes())
+    return file.getvalue()
+
+
+def test_a_server_classifies_sounds_of_different_lengths(made):
+    out, *_ = made("audio-classification")
+    urls = ["data:audio/wav;base64," + base64.b64encode(wav(SOUND[:n])).decode() for n in (9000, 7000, 9000)]
+    with running(out, model_name="base") as live:
+        found = live.post("/v1/classify", model="a", input=urls).json()["data"]
+        refused = live.post("/v1/classify", model="a", input="data:audio/wav;base64,aGVsbG8=")
+    assert refused.status_code == 400 and "no WAV file" in refused.json()["error"]["message"]
+    for each, n in zip(found, (9000, 7000, 9000), strict=True):
+        expected = torch.softmax(of_sound(made, "audio-classification", SOUND[:n]).double(), -1)
+        assert each["probs"] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_a_server_writes_down_what_a_ctc_model_hears(made, own):
+    out, *_ = made("ctc-speech-recognition")
+    folder = own(out)
+    words = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFG"]
+    (folder / "vocab.json").write_text(json.dumps({word: n for n, word in enumerate(words)}))
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
+    expected = tokenizer.decode(of_sound(made, "ctc-speech-recognition", SOUND).argmax(-1))
+    assert len(set(expected)) > 2
+    with running(folder, model_name="base") as live:
+        ask, file = live.openai().audio.transcriptions.create, ("a.wav", wav(SOUND))
+        assert ask(model="a", file=file).text == expected
+        verbose = ask(model="a", file=file, response_format="verbose_json")
+        assert (verbose.text, verbose.duration) == (expected, 9000 / 16000)
+        for fields in ({"language": "en"}, {"stream": True}, {"temperature": 0.5}):
+            with pytest.raises(openai.BadRequestError, match="means nothing"):
+                ask(model="a", file=file, **fields)
+        with pytest.raises(openai.BadRequestError, match="There is no translation"):
+            live.openai().audio.translations.create(model="a", file=file)
+    (folder / "vocab.json").write_text(json.dumps({"eng": {"A": 0}}))
+    with pytest.raises(InputRefused, match="The vocabulary of a sound's frames"):
+        Models(folder, ServeOptions(provider="cpu"))
 
 
 def test_run_chooses_an_ending(made):

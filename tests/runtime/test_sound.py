@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from lora_export.errors import InputRefused
-from lora_export.runtime.sound import open_log_mel
+from lora_export.runtime.sound import open_log_mel, open_samples
 
 
 @pytest.mark.parametrize("n_bands", [80, 128])
@@ -40,6 +40,7 @@ def test_a_sound_is_never_cut(tmp_path):
         ({"feature_extractor_type": "Wav2Vec2FeatureExtractor"}, "does not say how sounds become"),
         ({"dither": 0.1}, "does not say how sounds become"),
         ({"hop_length": None}, "A setting of the sounds is missing"),
+        ({"do_normalize": True}, "does not say how sounds become"),
         ({"n_fft": "400"}, "A setting of the model is not what it should be"),
     ],
 )
@@ -52,3 +53,19 @@ def test_other_settings_are_refused(changes, said, tmp_path):
     assert "preprocessor_config.json" in refused.value.where
     with pytest.raises(InputRefused, match="does not say how sounds become"):
         open_log_mel(tmp_path / "absent", tmp_path / "absent")
+
+
+@pytest.mark.parametrize("is_normalized", [True, False])
+def test_samples_are_those_of_transformers(is_normalized, tmp_path):
+    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=is_normalized)
+    extractor.save_pretrained(tmp_path)
+    samples = np.random.default_rng(1).standard_normal(700).astype(np.float32) * 0.2 + 0.1
+    expected = extractor(samples, sampling_rate=16000, return_tensors="np")["input_values"][0]
+    found = open_samples(tmp_path, tmp_path).features(samples)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    with pytest.raises(InputRefused, match="does not say how sounds become"):
+        open_log_mel(tmp_path, tmp_path)
+    settings = tmp_path / "preprocessor_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"do_normalize": "no"}))
+    with pytest.raises(InputRefused, match="not true or false"):
+        open_samples(tmp_path, tmp_path)

@@ -120,7 +120,7 @@ def test_images_are_classified_by_their_own_adapters(vit, bases, adapters):
         ("data:image/png;base64,!!", "base64 is damaged"),
         ("data:image/png;base64,aGVsbG8=", "no image that Pillow reads"),
         ([5, 6], "no address is fetched"),
-        (["data:image/png;base64,aGVsbG8="] * 5, "has 5 images; at most 4 are taken"),
+        (["data:image/png;base64,aGVsbG8="] * 5, "has 5 inputs; at most 4 are taken"),
         ("", "An input is empty"),
     ],
 )

@@ -1,0 +1,50 @@
+"""Images and sounds in requests: `data:image/png;base64,…`, as OpenAI's API takes images. No address is fetched."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Sequence
+
+import numpy as np
+
+from lora_export.runtime.images import ImageSteps, read_image
+from lora_export.runtime.sound import Samples, read_wav
+from lora_export.serve.problems import Problem
+
+# Of Wav2Vec2 and its kin: a frame's samples, at 16 kHz.
+_SAMPLES_A_FRAME = 320
+
+
+def signals_of(urls: Sequence[object], steps: ImageSteps | Samples) -> list[np.ndarray]:
+    """The images or sounds in `urls` after `steps`: what the graph takes of each, float32.
+
+    Raises:
+        Problem: One of them is none in that form.
+        InputRefused: The bytes of one are no image or no WAV file, or it is too large.
+    """
+    if isinstance(steps, ImageSteps):
+        return [steps.pixels(read_image(io.BytesIO(_bytes_of(url, "image", "png")), "input")) for url in urls]
+    return [signal_of(_bytes_of(url, "audio", "wav"), steps, where="input") for url in urls]
+
+
+def signal_of(file: bytes, steps: Samples, *, where: str) -> np.ndarray:
+    """The same of a WAV file."""
+    return steps.features(read_wav(io.BytesIO(file), steps.rate, where=where))
+
+
+def frames_of(signal: np.ndarray) -> range:
+    """What stands for a signal's tokens where a run's are counted: none of an image, one for 20 ms of a sound."""
+    return range(len(signal) // _SAMPLES_A_FRAME if signal.ndim == 1 else 0)
+
+
+def _bytes_of(url: object, kind: str, example: str) -> bytes:
+    head, comma, content = url.partition(",") if isinstance(url, str) else ("", "", "")
+    if not comma or not head.startswith(f"data:{kind}/") or not head.endswith(";base64"):
+        form = f"data:{kind}/{example};base64,…"
+        raise Problem(400, f"An input is given as {form}; no address is fetched", param="input", code="no_data")
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError):
+        raise Problem(400, "An input's base64 is damaged", param="input", code="no_data") from None
