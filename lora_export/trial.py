@@ -58,7 +58,7 @@ def run_trial(
     manifest = session.manifest
     task = Task(manifest.task)
     adapters = blend or None
-    place = _preprocessing_of(manifest, folder, blend)
+    place = session.preprocessing(adapters)
     head = {"task": manifest.task, "adapter": dict(blend), "provider": session.provider, "inputs": list(inputs)}
     if not blend and not has_own_head(manifest.adapter_inputs):
         names = some_of([each.name for each in manifest.adapters], 8)
@@ -286,13 +286,6 @@ def _write_targets(
         sources = {name: np.asarray(encoded[name], np.int64) for name in ("input_ids", "attention_mask")}
     found = session.generate(sources, adapters, max_new_tokens=max_new_tokens)
     return [{"text": tokenizer.decode(tokens, skip_special_tokens=True), "tokens": tokens} for tokens in found]
-
-
-def _preprocessing_of(manifest: Manifest, folder: Path, blend: Mapping[str, float]) -> Path:
-    """Where the tokenizer or processor lies: of one adapter its own, of a blend or the base the export's."""
-    own = {record.name: record.preprocessing for record in manifest.adapters}
-    place = own.get(next(iter(blend))) if len(blend) == 1 else None
-    return folder if place is None else folder / place
 
 
 def _labels(manifest: Manifest, blend: Mapping[str, float]) -> dict[int, str]:

@@ -21,15 +21,15 @@ from lora_export.runtime.batch import mask_padded_classes, require_equal_rows, r
 from lora_export.runtime.cache import Cache
 from lora_export.runtime.described import require_described
 from lora_export.runtime.host_inputs import completed_inputs
+from lora_export.runtime.inputs import Given, inputs_of
 from lora_export.runtime.positions import told_if_too_long
 from lora_export.runtime.residency import Residency, residency_of
 from lora_export.runtime.session import choose_provider, open_session
 from lora_export.runtime.stacking import stored_defaults
-from lora_export.runtime.tokenizer import TextTokenizer, open_tokenizer
+from lora_export.runtime.tokenizer import TextTokenizer, open_tokenizer, preprocessing_of
 
 if TYPE_CHECKING:
     from lora_export.runtime.generate import Generated, Piece, Prompt
-    from lora_export.runtime.inputs import Given
     from lora_export.runtime.sampling import Sampling
 
 
@@ -244,14 +244,10 @@ class AdapterSession:
 
     def preprocessing(self, adapter: RowAdapter = None) -> Path:
         """The folder with the tokenizer or processor of `adapter`; of the base and of a blend, the export's."""
-        names = [adapter] if isinstance(adapter, str) else list(adapter or ())
-        records = [record for record in self.manifest.adapters if len(names) == 1 and record.name == names[0]]
-        return self.folder / (records[0].preprocessing or ".") if records else self.folder
+        return self.folder / preprocessing_of(self.manifest, adapter)
 
     def inputs(self, rows: Sequence[Given], adapter: RowAdapter = None) -> dict[str, np.ndarray]:
         """What `run` takes for texts, pairs of texts, or image files; see `inputs_of`."""
-        from lora_export.runtime.inputs import inputs_of
-
         return inputs_of(self, rows, adapter)
 
     def cache(self, batch: int, longest: int) -> Cache:

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,12 +21,10 @@ from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.bank import Bank, RowAdapter, Shelf
 from lora_export.runtime.end_tokens import end_tokens_in, has_brought_settings
 from lora_export.runtime.generation_config import generation_defaults
+from lora_export.runtime.inputs import Given, inputs_of
 from lora_export.runtime.residency import Residency, residency_of
 from lora_export.runtime.targets import TargetRules, fixed_part, speech_start
 from lora_export.runtime.tokenizer import TextTokenizer
-
-if TYPE_CHECKING:
-    from lora_export.runtime.inputs import Given
 
 _GRAPHS = (ENCODER, DECODER, DECODER_WITH_PAST)
 # The encoder's input of a speech model.
@@ -144,8 +141,6 @@ class Seq2SeqSession:
 
     def inputs(self, rows: Sequence[Given], adapter: RowAdapter = None) -> dict[str, np.ndarray]:
         """What `generate` takes for texts or WAV files; see `inputs_of`."""
-        from lora_export.runtime.inputs import inputs_of
-
         return inputs_of(self, rows, adapter)
 
     def load(self, prefix: str | Path, name: str | None = None) -> str:

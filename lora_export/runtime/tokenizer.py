@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_export.artifact import Manifest
 from lora_export.errors import EnvironmentUnusable, InputRefused, UsageProblem, refused_if_it_fails
 from lora_export.reading import read_json_if_there
 from lora_export.runtime.chat_template import Messages, read_template, render
@@ -82,6 +83,13 @@ class TextTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, without special tokens."""
         return self._decode(list(ids))
+
+
+def preprocessing_of(manifest: Manifest, adapter: str | Mapping[str, float] | None) -> str:
+    """Where the tokenizer or processor of an adapter lies in its export; of the base and of a blend, the export's."""
+    names = [adapter] if isinstance(adapter, str) else list(adapter or ())
+    found = [record.preprocessing for record in manifest.adapters if [record.name] == names]
+    return next(filter(None, found), ".")
 
 
 def tokenizer_folders(place: Path, export: Path) -> tuple[Path, ...]:
