@@ -73,6 +73,9 @@ def _parameter(value: str, header: str, name: str) -> tuple[str, str | None]:
     """What a header's value begins with, and its parameter `name`; None without it."""
     message = Message()
     message[header] = value.replace("\r", " ").replace("\n", " ")
-    found = message.get_params(failobj=[("", "")], header=header)
+    try:
+        found = message.get_params(failobj=[("", "")], header=header)
+    except (TypeError, ValueError, LookupError):  # of parameters in parts, some of which have no number
+        return "", None
     by_name = {key.lower(): text if isinstance(text, str) else text[-1] for key, text in found[1:]}
     return found[0][0], by_name.get(name)

@@ -197,6 +197,7 @@ def test_a_form_is_taken_apart_by_its_boundary():
         (*form(b"x"), 400, "does not say what it is"),
         (*form(b'Content-Disposition: form-data; name="a"'), 400, "does not say what it is"),
         (*form(b"Content-Disposition: attachment; name=a\r\n\r\nx"), 400, "does not say what it is"),
+        (*form(b"Content-Disposition: form-data; name=a; filename*=x; filename*1=y\r\n\r\nx"), 400, "does not say"),
         (*form(*[b"Content-Disposition: form-data; name=a\r\n\r\nx"] * 2), 400, "'a' twice"),
         (*form(b"Content-Disposition: form-data; name=a\r\n\r\n\xff"), 400, "no UTF-8"),
         (*form(*[b"Content-Disposition: form-data; name=%d\r\n\r\nx" % n for n in range(40)]), 400, "over 32 parts"),
