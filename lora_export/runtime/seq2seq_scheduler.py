@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -245,6 +246,7 @@ def write_targets(
     max_new_tokens: int,
     start_ids: Sequence[int] | None,
     eos_ids: Collection[int] | None,
+    suppress: bool,
 ) -> list[list[int]]:
     """The greedy target of each row; see `Seq2SeqSession.generate`."""
     sources = rows_of(inputs)
@@ -256,8 +258,10 @@ def write_targets(
     start = None if start_ids is None else tuple(map(int, start_ids))
     written: dict[Request, list[int]] = {}
     for source, adapter in zip(sources, by_row, strict=True):
+        rules = session.rules(adapter)
+        rules = rules if suppress else replace(rules, suppressed=frozenset(), suppressed_first=frozenset())
         how = {"start": start, "max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
-        written[scheduler.submit(source, adapter, rules=session.rules(adapter), **how)] = []
+        written[scheduler.submit(source, adapter, rules=rules, **how)] = []
     while scheduler.n_active or scheduler.n_waiting:
         for token in scheduler.step():
             if token.finish is Finish.FAILED:

@@ -245,15 +245,15 @@ class Seq2SeqSession:
         max_new_tokens: int,
         start_ids: Sequence[int] | None = None,
         eos_ids: frozenset[int] | None = None,
+        suppress: bool = True,
     ) -> list[list[int]]:
-        """The greedy target of each row, without its start, up to and without an end token.
-
-        Tokens that a row's configuration suppresses are not written. A row has the tokens that it has alone.
+        """The greedy target of each row, without its start, up to and without an end token, as the row has it alone.
 
         Args:
             inputs: The encoder's inputs by name.
             start_ids: Targets that every row starts with, e.g. Whisper's language and task; default: those of `rules`.
             eos_ids: Default: those of `rules`.
+            suppress: Whether tokens that a row's configuration forbids are not written, as in Transformers.
 
         Raises:
             UsageProblem: Neither the call nor a row's configuration says how a target starts.
@@ -261,9 +261,8 @@ class Seq2SeqSession:
         """
         from lora_export.runtime.seq2seq_scheduler import write_targets
 
-        return write_targets(
-            self, inputs, adapters, max_new_tokens=max_new_tokens, start_ids=start_ids, eos_ids=eos_ids
-        )
+        how = {"start_ids": start_ids, "eos_ids": eos_ids, "suppress": suppress}
+        return write_targets(self, inputs, adapters, max_new_tokens=max_new_tokens, **how)
 
     def split(self, inputs: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         if "decoder_input_ids" not in inputs:

@@ -144,6 +144,7 @@ def test_suppressed_tokens_are_as_in_transformers(exports, own, peft):
     expected = alone(peft("bart", "bart-all"), ids, 8, **how)
     given = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, 5), np.int64)}
     assert session.generate(given, "bart-all", max_new_tokens=8) == [expected]
+    assert session.generate(given, "bart-all", max_new_tokens=8, suppress=False) == [free]
     assert expected != free and not set(expected) & set(never)
     assert session.rules().eos_ids == {2} and 2 not in session.rules().suppressed
 

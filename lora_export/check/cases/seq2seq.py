@@ -57,9 +57,9 @@ def seq2seq_decoding_cases(
         probe=lambda row, step: _probe(session, examined, batch, row=row, step=step),
     )  # fmt: skip
     sources = {name: array for name, array in batch.inputs.items() if name != "decoder_input_ids"}
-    generated = session.generate(
-        sources, adapter, max_new_tokens=GREEDY_TOKENS, start_ids=(batcher.start_id,), eos_ids=frozenset()
-    )
+    # What the graph alone says: the reference is one pass of the model, without the configuration's rules.
+    alone = {"start_ids": (batcher.start_id,), "eos_ids": frozenset(), "suppress": False}
+    generated = session.generate(sources, adapter, max_new_tokens=GREEDY_TOKENS, **alone)
     rows = zip(_rows(sources), generated, strict=True)
     behind = [_behind(reference, source, batcher.start_id, targets=targets) for source, targets in rows]
     noise = noise_of(cached.rounding, expected.positions(), limits)
