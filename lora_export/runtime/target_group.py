@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lora_export.contract import DECODER, DECODER_WITH_PAST, ENCODER
+from lora_export.contract import DECODER, DECODER_WITH_PAST, ENCODER, PAST, PRESENT, present_of
 from lora_export.runtime.batch import mask_padded_classes, run_batch
-from lora_export.runtime.cache import present_of
 from lora_export.runtime.sampling import Sampler, require_finite
 from lora_export.runtime.scheduler import Finish, Request, Token
 from lora_export.runtime.seq2seq_session import Seq2SeqSession
@@ -114,11 +113,10 @@ class Group:
         mask = {f"encoder_{MASK}": sources[MASK]} if MASK in sources else {}
         starts = np.array([target.request.prompt_ids for target in self.targets], np.int64)
         results = self._graph(DECODER, {IDS: starts, "encoder_hidden_states": states, **mask})
-        logits = results.pop("logits")
-        past = {name.replace("present", "past_key_values"): value for name, value in results.items()}
+        past = {PAST + name.removeprefix(PRESENT): value for name, value in results.items() if name.startswith(PRESENT)}
         self.fixed = mask | {name: value for name, value in past.items() if ".encoder." in name}
         self.cache = {name: value for name, value in past.items() if ".decoder." in name}
-        return logits
+        return results["logits"]
 
     def _advance(self) -> np.ndarray:
         last = np.array([[target.last] for target in self.targets], np.int64)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from lora_export.answers import answer_span, class_values, likeliest_tokens
+from lora_export.answers import answer_span, class_name, class_values, likeliest_tokens
 from lora_export.serve.encoders import Answer
 from lora_export.serve.models import Target
 from lora_export.serve.problems import Problem
@@ -73,7 +73,7 @@ async def classes_of_tokens(body: ClassifyBody, request: Request, *, service: Se
     found: list[Answer] = await service.answers(request, target, rows)
     data = [
         {"index": index, "tokens": _tagged(answer, encoding, text), "num_classes": answer.values.shape[1],
-         "labels": [_label(target.labels, n) for n in range(answer.values.shape[1])]}
+         "labels": [class_name(target.labels, n) for n in range(answer.values.shape[1])]}
         for index, (answer, encoding, text) in enumerate(zip(found, encodings, given, strict=True))
     ]  # fmt: skip
     return JSONResponse(
@@ -92,16 +92,12 @@ def _tagged(answer: Answer, encoding: Encoding | None, text: str | Sequence[int]
             continue
         best = int(scores.argmax())
         score = float(class_values(scores)[best] if len(scores) > 1 else scores[0])
-        entry = {"label": _label(labels, best), "score": score}
+        entry = {"label": class_name(labels, best), "score": score}
         if encoding is not None:
             start, end = encoding.offsets[place]
             entry |= {"start": start, "end": end, "text": text[start:end], "word": encoding.word_ids[place]}
         found.append(entry)
     return found
-
-
-def _label(labels: Mapping[int, str], index: int) -> str:
-    return labels.get(index, f"LABEL_{index}")
 
 
 def _span(answer: Answer, encoding: Encoding, context: str) -> dict:
