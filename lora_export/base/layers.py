@@ -1,51 +1,157 @@
-"""The stack of alike layers of a weightless model, and the model with few of them, which is traced in its place.
+"""The stacks of alike layers of a weightless model, and the model with few of them, which is traced in its place.
 
-Layers are alike if they differ in nothing but their number: the same modules, shapes, options and computed buffers.
-The first may differ. What a layer computes from its number shows in the trace, where the copies are compared.
+Layers are alike if they differ in nothing but their number: the same modules, shapes, options, computed buffers and
+entries of the config's lists. The first ones may differ, and after them kinds may take turns: sliding windows in all
+but every sixth layer (Gemma 3). What a layer computes from its number shows in the trace, where copies are compared.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-# A first, two that are compared and of which the others are copies, and a last.
-N_TRACED = 4
+from lora_export.base.forward import is_dual_encoder
+from lora_export.base.tasks import is_multimodal
+
+# Up to so many layers, there is nothing to copy: a first, two that are compared, and a last.
+MOST_TRACED = 4
+# What configs and modules call the number of their layers.
+_NUMBER = re.compile(r"(num_|n_)?((hidden|encoder|decoder)_)?layers?|depth")
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The layers `<path>.0` to `<path>.<n_layers - 1>` of a model."""
+    """The layers `<path>.0` to `<path>.<n_layers - 1>` of a model, each as the one `period` before it, but the first.
+
+    A model has few of them when it is traced: the first `n_first`, two periods, of which the second is copied, and the
+    last `n_last`. Example: of 26 layers in which every sixth differs, 1 + 2 · 6 + 1.
+    """
 
     path: str
     n_layers: int
+    n_first: int = 1
+    period: int = 1
+
+    @property
+    def n_last(self) -> int:
+        return 1 + (self.n_layers - self.n_first - 1) % self.period
+
+    @property
+    def n_traced(self) -> int:
+        return self.n_first + 2 * self.period + self.n_last
+
+    @property
+    def copies(self) -> range:
+        """How far above the second period's layers those of each of its copies are."""
+        return range(self.period, self.n_layers - self.n_traced + 1, self.period)
+
+    @property
+    def is_worth_it(self) -> bool:
+        return len(self.copies) > 0
+
+    def wider(self) -> list[Stack]:
+        """What to try where layers differ: the same with two of them a period, for layers that read what the one before
+        the last gave; none if that is tried, or there is nothing to copy."""
+        other = replace(self, n_first=self.n_first + 1, period=2)
+        return [other] if self.period == 1 and other.is_worth_it else []
 
 
-def alike_layers(model: torch.nn.Module) -> Stack | None:
-    """The one stack of a model's layers, if it has more than `N_TRACED` and all but the first are alike; else None."""
-    config = model.config.get_text_config()
-    n_layers = getattr(config, "num_hidden_layers", None)
-    stacks = [
+def alike_stacks(model: torch.nn.Module) -> tuple[Stack, ...]:
+    """The stacks of a model's layers that can be copied from one another; those with nothing to copy are left out.
+
+    A model of several is an encoder-decoder, a dual encoder or multimodal, or one in which no layer is read by its
+    number, as the backbones of segmentation are.
+    """
+    lists = _outer_lists(model)
+    is_of_several = model.config.is_encoder_decoder or is_dual_encoder(model) or is_multimodal(type(model).__name__)
+    reads_by_number = any("indices" in name and value for name, value in vars(model.config).items())
+    if len(lists) > 1 and reads_by_number and not is_of_several:
+        return ()
+    stacks = [_stack(model, path, layers) for path, layers in lists]
+    return tuple(stack for stack in stacks if stack is not None)
+
+
+def deep_paths(model: torch.nn.Module) -> tuple[str, ...]:
+    """The paths of a model's lists of more layers than are traced where they are alike."""
+    return tuple(path for path, layers in _outer_lists(model) if len(layers) > MOST_TRACED and _counted(model, path))
+
+
+def repeats_one(model: torch.nn.Module) -> bool:
+    """Whether a model runs one layer more often than layers are traced where they are alike (ALBERT)."""
+    n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or 0
+    return n_layers > MOST_TRACED and not deep_paths(model)
+
+
+def _outer_lists(model: torch.nn.Module) -> list[tuple[str, torch.nn.ModuleList]]:
+    """A model's lists of modules by path; lists inside layers, such as experts, are looked at with them."""
+    lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.ModuleList) and len(module) > 1
     ]
-    # Lists inside layers, such as experts, are looked at with them.
-    outer = [(name, m) for name, m in stacks if not any(name.startswith(f"{other}.") for other, _ in stacks)]
-    if len(outer) != 1 or len(outer[0][1]) != n_layers or n_layers <= N_TRACED:
+    return [(name, each) for name, each in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
+
+
+def _stack(model: torch.nn.Module, path: str, layers: torch.nn.ModuleList) -> Stack | None:
+    n_layers = len(layers)
+    if n_layers <= MOST_TRACED or not _counted(model, path):
         return None
-    path, layers = outer[0]
-    are_alike = all(_is_alike(layers[1], 1, layers[i], other_at=i) for i in range(2, n_layers))
-    return Stack(path, n_layers) if are_alike else None
+    lists = [value for options in _holders(model, path) for value in options.values() if _is_list(value, n_layers)]
+    kinds: list[int] = []  # the number of the first layer that each is like
+    for at, layer in enumerate(layers):
+        like = (
+            first
+            for first in dict.fromkeys(kinds)
+            if all(each[first] == each[at] for each in lists) and _is_alike(layers[first], first, layer, other_at=at)
+        )
+        kinds.append(next(like, at))
+    found = [Stack(path, n_layers, _n_first(kinds, period), period) for period in range(1, n_layers // 2)]
+    return min((stack for stack in found if stack.is_worth_it), key=lambda stack: stack.n_traced, default=None)
 
 
-def is_deep(model: torch.nn.Module) -> bool:
-    """Whether a model has more layers than are traced where they are alike."""
-    return (getattr(model.config.get_text_config(), "num_hidden_layers", None) or 0) > N_TRACED
+def _n_first(kinds: Sequence[int], period: int) -> int:
+    """How many of `kinds` there are, one at least, before each is what the one `period` before it is."""
+    n_first = len(kinds) - period
+    while n_first > 1 and kinds[n_first - 1] == kinds[n_first - 1 + period]:
+        n_first -= 1
+    return n_first
+
+
+def _is_list(value: object, length: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == length
+
+
+def _counted(model: torch.nn.Module, path: str) -> list[tuple[dict, list[str]]]:
+    """The options of what counts the layers at `path`, each with the names of the numbers among them.
+
+    Where a config counts the layers of an encoder and of a decoder, those of the other are not meant.
+    """
+    n_layers = len(model.get_submodule(path))
+    other = "encoder" if "decoder" in path else "decoder"
+
+    def counts(name: str, value: object) -> bool:
+        is_meant = other not in name or other in path
+        return _NUMBER.fullmatch(name) is not None and type(value) is int and value == n_layers and is_meant
+
+    found = [(each, [name for name, value in each.items() if counts(name, value)]) for each in _holders(model, path)]
+    return [(options, names) for options, names in found if names]
+
+
+def _holders(model: torch.nn.Module, path: str) -> list[dict]:
+    """The options of the modules that hold the layers at `path`, and of the config of the innermost.
+
+    Of an encoder-decoder also those of the whole's config, which is where the numbers of both stand.
+    """
+    names = path.split(".")[:-1]
+    modules = [model.get_submodule(".".join(names[:n])) for n in range(len(names), -1, -1)]
+    configs = [module.config for module in modules if getattr(module, "config", None) is not None]
+    configs = configs[:1] + (configs[-1:] if model.config.is_encoder_decoder and configs[0] is not configs[-1] else [])
+    return [vars(each) for each in (*modules, *configs)]
 
 
 def _is_alike(one: torch.nn.Module, at: int, other: torch.nn.Module, *, other_at: int) -> bool:
@@ -91,21 +197,29 @@ def _are_equal_buffers(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def shortened(model: torch.nn.Module, stack: Stack) -> Iterator[torch.nn.Module]:
-    """`model` with the first `N_TRACED` layers of `stack` only, until the end of the block."""
-    parent, _, name = stack.path.rpartition(".")
-    holder, layers = model.get_submodule(parent), model.get_submodule(stack.path)
-    config = model.config.get_text_config()
-    number = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    before = dict(vars(config))
-    # Not by assignment: a config checks the length of its lists against the number of layers.
-    for option, value in before.items():
-        if isinstance(value, list | tuple) and len(value) == stack.n_layers:
-            vars(config)[option] = value[:N_TRACED]
-    vars(config)[number] = N_TRACED
-    holder._modules[name] = torch.nn.ModuleList(list(layers)[:N_TRACED])
-    try:
+def shortened(model: torch.nn.Module, stacks: Sequence[Stack]) -> Iterator[torch.nn.Module]:
+    """`model` with the first `n_traced` layers of each of `stacks` only, until the end of the block."""
+    with contextlib.ExitStack() as until:
+        for stack in stacks:
+            until.enter_context(_shortened(model, stack))
         yield model
+
+
+@contextlib.contextmanager
+def _shortened(model: torch.nn.Module, stack: Stack) -> Iterator[None]:
+    parent, _, name = stack.path.rpartition(".")
+    parent_module, layers = model.get_submodule(parent), model.get_submodule(stack.path)
+    numbers = _counted(model, stack.path)
+    before = [(options, dict(options)) for options in _holders(model, stack.path)]
+    # Not by assignment: a config checks the length of its lists against the number of layers.
+    for options, were in before:
+        options.update({name: each[: stack.n_traced] for name, each in were.items() if _is_list(each, stack.n_layers)})
+    for options, names in numbers:
+        options.update(dict.fromkeys(names, stack.n_traced))
+    parent_module._modules[name] = torch.nn.ModuleList(list(layers)[: stack.n_traced])
+    try:
+        yield
     finally:
-        holder._modules[name] = layers
-        vars(config).update(before)
+        parent_module._modules[name] = layers
+        for options, were in before:
+            options.update(were)

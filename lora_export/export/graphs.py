@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from lora_export.artifact import versions
-from lora_export.base.layers import N_TRACED, Stack, alike_layers, is_deep, shortened
+from lora_export.base.layers import Stack, alike_stacks, deep_paths, repeats_one, shortened
 from lora_export.base.recipe import Recipe
 from lora_export.base.tasks import Task, graphs_of
 from lora_export.base.trace import n_positions, sliding_windows, trace
 from lora_export.contract import SINGLE, AdapterInput, GraphContract, SiteChoice
-from lora_export.errors import refused_if_it_fails
+from lora_export.errors import InputRefused, refused_if_it_fails
 from lora_export.export.given_graph import given_graph
 from lora_export.export.plan import Plan
 from lora_export.export.resolve import Resolved
@@ -31,7 +31,7 @@ from lora_export.graph.layer_names import is_uniform, stamped_inputs, stand_ins,
 from lora_export.graph.runnable import refuse_bfloat16
 from lora_export.graph.sentence import add_sentence_embedding
 from lora_export.graph.sites import find_sites, refuse_unlinked, sites_in
-from lora_export.graph.stamp import stamp
+from lora_export.graph.stamp import holds, stamp
 from lora_export.graph.unbound import bind_small, rename_weight, untie
 from lora_export.progress import Remark
 from lora_export.quantization import Quantization
@@ -62,11 +62,12 @@ def finished_graphs(
     if plan.given_graph is not None:
         is_merged = plan.request.mode == "merge"
         model, inputs = given_graph(plan.given_graph, resolved, choice, is_merged=is_merged, remark=remark)
+        model = _with_embedding(plan, model)
         return {SINGLE: FinishedGraph(model, _with_known_defaults(inputs, resolved))}
-    graphs = graphs_of(plan.task)
+    once = functools.cache(remark)
     found = {
-        graph: _finished_graph(plan, resolved, choice, graph=graph, use_cache=use_cache, remark=remark)
-        for graph in graphs
+        graph: _finished_graph(plan, resolved, choice, graph=graph, use_cache=use_cache, remark=once)
+        for graph in graphs_of(plan.task)
     }
     served = {entry.module for finished in found.values() for entry in finished.adapter_inputs}
     chosen = dict.fromkeys(module for modules in asdict(choice).values() for module in modules)
@@ -102,7 +103,7 @@ def _finished_graph(
     plan: Plan, resolved: Resolved, choice: SiteChoice, *, graph: str, use_cache: bool, remark: Remark
 ) -> FinishedGraph:
     facts = _facts(plan, resolved, choice, graph=graph)
-    build = partial(_build, plan, resolved, facts, use_cache=use_cache, remark=remark)
+    build = functools.partial(_build, plan, resolved, facts, use_cache=use_cache, remark=remark)
     return _reattached(cached_graph(facts.key, build, use_cache=use_cache), resolved)
 
 
@@ -151,34 +152,56 @@ def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, *, graph: str) ->
 
 
 def _build(plan: Plan, resolved: Resolved, facts: _Facts, *, use_cache: bool, remark: Remark) -> ir.Model:
-    """The finished graph: of one layer of each kind, copied, where all are alike; else of the whole model."""
-    stack = alike_layers(resolved.model) if len(graphs_of(plan.task)) == 1 else None
-    if stack is not None and _is_uniform(facts, stack):
-        few = replace(facts, choice=traced_choice(facts.choice, stack), small=stand_ins(facts.small, stack))
-        few = replace(few, traced_from=facts.traced_from | {"layers": N_TRACED})
-        with shortened(resolved.model, stack):
-            model, inputs = _trace_and_fuse(plan, resolved, few, use_cache=use_cache)
-        stamped = stamp(model, stack, facts.small)
-        if stamped is not None:
-            return _described(plan, stamped, stamped_inputs(inputs, stack))
-    if is_deep(resolved.model) and facts.graph == graphs_of(plan.task)[0]:
+    """The finished graph: of few layers of each stack, copied, where they are alike; else of the whole model."""
+    stacks = [stack for stack in alike_stacks(resolved.model) if _is_uniform(facts, stack)]
+    made = None
+    while stacks and made is None:
+        made, stacks = _stamped(plan, resolved, facts, stacks=stacks, use_cache=use_cache)
+    if made is None:
+        made = _trace_and_fuse(plan, resolved, facts, use_cache=use_cache)
+    traced = set(deep_paths(resolved.model)).difference(stack.path for stack in stacks)
+    if repeats_one(resolved.model) or any(holds(made[0].graph, path) for path in traced):
         remark("The base's layers could not be copied from one another, so all are traced, which takes longer.")
-    return _described(plan, *_trace_and_fuse(plan, resolved, facts, use_cache=use_cache))
+    return _described(plan, *made)
+
+
+def _stamped(
+    plan: Plan, resolved: Resolved, facts: _Facts, *, stacks: list[Stack], use_cache: bool
+) -> tuple[tuple[ir.Model, tuple[AdapterInput, ...]] | None, list[Stack]]:
+    """The fused graph with the layers of `stacks` copied; or None, and the stacks to try next."""
+    few = replace(facts, traced_from=facts.traced_from | {"layers": [asdict(stack) for stack in stacks]})
+    for stack in stacks:
+        few = replace(few, choice=traced_choice(few.choice, stack), small=stand_ins(few.small, stack))
+    try:
+        with shortened(resolved.model, stacks):
+            model, inputs = _trace_and_fuse(plan, resolved, few, use_cache=use_cache)
+    except InputRefused:  # what the whole model's trace says of it, if that fails as well, is the truth
+        return None, []
+    for at, stack in enumerate(stacks):
+        if not holds(model.graph, stack.path):
+            continue
+        if stamp(model, stack, facts.small) is None:
+            return None, [*stacks[:at], *stack.wider(), *stacks[at + 1 :]]
+        inputs = stamped_inputs(inputs, stack)
+    return (model, inputs), stacks
 
 
 def _is_uniform(facts: _Facts, stack: Stack) -> bool:
-    """Whether adapters touch all layers but the first alike, and leave the same parameters of them as the base has."""
+    """Whether adapters touch alike layers alike, and leave the same parameters of them as the base has."""
     sites = asdict(facts.choice) | {"small": tuple(facts.small), "untied": tuple(facts.untied)}
     return all(is_uniform(names, stack) for names in sites.values())
 
 
 def _described(plan: Plan, model: ir.Model, inputs: Sequence[AdapterInput]) -> ir.Model:
     """`model` with the plan's embedding, its adapter inputs made optional, and their descriptions along as metadata."""
-    if plan.head is not None:
-        model = add_sentence_embedding(model, plan.head.embedding, plan.head.weights())
+    model = _with_embedding(plan, model)
     attach_defaults(model.graph, inputs)
     model.metadata_props[_ADAPTER_INPUTS] = json.dumps(GraphContract((), (), tuple(inputs)).to_dict()["adapter_inputs"])
     return model
+
+
+def _with_embedding(plan: Plan, model: ir.Model) -> ir.Model:
+    return model if plan.head is None else add_sentence_embedding(model, plan.head.embedding, plan.head.weights())
 
 
 def _trace_and_fuse(
@@ -206,7 +229,7 @@ def _trace_and_fuse(
             sliding_windows(plan.config),
             n_positions=n_positions(plan.config),
             holds_weights=plan.request.quantization is None,
-            may_pack=partial(_may_pack, plan.request.quantization),
+            may_pack=functools.partial(_may_pack, plan.request.quantization),
         )
     if plan.task is Task.TEXT_GENERATION:
         model = keep_last_logits(model)

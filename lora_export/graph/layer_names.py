@@ -1,6 +1,7 @@
 """The names of a stack of layers: which layer a name is of, and the names of all layers for those of a few.
 
-A graph of `N_TRACED` layers has a first, two that are compared (the second of which is copied), and a last.
+A graph of a stack's traced layers has four units: the first layers, two periods that are compared (the second of which
+is copied), and the last layers.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.base.layers import N_TRACED, Stack
+from lora_export.base.layers import Stack
 from lora_export.contract import AdapterInput, SiteChoice
 
 T = TypeVar("T")
-FIRST_OF_TWO, COPIED, LAST = N_TRACED - 3, N_TRACED - 2, N_TRACED - 1
+UNITS = FIRST, FIRST_OF_TWO, COPIED, LAST = range(4)
 
 
 class LayerNames:
@@ -25,49 +26,57 @@ class LayerNames:
 
     def __init__(self, stack: Stack) -> None:
         self._pattern = re.compile(rf"(?<![\w.])({re.escape(stack.path)}|past_key_values|present)\.(\d+)(?!\w)")
+        self._stack = stack
 
     def layer(self, name: str) -> int | None:
         """The layer that `name` is of; None if it is of none, or of several."""
         found = {int(match[2]) for match in self._pattern.finditer(name)}
         return found.pop() if len(found) == 1 else None
 
-    def moved(self, name: str, layer: int) -> str:
-        """`name`, of layer `layer` instead of its own."""
-        return self._pattern.sub(lambda match: f"{match[1]}.{layer}", name)
+    def unit(self, name: str) -> int | None:
+        """The unit that `name`, of a graph of the traced layers, is of."""
+        layer = self.layer(name)
+        if layer is None or layer < self._stack.n_first:
+            return None if layer is None else FIRST
+        return min(FIRST_OF_TWO + (layer - self._stack.n_first) // self._stack.period, LAST)
 
-    def moved_shape(self, shape: ir.Shape | None, layer: int) -> ir.Shape | None:
-        """`shape`, its symbolic axes those of layer `layer`."""
+    def shifted(self, name: str, by: int) -> str:
+        """`name`, of the layer `by` above its own instead."""
+        return self._pattern.sub(lambda match: f"{match[1]}.{int(match[2]) + by}", name)
+
+    def shifted_shape(self, shape: ir.Shape | None, by: int) -> ir.Shape | None:
+        """`shape`, its symbolic axes those of the layer `by` above."""
         if shape is None:
             return None
-        dims = [
-            dim if isinstance(dim, int) or dim.value is None else self.moved(str(dim.value), layer) for dim in shape
-        ]
+        dims = [dim if isinstance(dim, int) or dim.value is None else self.shifted(str(dim.value), by) for dim in shape]
         return ir.Shape(dims)
 
 
 def is_uniform(names: Iterable[str], stack: Stack) -> bool:
-    """Whether `names` hold the same of all layers but the first."""
-    of, found = LayerNames(stack), {layer: set() for layer in range(stack.n_layers)}
+    """Whether `names` hold the same of each layer, but the first, as of the one `stack.period` before it."""
+    of = LayerNames(stack)
+    found: dict[int, set[str]] = {layer: set() for layer in range(stack.n_layers)}
     for name in names:
         if (layer := of.layer(name)) is not None:
-            found[layer].add(of.moved(name, 0))
-    return all(found[layer] == found[1] for layer in range(2, stack.n_layers))
+            found[layer].add(of.shifted(name, -layer))
+    later = range(stack.n_first + stack.period, stack.n_layers)
+    return all(found[layer] == found[layer - stack.period] for layer in later)
 
 
 def traced_choice(choice: SiteChoice, stack: Stack) -> SiteChoice:
-    """What of `choice` is in the traced layers; the last of them stands for the stack's last."""
+    """What of `choice` is in the traced layers; the last of them stand for the stack's last."""
     names = LayerNames(stack)
 
     def is_traced(module: str) -> bool:
         layer = names.layer(module)
-        return layer is None or layer < N_TRACED
+        return layer is None or layer < stack.n_traced
 
     return SiteChoice(**{what: tuple(filter(is_traced, modules)) for what, modules in asdict(choice).items()})
 
 
 def stand_ins(small: Mapping[str, np.ndarray], stack: Stack) -> dict[str, np.ndarray]:
     """`small` with other numbers in place of those of the layers of `stack`, no two alike."""
-    names, rng = LayerNames(stack), np.random.default_rng(0)
+    names, rng = LayerNames(stack), np.random.default_rng(list(stack.path.encode()))
     return {
         name: array if names.layer(name) is None else (1 + rng.random(array.shape)).astype(array.dtype)
         for name, array in small.items()
@@ -75,30 +84,29 @@ def stand_ins(small: Mapping[str, np.ndarray], stack: Stack) -> dict[str, np.nda
 
 
 def stamped_inputs(inputs: Sequence[AdapterInput], stack: Stack) -> tuple[AdapterInput, ...]:
-    """The adapter inputs of all layers, for those of a graph of `N_TRACED`."""
+    """The adapter inputs of all layers of `stack`, for those of a graph of its traced layers."""
     names = LayerNames(stack)
 
-    def moved(entry: AdapterInput, layer: int) -> AdapterInput:
-        dims = tuple(names.moved(dim, layer) if isinstance(dim, str) else dim for dim in entry.dims)
-        module = names.moved(entry.module, layer)
-        return replace(entry, name=names.moved(entry.name, layer), module=module, dims=dims)
+    def shifted(entry: AdapterInput, by: int) -> AdapterInput:
+        dims = tuple(names.shifted(dim, by) if isinstance(dim, str) else dim for dim in entry.dims)
+        return replace(entry, name=names.shifted(entry.name, by), module=names.shifted(entry.module, by), dims=dims)
 
-    return tuple(expanded(inputs, lambda entry: names.layer(entry.name), moved, n_layers=stack.n_layers))
+    return tuple(expanded(inputs, lambda entry: names.unit(entry.name), shifted, stack=stack))
 
 
 def expanded(
-    items: Iterable[T], layer_of: Callable[[T], int | None], moved: Callable[[T, int], T], *, n_layers: int
+    items: Iterable[T], unit_of: Callable[[T], int | None], shifted: Callable[[T, int], T], *, stack: Stack
 ) -> list[T]:
-    """`items` with those of every layer: each run of the last but one is followed by its copies."""
+    """`items` with those of every layer: each run of the unit that is copied is followed by its copies."""
     found: list[T] = []
     run: list[T] = []
     for item in [*items, None]:
-        layer = None if item is None else layer_of(item)
-        if layer == COPIED:
+        unit = None if item is None else unit_of(item)
+        if unit == COPIED:
             run.append(item)
             continue
-        found += run + [moved(each, n) for n in range(COPIED + 1, n_layers - 1) for each in run if run]
+        found += run + [shifted(each, by) for by in stack.copies for each in run]
         run = []
         if item is not None:
-            found.append(moved(item, n_layers - 1) if layer == LAST else item)
+            found.append(shifted(item, stack.copies[-1]) if unit == LAST else item)
     return found

@@ -1,14 +1,17 @@
-"""Copy a layer of a finished graph, so that tracing and fusing cost the same at any depth.
+"""Copy a unit of a finished graph, so that tracing and fusing cost the same at any depth.
 
-A graph of `N_TRACED` layers becomes one of `n_layers`: the last but one is copied, the last becomes the last. Which
-nodes are a layer's is told by what they read: a node is in layer `d` if `d` is the highest layer whose parameters or
-cache it depends on. What fusions moved over a border is then in the next layer, in every layer alike.
+A graph of a stack's traced layers becomes one of all: of its four units (first layers, two periods, last layers) the
+third is copied. A period is one layer, or as many as it takes until their kinds repeat. Which nodes are a unit's is
+told by what they read: a node is in unit `d` if `d` is the highest unit whose parameters or cache it depends on. What
+fusions moved over a border is then in the next unit, in every unit alike.
 
-The two middle layers must be the same computation, node by node: equal operators and attributes, and operands that are
+The two middle units must be the same computation, node by node: equal operators and attributes, and operands that are
 
-1. the same parameter, cache, adapter input or default of either layer, or of the one before each;
-2. what the corresponding nodes of either layer, or of the one before each, give;
+1. the same parameter, cache, adapter input or default of either unit, or of the one before each;
+2. what the corresponding nodes of either unit, or of the one before each, give;
 3. the same value for both, or equal constants.
+
+A graph of several stacks is stamped stack by stack; to each, the others' layers are of none of its units.
 
 Where they are not, there is no copy to make, and the whole model is traced. While the graph is fused, norms and biases
 are bound to stand-ins, each to other numbers: what is computed of them when constants are folded differs by layer then.
@@ -23,29 +26,34 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
-from lora_export.base.layers import N_TRACED, Stack
+from lora_export.base.layers import Stack
 from lora_export.base.recipe import RECIPE, Recipe
-from lora_export.graph.layer_names import COPIED, FIRST_OF_TWO, LAST, LayerNames, expanded
+from lora_export.graph.layer_names import COPIED, FIRST, FIRST_OF_TWO, LAST, UNITS, LayerNames, expanded
+
+
+def holds(graph: ir.Graph, path: str) -> bool:
+    """Whether `graph` reads parameters of the layers at `path`."""
+    return any(name.startswith(f"{path}.") and any(value.uses()) for name, value in graph.initializers.items())
 
 
 def stamp(model: ir.Model, stack: Stack, small: Mapping[str, np.ndarray]) -> ir.Model | None:
-    """`model`, of `N_TRACED` layers, with all of `stack`'s (changed in place and returned); None if its two middle
-    layers are not the same, and it is unchanged then.
+    """`model`, of `stack`'s traced layers, with all of them (changed in place and returned); None if its two middle
+    units are not the same, and it is unchanged then.
 
     Args:
         small: The bound parameters of all layers, by path, which take the place of their stand-ins.
     """
     graph, names = model.graph, LayerNames(stack)
-    layers = _Layers(graph, names)
-    if not layers.is_a_chain() or not layers.middle_is_alike(small):
+    units = _Units(graph, names, stack.period)
+    if not units.are_a_chain() or not units.middle_is_alike(small):
         return None
     values = (graph.inputs, graph.outputs, graph.initializers.values())
-    order = [expanded([v.name for v in each], names.layer, names.moved, n_layers=stack.n_layers) for each in values]
-    copier = _Copier(graph, layers, names)
-    copier.rename_last(stack.n_layers - 1)
-    for layer in range(COPIED + 1, stack.n_layers - 1):
-        copier.copy(layer)
-    copier.connect_last(stack.n_layers - 1)
+    order = [expanded([v.name for v in each], names.unit, names.shifted, stack=stack) for each in values]
+    copier = _Copier(graph, units, names)
+    copier.shift_last(stack.copies[-1])
+    for by in stack.copies:
+        copier.copy(by)
+    copier.connect_last(stack.copies[-1])
     inputs, outputs = ({value.name: value for value in each} for each in (graph.inputs, graph.outputs))
     graph.inputs[:], graph.outputs[:] = [inputs[name] for name in order[0]], [outputs[name] for name in order[1]]
     for name in order[2]:
@@ -56,53 +64,49 @@ def stamp(model: ir.Model, stack: Stack, small: Mapping[str, np.ndarray]) -> ir.
     return model
 
 
-class _Layers:
-    """The nodes of a graph by layer, each in the graph's order; `None` for those of no layer.
+class _Units:
+    """The nodes of a graph by unit, each in the graph's order; `None` for those of none.
 
     Attributes:
-        corresponding: The values of the first of the middle layers, and what each is in the second.
+        corresponding: The values of the first of the middle units, and what each is in the second.
     """
 
-    def __init__(self, graph: ir.Graph, names: LayerNames) -> None:
-        self._graph, self._names = graph, names
+    def __init__(self, graph: ir.Graph, names: LayerNames, period: int) -> None:
+        self._names, self._period = names, period
         self.of_value: dict[ir.Value, int | None] = {}
-        self.nodes: dict[int | None, list[ir.Node]] = {layer: [] for layer in (None, *range(N_TRACED))}
+        self.nodes: dict[int | None, list[ir.Node]] = {unit: [] for unit in (None, *UNITS)}
         self._has_subgraphs = False
         for node in graph:
             self._has_subgraphs |= any(
                 attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()
             )
-            found = [self.layer(value) for value in node.inputs if value is not None]
+            found = [self.unit(value) for value in node.inputs if value is not None]
             # How large a batch or a cache is, is the same for all layers.
             of_none = node.op_type == "Shape" and node.inputs[0].producer() is None
-            layer = None if of_none else max((each for each in found if each is not None), default=None)
-            self.nodes.setdefault(layer, []).append(node)
-            self.of_value |= dict.fromkeys(node.outputs, layer)
+            unit = None if of_none else max((each for each in found if each is not None), default=None)
+            self.nodes[unit].append(node)
+            self.of_value |= dict.fromkeys(node.outputs, unit)
         self.corresponding: dict[ir.Value, ir.Value] = {}
 
-    def layer(self, value: ir.Value) -> int | None:
+    def unit(self, value: ir.Value) -> int | None:
         if value.producer() is None and value not in self.of_value:
-            self.of_value[value] = self._names.layer(value.name)
+            self.of_value[value] = self._names.unit(value.name)
         return self.of_value.get(value)
 
-    def is_a_chain(self) -> bool:
-        """Whether there are `N_TRACED` layers, and none reads of another than the one before, or the first."""
-        if (
-            self._has_subgraphs
-            or set(self.nodes) != {None, *range(N_TRACED)}
-            or not all(self.nodes[d] for d in range(N_TRACED))
-        ):
+    def are_a_chain(self) -> bool:
+        """Whether every unit has nodes, and none reads of another than the one before, or the first."""
+        if self._has_subgraphs or not all(self.nodes[unit] for unit in UNITS):
             return False
-        for layer in range(1, N_TRACED):
-            for node in self.nodes[layer]:
+        for unit in UNITS[1:]:
+            for node in self.nodes[unit]:
                 read = [value for value in node.inputs if value is not None]
-                far = [value for value in read if self.layer(value) not in (None, layer - 1, layer)]
-                if any(self.layer(value) != 0 or value.producer() is None for value in far):
+                far = [value for value in read if self.unit(value) not in (None, unit - 1, unit)]
+                if any(self.unit(value) != FIRST or value.producer() is None for value in far):
                     return False
         return True
 
     def middle_is_alike(self, small: Collection[str]) -> bool:
-        """Whether the two middle layers are the same computation; `small` are the names of bound parameters."""
+        """Whether the two middle units are the same computation; `small` are the names of bound parameters."""
         one, other = self.nodes[FIRST_OF_TWO], self.nodes[COPIED]
         if len(one) != len(other):
             return False
@@ -130,18 +134,19 @@ class _Layers:
         if x in corresponding:
             return corresponding[x] is y
         if x is y:
-            return self.layer(x) in (None, 0)
-        at, other_at = self.layer(x), self.layer(y)
+            return self.unit(x) in (None, FIRST)
+        at, other_at = self.unit(x), self.unit(y)
         if at is None and other_at is None:
             return _is_same_constant(x, y)
-        if None in (at, other_at) or (at, other_at) not in ((FIRST_OF_TWO, COPIED), (FIRST_OF_TWO - 1, FIRST_OF_TWO)):
+        if None in (at, other_at) or (at, other_at) not in ((FIRST_OF_TWO, COPIED), (FIRST, FIRST_OF_TWO)):
             return False
         if x.producer() is None and y.producer() is None:
-            shape = self._names.moved_shape(x.shape, other_at)
+            shape = self._names.shifted_shape(x.shape, self._period)
             same = shape == y.shape and x.dtype == y.dtype and x.is_graph_input() == y.is_graph_input()
             bound = x.const_value is not None and x.name not in small
-            return same and self._names.moved(x.name, other_at) == y.name and (not bound or _is_same_constant(x, y))
-        return x.producer() is not None and y.producer() is not None and at == FIRST_OF_TWO - 1
+            is_named = self._names.shifted(x.name, self._period) == y.name
+            return same and is_named and (not bound or _is_same_constant(x, y))
+        return x.producer() is not None and y.producer() is not None and at == FIRST
 
 
 def _is_same_operation(a: ir.Node, b: ir.Node) -> bool:
@@ -168,95 +173,95 @@ def _are_same_tensors(one: ir.TensorProtocol, other: ir.TensorProtocol) -> bool:
 
 
 class _Copier:
-    """Copies the last but one of a graph's layers, one after the other.
+    """Copies the second of a graph's middle units, one after the other.
 
     Attributes:
-        images: What the last but one layer's values are in the layer that was copied last.
+        images: What the values of that unit are in its last copy.
     """
 
-    def __init__(self, graph: ir.Graph, layers: _Layers, names: LayerNames) -> None:
-        self._graph, self._layers, self._names = graph, layers, names
-        self.images = {value: value for node in layers.nodes[COPIED] for value in node.outputs}
-        self._last_node = layers.nodes[COPIED][-1]
+    def __init__(self, graph: ir.Graph, units: _Units, names: LayerNames) -> None:
+        self._graph, self._units, self._names = graph, units, names
+        self.images = {value: value for node in units.nodes[COPIED] for value in node.outputs}
+        self._last_node = units.nodes[COPIED][-1]
         leaves = [*graph.inputs, *graph.initializers.values()]
-        self._leaves = {value.name: value for value in leaves if names.layer(value.name) not in (None, LAST)}
+        self._leaves = {value.name: value for value in leaves if names.unit(value.name) not in (None, LAST)}
 
-    def rename_last(self, layer: int) -> None:
-        """Let the traced last layer be layer `layer`."""
+    def shift_last(self, by: int) -> None:
+        """Let the traced last layers be those `by` above."""
         graph, names = self._graph, self._names
         for value in dict.fromkeys([*graph.inputs, *graph.outputs, *graph.initializers.values()]):
-            if names.layer(value.name) != LAST:
+            if names.unit(value.name) != LAST:
                 continue
             if value.is_initializer():
                 del graph.initializers[value.name]
             old = ir.Value(name=value.name, type=value.type, const_value=value.const_value)
             old.metadata_props.update(value.metadata_props)
-            value.name = names.moved(value.name, layer)
+            value.name = names.shifted(value.name, by)
             self._leaves[value.name] = value
-            value.shape = self._names.moved_shape(value.shape, layer)
-            if self._fill(value, old, layer):
+            value.shape = names.shifted_shape(value.shape, by)
+            if self._fill(value, old, by):
                 graph.initializers[value.name] = value
-        for node in self._layers.nodes[LAST]:
-            node.metadata_props.update({key: names.moved(text, layer) for key, text in node.metadata_props.items()})
+        for node in self._units.nodes[LAST]:
+            node.metadata_props.update({key: names.shifted(text, by) for key, text in node.metadata_props.items()})
 
-    def connect_last(self, layer: int) -> None:
-        """Let the last layer, `layer`, read what the copy before it gives, and that copy's parameters."""
-        for node in self._layers.nodes[LAST]:
+    def connect_last(self, by: int) -> None:
+        """Let the last layers read what the last copy, `by` above, gives, and its parameters."""
+        for node in self._units.nodes[LAST]:
             for index, value in enumerate(node.inputs):
                 if value is not None and value in self.images:
                     node.replace_input_with(index, self.images[value])
-                elif value is not None and value.producer() is None and self._layers.layer(value) == COPIED:
-                    node.replace_input_with(index, self._leaf(value, layer - 1))
+                elif value is not None and value.producer() is None and self._units.unit(value) == COPIED:
+                    node.replace_input_with(index, self._leaf(value, by))
 
-    def copy(self, layer: int) -> None:
-        """The last but one layer's nodes once more, as layer `layer`, which reads of the copy before it."""
+    def copy(self, by: int) -> None:
+        """The unit's nodes once more, of the layers `by` above, which read of the copy before."""
         copied: dict[ir.Value, ir.Value] = {}
         nodes = []
-        for node in self._layers.nodes[COPIED]:
-            inputs = [None if value is None else self._operand(value, copied, layer) for value in node.inputs]
-            scopes = {key: self._names.moved(text, layer) for key, text in node.metadata_props.items()}
+        for node in self._units.nodes[COPIED]:
+            inputs = [None if value is None else self._operand(value, copied, by) for value in node.inputs]
+            scopes = {key: self._names.shifted(text, by) for key, text in node.metadata_props.items()}
             copy = ir.Node(
                 node.domain, node.op_type, inputs, list(node.attributes.values()), overload=node.overload,
                 num_outputs=len(node.outputs), version=node.version, metadata_props=scopes,
             )  # fmt: skip
             for old, new in zip(node.outputs, copy.outputs, strict=True):
-                new.shape, new.type = self._names.moved_shape(old.shape, layer), old.type
+                new.shape, new.type = self._names.shifted_shape(old.shape, by), old.type
                 if old.is_graph_output():
-                    new.name = self._names.moved(old.name, layer)
+                    new.name = self._names.shifted(old.name, by)
                     self._graph.outputs.append(new)
             copied |= dict(zip(node.outputs, copy.outputs, strict=True))
             nodes.append(copy)
         self._graph.insert_after(self._last_node, nodes)
         self.images, self._last_node = copied, nodes[-1]
 
-    def _operand(self, value: ir.Value, copied: Mapping[ir.Value, ir.Value], layer: int) -> ir.Value:
+    def _operand(self, value: ir.Value, copied: Mapping[ir.Value, ir.Value], by: int) -> ir.Value:
         """What a copy reads in place of `value`."""
         if value in copied:
             return copied[value]
-        of = self._layers.layer(value)
-        if of not in (FIRST_OF_TWO, COPIED):
+        if self._units.unit(value) not in (FIRST_OF_TWO, COPIED):
             return value
         if value.producer() is None:
-            return self._leaf(value, layer - (COPIED - of))
-        return self.images[self._layers.corresponding[value]]
+            return self._leaf(value, by)
+        return self.images[self._units.corresponding[value]]
 
-    def _leaf(self, value: ir.Value, layer: int) -> ir.Value:
-        """The parameter or input of `layer` that is there what `value` is in its own; made at its first use."""
-        name = self._names.moved(value.name, layer)
+    def _leaf(self, value: ir.Value, by: int) -> ir.Value:
+        """The parameter or input that is `by` layers above what `value` is in its own; made at its first use."""
+        name = self._names.shifted(value.name, by)
         if name not in self._leaves:
-            new = ir.Value(name=name, type=value.type, shape=self._names.moved_shape(value.shape, layer))
+            new = ir.Value(name=name, type=value.type, shape=self._names.shifted_shape(value.shape, by))
             if value.is_graph_input():
                 self._graph.inputs.append(new)
-            if value.is_initializer() and self._fill(new, value, layer):
+            if value.is_initializer() and self._fill(new, value, by):
                 self._graph.initializers[name] = new
             self._leaves[name] = new
         return self._leaves[name]
 
-    def _fill(self, new: ir.Value, old: ir.Value, layer: int) -> bool:
-        """Give `new` of `layer` the recipe or the value that makes it what `old` is in its own; False for none."""
+    def _fill(self, new: ir.Value, old: ir.Value, by: int) -> bool:
+        """Give `new`, `by` layers above, the recipe or the value that makes it what `old` is in its own; False for
+        none."""
         if RECIPE in old.metadata_props:
             recipe = Recipe.from_json(old.metadata_props[RECIPE])
-            parameters = tuple(self._names.moved(parameter, layer) for parameter in recipe.parameters)
+            parameters = tuple(self._names.shifted(parameter, by) for parameter in recipe.parameters)
             new.metadata_props[RECIPE] = replace(recipe, parameters=parameters).to_json()
             return True
         if old.const_value is None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 from architectures import CATALOGUE, make_base
+from more_architectures import MORE
 from peft import LoraConfig, get_peft_model
 
-from lora_export.base.layers import Stack, alike_layers, is_deep, shortened
+from lora_export.base.layers import Stack, alike_stacks, deep_paths, shortened
 from lora_export.base.recipe import RECIPE
 from lora_export.base.tasks import Task
 from lora_export.base.weightless import build_weightless
@@ -22,21 +23,17 @@ from lora_export.graph.layer_names import LayerNames, expanded, is_uniform
 from lora_export.pipeline import ExportOptions, export
 
 N_LAYERS = 6
+# With `--whole-matrix`: of kinds that take turns, two of each and what stands before and after are more than six.
+N_MANY = 12
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 SIZES["num_hidden_layers"] = N_LAYERS
 LLAMA = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, architectures=["LlamaForCausalLM"])
-BERT = transformers.BertConfig(**SIZES, max_position_embeddings=32, architectures=["BertModel"])
-BASES = {
-    "llama": (LLAMA, "CAUSAL_LM", "all-linear", "text-generation", "cuda"),
-    "bert": (BERT, None, ["query", "value", "dense"], "feature-extraction", "cpu"),
-}
-CLASSES = {"llama": "LlamaForCausalLM", "bert": "BertModel"}
 TRACED_WHOLE = "The base's layers could not be copied from one another, so all are traced, which takes longer."
-# Layers of two kinds; one layer that is run several times; several stacks; a layer that reads what the one before the
-# last gave, which of the traced layers the first is too near to the embedding for.
-WHOLE = ("ModernBERT", "Gemma 2", "Gemma 3", "ALBERT", "CLIP", "T5", "T5 1.1", "BART", "Whisper", "GPT-NeoX")
-# Of the kinds whose projections are fused in another way; all with `pytest --whole-matrix`.
-FEW = ("GPT-2",)
+# One layer that is run several times; norms by 1 + weight, which are folded to constants of no layer.
+WHOLE = ("ALBERT", "Gemma 2", "Gemma 3")
+# Of the kinds whose projections are fused in another way, and of two stacks; all with `pytest --whole-matrix`.
+FEW = ("GPT-2", "CLIP")
+ALL = {name: entry for name, entry in (CATALOGUE | MORE).items() if entry.refused is None}
 _NUMBERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
 
 
@@ -73,18 +70,17 @@ def computed(model: ir.Model) -> list[tuple]:
     return [(value.name, of(value)) for value in model.graph.outputs]
 
 
-@pytest.mark.parametrize("name", list(BASES))
-def test_a_stamped_graph_is_the_whole_models(name, tmp_path, monkeypatch):
-    config, task_type, targets, task, provider = BASES[name]
+def test_a_graph_for_cuda_is_stamped_as_the_whole_models(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model = getattr(transformers, CLASSES[name])(config)
+    model = transformers.LlamaForCausalLM(LLAMA)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
     model.save_pretrained(tmp_path / "base")
-    options = LoraConfig(r=2, target_modules=targets, task_type=task_type, init_lora_weights=False)
+    options = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(model, options).save_pretrained(tmp_path / "adapter")
-    request = Request(str(tmp_path / "base"), ((str(tmp_path / "adapter"), "a"),), "dynamic", task, "float32", provider)
+    given = (str(tmp_path / "base"), ((str(tmp_path / "adapter"), "a"),))
+    request = Request(*given, "dynamic", "text-generation", "float32", "cuda")
     said, whole_said = require_same(request, tmp_path, monkeypatch)
     assert (said, whole_said) == ([], [TRACED_WHOLE]), "the layers are copied"
 
@@ -100,7 +96,7 @@ def require_same(request: Request, folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(graphs, "_reattached", keep)
     said, whole_said = [], []
     stamped_out = export(request, ExportOptions(folder / "stamped", use_cache=False), remark=said.append)
-    monkeypatch.setattr(graphs, "alike_layers", lambda model: None)
+    monkeypatch.setattr(graphs, "alike_stacks", lambda model: ())
     whole = export(request, ExportOptions(folder / "whole", use_cache=False), remark=whole_said.append)
     n_graphs = len(whole.graphs)
     assert len(made) == 2 * n_graphs and made[:n_graphs] == made[n_graphs:]
@@ -112,24 +108,30 @@ def require_same(request: Request, folder: Path, monkeypatch: pytest.MonkeyPatch
     return said, whole_said
 
 
-def deepened(fields: dict) -> dict:
-    """A config's `fields` with `N_LAYERS` layers."""
-    found = {name: deepened(value) if isinstance(value, dict) else value for name, value in fields.items()}
-    found |= {name: N_LAYERS for name in _NUMBERS if name in fields}
+def deepened(fields: dict, n_layers: int = N_LAYERS) -> dict:
+    """A config's `fields` with `n_layers` layers."""
+    found = {name: deepened(value, n_layers) if isinstance(value, dict) else value for name, value in fields.items()}
+    found |= {name: n_layers for name in _NUMBERS if name in fields}
     if "layer_types" in fields:
-        found["layer_types"] = list(fields["layer_types"]) * (N_LAYERS // len(fields["layer_types"]))
+        found["layer_types"] = list(fields["layer_types"]) * (n_layers // len(fields["layer_types"]))
+    if "attention_types" in fields:  # GPT-Neo's
+        found["attention_types"] = [[kinds, n_layers // len(kinds)] for kinds, _ in fields["attention_types"]]
     return found
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "architecture" in metafunc.fixturenames:
-        metafunc.parametrize("architecture", CATALOGUE if metafunc.config.getoption("--whole-matrix") else FEW)
+        whole = metafunc.config.getoption("--whole-matrix")
+        chosen = [(name, N_MANY) for name in ALL] if whole else [(name, N_LAYERS) for name in FEW]
+        metafunc.parametrize(("architecture", "n_layers"), chosen)
 
 
-def test_every_architecture_is_stamped_as_it_is_traced_or_says_that_it_is_not(architecture, tmp_path, monkeypatch):
+def test_every_architecture_is_stamped_as_it_is_traced_or_says_that_it_is_not(
+    architecture, n_layers, tmp_path, monkeypatch
+):
     """With one adapter on the architecture's usual targets; see ci/benchmarks/architectures.py."""
-    entry = CATALOGUE[architecture]
-    entry = replace(entry, fields=deepened(entry.fields))
+    entry = ALL[architecture]
+    entry = replace(entry, fields=deepened(entry.fields, n_layers))
     base = make_base(entry, tmp_path / "base")
     model = getattr(transformers, entry.auto).from_pretrained(base)
     with torch.no_grad():  # norms and biases as they start are equal, and one is kept of equal constants
@@ -144,28 +146,55 @@ def test_every_architecture_is_stamped_as_it_is_traced_or_says_that_it_is_not(ar
     assert [text for text in said if "traced" in text] == ([TRACED_WHOLE] if architecture in WHOLE else [])
 
 
-@pytest.mark.parametrize("kind", ["Gemma 2", "ModernBERT"])
-def test_layers_of_two_kinds_are_not_taken_for_alike(kind):
-    config = getattr(transformers, CATALOGUE[kind].config)(**deepened(CATALOGUE[kind].fields))
-    model = getattr(transformers, CATALOGUE[kind].auto).from_config(config)
-    assert alike_layers(model) is None and is_deep(model)
+# Windows in every layer but each sixth, second or third; in half of them; the first ones dense; stacks of other depths.
+SIXTH = {"layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 4 + ["sliding_attention"] * 2}
+STACKS = {
+    "Gemma 3": (26, SIXTH, [Stack("model.layers", 26, 1, 6)], [1 + 2 * 6 + 1]),
+    "Gemma 2": (12, {}, [Stack("model.layers", 12, 1, 2)], [1 + 2 * 2 + 1]),
+    "ModernBERT": (22, {}, [Stack("model.layers", 22, 1, 3)], [1 + 2 * 3 + 3]),
+    "DeepSeek V3": (9, {"first_k_dense_replace": 3}, [Stack("model.layers", 9, 3)], [3 + 2 + 1]),
+    "Qwen2-MoE": (9, {"decoder_sparse_step": 2}, [Stack("model.layers", 9, 1, 2)], [1 + 2 * 2 + 2]),
+    "T5": (6, {"num_decoder_layers": 8}, [Stack("encoder.block", 6), Stack("decoder.block", 8)], [4, 4]),
+    "BART": (5, {"encoder_layers": 3}, [Stack("model.decoder.layers", 5)], [4]),
+    "CLIP": (6, {}, [Stack("text_model.encoder.layers", 6), Stack("vision_model.encoder.layers", 6)], [4, 4]),
+    "GPT-Neo": (
+        8,
+        {"attention_types": [[["global"] * 4 + ["local"] * 4, 1]]},
+        [Stack("transformer.h", 8, 4)],
+        [4 + 2 + 1],
+    ),
+    "SegFormer": (6, {}, [], []),
+    "DPT": (12, {"backbone_out_indices": [2, 5, 8, 11]}, [], []),
+}
 
 
-def test_layers_that_differ_are_not_alike():
-    other = transformers.Gemma3TextConfig(
-        **SIZES, num_key_value_heads=2, head_dim=8, architectures=["Gemma3ForCausalLM"], sliding_window=4
-    )
-    assert alike_layers(build_weightless(Task.TEXT_GENERATION, other, "float32")) is None, "windows in some layers"
+@pytest.mark.parametrize("kind", list(STACKS))
+def test_layers_that_repeat_are_found_as_stacks(kind):
+    n_layers, fields, expected, n_traced = STACKS[kind]
+    entry = ALL[kind]
+    config = getattr(transformers, entry.config)(**deepened(entry.fields, n_layers) | fields)
+    model = getattr(transformers, entry.auto).from_config(config)
+    found = alike_stacks(model)
+    assert list(found) == expected and [stack.n_traced for stack in found] == n_traced
+    before = model.config.to_dict()
+    with shortened(model, found):
+        assert [len(model.get_submodule(stack.path)) for stack in found] == n_traced
+    assert [len(model.get_submodule(stack.path)) for stack in found] == [stack.n_layers for stack in found]
+    assert model.config.to_dict() == before
+
+
+def test_layers_that_are_few_are_not_copied():
     few = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 4}, num_key_value_heads=2)
-    assert alike_layers(build_weightless(Task.TEXT_GENERATION, few, "float32")) is None, "nothing to gain"
+    model = build_weightless(Task.TEXT_GENERATION, few, "float32")
+    assert (alike_stacks(model), deep_paths(model)) == ((), ())
 
 
 def test_a_shortened_model_is_itself_again():
     model = build_weightless(Task.TEXT_GENERATION, LLAMA, "float32")
-    stack = alike_layers(model)
-    assert stack == Stack("model.layers", N_LAYERS)
+    stacks = alike_stacks(model)
+    assert stacks == (Stack("model.layers", N_LAYERS),) and deep_paths(model) == ("model.layers",)
     before = list(model.state_dict())
-    with pytest.raises(RuntimeError, match="on purpose"), shortened(model, stack):
+    with pytest.raises(RuntimeError, match="on purpose"), shortened(model, stacks):
         assert len(model.model.layers) == model.config.num_hidden_layers == 4
         raise RuntimeError("on purpose")
     assert list(model.state_dict()) == before and model.config.num_hidden_layers == N_LAYERS
@@ -176,15 +205,25 @@ def test_names_of_layers():
     assert names.layer("model.layers.12.mlp.up_proj.weight") == 12
     assert names.layer("past_key_values.3.key") == 3 and names.layer("present.3.value") == 3
     assert names.layer("model.norm.weight") is None and names.layer("other.model.layers.1.x") is None
-    assert names.moved("model.layers.2.q+model.layers.2.k", 17) == "model.layers.17.q+model.layers.17.k"
-    assert names.moved("['model.layers', 'model.layers.2']", 5) == "['model.layers', 'model.layers.5']"
+    assert names.shifted("model.layers.2.q+model.layers.2.k", 15) == "model.layers.17.q+model.layers.17.k"
+    assert names.shifted("['model.layers', 'model.layers.2']", 3) == "['model.layers', 'model.layers.5']"
 
 
-def test_the_names_of_all_layers_are_in_order():
-    stack, names = Stack("h", 6), LayerNames(Stack("h", 6))
-    given = ["ids", "h.0.k", "h.0.v", "h.1.k", "h.1.v", "h.2.k", "h.2.v", "h.3.k", "h.3.v", "norm"]
-    found = expanded(given, names.layer, names.moved, n_layers=stack.n_layers)
-    assert found == ["ids", *(f"h.{layer}.{part}" for layer in range(6) for part in "kv"), "norm"]
+def test_layers_are_units_by_their_period():
+    names = LayerNames(Stack("h", 17, n_first=2, period=3))
+    assert [names.unit(f"h.{layer}.q") for layer in range(11)] == [0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert names.unit("norm") is None
+
+
+@pytest.mark.parametrize(
+    ("stack", "n_given"), [(Stack("h", 6), 4), (Stack("h", 11, 1, 3), 8), (Stack("h", 17, 2, 3), 11)]
+)
+def test_the_names_of_all_layers_are_in_order(stack, n_given):
+    names = LayerNames(stack)
+    assert stack.n_traced == n_given
+    given = ["ids", *(f"h.{layer}.{part}" for layer in range(n_given) for part in "kv"), "norm"]
+    found = expanded(given, names.unit, names.shifted, stack=stack)
+    assert found == ["ids", *(f"h.{layer}.{part}" for layer in range(stack.n_layers) for part in "kv"), "norm"]
 
 
 def test_targets_must_be_those_of_every_layer_but_the_first():
@@ -192,3 +231,5 @@ def test_targets_must_be_those_of_every_layer_but_the_first():
     every = [f"h.{layer}.q" for layer in range(6)]
     assert is_uniform(every, stack) and is_uniform(every[1:], stack) and is_uniform(["head"], stack)
     assert not is_uniform(every[:-1], stack) and not is_uniform(["h.4.q"], stack)
+    every_second = [f"h.{layer}.q" for layer in range(1, 12, 2)]
+    assert is_uniform(every_second, Stack("h", 12, 1, 2)) and not is_uniform(every_second, Stack("h", 12))
