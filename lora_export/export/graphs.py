@@ -25,9 +25,10 @@ from lora_export.export.tied import untied_modules
 from lora_export.export.weights import digest
 from lora_export.graph.adapter_inputs import add_adapter_inputs, attach_defaults, present_in
 from lora_export.graph.cache import cache_key, cached_graph, kept_graph
+from lora_export.graph.derived import Derived, fold_derived
 from lora_export.graph.fuse import fuse
 from lora_export.graph.head import keep_last_logits
-from lora_export.graph.layer_names import is_uniform, stamped_inputs, stand_ins, traced_choice
+from lora_export.graph.layer_names import derived_of_all, is_uniform, stamped_inputs, stand_ins, traced_choice
 from lora_export.graph.runnable import refuse_bfloat16
 from lora_export.graph.sentence import add_sentence_embedding
 from lora_export.graph.sites import find_sites, refuse_unlinked, sites_in
@@ -158,7 +159,7 @@ def _build(plan: Plan, resolved: Resolved, facts: _Facts, *, use_cache: bool, re
     while stacks and made is None:
         made, stacks = _stamped(plan, resolved, facts, stacks=stacks, use_cache=use_cache)
     if made is None:
-        made = _trace_and_fuse(plan, resolved, facts, use_cache=use_cache)
+        made = _trace_and_fuse(plan, resolved, facts, use_cache=use_cache)[:2]
     traced = set(deep_paths(resolved.model)).difference(stack.path for stack in stacks)
     if repeats_one(resolved.model) or any(holds(made[0].graph, path) for path in traced):
         remark("The base's layers could not be copied from one another, so all are traced, which takes longer.")
@@ -174,13 +175,13 @@ def _stamped(
         few = replace(few, choice=traced_choice(few.choice, stack), small=stand_ins(few.small, stack))
     try:
         with shortened(resolved.model, stacks):
-            model, inputs = _trace_and_fuse(plan, resolved, few, use_cache=use_cache)
+            model, inputs, derived = _trace_and_fuse(plan, resolved, few, use_cache=use_cache)
     except InputRefused:  # what the whole model's trace says of it, if that fails as well, is the truth
         return None, []
     for at, stack in enumerate(stacks):
         if not holds(model.graph, stack.path):
             continue
-        if stamp(model, stack, facts.small) is None:
+        if stamp(model, stack, facts.small | derived_of_all(derived, facts.small, stack)) is None:
             return None, [*stacks[:at], *stack.wider(), *stacks[at + 1 :]]
         inputs = stamped_inputs(inputs, stack)
     return (model, inputs), stacks
@@ -206,8 +207,8 @@ def _with_embedding(plan: Plan, model: ir.Model) -> ir.Model:
 
 def _trace_and_fuse(
     plan: Plan, resolved: Resolved, facts: _Facts, *, use_cache: bool
-) -> tuple[ir.Model, tuple[AdapterInput, ...]]:
-    """Trace, untie, bind what is small, give adapter inputs, fuse."""
+) -> tuple[ir.Model, tuple[AdapterInput, ...], tuple[Derived, ...]]:
+    """Trace, untie, bind what is small, give adapter inputs, fuse. The graph, its inputs, and its derived constants."""
     key = cache_key(facts.traced_from | {"step": "trace"})
     with _refused(plan, "trace", "its trace"):
         options = {"named": plan.checkpoint.tokenizer_inputs, "attention_operator": _has_attention_operator(plan)}
@@ -220,6 +221,7 @@ def _trace_and_fuse(
         else:
             rename_weight(model, f"{module}.weight", other_name)
     bind_small(model, facts.small)
+    derived = fold_derived(model, facts.small)
     choice = facts.choice if is_only_graph else present_in(model.graph, facts.choice)
     model, inputs = add_adapter_inputs(model, choice)
     with _refused(plan, "fuse", f"its fusions for {plan.request.provider}"):
@@ -234,7 +236,7 @@ def _trace_and_fuse(
     if plan.task is Task.TEXT_GENERATION:
         model = keep_last_logits(model)
     refuse_bfloat16(model, plan.request.provider)
-    return model, inputs
+    return model, inputs, derived
 
 
 def _may_pack(how: Quantization | None, recipe: Recipe) -> bool:

@@ -32,6 +32,7 @@
     matching.py              which of the base's weights the given graph's are
     unpacking.py             a given graph's packed projections, taken apart
     runnable.py              whether a provider can run a graph
+    derived.py               what is made of a norm's weight, by its name
     layer_names.py           which layer a name is of
     stamp.py                 one layer of a finished graph, copied
     cache.py                 finished graphs, kept on disk

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from lora_export.base.layers import Stack
 from lora_export.contract import AdapterInput, SiteChoice
+from lora_export.graph.derived import Derived
 
 T = TypeVar("T")
 UNITS = FIRST, FIRST_OF_TWO, COPIED, LAST = range(4)
@@ -81,6 +82,18 @@ def stand_ins(small: Mapping[str, np.ndarray], stack: Stack) -> dict[str, np.nda
         name: array if names.layer(name) is None else (1 + rng.random(array.shape)).astype(array.dtype)
         for name, array in small.items()
     }
+
+
+def derived_of_all(derived: Iterable[Derived], small: Mapping[str, np.ndarray], stack: Stack) -> dict[str, np.ndarray]:
+    """The constants of all layers of `stack` that are made as those of the traced ones are, of their own parameters."""
+    names, found = LayerNames(stack), {}
+    for each in derived:
+        layer = names.layer(each.parameter)
+        for by in () if layer is None else range(-layer, stack.n_layers - layer):
+            parameter = names.shifted(each.parameter, by)
+            if parameter in small:
+                found[names.shifted(each.name, by)] = each.of(small[parameter])
+    return found
 
 
 def stamped_inputs(inputs: Sequence[AdapterInput], stack: Stack) -> tuple[AdapterInput, ...]:
