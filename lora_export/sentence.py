@@ -1,6 +1,7 @@
 """How the states of a text's tokens become one embedding, as sentence-transformers names it.
 
-With `h` `[tokens, size]` the last hidden states, `m` `[tokens]` the attention mask and `i` a token's place from 1 on:
+With `h` `[tokens, size]` the last hidden states, `m` `[tokens]` the attention mask and `i` a token's place, which is 1
+for the first of the mask (release 6 of sentence-transformers; earlier ones count padding before it):
 
     cls                   h at the first token of the mask
     lasttoken             h at the last token of the mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -162,6 +163,16 @@ def test_adapters_of_different_embeddings_are_refused_before_any_work(merged, se
         make_plan(Request(str(bases["bert"]), (), "merge", task="fill-mask", pooling="mean"))
     plain = make_plan(Request(str(served[0]), (), "merge", task="feature-extraction"))
     assert plain.head is None and "--pooling auto" in plain.remarks[0]
+
+
+def test_what_a_host_must_do_to_a_text_is_said(bases, tmp_path):
+    root = write_head(tmp_path / "base", place="0_Transformer")
+    shutil.copytree(bases["bert"], root / "0_Transformer")
+    (root / "0_Transformer" / "sentence_bert_config.json").write_text('{"max_seq_length": 64, "do_lower_case": true}')
+    prompts = {"prompts": {"query": "query: ", "passage": "passage: "}, "default_prompt_name": "query"}
+    (root / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    said = " ".join(make_plan(Request(str(root), (), "merge", pooling="auto")).remarks)
+    assert "lower case" in said and "cut to 64 tokens" in said and "begin with the prompt 'query: '" in said
 
 
 def test_the_option_is_the_command_lines(merged, bases, tmp_path):

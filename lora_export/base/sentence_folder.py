@@ -23,7 +23,9 @@ from lora_export.sentence import Activation, Dense, Pooling, SentenceEmbedding
 
 MODULES = "modules.json"
 _PACKAGE = "sentence_transformers."
-_TRANSFORMER, _POOLING, _DENSE, _NORMALIZE = "Transformer", "Pooling", "Dense", "Normalize"
+_TRANSFORMER, _POOLING, _DENSE, _NORMALIZE, _DROPOUT = "Transformer", "Pooling", "Dense", "Normalize", "Dropout"
+# What a module reads and writes, where its config does not say so.
+_EMBEDDING = "sentence_embedding"
 # In the order in which sentence-transformers puts them one behind the other.
 _FLAGS = {
     "pooling_mode_cls_token": Pooling.CLS,
@@ -33,6 +35,8 @@ _FLAGS = {
     "pooling_mode_weightedmean_tokens": Pooling.WEIGHTED_MEAN,
     "pooling_mode_lasttoken": Pooling.LAST_TOKEN,
 }
+# Where a Transformer's settings are, today and in older releases.
+_SETTINGS = ("sentence_bert_config.json", "sentence_*_config.json")
 _INSTEAD = "name the pooling with --pooling, such as --pooling mean, or leave it to the host with --pooling none"
 
 
@@ -111,11 +115,15 @@ def read_head(root: Path, source: str | None) -> SentenceHead:
     if kinds[:2] != [_TRANSFORMER, _POOLING]:
         _refuse("A module of the sentence-transformers folder cannot be part of the graph", root / MODULES,
                 expected="Transformer, Pooling, and any of Dense and Normalize", found=", ".join(kinds))  # fmt: skip
+    _require_last_states(root)
     pooling, files = _pooling(root / modules[1]["path"]), [root / MODULES, root / modules[1]["path"] / "config.json"]
     layers: list[Dense | None] = []
     for module, kind in zip(modules[2:], kinds[2:], strict=True):
         if kind == _NORMALIZE:
+            files += _plain_config(root / module["path"], "Normalize")
             layers.append(None)
+        elif kind == _DROPOUT:
+            continue  # in training only
         elif kind == _DENSE:
             place = root / module["path"]
             layers.append(_dense(place))
@@ -155,6 +163,24 @@ def _modules(root: Path) -> list[Mapping]:
     return modules
 
 
+def transformer_settings(root: Path) -> dict:
+    """What a sentence-transformers folder says of its Transformer beside the model's own config."""
+    places = dict.fromkeys((transformer_in(root), root))
+    files = [path for place in places for name in _SETTINGS for path in sorted(place.glob(name))]
+    return read_json(files[0]) if files else {}
+
+
+def _require_last_states(root: Path) -> None:
+    """Refuse a Transformer whose Pooling gets something else than the model's last hidden states."""
+    modalities = transformer_settings(root).get("modality_config")
+    text = modalities.get("text") if isinstance(modalities, dict) else None
+    plain = {"method": "forward", "method_output_name": "last_hidden_state"}
+    found = text if isinstance(text, dict) else plain
+    if any(found.get(name, wanted) != wanted for name, wanted in plain.items()):
+        _refuse("What the Transformer gives to its Pooling cannot be part of the graph", f"{root}: modality_config",
+                expected=repr(plain), found=repr(found)[:200])  # fmt: skip
+
+
 def _pooling(place: Path) -> tuple[Pooling, ...]:
     """The ways to pool that the config of a Pooling names."""
     fields, file = read_json(place / "config.json"), place / "config.json"
@@ -169,26 +195,35 @@ def _pooling(place: Path) -> tuple[Pooling, ...]:
         named = fields["pooling_mode"]
         names = [named] if isinstance(named, str) else named
     else:
-        if "pooling_mode_mean_tokens" not in fields:  # its default is another in another release
-            _refuse("The config does not say whether states are averaged", f"{file}: pooling_mode_mean_tokens",
-                    expected="true or false", found="nothing")  # fmt: skip
         names = [way for flag, way in _FLAGS.items() if fields.get(flag)]
         unknown = sorted(name for name in fields if name.startswith("pooling_mode_") and name not in _FLAGS)
         names += [name for name in unknown if fields[name]]
+        if names and "pooling_mode_mean_tokens" not in fields:  # true in releases before 6
+            _refuse("The config does not say whether states are averaged", f"{file}: pooling_mode_mean_tokens",
+                    expected="true or false", found="nothing")  # fmt: skip
+        names = names or [Pooling.MEAN]
     known = isinstance(names, list) and names and all(name in tuple(Pooling) for name in names)
     if not known:
         _refuse("The way to pool cannot be part of the graph", file, expected=", ".join(Pooling), found=repr(names))
     return tuple(map(Pooling, names))
 
 
+def _plain_config(place: Path, kind: str) -> list[Path]:
+    """The config of a module, if it has one; refused where it works on something else than the embedding."""
+    config = place / "config.json"
+    fields = read_json(config) if config.is_file() else {}
+    plain_values = {"module_input_name": _EMBEDDING, "module_output_name": _EMBEDDING, "use_residual": False}
+    for name, plain in plain_values.items():
+        if fields.get(name) not in (None, plain):
+            _refuse(f"A {kind} of this kind cannot be part of the graph", f"{config}: {name}", expected=repr(plain),
+                    found=repr(fields[name]))  # fmt: skip
+    return [config] if config.is_file() else []
+
+
 def _dense(place: Path) -> Dense:
     """A linear layer, its weights looked at."""
     fields, config = read_json(place / "config.json"), place / "config.json"
-    for name, plain in (("module_input_name", "sentence_embedding"), ("module_output_name", "sentence_embedding"),
-                        ("use_residual", False)):  # fmt: skip
-        if fields.get(name) not in (None, plain):
-            _refuse("A Dense of this kind cannot be part of the graph", f"{config}: {name}", expected=repr(plain),
-                    found=repr(fields[name]))  # fmt: skip
+    _plain_config(place, "Dense")
     named = str(fields.get("activation_function", "torch.nn.modules.activation.Tanh"))
     activation = named.rpartition(".")[2]
     if not named.startswith("torch.nn.") or activation not in tuple(Activation):

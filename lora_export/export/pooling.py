@@ -10,13 +10,13 @@ from pathlib import Path
 
 from lora_export.adapters.folder import AdapterFolder
 from lora_export.base.checkpoint import Checkpoint
-from lora_export.base.sentence_folder import SentenceHead, equal_heads, read_head, sentence_root
+from lora_export.base.sentence_folder import SentenceHead, equal_heads, read_head, sentence_root, transformer_settings
 from lora_export.base.tasks import Task
 from lora_export.errors import InputRefused, UsageProblem
-from lora_export.reading import read_json
+from lora_export.reading import read_json_if_there
 from lora_export.sentence import AUTO, NONE, Pooling, SentenceEmbedding
 
-_SETTINGS = "sentence_bert_config.json"
+_PROMPTS = "config_sentence_transformers.json"
 
 
 def task_for(task: str | None, pooling: str | None) -> str | None:
@@ -85,10 +85,17 @@ def _of_folder(root: Path, base: Path | None, own: dict[str, Path]) -> SentenceH
 
 
 def _settings(head: SentenceHead) -> tuple[str, ...]:
-    """What a host must do to a text before its tokenizer."""
-    places = [head.root / _SETTINGS, *(path / _SETTINGS for path in head.root.iterdir() if path.is_dir())]
-    lowers = any(read_json(place).get("do_lower_case") is True for place in places if place.is_file())
-    return ("its texts are made lower case before the tokenizer gets them, which hosts must do",) if lowers else ()
+    """What a host must do to a text before the graph gets its tokens."""
+    settings, prompts = transformer_settings(head.root), read_json_if_there(head.root / _PROMPTS)
+    named, found = prompts.get("default_prompt_name"), []
+    if settings.get("do_lower_case") is True:
+        found.append("its texts are made lower case before the tokenizer gets them, which hosts must do")
+    if isinstance(settings.get("max_seq_length"), int):
+        found.append(f"its texts are cut to {settings['max_seq_length']} tokens, which hosts must do")
+    by_name = prompts.get("prompts")
+    if isinstance(named, str) and isinstance(by_name, dict) and by_name.get(named):
+        found.append(f"its texts begin with the prompt {by_name[named]!r}, which hosts must put before them")
+    return tuple(found)
 
 
 def pooling_again(embedding: SentenceEmbedding | None, base: Path, adapters: Mapping[str, Path]) -> str | None:

@@ -16,6 +16,8 @@ from lora_export.graph.tape import Tape
 from lora_export.sentence import SENTENCE_EMBEDDING, Activation, Dense, Pooling, SentenceEmbedding
 
 _STATES, _MASK = "last_hidden_state", "attention_mask"
+# From this opset on, the axes of every `Reduce…` are an input; before, those of `ReduceSum` alone.
+_AXES_AS_INPUT = 18
 _F32, _I64 = ir.DataType.FLOAT, ir.DataType.INT64
 # As sentence-transformers and PyTorch have them.
 _LEAST_SUM, _LEAST_LENGTH = 1e-9, 1e-12
@@ -30,9 +32,17 @@ def add_sentence_embedding(
         weights: `weight` `[out, in]` and `bias` `[out]` of each linear layer, in order.
 
     Raises:
-        InputRefused: The graph gives no hidden states, takes no mask, or a layer is of another size.
+        InputRefused: The graph gives no hidden states, takes no mask, gives an embedding already, or a layer is of
+            another size.
     """
     graph = model.graph
+    if any(value.name == SENTENCE_EMBEDDING for value in graph.outputs):
+        raise InputRefused(
+            f"The graph gives a {SENTENCE_EMBEDDING} of its own",
+            where="--pooling",
+            expected="a graph that gives hidden states alone",
+            next_step="leave --pooling out",
+        )
     states = next((value for value in graph.outputs if value.name == _STATES), None)
     mask = next((value for value in graph.inputs if value.name == _MASK), None)
     if states is None or mask is None:
@@ -43,7 +53,7 @@ def add_sentence_embedding(
             found=", ".join(value.name for value in (*graph.inputs, *graph.outputs))[:300],
             next_step="leave --pooling out",
         )
-    pool = _Pool(Tape(graph, None), states, mask)
+    pool = _Pool(Tape(graph, None), states, mask, opset=model.opset_imports.get("", _AXES_AS_INPUT))
     parts = [pool.by(way) for way in embedding.pooling]
     vector = parts[0] if len(parts) == 1 else pool.together(parts)
     linear = iter(weights)
@@ -61,8 +71,8 @@ def add_sentence_embedding(
 class _Pool:
     """The nodes of a pooling, at the graph's end."""
 
-    def __init__(self, tape: Tape, states: ir.Value, mask: ir.Value) -> None:
-        self._tape, self._mask = tape, mask
+    def __init__(self, tape: Tape, states: ir.Value, mask: ir.Value, *, opset: int) -> None:
+        self._tape, self._mask, self._opset = tape, mask, opset
         self._batch, self._tokens, self._size = states.shape[0], states.shape[1], states.shape[2]
         self._states = self.cast(states, _F32)
         self._real = self.cast(mask, _F32)
@@ -100,17 +110,19 @@ class _Pool:
         return self.op("Max", [total, self._number(_LEAST_SUM)], [self._batch, 1])
 
     def _places(self) -> ir.Value:
-        """1, 2, 3 … for the tokens of a row, padding counted."""
+        """`[batch, tokens]`: 1, 2, 3 … from the first token of a row's mask on."""
         size = self.op("Shape", [self._mask], [1], _I64, start=1, end=2)
         end = self.op("Add", [self.op("Squeeze", [size], [], _I64), self._tape.scalar(1)], [], _I64)
-        return self.op("Range", [self._tape.scalar(1), end, self._tape.scalar(1)], [self._tokens], _I64)
+        places = self.op("Range", [self._tape.scalar(1), end, self._tape.scalar(1)], [self._tokens], _I64)
+        first = self.op("ArgMax", [self._real], [self._batch, 1], _I64, axis=1, keepdims=1)
+        return self.op("Sub", [places, first], self._mask.shape, _I64)
 
     def _largest(self) -> ir.Value:
         real = self.cast(self._mask, ir.DataType.BOOL)
         is_real = self.op("Unsqueeze", [real, self._tape.ints([2])], [self._batch, self._tokens, 1], ir.DataType.BOOL)
         lowest = self._number(np.finfo(np.float32).min)
         kept = self.op("Where", [is_real, self._states, lowest], [self._batch, self._tokens, self._size])
-        found = self.op("ReduceMax", [kept, self._tape.ints([1])], [self._batch, self._size], keepdims=0)
+        found = self._reduced("ReduceMax", kept, [self._batch, self._size], keepdims=0)
         return self._unless_empty(found)
 
     def _of_one(self, *, last: bool) -> ir.Value:
@@ -121,16 +133,17 @@ class _Pool:
 
     def _unless_empty(self, vector: ir.Value) -> ir.Value:
         """Zeros for a row without a token."""
-        has_any = self.op("ReduceMax", [self._real, self._tape.ints([1])], [self._batch, 1], keepdims=1)
+        has_any = self._reduced("ReduceMax", self._real, [self._batch, 1], keepdims=1)
         return self.op("Mul", [vector, has_any], vector.shape)
 
     def together(self, parts: list[ir.Value]) -> ir.Value:
         """One vector of several."""
-        return self.op("Concat", parts, [self._batch, len(parts) * self._size], axis=-1)
+        size = len(parts) * self._size if isinstance(self._size, int) else None
+        return self.op("Concat", parts, [self._batch, size], axis=-1)
 
     def dense(self, vector: ir.Value, layer: Dense, weights: Mapping[str, np.ndarray]) -> ir.Value:
         """`activation(W x + b)`."""
-        if vector.shape[-1] != layer.in_features:
+        if isinstance(vector.shape[-1], int) and vector.shape[-1] != layer.in_features:
             raise InputRefused(
                 "A Dense does not take what is pooled",
                 where=layer.sha256,
@@ -150,9 +163,15 @@ class _Pool:
 
     def normalized(self, vector: ir.Value) -> ir.Value:
         """Of length 1; zeros stay."""
-        length = self.op("ReduceL2", [vector, self._tape.ints([1])], [self._batch, 1], keepdims=1)
+        length = self._reduced("ReduceL2", vector, [self._batch, 1], keepdims=1)
         length = self.op("Max", [length, self._number(_LEAST_LENGTH)], [self._batch, 1])
         return self.op("Div", [vector, length], vector.shape)
+
+    def _reduced(self, name: str, value: ir.Value, shape: list, *, keepdims: int) -> ir.Value:
+        """`value` reduced over its second axis."""
+        if self._opset < _AXES_AS_INPUT:
+            return self.op(name, [value], shape, axes=[1], keepdims=keepdims)
+        return self.op(name, [value, self._tape.ints([1])], shape, keepdims=keepdims)
 
     def _number(self, value: float) -> ir.Value:
         return self._tape.constant(np.array(value, np.float32))

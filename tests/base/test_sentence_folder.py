@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lora_export.base.sentence_folder import read_head, sentence_root, transformer_in
+from lora_export.base.sentence_folder import read_head, sentence_root, transformer_in, transformer_settings
 from lora_export.errors import InputRefused
 from lora_export.sentence import Activation, Pooling
 
@@ -94,6 +94,39 @@ def test_a_model_below_its_folder_is_found_from_either_side(tmp_path):
     assert sentence_root(below) == tmp_path and sentence_root(tmp_path / "1_Pooling") is None
 
 
+@pytest.mark.parametrize("pooling", [{}, FLAGS | {"pooling_mode_mean_tokens": False}])
+def test_states_are_averaged_where_no_way_is_named(pooling, tmp_path):
+    """As release 6 does; earlier ones do where no flag is there, and fail where all are false."""
+    root = write_head(tmp_path, pooling={"word_embedding_dimension": 8} | pooling)
+    assert read_head(root, "").embedding.pooling == (Pooling.MEAN,)
+
+
+def test_dropout_does_nothing_and_settings_of_older_releases_are_read(tmp_path):
+    root = write_head(tmp_path, "sentence_transformers.models.Dropout", "Normalize")
+    (root / "sentence_roberta_config.json").write_text('{"max_seq_length": 128}')
+    assert read_head(root, "").embedding.layers == (None,) and transformer_settings(root) == {"max_seq_length": 128}
+
+
+@pytest.mark.parametrize(
+    ("place", "fields", "named"),
+    [
+        ("2_Normalize/config.json", {"module_input_name": "token_embeddings"}, "A Normalize of this kind"),
+        (
+            "sentence_bert_config.json",
+            {"modality_config": {"text": {"method": "get_text_features"}}},
+            "get_text_features",
+        ),
+    ],
+)
+def test_what_works_on_something_else_is_refused(place, fields, named, tmp_path):
+    root = write_head(tmp_path, "Normalize")
+    assert read_head(root, "").embedding.layers == (None,)
+    (root / place).parent.mkdir(exist_ok=True)
+    (root / place).write_text(json.dumps(fields))
+    with pytest.raises(InputRefused, match=named):
+        read_head(root, "")
+
+
 REFUSED = {
     "another module": (("sentence_transformers.models.LSTM",), {}, {}, "LSTM"),
     "layer norm": (("sentence_transformers.models.LayerNorm",), {}, {}, "LayerNorm"),
@@ -101,10 +134,10 @@ REFUSED = {
     "a prompt left out": ((), {**FLAGS, "include_prompt": False}, {}, "include_prompt"),
     "an unknown way": ((), {"pooling_mode": "attention"}, {}, "attention"),
     "an unknown flag": ((), {**FLAGS, "pooling_mode_attention": True}, {}, "pooling_mode_attention"),
-    "no way at all": ((), {**FLAGS, "pooling_mode_mean_tokens": False}, {}, "[]"),
     "a default that changed": ((), {"pooling_mode_cls_token": True}, {}, "pooling_mode_mean_tokens"),
     "an unknown activation": (("Dense",), None, {"activation_function": "torch.nn.modules.activation.SiLU"}, "SiLU"),
     "foreign code": (("Dense",), None, {"activation_function": "mine.Tanh"}, "mine.Tanh"),
+    "no ways": ((), {"pooling_mode": []}, {}, "[]"),
     "of tokens": (("Dense",), None, {"module_input_name": "token_embeddings"}, "token_embeddings"),
     "a residual": (("Dense",), None, {"use_residual": True}, "use_residual"),
     "another size": (("Dense",), None, {"in_features": 9}, "The weights of a Dense are not what its config says"),

@@ -18,19 +18,19 @@ MASK = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0], [0,
 STATES = np.random.default_rng(3).standard_normal((*MASK.shape, SIZE)).astype(np.float32) - 0.7
 
 
-def states_graph(dtype=ir.DataType.FLOAT) -> ir.Model:
+def states_graph(dtype=ir.DataType.FLOAT, opset=18) -> ir.Model:
     """A graph that gives the states it is given."""
     states = ir.Value(name="states", shape=ir.Shape(["b", "s", SIZE]), type=ir.TensorType(dtype))
     mask = ir.Value(name="attention_mask", shape=ir.Shape(["b", "s"]), type=ir.TensorType(ir.DataType.INT64))
     node = ir.node("Identity", [states])
     (out,) = node.outputs
     out.name, out.shape, out.dtype = "last_hidden_state", ir.Shape(["b", "s", SIZE]), dtype
-    graph = ir.Graph([states, mask], [out], nodes=[node], opset_imports={"": 18}, name="g")
+    graph = ir.Graph([states, mask], [out], nodes=[node], opset_imports={"": opset}, name="g")
     return ir.Model(graph, ir_version=10)
 
 
-def embedded(embedding, weights=(), *, states=STATES, dtype=ir.DataType.FLOAT) -> np.ndarray:
-    model = add_sentence_embedding(states_graph(dtype), embedding, weights)
+def embedded(embedding, weights=(), *, states=STATES, dtype=ir.DataType.FLOAT, opset=18) -> np.ndarray:
+    model = add_sentence_embedding(states_graph(dtype, opset), embedding, weights)
     session = ort.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
     return session.run(["sentence_embedding"], {"states": states, "attention_mask": MASK})[0]
 
@@ -43,7 +43,8 @@ def by_loops(way: Pooling, states: np.ndarray, mask: np.ndarray) -> list[float]:
     found = []
     for axis in range(SIZE):
         column = [float(rows[place, axis]) for place in places]
-        weighted = sum((place + 1) * rows[place, axis] for place in places) / sum(place + 1 for place in places)
+        weights = [place - places[0] + 1 for place in places]
+        weighted = sum(w * rows[place, axis] for w, place in zip(weights, places, strict=True)) / sum(weights)
         found.append(
             {
                 "cls": column[0], "lasttoken": column[-1], "max": max(column), "mean": sum(column) / len(column),
@@ -53,10 +54,13 @@ def by_loops(way: Pooling, states: np.ndarray, mask: np.ndarray) -> list[float]:
     return found
 
 
+@pytest.mark.parametrize("opset", [15, 18])
 @pytest.mark.parametrize("way", Pooling)
-def test_each_way_is_what_loops_compute(way):
-    expected = [by_loops(way, *row) for row in zip(STATES, MASK, strict=True)]
-    np.testing.assert_allclose(embedded(SentenceEmbedding((way,))), expected, atol=1e-6)
+def test_each_way_is_what_loops_compute(way, opset):
+    expected = np.array([by_loops(way, *row) for row in zip(STATES, MASK, strict=True)])
+    np.testing.assert_allclose(embedded(SentenceEmbedding((way,)), opset=opset), expected, atol=1e-6)
+    expected /= np.maximum(np.linalg.norm(expected, axis=1, keepdims=True), 1e-12)
+    np.testing.assert_allclose(embedded(SentenceEmbedding((way,), (None,)), opset=opset), expected, atol=1e-6)
 
 
 def test_several_ways_stand_one_behind_the_other_and_layers_follow_in_order():
@@ -91,6 +95,9 @@ def test_a_layer_of_another_size_and_a_graph_without_states_are_refused():
     model.graph.outputs[0].name = "logits"
     with pytest.raises(InputRefused, match="The base has no states to pool"):
         add_sentence_embedding(model, SentenceEmbedding((Pooling.CLS,)), ())
+    model.graph.outputs[0].name = "sentence_embedding"
+    with pytest.raises(InputRefused, match="gives a sentence_embedding of its own"):
+        add_sentence_embedding(model, SentenceEmbedding((Pooling.CLS,)), ())
 
 
 def test_sentence_transformers_own_formulas_give_the_same():
@@ -102,7 +109,8 @@ def test_sentence_transformers_own_formulas_give_the_same():
     states, mask = torch.from_numpy(STATES[:3]), torch.from_numpy(MASK[:3])
     expanded = mask.unsqueeze(-1).expand(states.size()).to(states.dtype)
     total, count = (states * expanded).sum(1), expanded.sum(1).clamp(min=1e-9)
-    weights = torch.arange(1, states.shape[1] + 1)[None, :, None].expand(states.size()).to(states.dtype) * expanded
+    weights = torch.arange(1, states.shape[1] + 1).view(1, -1, 1) - mask.argmax(dim=1).view(-1, 1, 1)
+    weights = weights.expand(states.size()).to(states.dtype) * expanded
     values, indices = mask.flip(1).max(1)
     last = states.shape[1] - torch.where(values == 0, states.shape[1] - 1, indices) - 1
     expected = {

@@ -52,7 +52,7 @@ def _pooled(way: Pooling, states: torch.Tensor, places: torch.Tensor) -> torch.T
     if way is Pooling.MAX:
         return states.amax(dim=0)
     if way is Pooling.WEIGHTED_MEAN:
-        weights = (places + 1).to(states.dtype)
+        weights = (places - places[0] + 1).to(states.dtype)
         return weights @ states / weights.sum()
     return states.sum(dim=0) / (len(states) ** 0.5 if way is Pooling.MEAN_SQRT_LEN else len(states))
 
