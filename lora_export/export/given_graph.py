@@ -22,15 +22,9 @@ from lora_export.export.resolve import Resolved
 from lora_export.export.weights import Parameters, as_numpy
 from lora_export.graph.adapter_inputs import add_adapter_inputs, attach_defaults
 from lora_export.graph.given import normalized, order_tokens, without_unused
-from lora_export.graph.matching import (
-    BaseMatrix,
-    GivenWeight,
-    Matcher,
-    given_weights,
-    name_biases,
-    name_weights,
-    rename,
-)
+from lora_export.graph.given_names import name_biases, name_weights, rename
+from lora_export.graph.joining import join
+from lora_export.graph.matching import BaseMatrix, GivenWeight, Matcher, given_weights
 from lora_export.graph.unpacking import unpack
 from lora_export.progress import Remark
 
@@ -73,9 +67,12 @@ def matched_graph(given: GivenGraph, resolved: Resolved, choice: SiteChoice) -> 
     model = given.take_model()
     normalized(model, given.path, head_size=_head_size(config), image=_image_of(config))
     rows = _Rows(resolved)
-    weights = given_weights(model.graph)
-    Matcher(_matrices(resolved), rows).match(weights)
+    weights, matrices = given_weights(model.graph), _matrices(resolved)
+    matcher = Matcher(matrices, rows)
+    matcher.match(weights)
     modules = {module for names in asdict(choice).values() for module in names}
+    changed = modules.union(path.removesuffix(".weight") for path in _changed(resolved))
+    weights = join(model.graph, weights, matrices, matcher=matcher, modules=changed)
     weights = unpack(model.graph, weights, modules)
     name_weights(model.graph, weights)
     named = {each.module for weight in weights for each in weight.modules}

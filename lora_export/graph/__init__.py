@@ -31,6 +31,8 @@
     given.py                 a graph that another tool wrote
     matching.py              which of the base's weights the given graph's are
     unpacking.py             a given graph's packed projections, taken apart
+    joining.py               a module that a given graph has in parts, made one
+    given_names.py           what was matched, by the base's paths
     runnable.py              whether a provider can run a graph
     derived.py               what is made of a norm's weight, by its name
     layer_names.py           which layer a name is of

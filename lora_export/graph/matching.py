@@ -6,10 +6,10 @@ A weight of a linear map is held against the base's as `[out, in]`, however it i
    that dtype;
 2. as blocks of integers (`MatMulNBits`): each number must be within a few steps of the base's, and all of the matrix
    within a fifth of its norm. A step is a block's largest number over half of the grid. A fine-tune may be as near;
-3. projections below each other, as a query, key and value in one: each part as above.
+3. projections below each other, as a query, key and value in one: each part as above;
+4. some rows of a module, as Phi-3's gate and up, which are one module, in a product each (`joining.py`).
 
-An embedding's table is compared as a whole. What is matched is then named by the base's paths, as in a trace of it: an
-initializer `<module>.weight`, its node's scope; floats become unbound, made from the base when they are written.
+An embedding's table is compared as a whole. What is matched is then named (`given_names.py`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.base.recipe import Recipe
-from lora_export.graph.sites import NAME_SCOPES, bias_inside
 from lora_export.graph.stored_integers import LOOKUP, is_lookup, read_integers, read_table
-from lora_export.graph.unbound import is_matrix_transpose, set_recipe
+from lora_export.graph.unbound import is_matrix_transpose
 
 # Of integers: the most steps between a number and the base's, and the largest part of the norm.
 _MOST_STEPS, _LARGEST_PART = 3.0, 0.2
@@ -179,6 +177,21 @@ class Matcher:
         for weight in weights:
             weight.modules = self._modules_of(weight)
 
+    def parts_of(self, matrix: BaseMatrix, weights: Sequence[GivenWeight]) -> list[GivenWeight]:
+        """Those of `weights` that are together the rows of `matrix`, from the first on; none where rows are missing."""
+        found: list[GivenWeight] = []
+        start = 0
+        while start < matrix.n_out:
+            may = [w for w in weights if w not in found and w.n_in == matrix.n_in and w.n_out <= matrix.n_out - start]
+            begin = [w for w in may if w.off(0, self._read(matrix, slice(start, start + 1), w.dtype)) is not None]
+            rows = {weight: slice(start, start + weight.n_out) for weight in begin}
+            part = next((w for w, each in rows.items() if self._off(w, 0, matrix, rows=each) is not None), None)
+            if part is None:
+                return []
+            found.append(part)
+            start += part.n_out
+        return found
+
     def _modules_of(self, weight: GivenWeight) -> tuple[BaseMatrix, ...]:
         found: list[BaseMatrix] = []
         start = 0
@@ -195,7 +208,8 @@ class Matcher:
         left = weight.n_out - start
         may = [m for m in self._matrices if m.n_in == weight.n_in and m.is_table == weight.is_table]
         may = [m for m in may if (m.n_out == weight.n_out if weight.is_table else m.n_out <= left)]
-        found = {m: self._off(weight, start, m) for m in may if self._begins(weight, start, m)}
+        begin = [m for m in may if self._begins(weight, start, m)]
+        found = {m: self._off(weight, start, m, rows=slice(0, m.n_out)) for m in begin}
         return {m: off for m, off in found.items() if off is not None}
 
     def _begins(self, weight: GivenWeight, start: int, matrix: BaseMatrix) -> bool:
@@ -205,11 +219,12 @@ class Matcher:
             self._first[key] = self._read(matrix, slice(0, 1), weight.dtype)
         return weight.off(start, self._first[key]) is not None
 
-    def _off(self, weight: GivenWeight, start: int, matrix: BaseMatrix) -> float | None:
+    def _off(self, weight: GivenWeight, start: int, matrix: BaseMatrix, *, rows: slice) -> float | None:
+        """How far the weight's rows from `start` on are from those of `matrix`; None if they are not the same."""
         total = of_base = 0.0
-        for row in range(0, matrix.n_out, _CHUNK_ROWS):
-            expected = self._read(matrix, slice(row, min(row + _CHUNK_ROWS, matrix.n_out)), weight.dtype)
-            off = weight.off(start + row, expected)
+        for row in range(rows.start, rows.stop, _CHUNK_ROWS):
+            expected = self._read(matrix, slice(row, min(row + _CHUNK_ROWS, rows.stop)), weight.dtype)
+            off = weight.off(start + row - rows.start, expected)
             if off is None:
                 return None
             total += off
@@ -227,71 +242,3 @@ def _chosen(fits: Mapping[BaseMatrix, float], weight: GivenWeight) -> BaseMatrix
     shared = {each: len(words.intersection(each.module.split("."))) for each in nearest}
     best = [each for each, n in shared.items() if n == max(shared.values())]
     return best[0] if len(best) == 1 and len(weight.nodes) == 1 else None
-
-
-def name_weights(graph: ir.Graph, weights: Sequence[GivenWeight]) -> None:
-    """Name the matched of `weights` by the base's paths, in `graph` (changed in place); floats become unbound."""
-    for weight in weights:
-        if not weight.modules:
-            continue
-        paths = tuple(f"{each.module}.weight" for each in weight.modules)
-        name = "+".join(paths)
-        if weight.is_integers:  # a table of them is known by its node
-            bits = weight.node.attributes.get_int("bits", 4)
-            for place, suffix in () if weight.is_table else PARTS.items():
-                part = weight.node.inputs[place] if place < len(weight.node.inputs) else None
-                if part is not None and part.is_initializer():
-                    rename(graph, part, name + suffix.format(bits=bits))
-        else:
-            rename(graph, weight.value, name)
-            # A recipe says whether a parameter is stored the other way round than the base has it.
-            transposed = weight.modules[0].is_in_out == weight.is_out_in
-            set_recipe(weight.value, Recipe(paths, transposed, axis=0 if weight.is_out_in else 1))
-            weight.value.const_value = None
-        if len(weight.modules) == 1:
-            for node in weight.nodes:
-                # The path of the module that it computes, as the exporter records it.
-                scopes = ["", weight.modules[0].module, node.name or node.op_type]
-                node.metadata_props[NAME_SCOPES] = repr(scopes)
-
-
-def rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
-    """Name an initializer of `graph`, unless something else has that name or a host knows it by its own."""
-    taken = name in graph.initializers or any(each.name == name for each in (*graph.inputs, *graph.outputs))
-    if name == value.name or taken or value.is_graph_output():
-        return  # a second copy of the same numbers keeps its name
-    graph.initializers.pop(value.name)
-    value.name = name
-    graph.initializers[name] = value
-
-
-def name_biases(graph: ir.Graph, weights: Sequence[GivenWeight], biases: Mapping[str, np.ndarray]) -> frozenset[str]:
-    """Name the base's `biases` (by module) where they are added to the products of `weights`, in `graph` (changed in
-    place); they become unbound. The modules whose bias was found.
-    """
-    found = set()
-    for weight in weights:
-        module = weight.modules[0].module if len(weight.modules) == 1 else None
-        if module not in biases:
-            continue
-        adders = {user for node in weight.nodes for user, _ in node.outputs[0].uses() if user.op_type == "Add"}
-        for value in _added_to(weight.node):
-            if not {user for user, _ in value.uses()} <= adders.union(weight.nodes):
-                continue  # other modules with equal numbers add it, too
-            array = value.const_value.numpy() if value.const_value is not None else None
-            if array is not None and np.array_equal(array, biases[module].astype(array.dtype)):
-                rename(graph, value, f"{module}.bias")
-                set_recipe(value, Recipe((f"{module}.bias",)))
-                value.const_value = None
-                found.add(module)
-                break
-    return frozenset(found)
-
-
-def _added_to(node: ir.Node) -> Iterator[ir.Value]:
-    """The initializers that may be the bias of the product `node`."""
-    if (bias := bias_inside(node)) is not None:
-        yield bias
-    for user, _ in node.outputs[0].uses():
-        if user.op_type == "Add":
-            yield from (value for value in user.inputs if value is not None and value.is_initializer())

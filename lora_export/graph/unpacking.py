@@ -39,7 +39,7 @@ def _apart(graph: ir.Graph, weight: GivenWeight) -> list[GivenWeight]:
     operands = _split_weights(graph, weight)
     for node in list(weight.nodes):
         products = [
-            _product(graph, node, each, operands=operand)
+            product_before(graph, node, each, operands=operand)
             for each, operand in zip(weight.modules, operands, strict=True)
         ]
         parts.append(products)
@@ -89,8 +89,8 @@ def _rows_of_integers(graph: ir.Graph, node: ir.Node, path: str, *, rows: slice)
     return found
 
 
-def _product(graph: ir.Graph, node: ir.Node, each: BaseMatrix, *, operands: Sequence[ir.Value | None]) -> ir.Node:
-    """The product of one module, before `node`, which is the packed one."""
+def product_before(graph: ir.Graph, node: ir.Node, each: BaseMatrix, *, operands: Sequence[ir.Value | None]) -> ir.Node:
+    """The product of one module, before `node`, which multiplies by it and others, or by some of its rows."""
     attributes = dict(node.attributes)
     if node.op_type == "MatMulNBits":
         attributes["N"] = ir.AttrInt64("N", each.n_out)

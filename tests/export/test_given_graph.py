@@ -94,6 +94,54 @@ def test_an_encoder_of_the_old_exporter_takes_adapters_and_passes_check(bases, a
     assert report.verdict is Verdict.PASS
 
 
+def test_the_embedding_of_a_text_follows_its_states(bases, adapters, bert_graph, tmp_path):
+    asked = request(bases["bert"], adapters["features"], bert_graph, pooling="mean")
+    manifest = export(asked, ExportOptions(tmp_path / "out"))
+    assert [spec.name for spec in manifest.contract.outputs][-1] == "sentence_embedding"
+    feeds = references.inputs_for("bert")
+    found = AdapterSession(tmp_path / "out", "cpu").run(feeds, "features")
+    weights = feeds["attention_mask"][:, :, None] / feeds["attention_mask"].sum(axis=1)[:, None, None]
+    np.testing.assert_allclose(
+        found["sentence_embedding"], (found["last_hidden_state"] * weights).sum(axis=1), atol=1e-6
+    )
+    report, _ = check(tmp_path / "out")
+    assert report.verdict is Verdict.PASS
+
+
+@pytest.fixture(scope="module")
+def graph_in_parts(bert_graph, tmp_path_factory) -> Path:
+    """`bert_graph` with two products for each of a query, key and value: of a third of its rows, and of the others."""
+    model = ir.load(bert_graph)
+    for node in list(model.graph):
+        weight = node.inputs[1].const_value if node.op_type == "MatMul" else None
+        if weight is None or weight.shape[0] != weight.shape[1]:
+            continue
+        third = weight.shape[1] // 3
+        arrays = np.split(weight.numpy(), [third], axis=1)
+        values = [ir.Value(name=f"{node.inputs[1].name}.{n}", const_value=ir.tensor(a)) for n, a in enumerate(arrays)]
+        for value in values:
+            value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
+            model.graph.initializers[value.name] = value
+        products = [ir.node("MatMul", [node.inputs[0], value]) for value in values]
+        joined = ir.node("Concat", [each.outputs[0] for each in products], attributes={"axis": -1})
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], [*products, joined], node.outputs, joined.outputs
+        )
+    path = tmp_path_factory.mktemp("parts") / "model.onnx"
+    ir.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "merge"])
+def test_a_module_in_parts_is_joined_for_its_adapter(mode, bases, adapters, graph_in_parts, tmp_path):
+    """As GenAI's model builder takes Phi-3's gate_up_proj apart."""
+    out, feeds = tmp_path / "out", references.inputs_for("bert")
+    export(request(bases["bert"], adapters["features"], graph_in_parts, mode), ExportOptions(out))
+    row_adapter = "features" if mode == "dynamic" else None
+    agrees(out, bases["bert"], adapters["features"], "BertModel", feeds, row_adapter)
+    agrees(out, bases["bert"], None, "BertModel", feeds) if mode == "dynamic" else None
+
+
 def test_a_merge_into_it_is_the_adapter(bases, adapters, bert_graph, tmp_path, monkeypatch):
     read: list[Path] = []
     load = ir.load
