@@ -85,6 +85,7 @@ class _Facts:
         finished_from: What decides the rest, `traced_from` included.
         small: The norms and biases to bind, by path.
         untied: See `untied_modules`.
+        kept: The parameters that are not quantized although they could be.
     """
 
     graph: str
@@ -93,6 +94,7 @@ class _Facts:
     finished_from: dict
     small: dict[str, np.ndarray]
     untied: dict[str, str]
+    kept: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -147,9 +149,11 @@ def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, *, graph: str) ->
     # Of a decoder, whose attention holds no weights, the graph is the same one.
     if plan.request.quantization is not None and plan.task is not Task.TEXT_GENERATION:
         finished_from["holds_weights"] = False
+    kept: tuple[str, ...] = ()
     if plan.request.quantization is not None and plan.request.quantization.keep:
         finished_from["not_packed"] = plan.request.quantization.keep
-    return _Facts(graph, choice, traced_from, finished_from, small, untied)
+        kept = tuple(filter(plan.request.quantization.keeps, resolved.parameters.shapes))
+    return _Facts(graph, choice, traced_from, finished_from, small, untied, kept)
 
 
 def _build(plan: Plan, resolved: Resolved, facts: _Facts, *, use_cache: bool, remark: Remark) -> ir.Model:
@@ -188,8 +192,9 @@ def _stamped(
 
 
 def _is_uniform(facts: _Facts, stack: Stack) -> bool:
-    """Whether adapters touch alike layers alike, and leave the same parameters of them as the base has."""
-    sites = asdict(facts.choice) | {"small": tuple(facts.small), "untied": tuple(facts.untied)}
+    """Whether adapters touch alike layers alike, leave the same parameters of them as the base has, and the same of
+    them is quantized."""
+    sites = asdict(facts.choice) | {"small": tuple(facts.small), "untied": tuple(facts.untied), "kept": facts.kept}
     return all(is_uniform(names, stack) for names in sites.values())
 
 

@@ -17,6 +17,7 @@ from lora_export.base.layers import Stack, alike_stacks, deep_paths, shortened
 from lora_export.base.recipe import RECIPE
 from lora_export.base.tasks import Task
 from lora_export.base.weightless import build_weightless
+from lora_export.contract import SiteChoice
 from lora_export.export import graphs
 from lora_export.export.plan import Request
 from lora_export.graph.layer_names import LayerNames, expanded, is_uniform
@@ -231,5 +232,7 @@ def test_targets_must_be_those_of_every_layer_but_the_first():
     every = [f"h.{layer}.q" for layer in range(6)]
     assert is_uniform(every, stack) and is_uniform(every[1:], stack) and is_uniform(["head"], stack)
     assert not is_uniform(every[:-1], stack) and not is_uniform(["h.4.q"], stack)
+    one_is_kept = graphs._Facts("model", SiteChoice(), {}, {}, {}, {}, ("h.4.q.weight",))
+    assert not graphs._is_uniform(one_is_kept, stack) and graphs._is_uniform(replace(one_is_kept, kept=()), stack)
     every_second = [f"h.{layer}.q" for layer in range(1, 12, 2)]
     assert is_uniform(every_second, Stack("h", 12, 1, 2)) and not is_uniform(every_second, Stack("h", 12))
