@@ -14,7 +14,7 @@ from lora_export.cli.output import Display, guarded
 from lora_export.errors import EnvironmentUnusable
 from lora_export.serve.options import Pooling, ServeOptions
 
-_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "tokenizers", "jinja2")
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "tokenizers", "jinja2")
 _DEFAULT = ServeOptions()
 _KEY = "LORA_EXPORT_API_KEY"
 

@@ -36,6 +36,8 @@ def set_up(stream: TextIO) -> None:
         logger.handlers[:] = [handler]
         logger.setLevel(logging.INFO)
         logger.propagate = False
+    # It warns of every damaged form; the server's own line says that it was refused.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 def log(event: str, *, level: int = logging.INFO, error: BaseException | None = None, **fields: object) -> None:

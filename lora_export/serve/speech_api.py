@@ -78,7 +78,7 @@ class _Heard:
 
 
 async def _written_down(request: Request, service: Service, kind: type[Body]) -> Response:
-    form = read_form(await request.body(), request.headers.get("content-type", ""))
+    form = await read_form(request)
     try:
         body = kind.model_validate(form.fields)
     except ValidationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import shutil
@@ -13,10 +14,11 @@ import openai
 import pytest
 import torch
 import transformers
+from fastapi import Request
 from live import running
 from references import unmerged
 
-from lora_export.serve.forms import read_form
+from lora_export.serve.forms import Form, read_form
 from lora_export.serve.problems import Problem
 
 MODELS = {"whisper": None, "whisper-attention": "whisper-attention", "whisper-all": "whisper-all"}
@@ -163,47 +165,52 @@ def test_other_pages_and_other_forms_are_refused(live):
         live.openai().completions.create(model="whisper", prompt="x")
 
 
-def form(*parts: bytes, boundary: str = "b") -> tuple[bytes, str]:
-    whole = b"".join(b"--b\r\n" + part + b"\r\n" for part in parts) + b"--b--\r\n"
-    return whole, f"multipart/form-data; boundary={boundary}"
+def form(*parts: bytes) -> tuple[bytes, str]:
+    return b"".join(b"--b\r\n" + part + b"\r\n" for part in parts) + b"--b--\r\n", "multipart/form-data; boundary=b"
+
+
+def read(body: bytes, kind: str) -> Form:
+    """A request with `body`, which comes in two pieces."""
+    pieces = [{"type": "http.request", "body": body[:9], "more_body": True}, {"type": "http.request", "body": body[9:]}]
+
+    async def receive() -> dict:
+        return pieces.pop(0)
+
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", kind.encode())]}
+    return asyncio.run(read_form(Request(scope, receive)))
 
 
 def test_a_form_is_taken_apart_by_its_boundary():
-    content = b"\r\n--c\r\n\x00\xff\r\r\n\n--b"
-    found = read_form(
+    content = b"\r\n--c\r\n\x00\xff\r\r\n\n--b" + bytes(2_000_000)
+    found = read(
         *form(
             b'Content-Disposition: form-data; name="a"\r\n\r\nGr\xc3\xb6\xc3\x9fe',
-            b'content-type: audio/wav\r\ncontent-disposition: FORM-DATA; name=f; filename="x;\\"y.wav"\r\n\r\n'
-            + content,
-            b"Content-Disposition: form-data; name=g; filename*=utf-8''a%20b\r\n\r\n",
+            b'content-type: audio/wav\r\ncontent-disposition: form-data; name=f; filename="x;y.wav"\r\n\r\n' + content,
         )
     )
-    assert found.fields == {"a": "Größe"} and found.files == {"f": content, "g": b""}
-    assert read_form(*form()) == read_form(b"--b--", "Multipart/Form-Data; BOUNDARY=b")
+    assert found.fields == {"a": "Größe"} and found.files == {"f": content}
 
 
 @pytest.mark.parametrize(
     ("body", "kind", "status", "said"),
     [
         (form()[0], "text/plain; boundary=b", 415, "no multipart/form-data"),
-        (b"", "multipart/form-data", 415, "no multipart/form-data"),
-        (b"", "multipart/form-data; boundary=b", 400, "cut off"),
-        (
-            b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\nx',
-            "multipart/form-data; boundary=b",
-            400,
-            "cut off",
-        ),
-        (*form(b"x"), 400, "does not say what it is"),
-        (*form(b'Content-Disposition: form-data; name="a"'), 400, "does not say what it is"),
-        (*form(b"Content-Disposition: attachment; name=a\r\n\r\nx"), 400, "does not say what it is"),
-        (*form(b"Content-Disposition: form-data; name=a; filename*=x; filename*1=y\r\n\r\nx"), 400, "does not say"),
+        (b"", "multipart/form-data", 400, "boundary"),
+        (*form(b"x"), 400, "cannot be read"),
+        (*form(b"Content-Disposition: form-data\r\n\r\nx"), 400, "name"),
         (*form(*[b"Content-Disposition: form-data; name=a\r\n\r\nx"] * 2), 400, "'a' twice"),
-        (*form(b"Content-Disposition: form-data; name=a\r\n\r\n\xff"), 400, "no UTF-8"),
-        (*form(*[b"Content-Disposition: form-data; name=%d\r\n\r\nx" % n for n in range(40)]), 400, "over 32 parts"),
+        (*form(*[b"Content-Disposition: form-data; name=%d\r\n\r\nx" % n for n in range(40)]), 400, "Too many fields"),
     ],
 )
 def test_a_form_that_is_none_is_refused(body, kind, status, said):
     with pytest.raises(Problem, match=said) as refused:
-        read_form(body, kind)
+        read(body, kind)
     assert refused.value.status == status
+
+
+def test_a_file_that_is_cut_off_is_no_file():
+    body, kind = form(
+        b"Content-Disposition: form-data; name=a\r\n\r\nx",
+        b"Content-Disposition: form-data; name=f; filename=y\r\n\r\nzz",
+    )
+    assert read(body[:-8], kind) == Form({"a": "x"}, {})
