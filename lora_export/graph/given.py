@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
@@ -30,6 +31,8 @@ _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits")
 _KEY, _VALUE, _LENGTHS, _TOTAL = 1, 2, 5, 6
 # `Shape` has had its bounds since then, which the passes use; the oldest of their operators.
 _OLDEST_OPSET = 15
+# Of a tensor that the tool may read: sizes, and the bias of a product.
+_SIZES_BYTES = 1 << 20
 _FLOATS = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
@@ -184,9 +187,10 @@ def _infer_shapes(model: ir.Model) -> None:
     infers them: `batch*sequence` for tokens in one axis. Where it cannot, they stay unknown."""
     from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
+    _read_sizes(model.graph)
     try:
         with quiet():
-            inferred = SymbolicShapeInference.infer_shapes(ir.to_proto(model), auto_merge=True)
+            inferred = SymbolicShapeInference.infer_shapes(_with_plain_products(ir.to_proto(model)), auto_merge=True)
     except Exception:  # an operator that it does not know, or a size that it needs and does not find
         return
     found = {info.name: info.type.tensor_type for info in inferred.graph.value_info}
@@ -195,6 +199,37 @@ def _infer_shapes(model: ir.Model) -> None:
             dims = found[value.name].shape.dim
             value.shape = ir.Shape([dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in dims])
             value.dtype = value.dtype or ir.DataType(found[value.name].elem_type)
+
+
+def _read_sizes(graph: ir.Graph) -> None:
+    """Hold in memory what may be a shape, in `graph` (changed in place): ONNX Runtime's tool looks for the file of
+    weights where it runs."""
+    for value in graph.initializers.values():
+        if _is_size_in_file(value.const_value):
+            value.const_value = ir.tensor(value.const_value.numpy().copy(), dtype=value.dtype, name=value.name)
+    for node in graph:
+        attribute = node.attributes.get("value") if node.op_type == "Constant" else None
+        if attribute is not None and _is_size_in_file(attribute.value):
+            tensor = attribute.value
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype))
+
+
+def _is_size_in_file(tensor: object) -> bool:
+    return isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= _SIZES_BYTES
+
+
+def _with_plain_products(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """`proto` (changed in place) with products of floats in the place of those of integers, whose shapes ONNX Runtime's
+    tool does not infer."""
+    for number, node in enumerate(proto.graph.node):
+        if node.op_type != "MatMulNBits":
+            continue
+        sizes = {attribute.name: attribute.i for attribute in node.attribute}
+        weight = onnx.helper.make_tensor_value_info(f"_product.{number}", 1, [sizes["K"], sizes["N"]])
+        proto.graph.input.append(weight)
+        plain = onnx.helper.make_node("MatMul", [node.input[0], weight.name], list(node.output), name=node.name)
+        node.CopyFrom(plain)
+    return proto
 
 
 def _fix_cache_sizes(graph: ir.Graph, head_size: int | None) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import peft
 import pytest
 import references
 import torch
 import transformers
+from onnxruntime.quantization import matmul_nbits_quantizer
 from onnxruntime.transformers import optimizer
 
 from lora_export.artifact import read_manifest
@@ -140,6 +142,32 @@ def test_a_module_in_parts_is_joined_for_its_adapter(mode, bases, adapters, grap
     row_adapter = "features" if mode == "dynamic" else None
     agrees(out, bases["bert"], adapters["features"], "BertModel", feeds, row_adapter)
     agrees(out, bases["bert"], None, "BertModel", feeds) if mode == "dynamic" else None
+
+
+METHODS = {
+    "rtn": matmul_nbits_quantizer.DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=False),
+    "hqq": matmul_nbits_quantizer.HQQWeightOnlyQuantConfig(block_size=32),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_integers_of_onnxruntimes_own_quantizers_take_adapters(method, bases, adapters, bert_graph, tmp_path):
+    """Their graph has no shapes, and its sizes lie in another file."""
+    quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(
+        onnx.load(bert_graph), algo_config=METHODS[method], block_size=32
+    )
+    quantizer.process()
+    graph = tmp_path / "graph" / "model.onnx"
+    graph.parent.mkdir()
+    quantizer.model.save_model_to_file(str(graph), True)
+    manifest = export(request(bases["bert"], adapters["features"], graph), ExportOptions(tmp_path / "out"))
+    assert "encoder.layer.1.attention.self.value.weight" in manifest.quantization.weights
+    feeds = references.inputs_for("bert")
+    session = AdapterSession(tmp_path / "out", "cpu")
+    expected = onnxruntime.InferenceSession(graph).run(["last_hidden_state"], feeds)[0]
+    found, adapted = (session.run(feeds, name)["last_hidden_state"] for name in (None, "features"))
+    np.testing.assert_allclose(references.real(found, feeds), references.real(expected, feeds), atol=2e-5)
+    assert np.abs(references.real(adapted - found, feeds)).max() > 0.01
 
 
 def test_a_merge_into_it_is_the_adapter(bases, adapters, bert_graph, tmp_path, monkeypatch):

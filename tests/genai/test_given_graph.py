@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import peft
 import pytest
 import references
@@ -198,6 +199,55 @@ def test_packed_biases_are_taken_apart(built, tmp_path):
         expected = references.outputs_of(tuned, feeds)
         found = AdapterSession(tmp_path / mode, "cpu").run(feeds, adapter, ["logits"])["logits"]
         np.testing.assert_allclose(references.real(found, feeds), references.real(expected, feeds), atol=3e-5)
+
+
+@pytest.fixture(scope="module")
+def phi3(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
+    """A base whose gate_up_proj the builder takes apart, with an adapter beside it; and PEFT's model."""
+    folder = tmp_path_factory.mktemp("phi3")
+    config = transformers.Phi3Config(
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, intermediate_size=96,
+        vocab_size=tiny.VOCABULARY, max_position_embeddings=512, original_max_position_embeddings=512, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = tiny.randomize(transformers.Phi3ForCausalLM(config), "phi3").eval()
+    model.save_pretrained(folder / "base")
+    tiny.save_tokenizer(folder / "base", classifier=False)
+    options = peft.LoraConfig(r=4, target_modules=["gate_up_proj", "qkv_proj"], task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(model, options).eval()
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    tuned.save_pretrained(folder / "adapter")
+    return folder, tuned
+
+
+def test_a_gate_in_a_product_of_its_own_is_joined_with_the_rest(phi3, built, tmp_path):
+    folder, tuned = phi3
+    feeds = references.text(3, 9, token_types=False)
+    expected = references.outputs_of(tuned, feeds)
+    graph = built(folder / "base", "fp32")
+    for mode, adapter in (("dynamic", "adapter"), ("merge", None)):
+        exported(folder / "base", [folder / "adapter"], graph, tmp_path / mode, mode)
+        found = AdapterSession(tmp_path / mode, "cpu").run(feeds, adapter, ["logits"])["logits"]
+        np.testing.assert_allclose(references.real(found, feeds), references.real(expected, feeds), atol=3e-5)
+
+
+def test_a_gate_of_integers_is_joined_too(phi3, built, tmp_path):
+    """Without an adapter it gives what the given graph does."""
+    folder, _ = phi3
+    graph = built(folder / "base", "int4")
+    manifest = exported(folder / "base", [folder / "adapter"], graph, tmp_path / "out")
+    assert "model.layers.1.mlp.gate_up_proj.weight" in manifest.quantization.weights
+    feeds = references.text(3, 9, token_types=False)
+    session = AdapterSession(tmp_path / "out", "cpu")
+    found, adapted = (session.run(feeds, adapter, ["logits"])["logits"] for adapter in (None, "adapter"))
+    given = onnxruntime.InferenceSession(graph / "model.onnx")
+    past = [spec for spec in given.get_inputs() if spec.name.startswith("past_key_values")]
+    empty = {spec.name: np.zeros((3, 2, 0, 16), np.float32) for spec in past}
+    expected = given.run(["logits"], feeds | empty)[0]
+    np.testing.assert_allclose(references.real(found, feeds), references.real(expected, feeds), atol=3e-5)
+    assert np.abs(references.real(adapted - found, feeds)).max() > 0.1
 
 
 def test_a_graph_that_runs_no_step_on_a_past_is_told_by_check(bases, adapters, built, tmp_path):
