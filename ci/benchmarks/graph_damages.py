@@ -35,11 +35,11 @@ class GraphDamage:
 class _Prelude:
     """Nodes in front of a graph, and a wrong value for an input of it that all its users then read."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self._graph, self._nodes = model.graph, []
+    def __init__(self, model: onnx.ModelProto, name: str = "damage") -> None:
+        self._graph, self._nodes, self._name = model.graph, [], name
 
     def op(self, op_type: str, inputs: Sequence[str], **attributes: int) -> str:
-        name = f"damage_{len(self._nodes)}"
+        name = f"{self._name}_{len(self._nodes)}"
         self._nodes.append(helper.make_node(op_type, list(inputs), [name], **attributes))
         return name
 
@@ -52,7 +52,7 @@ class _Prelude:
         return self._constant(np.array(value, helper.tensor_dtype_to_np_dtype(dtype)))
 
     def _constant(self, array: np.ndarray) -> str:
-        name = f"damage_constant_{len(self._nodes)}"
+        name = f"{self._name}_constant_{len(self._nodes)}"
         self._nodes.append(helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array)))
         return name
 
@@ -123,13 +123,16 @@ def positions_after_a_past(model: onnx.ModelProto, contract: GraphContract) -> b
         return False
     off = prelude.op("Min", [length, prelude.ints(1)])
     prelude.put_in_place("position_ids", prelude.op("Add", ["position_ids", off]))
-    # An attention that turns its queries and keys itself takes the rows of these tables.
+    prelude.done()
+    # An attention that turns its queries and keys itself takes the rows of these tables, which are made further on.
     attention = "GroupQueryAttention"
     tables = {name for node in model.graph.node if node.op_type == attention for name in node.input[7:9] if name}
+    shifted = _Prelude(model, "table")
     for table in sorted(tables):
-        rows = [table, off, prelude.ints(_TO_THE_END), prelude.ints(0)]
-        prelude.put_in_place(table, prelude.op("Slice", rows))
-    return prelude.done(before=attention if tables else "")
+        rows = [table, off, shifted.ints(_TO_THE_END), shifted.ints(0)]
+        shifted.put_in_place(table, shifted.op("Slice", rows))
+    shifted.done(before=attention)
+    return True
 
 
 def neighbours_row(model: onnx.ModelProto, contract: GraphContract) -> bool:

@@ -99,10 +99,16 @@ def sliding_windows(config) -> tuple[int, ...]:
     return tuple(sorted(size for size in found if isinstance(size, int) and size > 0))
 
 
-def n_positions(config) -> int | None:
-    """The most tokens of a text, by a config (a `PretrainedConfig`), or its text part; None if it does not say."""
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+def n_positions(config) -> tuple[int, ...]:
+    """The most tokens of a text, by a config (a `PretrainedConfig`), or its text part: with the factor of a linear
+    scale, which some configs have not counted, and as it stands. None if it does not say."""
+    text = config.get_text_config()
+    found, rotary = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
+    if not isinstance(found, int) or found <= 0:
+        return ()
+    by_layer = [each for each in rotary.values() if isinstance(each, dict)] or [rotary]
+    factors = [each.get("factor") or 1.0 for each in by_layer if each.get("rope_type") == "linear"]
+    return tuple(sorted({int(found * max([1.0, *factors])), found}, reverse=True))
 
 
 def _sample(task: Task, model: torch.nn.Module, graph: str, *, named: Collection[str] | None) -> Sample:

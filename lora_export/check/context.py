@@ -180,7 +180,7 @@ def with_float_activations(session: AnySession) -> AnySession:
     if isinstance(view, Seq2SeqSession):
         view.sessions = {graph: with_float_activations(each) for graph, each in view.sessions.items()}
         return view
-    model = WrittenGraph(session.folder / graph_file(session.graph)).with_outputs(())
+    model = WrittenGraph(session.folder / graph_file(session.graph), is_to_run=True).with_outputs(())
     view.session = open_session(model, session.provider, weights=session.folder, prepack=True)
     return view
 

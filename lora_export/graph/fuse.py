@@ -7,7 +7,7 @@ of attention, and those that must work without weights: packed projections, and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import onnx_ir as ir
 from onnx_ir.convenience import replace_nodes_and_values
@@ -31,7 +31,7 @@ def fuse(
     provider: str,
     windows: tuple[int, ...] = (),
     *,
-    n_positions: int | None = None,
+    n_positions: Sequence[int] = (),
     holds_weights: bool = True,
     may_pack: Callable[[Recipe], bool] = lambda recipe: True,
 ) -> ir.Model:
@@ -39,7 +39,7 @@ def fuse(
 
     Args:
         windows: The sizes of sliding windows that the base's config names.
-        n_positions: The most tokens of a text, by the base's config; None if it does not say.
+        n_positions: The most tokens of a text, by the base's config, as `base.trace.n_positions` has them.
         holds_weights: Whether an attention may hold its projections' weights, which are then floats.
         may_pack: Which weights of a decoder's projections may be packed, by their recipe.
     """

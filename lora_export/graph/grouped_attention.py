@@ -16,7 +16,7 @@ A row's padding may stand on either side or between its tokens. A window then co
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -62,14 +62,14 @@ def group_attention(
     provider: str,
     windows: tuple[int, ...] = (),
     *,
-    n_positions: int | None = None,
+    n_positions: Sequence[int] = (),
     may_pack: Callable[[Recipe], bool] = lambda recipe: True,
 ) -> ir.Model:
     """Rewrite `model` (changed in place and returned) if the conditions hold.
 
     Args:
         windows: The sizes of sliding windows that the base's config names.
-        n_positions: The most tokens of a text, by the base's config; None if it does not say.
+        n_positions: The most tokens of a text, by the base's config, as `base.trace.n_positions` has them.
         may_pack: Which weights may be packed, by their recipe.
     """
     graph = model.graph
@@ -81,7 +81,7 @@ def group_attention(
     if None in masks.values():
         return model
     # On CUDA neither has been run yet.
-    rotary = Rotary(graph, n_positions if provider == "cpu" else None)
+    rotary = Rotary(graph, n_positions if provider == "cpu" else ())
     rotations = [rotary.of(layer.node.inputs[0], layer.new[0]) for layer in layers]
     order = TokenOrder(graph, hidden)
     packer = ProjectionPacker(graph, order.sizes, may_pack) if provider == "cpu" else None
@@ -134,6 +134,16 @@ def _has_groups(node: ir.Node) -> bool:
     heads = [value.shape[1] for value in node.inputs[:3]]
     sizes = {value.shape[3] for value in node.inputs[:3]}
     return len(sizes) == 1 and sizes.pop() % 8 == 0 and heads[0] % heads[1] == 0 and heads[1] == heads[2]
+
+
+def _is_read_alone(states: ir.Value, source: ir.Value) -> bool:
+    """Whether `states` is made of `source` by nodes of which nothing else reads."""
+    value = states
+    while value is not source:
+        if value.producer() is None or len(tuple(value.uses())) != 1:
+            return False
+        value = value.producer().inputs[0]
+    return True
 
 
 def _appended(past: ir.Value) -> ir.Node | None:
@@ -197,7 +207,8 @@ def _attend(
     turned = (query, layer.new[0])
     operands = [merged_heads(nodes, states) if rotation is None else unturned(nodes, states) for states in turned]
     operands.append(merged_heads(nodes, layer.new[1]))
-    packed = None if packer is None else packer.packed(operands)
+    is_alone = all(map(_is_read_alone, (*turned, layer.new[1]), operands))
+    packed = packer.packed(operands) if packer is not None and is_alone else None
     operands = [packed, None, None] if packed is not None else operands
     operands += [key, value, order.lengths, order.total]
     if rotation is not None:

@@ -17,6 +17,8 @@ from lora_export.graph.pack import is_packable, pack_weights
 from lora_export.graph.tape import Tape
 from lora_export.graph.unbound import recipe_of
 
+_PARTS = ("query", "key", "value")
+
 
 @dataclass(frozen=True)
 class _Projection:
@@ -121,16 +123,27 @@ def _parts(graph: ir.Graph, attention: ir.Node) -> list[ir.Value]:
         return [attention.inputs[0]]
     heads = [attention.attributes.get_int(name) for name in ("num_heads", "kv_num_heads", "kv_num_heads")]
     width = product.attributes.get_int("N") if "N" in product.attributes else product.inputs[1].shape[1]
-    tape, size = Tape(graph, product), width // sum(heads)
-    sizes = tape.ints([size * n for n in heads])
-    split = ir.node("Split", [value, sizes], attributes={"axis": -1}, num_outputs=3)
+    size = width // sum(heads)
+    sizes = Tape(graph, product).ints([size * n for n in heads])
+    split = ir.node("Split", [value, sizes], attributes={"axis": -1}, num_outputs=3, name=f"{product.name}[parts]")
     graph.insert_after(sizes.producer(), split)
-    parts = list(split.outputs)
-    for term in terms:
+    parts = _named(split.outputs, value)
+    for each, term in zip(reversed(sums), terms, strict=True):
         added = [
-            ir.node("Add", [part, each], metadata_props=each.producer().metadata_props if each.producer() else {})
-            for part, each in zip(parts, term.inputs, strict=True)
+            ir.node("Add", [part, other], metadata_props=_metadata(other), name=f"{each.name}[{which}]")
+            for which, part, other in zip(_PARTS, parts, term.inputs, strict=True)
         ]
         graph.insert_before(attention, added)
-        parts = [node.outputs[0] for node in added]
+        parts = _named([node.outputs[0] for node in added], each.outputs[0])
     return parts
+
+
+def _named(parts: Sequence[ir.Value], whole: ir.Value) -> list[ir.Value]:
+    """`parts`, called after what they are parts of in the file."""
+    for part, which in zip(parts, _PARTS, strict=True):
+        part.name = f"{whole.name}[{which}]"
+    return list(parts)
+
+
+def _metadata(value: ir.Value) -> dict[str, str]:
+    return dict(value.producer().metadata_props) if value.producer() is not None else {}

@@ -98,8 +98,13 @@ class WrittenGraph:
     """A graph file as values by name; its weights are not read. Its products leave activations as they are, where the
     file lets them be rounded to integers: what they should be is then known to float rounding."""
 
-    def __init__(self, path: Path) -> None:
-        self._model = take_apart(without_rounded_activations(ir.load(path)))
+    def __init__(self, path: Path, *, is_to_run: bool = False) -> None:
+        """
+        Args:
+            is_to_run: The graph is run as it is, and not looked into: its packed projections stay packed.
+        """
+        model = without_rounded_activations(ir.load(path))
+        self._model = model if is_to_run else take_apart(model)
         graph = self._model.graph
         self.nodes = tuple(_node(node) for node in graph)
         self.inputs = frozenset(value.name for value in graph.inputs)

@@ -6,14 +6,15 @@ of tables `[positions, half]`. The tables are the traced nodes once more, of the
 them when it loads the graph. They stand in for the traced values where
 
 1. queries and keys are turned by the same values;
-2. these are computed from `position_ids` alone, and what a token gets depends on its own position only, which is found
-   by running them;
+2. these are computed from `position_ids` alone, and what a token gets depends on its own position only, however long
+   the text is, which is found by running them;
 3. the base's config says how many positions there are, and the tables are not too large. ONNX Runtime refuses a longer
    text then.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +24,10 @@ from lora_export.graph.evaluate import Evaluator, read_by
 from lora_export.graph.heads import before_heads, merged_heads
 
 _ROTARY, _POSITIONS = "RotaryEmbedding", "position_ids"
-# With more, the tables would be large: 2 × 32 MB for 131,072 positions of heads of 128 in float32. With fewer they cost
-# nothing, and a text may be longer than the config says, as in PyTorch.
-_MOST_POSITIONS, _LEAST_POSITIONS = 1 << 17, 1 << 12
-# Rows, tokens and the highest position of the sample that condition 2 is tried on.
-_ROWS, _TOKENS, _SAMPLE = 3, 5, 48
+# Of all tables together: those of 131,072 positions of heads of 128 in float32.
+_MOST_BYTES = 1 << 26
+# With fewer rows a table costs nothing, and a text may be longer than the config says, as in PyTorch.
+_LEAST_POSITIONS = 1 << 12
 # A cosine may differ by its last bit with its place in an array.
 _SAME = 1e-6
 # The operator's own rules of a head's size and of a table's width.
@@ -47,20 +47,19 @@ class Rotary:
     """The rotations of a graph; its tables are made once for all layers.
 
     Args:
-        n_positions: How many tokens a text may have; None where that is not known, so that nothing is changed.
+        n_positions: How many tokens a text may have, the best first: the first whose tables are not too large counts.
+            Where there is none, nothing is changed.
     """
 
-    def __init__(self, graph: ir.Graph, n_positions: int | None) -> None:
-        self._graph = graph
-        is_usable = n_positions is not None and n_positions <= _MOST_POSITIONS
-        self._n_positions = max(n_positions, _LEAST_POSITIONS) if is_usable else None
+    def __init__(self, graph: ir.Graph, n_positions: Sequence[int]) -> None:
+        self._graph, self._n_positions, self._n_bytes = graph, n_positions, 0
         self._found: dict[tuple[ir.Value, ...], tuple[ir.Value, ir.Value] | None] = {}
 
     def of(self, query: ir.Value, key: ir.Value) -> Rotation | None:
         """How `query` and `key`, `[batch, heads, sequence, size]`, were turned; None where they were not, or in a way
         that the operator does not know."""
         turned = [_turned(states) for states in (query, key)]
-        if self._n_positions is None or None in turned or query.shape[3] % _HEAD_MULTIPLE:
+        if None in turned or query.shape[3] % _HEAD_MULTIPLE:
             return None
         nodes = [each.node for each in turned]
         if len({(*node.inputs[1:], _is_interleaved(node)) for node in nodes}) != 1:
@@ -71,15 +70,19 @@ class Rotary:
     def _tables(self, places: ir.Value, cos: ir.Value, sin: ir.Value) -> tuple[ir.Value, ir.Value] | None:
         key = (places, cos, sin)
         if key not in self._found:
-            by_token = all(_is_by_token(self._graph, places, each) for each in (cos, sin))
-            self._found[key] = self._made(cos, sin) if by_token else None
+            row_bytes = sum(each.shape[1] * each.dtype.itemsize for each in (cos, sin))
+            fitting = (max(n, _LEAST_POSITIONS) for n in self._n_positions)
+            n_rows = next((n for n in fitting if self._n_bytes + n * row_bytes <= _MOST_BYTES), None)
+            by_token = n_rows and all(_is_by_token(self._graph, places, each, n_rows=n_rows) for each in (cos, sin))
+            self._found[key] = self._made(cos, sin, n_rows=n_rows) if by_token else None
+            self._n_bytes += n_rows * row_bytes if by_token else 0
         return self._found[key]
 
-    def _made(self, *values: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-        """The nodes of `values` once more, of all positions."""
+    def _made(self, *values: ir.Value, n_rows: int) -> tuple[ir.Value, ir.Value]:
+        """The nodes of `values` once more, of the positions 0 to `n_rows` - 1."""
         read = dict.fromkeys(each for value in values for each in read_by(value))
         order = [node for node in self._graph if any(output in read for output in node.outputs)]
-        positions = ir.node("Range", [_constant(each) for each in (0, self._n_positions, 1)])
+        positions = ir.node("Range", [_constant(each) for each in (0, n_rows, 1)])
         rows = ir.node("Unsqueeze", [positions.outputs[0], _constant([0])])
         images = {each: rows.outputs[0] for each in read if each.is_graph_input() and each.name == _POSITIONS}
         made = [positions, rows]
@@ -93,7 +96,7 @@ class Rotary:
         self._graph.insert_before(next(iter(self._graph)), [*constants, *made])
         for value in values:
             images[value].dtype = value.dtype
-            images[value].shape = ir.Shape([self._n_positions, value.shape[1]])
+            images[value].shape = ir.Shape([n_rows, value.shape[1]])
         return tuple(images[value] for value in values)
 
 
@@ -161,21 +164,28 @@ def _is_interleaved(node: ir.Node) -> bool:
     return bool(node.attributes.get_int("interleaved", 0))
 
 
-def _is_by_token(graph: ir.Graph, places: ir.Value, table: ir.Value) -> bool:
+def _is_by_token(graph: ir.Graph, places: ir.Value, table: ir.Value, *, n_rows: int) -> bool:
     """Condition 2 for `table` `[tokens, half]`, of which each token reads the row that `places` `[batch, sequence]`
-    names."""
+    names: in short texts and long ones, each gets what it has among all positions."""
     evaluate, place = Evaluator.of(graph, table), Evaluator.of(graph, places)
     if evaluate is None or place is None or {value.name for value in evaluate.inputs} - {_POSITIONS}:
         return False
-    positions = np.random.default_rng(0).integers(0, _SAMPLE, (_ROWS, _TOKENS))
-    whole = np.arange(_SAMPLE)[None]
-    found = [evaluate(_sizes(ids), {_POSITIONS: ids}) for ids in (positions, whole)]
-    rows = [place(_sizes(ids), {_POSITIONS: ids}) for ids in (positions, whole)]
-    if any(each is None for each in (*found, *rows)) or any(each.ndim != 2 for each in found):
+    rng, whole = np.random.default_rng(0), np.arange(n_rows)[None]
+    samples = [whole, np.zeros((1, 1), np.int64), np.array([[0, 1, 2], [1, 0, 0]])]
+    samples += [rng.integers(0, most, (3, 5)) for most in (16, 256, n_rows)]
+    found = [_rows_read(evaluate, place, ids) for ids in samples]
+    if any(rows is None for rows in found):
         return False
-    if rows[0].shape != positions.shape or not np.array_equal(rows[1], whole):
-        return False
-    return np.allclose(found[0][rows[0]], found[1][positions], rtol=0, atol=_SAME)
+    pairs = zip(samples, found, strict=True)
+    return all(np.allclose(found[0][0][ids], rows, rtol=0, atol=_SAME) for ids, rows in pairs)
+
+
+def _rows_read(evaluate: Evaluator, place: Evaluator, ids: np.ndarray) -> np.ndarray | None:
+    """`[batch, sequence, half]`: the rows that the tokens at `ids` read; None if that cannot be told."""
+    table, rows = (each(_sizes(ids), {_POSITIONS: ids}) for each in (evaluate, place))
+    if table is None or rows is None or table.ndim != 2 or rows.shape != ids.shape:
+        return None
+    return table[rows] if rows.size and rows.min() >= 0 and rows.max() < len(table) else None
 
 
 def _sizes(ids: np.ndarray) -> dict[str, int]:

@@ -23,7 +23,7 @@ def test_what_onnx_runtime_cannot_run_is_too_long(name, too_many, exports):
     session = AdapterSession(exports[name], "cpu")
     longest = n_positions(session.folder)
     session.run(text(longest))
-    said = rf"longer than the model's positions[\s\S]*at most {longest} tokens[\s\S]*{longest + too_many}"
+    said = rf"longer than the model has positions[\s\S]*at most {longest} tokens[\s\S]*{longest + too_many}"
     with pytest.raises(UsageProblem, match=said):
         session.run(text(longest + too_many))
 
@@ -39,3 +39,13 @@ def test_another_error_is_told_as_it_is(exports):
     session = AdapterSession(exports["gpt2-merged"], "cpu")
     with pytest.raises(Exception, match="indices element out of data bounds"):
         session.run({"input_ids": np.full((1, 2), 10**6), "attention_mask": np.ones((1, 2), np.int64)})
+
+
+@pytest.mark.parametrize("changed", [{"token": 10**6}, {"output": "nothing"}])
+def test_a_long_text_does_not_explain_other_errors(exports, changed):
+    session = AdapterSession(exports["llama-dynamic"], "cpu")
+    fed, n_tokens = text(n_positions(session.folder) + 9), n_positions(session.folder) + 9
+    fed["input_ids"][0, 0] = changed.get("token", 3)
+    with pytest.raises(Exception, match=r"out of data bounds|nothing|output") as raised:
+        session.run(fed, outputs=[changed.get("output", "logits")])
+    assert "longer than" not in str(raised.value) and n_tokens > 64
