@@ -9,7 +9,7 @@ The two middle units must be the same computation, node by node: equal operators
 
 1. the same parameter, cache, adapter input or default of either unit, or of the one before each;
 2. what the corresponding nodes of either unit, or of the one before each, give;
-3. the same value for both, or equal constants.
+3. the same value for both, or equal ones of no unit: constants, or the same made of equal ones.
 
 A graph of several stacks is stamped stack by stack; to each, the others' layers are of none of its units.
 
@@ -29,6 +29,8 @@ from onnx_ir.passes import common as common_passes
 from lora_export.base.layers import Stack
 from lora_export.base.recipe import RECIPE, Recipe
 from lora_export.graph.layer_names import COPIED, FIRST, FIRST_OF_TWO, LAST, UNITS, LayerNames, expanded
+
+_COMMUTATIVE = ("Add", "Mul")
 
 
 def holds(graph: ir.Graph, path: str) -> bool:
@@ -137,7 +139,7 @@ class _Units:
             return self.unit(x) in (None, FIRST)
         at, other_at = self.unit(x), self.unit(y)
         if at is None and other_at is None:
-            return _is_same_constant(x, y)
+            return self._is_same_of_none(x, y)
         if None in (at, other_at) or (at, other_at) not in ((FIRST_OF_TWO, COPIED), (FIRST, FIRST_OF_TWO)):
             return False
         if x.producer() is None and y.producer() is None:
@@ -147,6 +149,25 @@ class _Units:
             is_named = self._names.shifted(x.name, self._period) == y.name
             return same and is_named and (not bound or _is_same_constant(x, y))
         return x.producer() is not None and y.producer() is not None and at == FIRST
+
+    def _is_same_of_none(self, x: ir.Value, y: ir.Value) -> bool:
+        """Whether two values of no unit are equal: one, equal constants, or the same made of equal ones.
+
+        How large the cache of one layer is, so is that of another.
+        """
+        if x is y or _is_same_constant(x, y):
+            return True
+        a, b = x.producer(), y.producer()
+        if a is None or b is None or x.index() != y.index() or not _is_same_operation(a, b):
+            return False
+        if a.op_type == "Shape" and a.inputs[0].producer() is None and b.inputs[0].producer() is None:
+            one, other = a.inputs[0], b.inputs[0]
+            return one is other or self._names.shifted(one.name, self._period) == other.name
+        orders = (b.inputs, reversed(b.inputs)) if a.op_type in _COMMUTATIVE else (b.inputs,)
+        return any(all(map(self._are_same_of_none, a.inputs, order)) for order in orders)
+
+    def _are_same_of_none(self, x: ir.Value | None, y: ir.Value | None) -> bool:
+        return x is y or (x is not None and y is not None and self._is_same_of_none(x, y))
 
 
 def _is_same_operation(a: ir.Node, b: ir.Node) -> bool:
