@@ -46,16 +46,20 @@ def class_values(logits: np.ndarray, problem_type: str | None = None) -> np.ndar
 def answer_span(start: np.ndarray, end: np.ndarray, first: int, *, last: int) -> tuple[int, int, float]:
     """The likeliest answer among the tokens `first` to `last`: its first and last token, and its probability."""
     starts, ends = (_softmax(scores[first : last + 1].astype(np.float64)) for scores in (start, end))
-    joint = np.triu(starts[:, None] * ends[None, :])
-    joint -= np.triu(joint, _MOST_ANSWER_TOKENS)
-    place = divmod(int(joint.argmax()), len(ends))
-    return first + place[0], first + place[1], float(joint[place])
+    # [tokens, lengths of an answer]: no text is long enough for a square of its tokens to fill the memory.
+    following = np.lib.stride_tricks.sliding_window_view(
+        np.pad(ends, (0, _MOST_ANSWER_TOKENS - 1)), _MOST_ANSWER_TOKENS
+    )
+    joint = starts[:, None] * following
+    place, n_more = divmod(int(joint.argmax()), _MOST_ANSWER_TOKENS)
+    return first + place, first + place + n_more, float(joint[place, n_more])
 
 
 def likeliest_tokens(logits: np.ndarray, most: int = _MOST_WORDS) -> list[tuple[int, float]]:
     """The `most` likeliest tokens of `logits` `[vocabulary]`, with their probabilities."""
     scores = _softmax(logits.astype(np.float64))
-    return [(int(token), float(scores[token])) for token in np.argsort(-scores)[:most]]
+    best = np.argpartition(-scores, min(most, len(scores)) - 1)[:most]
+    return [(int(token), float(scores[token])) for token in best[np.argsort(-scores[best])]]
 
 
 def ctc_tokens(logits: np.ndarray, blank: int) -> list[int]:

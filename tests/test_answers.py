@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -41,6 +42,26 @@ def test_an_answer_begins_before_it_ends_and_lies_in_the_text():
         assert found[:2] == best
         total = sum(math.exp(start[i] + end[j]) for i in range(first, last + 1) for j in range(first, last + 1))
         assert found[2] == pytest.approx(math.exp(start[best[0]] + end[best[1]]) / total)
+
+
+def test_the_answer_in_a_long_text_needs_no_square_of_its_tokens():
+    n, place = 20_000, 12_345
+    start, end = np.zeros((2, n), np.float32)
+    start[place], end[place + 29], end[place + 30] = 30, 20, 40  # an answer has 30 tokens at most
+    tracemalloc.start()
+    found = answer_span(start, end, 0, last=n - 1)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found[:2] == (place, place + 29) and most < 100 * 8 * n
+
+
+def test_the_likeliest_tokens_are_those_of_a_whole_sort():
+    logits = np.random.default_rng(3).normal(size=200).astype(np.float32)
+    order, shares = np.argsort(-logits), np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+    for most in (1, 7, 199, 200, 300):
+        found = likeliest_tokens(logits, most)
+        assert [token for token, _ in found] == order[:most].tolist()
+        assert [score for _, score in found] == pytest.approx(shares[order[:most]])
 
 
 def test_ctc_takes_repeats_as_one_unless_a_blank_is_between():

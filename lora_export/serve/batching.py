@@ -39,6 +39,14 @@ class Limits:
     max_wait_s: float
 
 
+@dataclass(frozen=True)
+class Gaps:
+    """What a row is asked of its gaps: of each of the tokens at `places`, the `most` likeliest in its place."""
+
+    places: Sequence[int]
+    most: int
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
     """One row of a request.
@@ -49,6 +57,7 @@ class Row:
         target: What `model` meant when the tokens were made.
         types: Of a pair of texts, which of the two each token is of; None for one text.
         signal: What the graph takes of an image, `[3, height, width]`, or of a sound; None for a text.
+        gaps: None but for masked language models.
     """
 
     model: str
@@ -57,6 +66,7 @@ class Row:
     target: Target | None = None
     types: Sequence[int] | None = None
     signal: np.ndarray | None = None
+    gaps: Gaps | None = None
 
 
 @dataclass(eq=False)
@@ -137,11 +147,12 @@ class Batcher:
         target: Target | None = None,
         types: Sequence[Sequence[int]] | None = None,
         signals: Sequence[np.ndarray] | None = None,
+        gaps: Sequence[Gaps] | None = None,
     ) -> Ticket:
         """Queue the rows of a request.
 
         Args:
-            types, signals: Of rows that are pairs of texts, or no texts, see `Row`.
+            types, signals, gaps: Of rows that are pairs of texts, no texts, or texts with gaps, see `Row`.
 
         Raises:
             Problem: 400 if there are more rows than ever fit, 429 if they do not fit now, 503 if the server ends.
@@ -151,8 +162,8 @@ class Batcher:
                 400, f"The request has {len(rows)} inputs; at most {self._limits.max_queue} are taken", param="input"
             )
         ticket = Ticket(deadline)
-        of_each = zip(rows, types or itertools.repeat(None), signals or itertools.repeat(None), strict=False)
-        ticket.rows = tuple(Row(model, ids, ticket, target, own, signal) for ids, own, signal in of_each)
+        of_each = zip(rows, *(given or itertools.repeat(None) for given in (types, signals, gaps)), strict=False)
+        ticket.rows = tuple(Row(model, ids, ticket, target, *own) for ids, *own in of_each)
         with self._changed:
             if not self._is_open:
                 raise Problem(503, "The server is shutting down", code="draining", retry_after_s=LEAST_RETRY)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from lora_export.answers import likeliest_tokens
 from lora_export.contract import GraphContract
 from lora_export.errors import UsageProblem
 from lora_export.runtime.arrays import lowest, numpy_dtype
 from lora_export.sentence import SENTENCE_EMBEDDING
-from lora_export.serve.batching import LEAST_RETRY, Row
+from lora_export.serve.batching import LEAST_RETRY, Gaps, Row
 from lora_export.serve.models import Models, Target, View
 from lora_export.serve.options import Pooling
 from lora_export.serve.problems import Problem
@@ -25,7 +26,7 @@ _OUTPUTS = {
     **dict.fromkeys((CLASSIFICATION, IMAGES, SOUNDS, TOKENS, GAPS, CTC), ("logits",)),
     QUESTIONS: ("start_logits", "end_logits"),
 }
-_OF_TOKENS = (TOKENS, GAPS, QUESTIONS)
+_OF_TOKENS = (TOKENS, QUESTIONS)
 # Outputs that are one vector a row.
 _VECTORS = (_POOLED, SENTENCE_EMBEDDING)
 
@@ -36,12 +37,14 @@ class Answer:
 
     Attributes:
         values: Float32. An embedding, or the scores of its own classes. Where each token has an answer, `[tokens, n]`:
-            the scores of a token's classes, of all tokens in its place (of a sound's frame, too), or of being an
-            answer's first and last.
+            the scores of a token's classes, of all tokens in a sound's frame, or of being an answer's first and last.
+            Of gaps, `[gaps, most]`: the probabilities of the likeliest `tokens`, the likeliest first.
+        tokens: Int64 `[gaps, most]`; None but for gaps.
     """
 
     values: np.ndarray
     target: Target
+    tokens: np.ndarray | None = None
 
 
 class Encoder:
@@ -75,9 +78,13 @@ class Encoder:
             inputs = self._inputs([rows[index] for index in together])
             adapters = [targets[index].adapter for index in together]
             outputs = view.session.run(inputs, adapters, self._outputs)
-            values = self._values([outputs[name] for name in self._outputs], inputs.get("attention_mask"))
+            taken = [outputs[name] for name in self._outputs]
+            if self._models.task == GAPS:
+                values = _of_gaps(taken[0], [rows[index].gaps for index in together])
+            else:
+                values = self._values(taken, inputs.get("attention_mask"))
             for index, value in zip(together, values, strict=True):
-                found[index] = _answer(value, targets[index])
+                found[index] = _answer(value, targets[index], rows[index].gaps)
         return found
 
     @staticmethod
@@ -120,7 +127,7 @@ class Encoder:
         if task in _OF_TOKENS:
             joined = first if len(outputs) == 1 else np.stack(outputs, axis=-1)
             rows = [row[:size, own_classes(row[0])] for row, size in zip(joined, mask.sum(axis=1), strict=True)]
-            return [row.astype(np.float32, copy=False) for row in rows]
+            return [row.astype(np.float32) for row in rows]  # a copy: a view would keep the padding, too
         is_vector = self._outputs[0] in _VECTORS
         vectors = first.astype(np.float32) if is_vector else self._pooled(first, mask)
         return list(normalized(vectors) if self._normalize else vectors)
@@ -160,10 +167,19 @@ def own_classes(scores: np.ndarray) -> slice:
     return slice(own[-1] + 1 if len(own) else 0)
 
 
-def _answer(values: np.ndarray, target: Target) -> Answer | Problem:
+def _of_gaps(scores: np.ndarray, gaps: Sequence[Gaps]) -> Iterator[np.ndarray]:
+    """Of each row of `[rows, tokens, vocabulary]`, the scores at its gaps' places, one row's at a time."""
+    for row, asked in zip(scores, gaps, strict=True):
+        yield row[list(asked.places), own_classes(row[0])].astype(np.float32)
+
+
+def _answer(values: np.ndarray, target: Target, gaps: Gaps | None) -> Answer | Problem:
     if not values.size or not np.isfinite(values).all():
         return Problem(500, f"The answer of {target.model!r} is not finite", code="not_finite")
-    return Answer(values, target)
+    if gaps is None:
+        return Answer(values, target)
+    best = np.array([likeliest_tokens(scores, gaps.most) for scores in values])
+    return Answer(best[..., 1].astype(np.float32), target, best[..., 0].astype(np.int64))
 
 
 def _no_output(wanted: str, outputs: set[str]) -> UsageProblem:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from starlette.requests import Request
 
-from lora_export.serve.batching import Batcher, Limits, Row
+from lora_export.serve.batching import Batcher, Gaps, Limits, Row
 from lora_export.serve.encoders import Encoder
 from lora_export.serve.guard import Seen
 from lora_export.serve.metrics import Load, Metrics
@@ -139,13 +139,13 @@ class Service:
                 code="context_length_exceeded",
             )  # fmt: skip
 
-    def require_room(self, n_texts: int, field: str, *, most: int | None = None) -> None:
-        """Refuse a request of more texts than ever wait, or signals than `most`, before work is done for them.
+    def require_room(self, n_texts: int, field: str, *, most: int | None = None, what: str | None = None) -> None:
+        """Refuse a request of more texts, or `what` else, than ever wait, or signals than `most`, before work is done.
 
         Raises:
             Problem: 400.
         """
-        what, most = ("texts", self.options.max_queue) if most is None else ("inputs", most)
+        what, most = (what or "texts", self.options.max_queue) if most is None else ("inputs", most)
         if n_texts > most:
             raise Problem(400, f"The request has {n_texts} {what}; at most {most} are taken", param=field)
 
@@ -169,8 +169,9 @@ class Service:
         *,
         types: Sequence[Sequence[int]] | None = None,
         signals: Sequence[np.ndarray] | None = None,
+        gaps: Sequence[Gaps] | None = None,
     ) -> list:
-        """The answers of an encoder to `rows`, which are pairs of texts where they have `types`, or signals.
+        """The answers of an encoder to `rows`: pairs of texts where they have `types`, signals, or texts with `gaps`.
 
         Raises:
             Problem: They are not answered.
@@ -178,7 +179,9 @@ class Service:
         seen: Seen = request.state.seen
         n_tokens = sum(map(len, rows))
         seen.fields |= {"rows": len(rows), "prompt_tokens": n_tokens}
-        ticket = self.batcher.submit(target.model, rows, seen.deadline, target=target, types=types, signals=signals)
+        ticket = self.batcher.submit(
+            target.model, rows, seen.deadline, target=target, types=types, signals=signals, gaps=gaps
+        )
         answer = asyncio.wrap_future(ticket.future)
         found = await self.answered(request, answer, cancel=lambda: self.batcher.cancel(ticket))
         self.metrics.tokens.labels(self.metrics.label(target.label), "prompt").inc(n_tokens)

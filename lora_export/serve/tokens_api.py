@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from lora_export.answers import answer_span, class_name, class_values, likeliest_tokens
+from lora_export.answers import answer_span, class_name, class_values
+from lora_export.serve.batching import Gaps
 from lora_export.serve.encoders import Answer
 from lora_export.serve.models import Target
 from lora_export.serve.problems import Problem
@@ -36,7 +38,8 @@ def add_tokens(api: FastAPI, service: Service) -> None:
         (encoding,) = await service.encodings([(body.question, body.context)], target, "context")
         rows, types = [encoding.ids], [encoding.type_ids]
         (found,) = await service.answers(request, target, rows, types=types)
-        return JSONResponse({"model": body.model, **_span(found, encoding, body.context), "usage": usage_of(rows)})
+        span = await asyncio.to_thread(_span, found, encoding, body.context)
+        return JSONResponse({"model": body.model, **span, "usage": usage_of(rows)})
 
     @api.post("/v1/fill-mask", tags=["encoders"])
     async def fill(body: GapsBody, request: Request) -> Response:
@@ -44,21 +47,20 @@ def add_tokens(api: FastAPI, service: Service) -> None:
         target = service.target(body, request, GAPS)
         texts = service.listed(body.input, "input")
         encodings = await service.encodings(texts, target, "input")
-        gaps = [_gaps(encoding, target, service) for encoding in encodings]
+        gaps = [Gaps(_gaps(encoding, target, service), body.top_k) for encoding in encodings]
+        service.require_room(sum(len(each.places) for each in gaps), "input", what="gaps")
         rows = [encoding.ids for encoding in encodings]
-        found: list[Answer] = await service.answers(request, target, rows)
+        found: list[Answer] = await service.answers(request, target, rows, gaps=gaps)
         decode = service.models.texts(target.place).tokenizer.decode
-        data = [
-            {"index": index, "gaps": [
-                {"start": encoding.offsets[place][0], "end": encoding.offsets[place][1], "candidates": [
-                    {"token": token, "text": decode([token], skip_special_tokens=False), "score": score}
-                    for token, score in likeliest_tokens(answer.values[place], body.top_k)
-                ]}
-                for place in places
-            ]}
-            for index, (answer, encoding, places) in enumerate(zip(found, encodings, gaps, strict=True))
-        ]  # fmt: skip
-        return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage_of(rows)})
+
+        def written() -> Response:
+            data = [
+                {"index": index, "gaps": _candidates(*each, decode=decode)}
+                for index, each in enumerate(zip(found, encodings, gaps, strict=True))
+            ]
+            return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage_of(rows)})
+
+        return await asyncio.to_thread(written)  # it may have 100 words for each gap
 
 
 async def classes_of_tokens(body: ClassifyBody, request: Request, *, service: Service, target: Target) -> Response:
@@ -71,17 +73,21 @@ async def classes_of_tokens(body: ClassifyBody, request: Request, *, service: Se
     else:
         rows = await service.rows(given, target)
     found: list[Answer] = await service.answers(request, target, rows)
-    data = [
-        {"index": index, "tokens": _tagged(answer, encoding, text), "num_classes": answer.values.shape[1],
-         "labels": [class_name(target.labels, n) for n in range(answer.values.shape[1])]}
-        for index, (answer, encoding, text) in enumerate(zip(found, encodings, given, strict=True))
-    ]  # fmt: skip
-    return JSONResponse(
-        {
-            "id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()),
-            "model": body.model, "data": data, "usage": usage_of(rows),
-        }
-    )  # fmt: skip
+
+    def written() -> Response:
+        data = [
+            {"index": index, "tokens": _tagged(answer, encoding, text), "num_classes": answer.values.shape[1],
+             "labels": [class_name(target.labels, n) for n in range(answer.values.shape[1])]}
+            for index, (answer, encoding, text) in enumerate(zip(found, encodings, given, strict=True))
+        ]  # fmt: skip
+        return JSONResponse(
+            {
+                "id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()),
+                "model": body.model, "data": data, "usage": usage_of(rows),
+            }
+        )  # fmt: skip
+
+    return await asyncio.to_thread(written)  # it has an entry for each token of a request
 
 
 def _tagged(answer: Answer, encoding: Encoding | None, text: str | Sequence[int]) -> list[dict]:
@@ -98,6 +104,17 @@ def _tagged(answer: Answer, encoding: Encoding | None, text: str | Sequence[int]
             entry |= {"start": start, "end": end, "text": text[start:end], "word": encoding.word_ids[place]}
         found.append(entry)
     return found
+
+
+def _candidates(answer: Answer, encoding: Encoding, gaps: Gaps, *, decode: Callable) -> list[dict]:
+    """A dict for each gap of a text: where it lies, and the likeliest tokens in its place."""
+    return [
+        {"start": encoding.offsets[place][0], "end": encoding.offsets[place][1], "candidates": [
+            {"token": int(token), "text": decode([int(token)], skip_special_tokens=False), "score": float(score)}
+            for token, score in zip(tokens, scores, strict=True)
+        ]}
+        for place, tokens, scores in zip(gaps.places, answer.tokens, answer.values, strict=True)
+    ]  # fmt: skip
 
 
 def _span(answer: Answer, encoding: Encoding, context: str) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 import wave
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lora_export.errors import InputRefused, UsageProblem
 from lora_export.export.plan import Request
 from lora_export.integrity.sources import SourceOverrides
 from lora_export.pipeline import ExportOptions, check, export
+from lora_export.serve.batching import Gaps
 from lora_export.serve.models import Models
 from lora_export.serve.options import ServeOptions
 from lora_export.trial import run_trial
@@ -160,9 +162,16 @@ def test_a_server_answers_questions_and_fills_gaps(made):
     given = tokenizer("a [UNK] b [UNK]", return_tensors="pt", return_token_type_ids=True)
     with torch.no_grad():
         logits = reference(made, "fill-mask")(**given).logits[0]
-    with running(out, model_name="base") as live:
+    with running(out, model_name="base", max_queue=3) as live:
         (data,) = live.post("/v1/fill-mask", model="a", input="a [UNK] b [UNK]", top_k=3).json()["data"]
         refused = live.post("/v1/fill-mask", model="a", input="no gap")
+        many = live.post("/v1/fill-mask", model="a", input=["[UNK] [UNK]", "[UNK] [UNK]"])
+        ids, gaps = given["input_ids"][0].tolist(), Gaps([1], 3)
+        (kept,) = live.service.batcher.submit("a", [ids], time.monotonic() + 20, gaps=[gaps]).future.result()
+    assert many.status_code == 400 and "has 4 gaps; at most 3 are taken" in many.json()["error"]["message"]
+    # Of [tokens, vocabulary], an answer keeps what was asked, and no view of the rest.
+    assert kept.values.shape == kept.tokens.shape == (1, 3)
+    assert all(array.base is None or array.base.size <= 6 for array in (kept.values, kept.tokens))
     assert refused.status_code == 400 and "write [UNK] where a word is missing" in refused.json()["error"]["message"]
     assert [(gap["start"], gap["end"]) for gap in data["gaps"]] == [(2, 7), (10, 15)]
     places = (given["input_ids"][0] == tokenizer.mask_token_id).nonzero()[:, 0].tolist()
