@@ -33,5 +33,10 @@ def end_tokens_in(
 
 
 def has_brought_settings(place: Path, export: Path, manifest: Manifest) -> bool:
-    """Whether an adapter of `manifest`, of `export`, brought the settings in `place`."""
-    return place != export or any(record.preprocessing == "." for record in manifest.adapters)
+    """Whether an adapter of `manifest`, which is that of `export` itself, brought the settings in `place`."""
+    return place != export or has_adapter_settings(manifest)
+
+
+def has_adapter_settings(manifest: Manifest) -> bool:
+    """Whether the settings in the export's own folder are an adapter's, in the place of the base's."""
+    return any(record.preprocessing == "." for record in manifest.adapters)

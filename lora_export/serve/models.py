@@ -193,7 +193,8 @@ class Models:
             if self.task == CTC:
                 self._words[place] = CtcWords.of(place, export)
         elif self.writes:
-            self._voices[place] = open_voice(place, export, self.manifest, task=self.task)
+            manifest = self.manifest if export == self.folder else read_manifest(export)
+            self._voices[place] = open_voice(place, export, manifest, task=self.task)
         else:
             self._texts[place] = Texts(place, export)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from lora_export.artifact import MANIFEST, AdapterRecord, Manifest, read_manifest
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.folders import own_temporary_folder
+from lora_export.runtime.end_tokens import has_adapter_settings
 from lora_export.runtime.tokenizer import TOKENIZER_FILES
 from lora_export.serve.models import Models, Served
 from lora_export.serve.names import require_free_name
@@ -134,9 +135,13 @@ class RuntimeAdapters:
                 ) from error
 
     def _place(self, export: Path, manifest: Manifest, record: AdapterRecord) -> Path:
-        """The folder of the adapter's tokenizer and settings: this export's own, where all of them are the same."""
+        """The folder of the adapter's tokenizer and settings: this export's own, where all of them are the same.
+
+        They are not where an adapter brought those of one export only: they end texts otherwise (`end_tokens_in`).
+        """
         of_export = record.preprocessing in (None, ".")
         same = of_export and _settings(manifest) == _settings(self.models.manifest)
+        same = same and has_adapter_settings(manifest) == has_adapter_settings(self.models.manifest)
         return self.models.folder if same else export / (record.preprocessing or ".")
 
 

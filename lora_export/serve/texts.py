@@ -93,7 +93,7 @@ class Voice:
 
 
 def open_voice(place: Path, folder: Path, manifest: Manifest, *, task: str) -> Voice:
-    """What is in `place`, and what is not there in the export's `folder`; `manifest` is that of the server's export."""
+    """What is in `place`, and what is not there in `folder`: the export that `place` lies in, and `manifest` is of."""
     tokenizer, defaults = open_tokenizer(place, folder), generation_defaults(*dict.fromkeys([place, folder]))
     is_brought = has_brought_settings(place, folder, manifest)
     ends = end_tokens_in(place, folder, is_brought=is_brought, tokenizer=lambda: tokenizer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,6 +83,29 @@ def test_settings_that_took_the_place_of_the_base_s_end_every_text(export):
     brought(folder, "chat", ".")
     (own,) = AdapterSession(folder, "cpu").generate([PROMPT], "chat", max_new_tokens=NEW)
     assert list(own.ids) == cut(texts["chat"], {2, end}) != list(plain.ids)
+
+
+@pytest.mark.parametrize("is_served_with_it", [False, True])
+def test_an_adapter_loaded_at_run_time_ends_by_the_settings_of_its_own_export(export, tmp_path, is_served_with_it):
+    """The server's export says of none of its adapters that it brought settings; that of the adapter does."""
+    folder, end, texts = export
+    store = tmp_path / "store"
+    shutil.copytree(folder, store / "one")
+    word = Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(end)
+    name = "tokenizer_config.json"
+    for each in [store / "one"] + [folder] * is_served_with_it:
+        (each / name).write_text(json.dumps(json.loads((each / name).read_text()) | {"eos_token": word}))
+        fields = json.loads((each / "lora_export.json").read_text())
+        fields["files"][name] = hashlib.sha256((each / name).read_bytes()).hexdigest()
+        (each / "lora_export.json").write_text(json.dumps(fields))
+    brought(store / "one", "chat", ".")
+    (file,) = next(each for each in read_manifest(folder).adapters if each.name == "chat").files.values()
+    decode = AdapterSession(folder, "cpu").tokenizer("chat").decode
+    with running(folder, model_name="base", runtime_adapters=store) as live:
+        assert live.post("/v1/load_lora_adapter", lora_name="new", lora_path=f"one/{file}").status_code == 200
+        for model, ends in (("chat", {2}), ("new", {2, end})):
+            answer = live.post("/v1/completions", model=model, prompt=PROMPT, max_tokens=NEW).json()
+            assert answer["choices"][0]["text"] == decode(cut(texts["chat"], ends))
 
 
 def test_an_adapter_s_own_place_without_a_tokenizer_goes_by_the_export_s(export):
