@@ -112,7 +112,7 @@ def test_the_server_answers_with_the_graphs_own(served, adapters):
 
     root, out = served
     models = Models(out, ServeOptions(provider="cpu", n_threads=1))
-    rows = [Row("a", ids, Ticket(0)) for ids in models.texts(out).encode(TEXTS)]
+    rows = [Row("a", ids, Ticket(0)) for ids in models.settings.texts.encode(TEXTS)]
     own = np.stack([each.values for each in Encoder(models, None, normalize=None).run(rows)])
     expected = [
         each["sentence_embedding"]

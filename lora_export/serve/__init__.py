@@ -23,6 +23,7 @@
     limits.py            how long a row may be, and how many texts are written at a time
     names.py             the field `model`: base, adapter, blend
     runtime_adapters.py  adapters that are loaded while it runs
+    settings.py          what a model is asked with: all that is in one folder, read once
     texts.py             tokenizers
     metrics.py           for Prometheus and the Kubernetes gateway
     logs.py              JSON lines without texts

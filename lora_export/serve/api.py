@@ -168,7 +168,7 @@ def _add_encoders(api: FastAPI, service: Service) -> None:
         if service.models.task in OF_SIGNALS:
             urls = service.listed(body.input, "input")
             service.require_room(len(urls), "input", most=service.options.max_batch)
-            signals = await asyncio.to_thread(signals_of, urls, service.models.signals(target.place))
+            signals = await asyncio.to_thread(signals_of, urls, target.settings.signals)
         rows = await service.rows(body.input, target) if signals is None else list(map(frames_of, signals))
         found: list[Answer] = await service.answers(request, target, rows, signals=signals)
         data = [{"index": index, **_classes(answer, service)} for index, answer in enumerate(found)]
@@ -186,7 +186,7 @@ def _encoded(values: np.ndarray, form: str) -> list[float] | str:
 
 def _classes(answer: Answer, service: Service) -> dict:
     labels, values = answer.target.labels, answer.values
-    probabilities = class_values(values, service.models.problem_type(answer.target.place)).tolist()
+    probabilities = class_values(values, answer.target.settings.problem_type).tolist()
     best = int(values.argmax())
     return {
         "label": class_name(labels, best), "probs": probabilities, "num_classes": len(values),

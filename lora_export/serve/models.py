@@ -8,31 +8,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
 
 import numpy as np
 
-from lora_export.artifact import MANIFEST, AdapterRecord, Manifest, read_manifest
+from lora_export.artifact import AdapterRecord, Manifest, read_manifest
 from lora_export.contract import DECODER, SINGLE, has_own_head
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.reading import model_settings
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.bank import Bank
-from lora_export.runtime.images import ImageSteps, open_image_steps
 from lora_export.runtime.seq2seq_session import Seq2SeqSession
-from lora_export.runtime.sound import Samples, open_samples
 from lora_export.runtime.stacking import RowSpec
-from lora_export.serve.ctc_words import CtcWords
 from lora_export.serve.limits import longest_row
 from lora_export.serve.metrics import BLEND
 from lora_export.serve.names import parse_model, unknown_model
 from lora_export.serve.options import ServeOptions
 from lora_export.serve.problems import Problem
-from lora_export.serve.tasks import CTC, IMAGES, OF_SIGNALS, TASKS, WRITING, why_not_served
-from lora_export.serve.texts import Texts, Voice, open_voice
+from lora_export.serve.settings import Settings, open_settings
+from lora_export.serve.tasks import OF_SIGNALS, TASKS, WRITING, why_not_served
 
 Session = AdapterSession | Seq2SeqSession
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,13 +53,14 @@ class Target:
         label: Its name in metrics and logs: a blend's is one for all, as clients make up any number of them.
         adapter: As `AdapterSession.run` takes a row's.
         labels: The names of classes, by number.
-        banks: The adapters of the moment in which it meant that, by graph.
+        settings: What it is asked with, and its answers are read with: those of the moment in which it meant that.
+        banks: The adapters of that moment, by graph.
     """
 
     model: str
     label: str
     adapter: Mapping[str, float] | None
-    place: Path
+    settings: Settings
     labels: Mapping[int, str]
     banks: Mapping[str, Bank]
 
@@ -91,6 +87,7 @@ class View:
 
     Attributes:
         has_base: Whether the base answers by itself: an encoder without a head is no classifier.
+        settings: By the folder that they are of.
     """
 
     session: Session
@@ -98,6 +95,7 @@ class View:
     base_labels: Mapping[int, str]
     has_base: bool
     adapters: Mapping[str, Served]
+    settings: Mapping[Path, Settings]
 
     def target(self, model: str) -> Target:
         """What `model` means now.
@@ -121,7 +119,7 @@ class View:
         named = [part.record.labels or {} for part in parts] or [self.base_labels]
         labels = named[0] if all(each == named[0] for each in named) else {}
         label = BLEND if len(blend) > 1 or (blend and model not in blend) else model
-        return Target(model, label, blend or None, places.pop(), labels, self.session.banks)
+        return Target(model, label, blend or None, self.settings[places.pop()], labels, self.session.banks)
 
 
 class Models:
@@ -138,11 +136,6 @@ class Models:
         self.folder, self.manifest, self.task = folder, manifest, manifest.task
         self.base = options.model_name or _base_name(manifest, folder)
         self.started = int(time.time())
-        self._texts: dict[Path, Texts] = {}
-        self._signals: dict[Path, ImageSteps | Samples] = {}
-        self._words: dict[Path, CtcWords] = {}
-        self._voices: dict[Path, Voice] = {}
-        self._problem_types: dict[Path, str | None] = {}
         self._changing = threading.Lock()
         opened = Seq2SeqSession if DECODER in manifest.graphs else AdapterSession
         self.session: Session = opened(
@@ -155,9 +148,11 @@ class Models:
         self.config = model_settings(folder)
         has_base = has_own_head(manifest.adapter_inputs)
         labels = _labels_of(manifest, self.config)
-        self.view = View(self.session.snapshot(), self.base, labels, has_base, MappingProxyType(adapters))
-        for place in {folder, *(each.place for each in adapters.values())}:
-            self._open(place)
+        places = {folder, *(each.place for each in adapters.values())}
+        settings = {place: open_settings(place, folder, manifest) for place in places}
+        self.view = View(
+            self.session.snapshot(), self.base, labels, has_base, MappingProxyType(adapters), MappingProxyType(settings)
+        )
         self.longest = self._longest(options)
 
     @property
@@ -165,44 +160,10 @@ class Models:
         """Whether the models write texts."""
         return self.task in WRITING
 
-    def texts(self, place: Path) -> Texts:
-        """The tokenizer of an encoder in `place`."""
-        return self._opened(self._texts, place)
-
-    def signals(self, place: Path) -> ImageSteps | Samples:
-        """What images or sounds go through, by the settings in `place`."""
-        return self._opened(self._signals, place)
-
-    def words(self, place: Path) -> CtcWords:
-        """What makes a text of frames' tokens, by the settings in `place`."""
-        return self._opened(self._words, place)
-
-    def voice(self, place: Path) -> Voice:
-        """The tokenizer and the settings of a model that writes, in `place`."""
-        return self._opened(self._voices, place)
-
-    def _opened(self, kept: Mapping[Path, T], place: Path) -> T:
-        if place not in kept:
-            self._open(place)
-        return kept[place]
-
-    def _open(self, place: Path) -> None:
-        export = next((each for each in (place, *place.parents) if (each / MANIFEST).is_file()), self.folder)
-        if self.task in OF_SIGNALS:
-            self._signals[place] = (open_image_steps if self.task == IMAGES else open_samples)(place, export)
-            if self.task == CTC:
-                self._words[place] = CtcWords.of(place, export)
-        elif self.writes:
-            manifest = self.manifest if export == self.folder else read_manifest(export)
-            self._voices[place] = open_voice(place, export, manifest, task=self.task)
-        else:
-            self._texts[place] = Texts(place, export)
-
-    def problem_type(self, place: Path) -> str | None:
-        """The kind of classification of an adapter with its settings in `place`: its own, or else the base's."""
-        if place not in self._problem_types:
-            self._problem_types[place] = (model_settings(place) or self.config).get("problem_type")
-        return self._problem_types[place]
+    @property
+    def settings(self) -> Settings:
+        """Those of the export itself, which its base is asked with."""
+        return self.view.settings[self.folder]
 
     def put(
         self, name: str, served: Served, tensors: Mapping[str, Mapping[str, np.ndarray]], *, in_place: bool
@@ -215,9 +176,9 @@ class Models:
         Raises:
             Problem: 400 if the name is taken and it is not `in_place`.
         """
-        if served.place != self.folder:  # it may have changed since an adapter of that place was loaded
-            self._open(served.place)
-            self._problem_types.pop(served.place, None)
+        place, opened = served.place, {}
+        if place != self.folder:  # it may have changed since an adapter of that place was loaded
+            opened = {place: open_settings(place, self.folder, self.manifest)}
         with self._changing:
             if name in self.view.adapters and not in_place:
                 raise Problem(
@@ -228,7 +189,7 @@ class Models:
                 self.session.hold(name, tensors)
             else:
                 self.session.hold(name, tensors[SINGLE], served.record.invocation_tokens)
-            self._show({**self.view.adapters, name: served})
+            self._show({**self.view.adapters, name: served}, {**self.view.settings, **opened})
 
     def read(self, file: Path, graph: str) -> dict[str, np.ndarray]:
         """The tensors of an adapter's file for `graph`; see `AdapterSession.read` for what is refused."""
@@ -245,19 +206,20 @@ class Models:
             if name not in self.view.adapters:
                 raise unknown_model(name, self.base, list(self.view.adapters))
             self.session.unload(name)
-            self._show({key: value for key, value in self.view.adapters.items() if key != name})
+            adapters = {key: value for key, value in self.view.adapters.items() if key != name}
+            self._show(adapters, self.view.settings)
 
-    def _show(self, adapters: Mapping[str, Served]) -> None:
-        self.view = replace(self.view, session=self.session.snapshot(), adapters=MappingProxyType(dict(adapters)))
+    def _show(self, adapters: Mapping[str, Served], settings: Mapping[Path, Settings]) -> None:
         used = {self.folder, *(each.place for each in adapters.values())}
-        for kept in (self._texts, self._signals, self._words, self._voices, self._problem_types):
-            for place in set(kept) - used:
-                kept.pop(place, None)
+        self.view = replace(
+            self.view, session=self.session.snapshot(), adapters=MappingProxyType(dict(adapters)),
+            settings=MappingProxyType({place: settings[place] for place in used}),
+        )  # fmt: skip
 
     def _longest(self, options: ServeOptions) -> int | None:
         if self.task in OF_SIGNALS:
             return None
-        made_for = None if self.writes else self.texts(self.folder).longest
+        made_for = None if self.writes else self.settings.texts.longest
         return longest_row(self.manifest, self.config, options, made_for=made_for)
 
     def _served(self, record: AdapterRecord, folder: Path, root: str) -> Served:

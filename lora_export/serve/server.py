@@ -144,7 +144,7 @@ def _greeting(service: Service, host: str, port: int) -> str:
     names = ", ".join(view.adapters) or "no adapters"
     address = f"[{host}]" if ":" in host else host
     lines = [f"serving {view.base} with {names} on http://{address}:{port} ({view.session.provider})"]
-    if service.models.writes and (ignored := settings_not_done(service.models.voice(service.models.folder).defaults)):
+    if service.models.writes and (ignored := settings_not_done(service.models.settings.voice.defaults)):
         asked = ", ".join(f"{name}={value}" for name, value in ignored.items())
         lines.append(f"texts are greedy or sampled: {asked} of the export's configuration has no effect")
     if not options.is_local and options.api_key is None:

@@ -125,7 +125,7 @@ class Service:
         Raises:
             Problem: A row is longer than the model takes.
         """
-        texts = self.models.texts(target.place)
+        texts = target.settings.texts
         is_long = sum(len(part) for each in given for part in each) > LONG_TEXT
         found = await asyncio.to_thread(texts.encodings, given) if is_long else texts.encodings(given)
         self._require_length([each.ids for each in found], field)

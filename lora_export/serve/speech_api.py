@@ -90,7 +90,7 @@ async def _written_down(request: Request, service: Service, kind: type[Body]) ->
     target = service.target(body, request, SPEECH, CTC)
     if service.models.task == CTC:
         return await _of_frames(request, service, target, body=body, file=form.files[_FILE])
-    voice = service.models.voice(target.place)
+    voice = target.settings.voice
     heard = await asyncio.to_thread(_heard, body, form.files[_FILE], voice, models=service.models)
     request.state.seen.fields["seconds"] = round(heard.seconds, 3)
     pieces = Pieces(service.writer, service.writer.submit(target, [heard.wish]), voice.tokenizer)
@@ -118,12 +118,12 @@ async def _of_frames(
         raise Problem(
             400, f"{said} to {body.model!r}: it transcribes frame by frame", param=field, code="unsupported_field"
         )
-    steps = service.models.signals(target.place)
+    steps = target.settings.signals
     signal = await asyncio.to_thread(signal_of, file, steps, where=_FILE)
     (answer,) = await service.answers(request, target, [frames_of(signal)], signals=[signal])
     seconds = len(signal) / steps.rate
     request.state.seen.fields["seconds"] = round(seconds, 3)
-    text = service.models.words(target.place).text(answer.values)
+    text = target.settings.words.text(answer.values)
     return _answer(text, _Heard(body, TRANSCRIBE, seconds, None, {}), None)
 
 

@@ -51,7 +51,7 @@ def add_tokens(api: FastAPI, service: Service) -> None:
         service.require_room(sum(len(each.places) for each in gaps), "input", what="gaps")
         rows = [encoding.ids for encoding in encodings]
         found: list[Answer] = await service.answers(request, target, rows, gaps=gaps)
-        decode = service.models.texts(target.place).tokenizer.decode
+        decode = target.settings.texts.tokenizer.decode
 
         def written() -> Response:
             data = [
@@ -129,7 +129,7 @@ def _span(answer: Answer, encoding: Encoding, context: str) -> dict:
 
 
 def _gaps(encoding: Encoding, target: Target, service: Service) -> list[int]:
-    mask = service.models.texts(target.place).mask
+    mask = target.settings.texts.mask
     places = [] if mask is None else [place for place, token in enumerate(encoding.ids) if token == mask[1]]
     if not places:
         said = "the tokenizer has no mask token" if mask is None else f"write {mask[0]} where a word is missing"

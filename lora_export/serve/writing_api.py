@@ -37,7 +37,7 @@ def add_writing(api: FastAPI, service: Service) -> None:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """How each prompt goes on; of an encoder-decoder, what it makes of each prompt."""
         target = service.target(body, request, GENERATION, TEXT2TEXT)
-        voice = service.models.voice(target.place)
+        voice = target.settings.voice
         prompts = await _prompts(body.prompt, voice, service)
         how = {"longest": service.models.longest, "asked": body.max_tokens, "default": _TOKENS_OF_A_COMPLETION}
         make = _wish if service.models.task == GENERATION else _target_wish
@@ -48,7 +48,7 @@ def add_writing(api: FastAPI, service: Service) -> None:
     async def chat(body: ChatBody, request: Request) -> Response:
         """The assistant's answer, by the export's chat template."""
         target = service.target(body, request, GENERATION)
-        voice = service.models.voice(target.place)
+        voice = target.settings.voice
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
         is_long = sum(len(message["content"]) for message in messages) > LONG_TEXT
         encode = voice.tokenizer.encode_chat
@@ -198,7 +198,7 @@ async def _written(
     """The texts of `wishes`, whole or as a stream."""
     if form.body.stream_options is not None and not form.body.stream:
         raise Problem(400, "stream_options go with stream: true", param="stream_options")
-    pieces = Pieces(service.writer, service.writer.submit(target, wishes), service.models.voice(target.place).tokenizer)
+    pieces = Pieces(service.writer, service.writer.submit(target, wishes), target.settings.voice.tokenizer)
     count = Count(service, request.state.seen, target, n_prompt=sum(len(wish.prompt) for wish in wishes))
     watched = count.of(pieces)
     if form.body.stream:

@@ -144,7 +144,7 @@ def test_pooling(exports, alone, pooling, normalize, expected):
     from lora_export.serve.options import Pooling, ServeOptions
 
     models = Models(exports["features-dynamic"], ServeOptions(provider="cpu", n_threads=1))
-    texts = models.texts(models.folder)
+    texts = models.settings.texts
     rows = [Row("features", ids, Ticket(0)) for ids in texts.encode(TEXTS)]
     for found, text in zip(Encoder(models, Pooling(pooling), normalize=normalize).run(rows), TEXTS, strict=True):
         np.testing.assert_allclose(found.values, expected(alone("features-dynamic", "features", text)), atol=1e-5)

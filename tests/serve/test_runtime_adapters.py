@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,9 @@ from live import running, wait_until, write_adapter
 
 from lora_export import AdapterSession
 from lora_export.artifact import MANIFEST
+from lora_export.serve.models import Models
+from lora_export.serve.options import ServeOptions
+from lora_export.serve.runtime_adapters import RuntimeAdapters
 from lora_export.serve.texts import Texts
 
 FILE = "adapters/features.onnx_adapter"
@@ -160,9 +165,6 @@ def test_without_the_option_nothing_is_loaded_or_unloaded(exports):
 
 def test_a_row_that_waits_for_an_adapter_that_is_unloaded_is_refused_and_no_other(exports, store):
     """It never gets the base's answer, nor an older one."""
-    import threading
-    from concurrent.futures import ThreadPoolExecutor
-
     with running(exports["features-dynamic"], model_name="words", runtime_adapters=store) as live:
         expected = embedding(live, "features")
         load(live, f"served/{FILE}", "short")
@@ -183,9 +185,6 @@ def test_a_row_that_waits_for_an_adapter_that_is_unloaded_is_refused_and_no_othe
 
 def test_a_row_that_waits_for_an_adapter_that_is_replaced_is_refused_and_no_other(exports, store):
     """Its tokens were made for the old one."""
-    import threading
-    from concurrent.futures import ThreadPoolExecutor
-
     with running(exports["features-dynamic"], model_name="words", runtime_adapters=store) as live:
         load(live, f"served/{FILE}", "short")
         go, run = threading.Event(), live.service.batcher._run
@@ -248,3 +247,68 @@ def test_a_place_without_a_vocabulary_has_the_export_s_tokenizer(exports, tmp_pa
     shutil.copy(export / "tokenizer.json", tmp_path)
     own = Texts(tmp_path, export)
     assert own.folder == tmp_path and own.longest is None
+
+
+def test_what_an_adapter_said_is_read_with_the_settings_that_it_was_asked_with(exports, tmp_path):
+    """Its run is under way when it is replaced by an adapter of another kind of classification."""
+    export, file = tmp_path / "one", "adapters/plain.onnx_adapter"
+    shutil.copytree(exports["classifier-dynamic"], export)
+    manifest = json.loads((export / MANIFEST).read_text(encoding="utf-8"))
+    next(each for each in manifest["adapters"] if each["name"] == "plain")["preprocessing"] = "adapters/plain"
+    (export / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    (export / "adapters/plain").mkdir()
+    with running(exports["classifier-dynamic"], model_name="colours", runtime_adapters=tmp_path) as live:
+
+        def answer() -> list[float]:
+            found = live.post("/v1/classify", model="new", input="x")
+            assert found.status_code == 200, found.text
+            return found.json()["data"][0]["probs"]
+
+        assert load(live, f"one/{file}").status_code == 200
+        before, go, run = answer(), threading.Event(), live.service.batcher._run
+        went = threading.Event()
+
+        def held(rows):
+            found = run(rows)
+            went.set()
+            assert go.wait(20)
+            return found
+
+        live.service.batcher._run = held
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(answer)
+            assert went.wait(20)
+            config = {"problem_type": "multi_label_classification"}
+            (export / "adapters/plain/config.json").write_text(json.dumps(config), encoding="utf-8")
+            assert load(live, f"one/{file}", load_inplace=True).status_code == 200
+            go.set()
+            np.testing.assert_array_equal(call.result(), before)
+        scores = np.log(before)  # the softmax's, but for a number that is added to all of them
+        after = np.array(answer())
+        np.testing.assert_allclose(np.diff(np.log(after / (1 - after))), np.diff(scores), atol=1e-4)
+        assert abs(sum(after) - 1) > 1e-3
+
+
+def test_the_settings_of_a_request_are_those_of_its_moment(exports, tmp_path):
+    shutil.copytree(exports["features-dynamic"], tmp_path / "one")
+    (tmp_path / "one/chat_template.jinja").write_text("x", encoding="utf-8")
+    path = tmp_path / "one" / MANIFEST
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields["files"]["chat_template.jinja"] = hashlib.sha256(b"x").hexdigest()
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    models = Models(exports["features-dynamic"], ServeOptions(provider="cpu", n_threads=1))
+    adapters = RuntimeAdapters(models, tmp_path, 10**9)
+    adapters.load("new", f"one/{FILE}", in_place=False)
+    asked = models.view.target("new")
+    vocabulary = asked.settings.texts.tokenizer.get_vocab_size()
+    tokenizer = tmp_path / "one/tokenizer.json"
+    content = json.loads(tokenizer.read_text(encoding="utf-8"))
+    content["added_tokens"].append({"id": vocabulary, "content": "<new>", "single_word": False, "lstrip": False,
+                                    "rstrip": False, "normalized": False, "special": True})  # fmt: skip
+    tokenizer.write_text(json.dumps(content), encoding="utf-8")
+    adapters.load("new", f"one/{FILE}", in_place=True)
+    assert asked.settings.texts.tokenizer.get_vocab_size() == vocabulary
+    assert models.view.target("new").settings.texts.tokenizer.get_vocab_size() == vocabulary + 1
+    assert models.view.target(models.base).settings is models.settings
+    models.remove("new")
+    assert set(models.view.settings) == {models.folder} and asked.settings.texts.encode(["x"])

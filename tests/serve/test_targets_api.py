@@ -76,7 +76,7 @@ def test_several_prompts_token_ids_stop_strings_and_blends(live, alone):
     found = client.completions.create(model="bart-all", prompt=list(PROMPTS), max_tokens=9)
     expected = [alone("bart-all", prompt, 9) for prompt in PROMPTS]
     assert [choice.text for choice in found.choices] == expected
-    ids = live.service.models.voice(live.service.models.folder).tokenizer.encode_source(PROMPTS[1])
+    ids = live.service.models.settings.voice.tokenizer.encode_source(PROMPTS[1])
     assert client.completions.create(model="bart-all", prompt=ids, max_tokens=9).choices[0].text == expected[1]
     stop = expected[0][3:5]
     cut = client.completions.create(model="bart-all", prompt=PROMPTS[0], max_tokens=9, stop=stop).choices[0]
