@@ -185,7 +185,8 @@ def _stamped(
     for at, stack in enumerate(stacks):
         if not holds(model.graph, stack.path):
             continue
-        if stamp(model, stack, facts.small | derived_of_all(derived, facts.small, stack)) is None:
+        of_all = derived_of_all(derived, facts.small, stack)
+        if of_all is None or stamp(model, stack, facts.small | of_all) is None:
             return None, [*stacks[:at], *stack.wider(), *stacks[at + 1 :]]
         inputs = stamped_inputs(inputs, stack)
     return (model, inputs), stacks

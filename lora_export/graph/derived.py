@@ -63,7 +63,8 @@ def _derived(node: ir.Node, found: Mapping[ir.Value, Derived], small: Mapping[st
     graph = node.graph
     if node.domain or len(node.outputs) != 1 or node.outputs[0].is_graph_output() or node.outputs[0].dtype is None:
         return None
-    of = next((value for value in node.inputs if value in found or _is_bound(value, small)), None)
+    bound = [value for value in node.inputs if value in found or _is_bound(value, small)]
+    of = bound[0] if len(bound) == 1 else None  # of two, one would be taken for a number that all layers have
     step = None if of is None else _step(node, of)
     if step is None:
         return None

@@ -76,23 +76,38 @@ def traced_choice(choice: SiteChoice, stack: Stack) -> SiteChoice:
 
 
 def stand_ins(small: Mapping[str, np.ndarray], stack: Stack) -> dict[str, np.ndarray]:
-    """`small` with other numbers in place of those of the layers of `stack`, no two alike."""
+    """`small` with other numbers in place of those of the layers of `stack`, no two alike in their dtype, and none of
+    ones alone: equal constants would be made one, and a product with ones dropped."""
     names, rng = LayerNames(stack), np.random.default_rng(list(stack.path.encode()))
-    return {
-        name: array if names.layer(name) is None else (1 + rng.random(array.shape)).astype(array.dtype)
-        for name, array in small.items()
-    }
+    seen: set[tuple[tuple[int, ...], bytes]] = set()
+
+    def other(array: np.ndarray) -> np.ndarray:
+        width = 1.0
+        while True:
+            found = (1 + width * rng.random(array.shape)).astype(array.dtype)
+            key = (found.shape, found.tobytes())
+            if not found.size or (key not in seen and not np.all(found == 1)):
+                seen.add(key)
+                return found
+            width += 1.0  # a number in bfloat16 has 128 values between 1 and 2
+
+    return {name: array if names.layer(name) is None else other(array) for name, array in small.items()}
 
 
-def derived_of_all(derived: Iterable[Derived], small: Mapping[str, np.ndarray], stack: Stack) -> dict[str, np.ndarray]:
-    """The constants of all layers of `stack` that are made as those of the traced ones are, of their own parameters."""
+def derived_of_all(
+    derived: Iterable[Derived], small: Mapping[str, np.ndarray], stack: Stack
+) -> dict[str, np.ndarray] | None:
+    """The constants of all layers of `stack` that are made as those of the traced ones are, of their own parameters;
+    None where traced layers make them in different ways."""
     names, found = LayerNames(stack), {}
     for each in derived:
         layer = names.layer(each.parameter)
         for by in () if layer is None else range(-layer, stack.n_layers - layer):
             parameter = names.shifted(each.parameter, by)
             if parameter in small:
-                found[names.shifted(each.name, by)] = each.of(small[parameter])
+                name, array = names.shifted(each.name, by), each.of(small[parameter])
+                if not np.array_equal(found.setdefault(name, array), array, equal_nan=True):
+                    return None
     return found
 
 

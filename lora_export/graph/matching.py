@@ -178,19 +178,21 @@ class Matcher:
             weight.modules = self._modules_of(weight)
 
     def parts_of(self, matrix: BaseMatrix, weights: Sequence[GivenWeight]) -> list[GivenWeight]:
-        """Those of `weights` that are together the rows of `matrix`, from the first on; none where rows are missing."""
+        """Those of `weights` that are together the rows of `matrix`, from the first on, and multiply one input; none
+        where rows are missing, or fit several."""
         found: list[GivenWeight] = []
         start = 0
         while start < matrix.n_out:
             may = [w for w in weights if w not in found and w.n_in == matrix.n_in and w.n_out <= matrix.n_out - start]
             begin = [w for w in may if w.off(0, self._read(matrix, slice(start, start + 1), w.dtype)) is not None]
-            rows = {weight: slice(start, start + weight.n_out) for weight in begin}
-            part = next((w for w, each in rows.items() if self._off(w, 0, matrix, rows=each) is not None), None)
-            if part is None:
+            beside = [w for w in begin if not found or w.node.inputs[0] is found[0].node.inputs[0]]
+            rows = {weight: slice(start, start + weight.n_out) for weight in beside}
+            fitting = [w for w, each in rows.items() if self._off(w, 0, matrix, rows=each) is not None]
+            if len(fitting) != 1:
                 return []
-            found.append(part)
-            start += part.n_out
-        return found
+            found.append(fitting[0])
+            start += fitting[0].n_out
+        return found if len(found) > 1 else []  # a whole one that `match` gave to nobody fits several modules
 
     def _modules_of(self, weight: GivenWeight) -> tuple[BaseMatrix, ...]:
         found: list[BaseMatrix] = []

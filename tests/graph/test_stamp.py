@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -20,7 +21,8 @@ from lora_export.base.weightless import build_weightless
 from lora_export.contract import SiteChoice
 from lora_export.export import graphs
 from lora_export.export.plan import Request
-from lora_export.graph.layer_names import LayerNames, expanded, is_uniform
+from lora_export.graph.derived import Derived
+from lora_export.graph.layer_names import LayerNames, derived_of_all, expanded, is_uniform, stand_ins
 from lora_export.pipeline import ExportOptions, export
 
 N_LAYERS = 6
@@ -237,3 +239,31 @@ def test_targets_must_be_those_of_every_layer_but_the_first():
     assert not graphs._is_uniform(one_is_kept, stack) and graphs._is_uniform(replace(one_is_kept, kept=()), stack)
     every_second = [f"h.{layer}.q" for layer in range(1, 12, 2)]
     assert is_uniform(every_second, Stack("h", 12, 1, 2)) and not is_uniform(every_second, Stack("h", 12))
+
+
+BY_NAME = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
+
+
+@pytest.mark.parametrize("dtype", BY_NAME)
+def test_no_two_stand_ins_are_alike(dtype):
+    """Of a layer's one number there are few values in bfloat16, and equal constants are made one."""
+    names = [f"model.layers.{layer}.{what}" for layer in range(60) for what in ("scalar", "gain")]
+    small = {name: np.ones((1,), ir.DataType[BY_NAME[dtype]].numpy()) for name in (*names, "model.norm.weight")}
+    found = stand_ins(small, Stack("model.layers", 60))
+    values = [float(found[name][0]) for name in names]
+    assert len(set(values)) == 120 and not {0.0, 1.0} & set(values)
+    assert found["model.norm.weight"] is small["model.norm.weight"]
+    assert all(found[name].dtype == small[name].dtype for name in names)
+
+
+def test_constants_that_layers_make_in_different_ways_are_none():
+    stack = Stack("layers", 6)
+    small = {f"layers.{layer}.norm.weight": np.full(2, layer, np.float32) for layer in range(6)}
+
+    def derived(layer: int, number: int) -> Derived:
+        name = f"layers.{layer}.norm.weight"
+        return Derived(f"{name}.Add", name, (lambda array: array + number,))
+
+    same = derived_of_all([derived(layer, 1) for layer in range(4)], small, stack)
+    assert [same[f"layers.{layer}.norm.weight.Add"][0] for layer in range(6)] == [1, 2, 3, 4, 5, 6]
+    assert derived_of_all([derived(0, 1), derived(1, 2)], small, stack) is None
