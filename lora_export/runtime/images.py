@@ -22,14 +22,16 @@ _SETTINGS = "preprocessor_config.json"
 # Kinds that are made by the steps below and nothing else.
 _KINDS = ("ViT", "DeiT", "CLIP", "Bit")
 _ENDINGS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
-# Whose size, if it is a number, is that of the shorter edge.
+# Whose size, if it is a number, is that of the shorter edge: `default_to_square = False` of their classes.
 _BY_SHORTER_EDGE = ("CLIP", "Bit")
+# Who cut the middle out where the settings do not say, and its height and width where they do not.
+_CROPPING, _CROPPED = ("CLIP", "Bit", "DeiT"), 224
 _NEEDED = ("do_resize", "size", "resample", "do_normalize", "image_mean", "image_std")
 _RESCALED = 1 / 255
 
 
 def read_image(file: str | BinaryIO, where: str | None = None) -> Image.Image:
-    """The image in `file`, in colour.
+    """The image in `file`, in colour, turned as its EXIF orientation says: what `load_image` of Transformers gives.
 
     Args:
         where: Its place, for a message, of a file that is no path.
@@ -37,7 +39,7 @@ def read_image(file: str | BinaryIO, where: str | None = None) -> Image.Image:
     Raises:
         InputRefused: It is no image that Pillow reads, or has more than `MOST_PIXELS`.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     where = where or str(file)
     what, next_step = "A file is no image that Pillow reads", "save it again as PNG or JPEG"
@@ -53,6 +55,7 @@ def read_image(file: str | BinaryIO, where: str | None = None) -> Image.Image:
                         found=f"{width:,} × {height:,}",
                         next_step="make it smaller: the model does so before it looks at it",
                     )
+                ImageOps.exif_transpose(opened, in_place=True)
                 return opened.convert("RGB")
         except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
             raise InputRefused(what, where=where, found=str(error), next_step=next_step) from error
@@ -121,8 +124,8 @@ def open_image_steps(place: Path, export: Path) -> ImageSteps:
     fields = read_json_if_there(where)
     kind = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "")
     missing = [name for name in _NEEDED if name not in fields]
-    is_known = kind in {f"{name}{ending}" for name in _KINDS for ending in _ENDINGS}
-    if not is_known or missing or not fields["do_resize"]:
+    family = next((name for name in _KINDS if kind in {f"{name}{ending}" for ending in _ENDINGS}), None)
+    if family is None or missing or not fields["do_resize"]:
         raise InputRefused(
             "The exported folder does not say how images become the model's inputs in a way that is known here",
             where=str(where),
@@ -132,16 +135,19 @@ def open_image_steps(place: Path, export: Path) -> ImageSteps:
             "other kinds from Python, with AdapterSession",
         )
     try:
-        return _steps(fields)
+        return _steps(fields, family)
     except (TypeError, ValueError, KeyError) as error:
         raise InputRefused(
             "A setting of the images is not what it should be", where=str(where), found=str(error)
         ) from None
 
 
-def _steps(fields: Mapping) -> ImageSteps:
-    size = _size(fields["size"], is_square=not str(fields.get("image_processor_type")).startswith("CLIP"))
-    crop = _size(fields["crop_size"], is_square=True) if fields.get("do_center_crop") else None
+def _steps(fields: Mapping, family: str) -> ImageSteps:
+    """By the settings, and by what Transformers' class of a `family` of `_KINDS` does where they do not say."""
+    size = _size(fields["size"], is_square=family not in _BY_SHORTER_EDGE)
+    crop = None
+    if fields.get("do_center_crop", family in _CROPPING):
+        crop = _size(fields.get("crop_size", _CROPPED), is_square=True)
     size = size if fields["do_resize"] else None
     least = (min(size) if isinstance(size, tuple) else size) if size is not None else 0
     if crop is not None and max(crop) > least:

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 import transformers
-from PIL import Image
+from PIL import ExifTags, Image
+from transformers.image_utils import load_image
 
 from lora_export.errors import InputRefused
 from lora_export.runtime import images
@@ -34,6 +35,41 @@ def test_pixels_are_those_of_transformers(kind, size, tmp_path):
     found = images.open_image_steps(tmp_path / "absent", tmp_path).pixels(picture(*size))
     assert found.shape == expected.shape and found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+OLD = {
+    "do_normalize": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.2, 0.3, 0.4],
+    "resample": 3,
+}
+
+
+@pytest.mark.parametrize("size", [(260, 240), (90, 226)], ids=str)
+@pytest.mark.parametrize("more", [{}, {"do_center_crop": False}, {"crop_size": 20}], ids=str)
+@pytest.mark.parametrize(
+    "kind", ["ViTFeatureExtractor", "DeiTFeatureExtractor", "CLIPFeatureExtractor", "BitImageProcessor"]
+)
+def test_what_old_settings_leave_out_is_as_in_transformers(kind, more, size, tmp_path):
+    """A size that is one number, and no word on the crop or on its size."""
+    field = "feature_extractor_type" if kind.endswith("Extractor") else "image_processor_type"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({field: kind, "size": 228} | OLD | more))
+    processor = getattr(transformers, kind.replace("FeatureExtractor", "ImageProcessor")).from_pretrained(tmp_path)
+    expected = processor([picture(*size)], return_tensors="np")["pixel_values"][0]
+    found = images.open_image_steps(tmp_path, tmp_path).pixels(picture(*size))
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_turned_as_transformers_turns_it(orientation, tmp_path):
+    path, exif = tmp_path / "a.png", Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture(7, 5).save(path, exif=exif)
+    found, expected = images.read_image(str(path)), load_image(str(path))
+    assert found.mode == "RGB" and found.size == ((7, 5) if orientation < 5 else (5, 7))
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 
 
 @pytest.mark.parametrize(
