@@ -35,7 +35,8 @@ class Seq2SeqScheduler:
         max_rows: The most texts at a time.
         max_length: The most tokens of a target, its start included; None for the model's positions.
         max_source_tokens: The most tokens of the sources that begin together, padding included; a longer one begins
-            alone. None for no bound.
+            alone. Two frames of a sound count as one token, as Whisper's encoder makes a state of two. None for no
+            bound.
 
     Attributes:
         longest: The most tokens of a target; None where neither the caller nor the model bounds it.
@@ -201,7 +202,7 @@ class Seq2SeqScheduler:
             taken: list[Target] = []
             longest, n_start = 0, len(self._waiting[0].request.prompt_ids)
             for target in self._waiting:
-                wider = max(longest, len(target.source.get(IDS, ())))
+                wider = max(longest, _length(target.source))
                 is_too_much = self._most_tokens is not None and wider * (len(taken) + 1) > self._most_tokens
                 if len(target.request.prompt_ids) != n_start or (taken and is_too_much):
                     continue
@@ -236,6 +237,11 @@ class Seq2SeqScheduler:
             if is_new and others:
                 self._groups.remove(group)
                 self._waiting.extendleft(reversed(others))
+
+
+def _length(source: Source) -> int:
+    """The tokens of a text `[length]`, or half the frames of a sound `[bands, frames]`."""
+    return len(source[IDS]) if IDS in source else next(iter(source.values())).shape[-1] // 2
 
 
 def write_targets(

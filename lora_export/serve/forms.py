@@ -34,8 +34,8 @@ async def read_form(request: Request) -> Form:
     parser.spool_max_size = sys.maxsize
     try:
         found = await parser.parse()
-    except MultiPartException as error:
-        raise Problem(400, f"The form cannot be read: {error.message}", code="bad_form") from None
+    except (MultiPartException, ValueError, LookupError) as error:  # those of Python's codecs, by the form's charset
+        raise Problem(400, f"The form cannot be read: {getattr(error, 'message', error)}", code="bad_form") from None
     form = Form({}, {})
     for name, value in found.multi_items():
         if name in form.fields or name in form.files:

@@ -47,7 +47,9 @@ OLD = {
 
 
 @pytest.mark.parametrize("size", [(260, 240), (90, 226)], ids=str)
-@pytest.mark.parametrize("more", [{}, {"do_center_crop": False}, {"crop_size": 20}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"do_center_crop": None, "crop_size": None}, {"do_center_crop": False}, {"crop_size": 20}], ids=str
+)
 @pytest.mark.parametrize(
     "kind", ["ViTFeatureExtractor", "DeiTFeatureExtractor", "CLIPFeatureExtractor", "BitImageProcessor"]
 )

@@ -108,6 +108,21 @@ def test_texts_that_join_between_steps_are_peft_s_of_each_alone(base, session, p
         assert written.finish[request] is (Finish.LENGTH if len(ids) == request.max_new_tokens else Finish.STOP)
 
 
+@pytest.mark.parametrize(("most", "sizes"), [(99, [1, 1, 1]), (100, [2, 1]), (149, [2, 1]), (150, [3]), (None, [3])])
+def test_sounds_begin_together_as_far_as_their_frames_are_bounded(session, most, sizes):
+    """A sound of 100 frames counts as 50 tokens."""
+    found, features = session("whisper"), np.zeros((8, 100), np.float32)
+    scheduler = Seq2SeqScheduler(found, max_rows=5, max_source_tokens=most)
+    for _ in range(3):
+        scheduler.submit({"input_features": features}, rules=found.rules(), start=[1], max_new_tokens=9, eos_ids=())
+    began, before = [], 0
+    while scheduler.n_waiting:
+        scheduler.step()
+        began.append(scheduler.n_active - before)
+        before = scheduler.n_active
+    assert began == sizes
+
+
 def test_blends_and_sampled_texts_do_not_depend_on_their_neighbours(session):
     found = session("bart")
     blend, sampling = {"bart-attention": 0.5, "bart-all": 0.5}, Sampling(temperature=1.5, seed=5)

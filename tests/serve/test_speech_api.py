@@ -199,6 +199,15 @@ def test_a_form_is_taken_apart_by_its_boundary():
         (*form(b"x"), 400, "cannot be read"),
         (*form(b"Content-Disposition: form-data\r\n\r\nx"), 400, "name"),
         (*form(*[b"Content-Disposition: form-data; name=a\r\n\r\nx"] * 2), 400, "'a' twice"),
+        *(
+            (
+                form(b"Content-Disposition: form-data; name=x\r\n\r\nx")[0],
+                f"multipart/form-data; boundary=b; charset={name}",
+                400,
+                "cannot be read: .",
+            )
+            for name in ("undefined", "punycode", "a\0b")
+        ),
         (*form(*[b"Content-Disposition: form-data; name=%d\r\n\r\nx" % n for n in range(40)]), 400, "Too many fields"),
     ],
 )
