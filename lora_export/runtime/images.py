@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 # A small file can say that it is larger than memory; a photograph has fewer.
 MOST_PIXELS = 50_000_000
+# Pillow opens others, too: EPS runs Ghostscript, without a limit of time.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+# The longer edge by the shorter one, as Transformers bounds it for Qwen2-VL: a line of pixels is made no larger.
+_MOST_RATIO = 200
 _SETTINGS = "preprocessor_config.json"
 # Kinds that are made by the steps below and nothing else.
 _KINDS = ("ViT", "DeiT", "CLIP", "Bit")
@@ -30,31 +34,26 @@ _NEEDED = ("do_resize", "size", "resample", "do_normalize", "image_mean", "image
 _RESCALED = 1 / 255
 
 
-def read_image(file: str | BinaryIO, where: str | None = None) -> Image.Image:
+def read_image(file: str | BinaryIO, where: str | None = None, *, n_before: int = 0) -> Image.Image:
     """The image in `file`, in colour, turned as its EXIF orientation says: what `load_image` of Transformers gives.
 
     Args:
         where: Its place, for a message, of a file that is no path.
+        n_before: Pixels of others that it may have no more than `MOST_PIXELS` with.
 
     Raises:
-        InputRefused: It is no image that Pillow reads, or has more than `MOST_PIXELS`.
+        InputRefused: It is no image of `FORMATS`, or has more than `MOST_PIXELS`.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     where = where or str(file)
-    what, next_step = "A file is no image that Pillow reads", "save it again as PNG or JPEG"
+    what, next_step = f"A file is no image that Pillow reads as {', '.join(FORMATS)}", "save it again as PNG or JPEG"
     with refused_if_it_fails(what, where=where, next_step=next_step):
         try:
-            with Image.open(file) as opened:
-                width, height = opened.size
-                if width * height > MOST_PIXELS:
-                    raise InputRefused(
-                        "An image is too large",
-                        where=where,
-                        expected=f"at most {MOST_PIXELS:,} pixels",
-                        found=f"{width:,} × {height:,}",
-                        next_step="make it smaller: the model does so before it looks at it",
-                    )
+            with Image.open(file, formats=FORMATS) as opened:
+                _require_size(opened, where, n_before)
+                opened.load()
+                _require_size(opened, where, n_before)  # a format may learn it from what it reads
                 ImageOps.exif_transpose(opened, in_place=True)
                 return opened.convert("RGB")
         except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
@@ -63,6 +62,17 @@ def read_image(file: str | BinaryIO, where: str | None = None) -> Image.Image:
             if error.errno is not None:
                 raise
             raise InputRefused(what, where=where, found=str(error), next_step=next_step) from error
+
+
+def _require_size(image: Image.Image, where: str, n_before: int) -> None:
+    if n_before + image.width * image.height > MOST_PIXELS:
+        raise InputRefused(
+            "An image is too large",
+            where=where,
+            expected=f"at most {MOST_PIXELS:,} pixels{' of all images together' if n_before else ''}",
+            found=f"{image.width:,} × {image.height:,}{f' after {n_before:,} pixels' if n_before else ''}",
+            next_step="make it smaller: the model does so before it looks at it",
+        )
 
 
 @dataclass(frozen=True)
@@ -88,13 +98,14 @@ class ImageSteps:
         """The colours of `image` after all steps, float32 `[3, height, width]`.
 
         Raises:
-            InputRefused: It is so narrow that it would become larger than an image may be.
+            InputRefused: It is so narrow, or would become so large, as no image may be.
         """
         image = image.resize(self._resized(image.width, image.height), resample=self.resample)
+        if self.crop is not None:  # before there are numbers: they take four times the memory
+            height, width = self.crop
+            top, left = (image.height - height) // 2, (image.width - width) // 2
+            image = image.crop((left, top, left + width, top + height))
         values = np.asarray(image, np.float32).transpose(2, 0, 1)
-        if self.crop is not None:
-            top, left = ((have - want) // 2 for have, want in zip(values.shape[1:], self.crop, strict=True))
-            values = values[:, top : top + self.crop[0], left : left + self.crop[1]]
         if self.factor is not None:
             values = (values.astype(np.float64) * self.factor).astype(np.float32)
         if self.mean is not None:
@@ -106,8 +117,12 @@ class ImageSteps:
         if isinstance(self.size, tuple):
             return self.size[1], self.size[0]
         longer = int(self.size * max(width, height) / min(width, height))
-        if self.size * longer > MOST_PIXELS:
-            raise InputRefused("An image is too narrow", expected="height and width alike", found=f"{width} × {height}")
+        if longer > _MOST_RATIO * self.size or self.size * longer > MOST_PIXELS:
+            raise InputRefused(
+                "An image is too narrow",
+                expected=f"one edge at most {_MOST_RATIO} times the other, and {MOST_PIXELS:,} pixels when resized",
+                found=f"{width} × {height}",
+            )
         return (self.size, longer) if width <= height else (longer, self.size)
 
 

@@ -168,7 +168,8 @@ def _add_encoders(api: FastAPI, service: Service) -> None:
         if service.models.task in OF_SIGNALS:
             urls = service.listed(body.input, "input")
             service.require_room(len(urls), "input", most=service.options.max_batch)
-            signals = await asyncio.to_thread(signals_of, urls, target.settings.signals)
+            steps = target.settings.signals
+            signals = await service.prepared(request, lambda is_over: signals_of(urls, steps, is_over))
         rows = await service.rows(body.input, target) if signals is None else list(map(frames_of, signals))
         found: list[Answer] = await service.answers(request, target, rows, signals=signals)
         data = [{"index": index, **_classes(answer, service)} for index, answer in enumerate(found)]

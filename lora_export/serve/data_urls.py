@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -17,16 +17,30 @@ from lora_export.serve.problems import Problem
 _SAMPLES_A_FRAME = 320
 
 
-def signals_of(urls: Sequence[object], steps: ImageSteps | Samples) -> list[np.ndarray]:
+def signals_of(
+    urls: Sequence[object], steps: ImageSteps | Samples, is_over: Callable[[], bool] = lambda: False
+) -> list[np.ndarray]:
     """The images or sounds in `urls` after `steps`: what the graph takes of each, float32.
 
+    Args:
+        is_over: Whether nobody waits for them any more; asked before each.
+
     Raises:
-        Problem: One of them is none in that form.
-        InputRefused: The bytes of one are no image or no WAV file, or it is too large.
+        Problem: One of them is none in that form, or nobody waits.
+        InputRefused: The bytes of one are no image or no WAV file, or it is too large, or the images are together.
     """
-    if isinstance(steps, ImageSteps):
-        return [steps.pixels(read_image(io.BytesIO(_bytes_of(url, "image", "png")), "input")) for url in urls]
-    return [signal_of(_bytes_of(url, "audio", "wav"), steps, where="input") for url in urls]
+    found: list[np.ndarray] = []
+    n_pixels = 0
+    for url in urls:
+        if is_over():
+            raise Problem(499, "Nobody waits for the answer")
+        if isinstance(steps, ImageSteps):
+            image = read_image(io.BytesIO(_bytes_of(url, "image", "png")), "input", n_before=n_pixels)
+            found.append(steps.pixels(image))
+            n_pixels += max(image.width * image.height, found[-1].size // 3)
+        else:
+            found.append(signal_of(_bytes_of(url, "audio", "wav"), steps, where="input"))
+    return found
 
 
 def signal_of(file: bytes, steps: Samples, *, where: str) -> np.ndarray:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 # Above it, tokens are made on another thread: the event loop has other clients to answer.
 LONG_TEXT = 20_000
+# Requests whose images or sounds are unpacked at a time: each takes as much memory as `MOST_PIXELS` do.
+_MOST_PREPARING = 2
 
 
 class Service:
@@ -51,6 +55,7 @@ class Service:
             limits = Limits(options.max_batch, most_tokens, options.max_queue, options.max_wait_ms / 1000)
             self.batcher = Batcher(encoder.run, limits, self)
         self._engine = self.writer or self.batcher
+        self._preparing = ThreadPoolExecutor(_MOST_PREPARING, "lora-export-prepare")
         self.is_draining = False
         self.runtime_adapters = None
         if options.runtime_adapters is not None:
@@ -212,6 +217,19 @@ class Service:
             raise Problem(499, "The client has gone")
         raise Problem(504, f"There was no answer within {self.options.timeout_s:g} s", code="deadline")
 
+    async def prepared(self, request: Request, make: Callable[[Callable[[], bool]], list]) -> list:
+        """What `make` gives, on one of a few threads, before the deadline and while the client is there.
+
+        Args:
+            make: Given a function that says whether nobody waits any more; it asks now and then.
+
+        Raises:
+            Problem: The deadline has come, or the client has gone.
+        """
+        over = threading.Event()
+        answer = asyncio.get_running_loop().run_in_executor(self._preparing, make, over.is_set)
+        return await self.answered(request, answer, cancel=over.set)
+
     def require_tokens(self, rows: Sequence[Sequence[int]], field: str) -> None:
         """Refuse token ids that the model does not know.
 
@@ -227,6 +245,7 @@ class Service:
     def close(self) -> None:
         """Finish what waits, and end the threads."""
         self._engine.close()
+        self._preparing.shutdown(cancel_futures=True)
 
 
 async def disconnected(request: Request) -> None:

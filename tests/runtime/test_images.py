@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -100,6 +101,35 @@ def test_an_image_that_would_become_too_large_is_refused():
     steps = images.ImageSteps(224, 2, None, None, None, None)
     with pytest.raises(InputRefused, match="An image is too narrow"):
         steps.pixels(Image.new("RGB", (1, 300_000)))
+    steps = images.ImageSteps(2, 2, None, None, None, None)
+    assert steps.pixels(Image.new("RGB", (200, 1))).shape == (3, 2, 400)
+    with pytest.raises(InputRefused, match="An image is too narrow"):
+        steps.pixels(Image.new("RGB", (201, 1)))
+
+
+def test_what_is_cut_off_becomes_no_numbers():
+    steps = images.ImageSteps(64, 2, (64, 48), 1 / 255, None, None)
+    tracemalloc.start()
+    found = steps.pixels(picture(2, 398))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.shape == (3, 64, 48) and most < 10 * found.nbytes < 4 * 3 * 64 * 64 * 199
+
+
+@pytest.mark.parametrize("kind", ["EPS", "TIFF", "ICNS"])
+def test_formats_that_no_client_needs_are_not_read(kind, tmp_path):
+    path = tmp_path / "a.png"
+    picture(32, 32).save(path, kind)
+    assert Image.open(path).format == kind  # Pillow would; of EPS, by Ghostscript
+    with pytest.raises(InputRefused, match="no image that Pillow reads as PNG, JPEG, WEBP, GIF, BMP"):
+        images.read_image(str(path))
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_formats_that_are_read(kind, tmp_path):
+    path = tmp_path / "a"
+    picture(6, 5).save(path, kind)
+    assert images.read_image(str(path)).size == (6, 5)
 
 
 def test_images_that_are_none_or_too_large_are_refused(tmp_path, monkeypatch):

@@ -6,18 +6,23 @@ import base64
 import io
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx2
 import numpy as np
 import pytest
 import torch
 import transformers
-from live import running
+from live import running, wait_until
 from PIL import Image
 from references import unmerged
 from transformers import AutoTokenizer
 
 from lora_export import InputRefused
+from lora_export.runtime import images
+from lora_export.serve import api
+from lora_export.serve.data_urls import signals_of
 from lora_export.serve.models import Models
 from lora_export.serve.options import ServeOptions
+from lora_export.serve.problems import Problem
 
 TEXTS = ("Open a socket.", "Größe, and a longer text than the others are: it decides the padding.", "x")
 TAGGERS, SIGHTS = {"tagger": None, "tags": "tags"}, {"vit": None, "sights": "sights"}
@@ -127,6 +132,40 @@ def test_images_are_classified_by_their_own_adapters(vit, bases, adapters):
 def test_what_is_no_image_is_refused(vit, given, said):
     found = vit.post("/v1/classify", model="sights", input=given)
     assert found.status_code == 400 and said in found.json()["error"]["message"]
+
+
+def test_the_images_of_a_request_are_bounded_together(vit, monkeypatch):
+    monkeypatch.setattr(images, "MOST_PIXELS", 2000)
+    assert vit.post("/v1/classify", model="vit", input=url(picture(0))).status_code == 200
+    found = vit.post("/v1/classify", model="vit", input=[url(picture(0))] * 4)
+    assert (
+        found.status_code == 400 and "at most 2,000 pixels of all images together" in found.json()["error"]["message"]
+    )
+
+
+def test_images_are_prepared_for_two_at_a_time_and_while_somebody_waits(vit, monkeypatch):
+    begun, ended, at_once = [], [], []
+
+    def slow(urls, steps, is_over):
+        begun.append(urls)
+        at_once.append(len(begun) - len(ended))
+        wait_until(is_over)
+        ended.append(urls)
+        return signals_of(urls, steps, is_over)
+
+    def leave(_):
+        with vit.http() as client, pytest.raises(httpx2.TimeoutException):
+            client.post("/v1/classify", json={"model": "vit", "input": url(picture(0))}, timeout=0.3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "signals_of", slow)
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(leave, range(3)))
+        wait_until(lambda: len(ended) == len(begun))
+    assert max(at_once) == 2
+    with pytest.raises(Problem, match="Nobody waits"):
+        signals_of(begun[0], None, lambda: True)
+    assert vit.post("/v1/classify", model="vit", input=url(picture(0))).status_code == 200
 
 
 def test_an_export_that_cannot_be_served_says_why(exports, own):
