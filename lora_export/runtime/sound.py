@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from lora_export.errors import InputRefused
-from lora_export.reading import read_json_if_there, size_in
+from lora_export.reading import CONFIG, model_settings, read_json_if_there, size_in
 
 _SETTINGS = "preprocessor_config.json"
 _OF_SPECTROGRAMS, _OF_SAMPLES = "WhisperFeatureExtractor", "Wav2Vec2FeatureExtractor"
@@ -27,6 +27,8 @@ _BREAK_HZ, _HZ_A_MEL, _RATIO, _STEPS = 1000.0, 200 / 3, 6.4, 27
 # The end of the highest band, at any rate.
 _HIGHEST_HZ = 8000.0
 _LEAST_POWER, _DECADES = 1e-10, 8.0
+# A size of a WAV file's samples that its writer did not know: it wrote to a pipe. 0x7FFFF000, 0x80000000, 0xFFFFFFFF.
+_LEAST_UNKNOWN = 0x7FFFF000
 
 
 @dataclass(frozen=True)
@@ -110,20 +112,32 @@ class Samples:
     Attributes:
         rate: Samples a second.
         is_normalized: Whether a sound's samples get mean 0 and variance 1.
+        least: Samples of the shortest sound, of which the model's convolutions make one frame.
     """
 
     rate: int
     is_normalized: bool
+    least: int = 1
 
     def features(self, samples: np.ndarray) -> np.ndarray:
-        """The samples `[n]` in float32 as the model takes them."""
+        """The samples `[n]` in float32 as the model takes them.
+
+        Raises:
+            InputRefused: There are fewer than the model makes a frame of.
+        """
+        if len(samples) < self.least:
+            raise InputRefused(
+                "The sound is shorter than the model takes",
+                expected=f"at least {self.least} samples, {self.least / self.rate:g} s",
+                found=f"{len(samples)} samples",
+            )
         if self.is_normalized:
             samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
         return samples.astype(np.float32)
 
 
 def open_samples(place: Path, export: Path) -> Samples:
-    """By the settings in `place`, a folder of `export`, or else in the export's own.
+    """By the settings in `place`, a folder of `export`, or else in the export's own; convolutions are the model's.
 
     Raises:
         InputRefused: There are none, or they are not Wav2Vec2's.
@@ -131,7 +145,28 @@ def open_samples(place: Path, export: Path) -> Samples:
     fields, where = _settings(place, export, _OF_SAMPLES)
     if not isinstance(is_normalized := fields.get("do_normalize", True), bool):
         raise InputRefused("A setting of the sounds is not true or false", where=f"{where}: do_normalize")
-    return Samples(_size(fields, "sampling_rate", where), is_normalized)
+    return Samples(_size(fields, "sampling_rate", where), is_normalized, _least_samples(export))
+
+
+def _least_samples(export: Path) -> int:
+    """Of how many the convolutions of Wav2Vec2 and its kin, without padding, make one frame; 1 where there are none.
+
+    SEW makes one of `squeeze_factor` frames.
+    """
+    config, where = model_settings(export), export / CONFIG
+    kernels, strides = (config.get(name) or [] for name in ("conv_kernel", "conv_stride"))
+    are_lists = isinstance(kernels, list) and isinstance(strides, list) and len(kernels) == len(strides)
+    if not are_lists or not all(type(size) is int and size > 0 for size in (*kernels, *strides)):
+        raise InputRefused(
+            "A setting of the model is not what it should be",
+            where=f"{where}: conv_kernel, conv_stride",
+            expected="as many sizes in each, whole numbers above zero",
+            found=f"{kernels}, {strides}"[:200],
+        )
+    least = size_in(config, "squeeze_factor", where=where) or 1
+    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
+        least = (least - 1) * stride + kernel
+    return least
 
 
 def _settings(place: Path, export: Path, kind: str, *, refused: Sequence[str] = ()) -> tuple[Mapping, Path]:
@@ -165,11 +200,12 @@ def read_wav(file: Path | BinaryIO, sampling_rate: int, *, where: str) -> np.nda
         where: Its place, for a message.
 
     Raises:
-        InputRefused: It is no 16-bit WAV of this sampling rate.
+        InputRefused: It is no 16-bit WAV of this sampling rate, or ends before all that it says it has.
     """
     try:
         with wave.open(str(file) if isinstance(file, Path) else file, "rb") as opened:
             rate, width, n_channels = opened.getframerate(), opened.getsampwidth(), opened.getnchannels()
+            n_said = opened.getnframes() * width * n_channels
             raw = opened.readframes(opened.getnframes())
     # Of a chunk that says a wrong size, the module raises errors that are not its own.
     except (OSError, EOFError, wave.Error, RuntimeError, ValueError) as error:
@@ -183,11 +219,12 @@ def read_wav(file: Path | BinaryIO, sampling_rate: int, *, where: str) -> np.nda
             found=f"{8 * width} bits at {rate} Hz",
             next_step=f"convert it, e.g. with ffmpeg -i IN -ar {sampling_rate} -sample_fmt s16 OUT.wav",
         )
-    if len(raw) % (width * n_channels) or not raw:
+    is_whole = len(raw) == n_said or n_said > _LEAST_UNKNOWN - width * n_channels
+    if not is_whole or len(raw) % (width * n_channels) or not raw:
         raise InputRefused(
             "The sound is cut off, or there is none",
             where=where,
-            expected=f"whole samples of {n_channels} channels",
+            expected=f"{f'{n_said} bytes: ' if n_said and not is_whole else ''}whole samples of {n_channels} channels",
             found=f"{len(raw)} bytes",
         )
     samples = np.frombuffer(raw, "<i2").astype(np.float32) / 2**15

@@ -206,7 +206,10 @@ def test_a_server_classifies_sounds_of_different_lengths(made):
     with running(out, model_name="base") as live:
         found = live.post("/v1/classify", model="a", input=urls).json()["data"]
         refused = live.post("/v1/classify", model="a", input="data:audio/wav;base64,aGVsbG8=")
+        short = "data:audio/wav;base64," + base64.b64encode(wav(SOUND[:3])).decode()
+        too_short = live.post("/v1/classify", model="a", input=short)
     assert refused.status_code == 400 and "no WAV file" in refused.json()["error"]["message"]
+    assert too_short.status_code == 400 and "shorter than the model takes" in too_short.json()["error"]["message"]
     for each, n in zip(found, (9000, 7000, 9000), strict=True):
         expected = torch.softmax(of_sound(made, "audio-classification", SOUND[:n]).double(), -1)
         assert each["probs"] == pytest.approx(expected.tolist(), abs=1e-5)
