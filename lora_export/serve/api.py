@@ -33,6 +33,8 @@ from lora_export.serve.tokens_api import add_tokens, classes_of_tokens
 from lora_export.serve.writing_api import add_writing
 
 _OWNER = "lora-export"
+# Answers to more rows are written on another thread: the event loop has other clients to answer.
+_FEW_ROWS = 16
 
 
 def build(service: Service) -> Guard:
@@ -152,11 +154,15 @@ def _add_encoders(api: FastAPI, service: Service) -> None:
         target = service.target(body, request, FEATURES)
         rows = await service.rows(body.input, target)
         found: list[Answer] = await service.answers(request, target, rows)
-        data = [
-            {"object": "embedding", "index": index, "embedding": _encoded(answer.values, body.encoding_format)}
-            for index, answer in enumerate(found)
-        ]
-        return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage_of(rows)})
+
+        def written() -> Response:
+            data = [
+                {"object": "embedding", "index": index, "embedding": _encoded(answer.values, body.encoding_format)}
+                for index, answer in enumerate(found)
+            ]
+            return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage_of(rows)})
+
+        return await asyncio.to_thread(written) if len(found) > _FEW_ROWS else written()
 
     @api.post("/v1/classify", tags=["encoders"])
     async def classify(body: ClassifyBody, request: Request) -> Response:

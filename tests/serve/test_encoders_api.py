@@ -13,6 +13,7 @@ from live import running, wait_until
 from transformers import AutoTokenizer
 
 from lora_export import AdapterSession
+from lora_export.serve import api
 from lora_export.serve.encoders import own_classes
 
 TEXTS = ("Open a socket.", "Größe, and a longer text than the others are: it decides the padding.", "x", "listen")
@@ -287,6 +288,22 @@ def test_base64_is_little_endian_float32(features):
     plain = features.post("/v1/embeddings", **given).json()["data"][0]["embedding"]
     packed = features.post("/v1/embeddings", **given, encoding_format="base64").json()["data"][0]["embedding"]
     np.testing.assert_allclose(np.frombuffer(base64.b64decode(packed), "<f4"), plain, atol=1e-6)
+
+
+def test_an_answer_to_many_rows_is_written_off_the_event_loop(features, monkeypatch):
+    threads, encoded = [], api._encoded
+
+    def noted(*given):
+        threads.append(threading.current_thread().name)
+        return encoded(*given)
+
+    monkeypatch.setattr(api, "_encoded", noted)
+    one = features.post("/v1/embeddings", model="features", input="x").json()["data"]
+    many = features.post("/v1/embeddings", model="features", input=["x"] * 20).json()["data"]
+    assert [row["index"] for row in many] == list(range(20))
+    for row in many:
+        np.testing.assert_allclose(row["embedding"], one[0]["embedding"], atol=1e-6)
+    assert len(threads) == 21 and threads[0] not in threads[1:]
 
 
 def test_scores_that_are_not_finite_shift_no_label():
