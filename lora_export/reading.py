@@ -65,6 +65,12 @@ def read_json_if_there(path: Path) -> dict:
     return read_json(path) if path.is_file() else {}
 
 
+def first_settings(name: str, *places: Path) -> tuple[dict, Path]:
+    """What the file `name` says in the first of `places` that has it, and where; an empty object if none has."""
+    where = next((place / name for place in places if (place / name).is_file()), places[-1] / name)
+    return read_json_if_there(where), where
+
+
 def model_settings(folder: Path) -> dict:
     """The fields of a model's `config.json`, those of its text's part over the others; none where there is no file."""
     whole = read_json_if_there(folder / CONFIG)

@@ -99,9 +99,9 @@ def sliding_windows(config) -> tuple[int, ...]:
     return tuple(sorted(size for size in found if isinstance(size, int) and size > 0))
 
 
-def n_positions(config) -> tuple[int, ...]:
+def longest_texts(config) -> tuple[int, ...]:
     """The most tokens of a text, by a config (a `PretrainedConfig`), or its text part: with the factor of a linear
-    scale, which some configs have not counted, and as it stands. None if it does not say."""
+    scale, which some configs have not counted, and as it stands; nothing if it does not say."""
     text = config.get_text_config()
     found, rotary = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
     if not isinstance(found, int) or found <= 0:

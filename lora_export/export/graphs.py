@@ -15,7 +15,7 @@ from lora_export.artifact import versions
 from lora_export.base.layers import Stack, alike_stacks, deep_paths, repeats_one, shortened
 from lora_export.base.recipe import Recipe
 from lora_export.base.tasks import Task, graphs_of
-from lora_export.base.trace import n_positions, sliding_windows, trace
+from lora_export.base.trace import longest_texts, sliding_windows, trace
 from lora_export.contract import SINGLE, AdapterInput, GraphContract, SiteChoice
 from lora_export.errors import InputRefused, refused_if_it_fails
 from lora_export.export.given_graph import given_graph
@@ -235,7 +235,7 @@ def _trace_and_fuse(
             model,
             plan.request.provider,
             sliding_windows(plan.config),
-            n_positions=n_positions(plan.config),
+            longest=longest_texts(plan.config),
             holds_weights=plan.request.quantization is None,
             may_pack=functools.partial(_may_pack, plan.request.quantization),
         )

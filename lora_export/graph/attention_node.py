@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+# ONNX Runtime's operator for a decoder's attention.
+GROUPED = "GroupQueryAttention"
 _PLAIN = {"softcap": 0.0, "is_causal": 0, "qk_matmul_output_mode": 0}
 
 

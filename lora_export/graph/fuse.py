@@ -31,7 +31,7 @@ def fuse(
     provider: str,
     windows: tuple[int, ...] = (),
     *,
-    n_positions: Sequence[int] = (),
+    longest: Sequence[int] = (),
     holds_weights: bool = True,
     may_pack: Callable[[Recipe], bool] = lambda recipe: True,
 ) -> ir.Model:
@@ -39,7 +39,7 @@ def fuse(
 
     Args:
         windows: The sizes of sliding windows that the base's config names.
-        n_positions: The most tokens of a text, by the base's config, as `base.trace.n_positions` has them.
+        longest: The most tokens of a text, by the base's config: `base.trace.longest_texts`.
         holds_weights: Whether an attention may hold its projections' weights, which are then floats.
         may_pack: Which weights of a decoder's projections may be packed, by their recipe.
     """
@@ -56,7 +56,7 @@ def fuse(
         unfuse_mixed_dtype_skip_norms(model)
     take_batch_transposes_apart(model)
     common_passes.RemoveUnusedNodesPass()(drop_undone_reshapes(model))  # so that attention finds its projections
-    group_attention(model, provider, windows, n_positions=n_positions, may_pack=may_pack)
+    group_attention(model, provider, windows, longest=longest, may_pack=may_pack)
     if provider == "cpu":
         simplify_attention(model, holds_weights=holds_weights)
     drop_undone_reshapes(model)

@@ -18,7 +18,7 @@ from onnx_ir.passes import common as common_passes
 
 from lora_export.contract import PAST, PRESENT
 from lora_export.errors import InputRefused, some_of
-from lora_export.graph.grouped_attention import GROUPED
+from lora_export.graph.attention_node import GROUPED
 from lora_export.graph.grouped_projections import ProjectionPacker
 from lora_export.graph.head import last_hidden
 from lora_export.graph.token_order import TokenOrder

@@ -24,7 +24,7 @@ from onnx_ir.passes import common as common_passes
 
 from lora_export.base.recipe import Recipe
 from lora_export.contract import PAST, PRESENT, CacheLayout
-from lora_export.graph.attention_node import attended, is_plain
+from lora_export.graph.attention_node import GROUPED, attended, is_plain
 from lora_export.graph.grouped_projections import ProjectionPacker
 from lora_export.graph.head import last_hidden
 from lora_export.graph.heads import merged_heads, read_instead
@@ -32,7 +32,6 @@ from lora_export.graph.mask import CausalMask, causal_mask, is_false_for_real_to
 from lora_export.graph.rotary import Rotary, Rotation, unturned
 from lora_export.graph.token_order import TokenOrder
 
-GROUPED = "GroupQueryAttention"
 _DTYPES = {
     "cpu": (ir.DataType.FLOAT, ir.DataType.FLOAT16),
     "cuda": (ir.DataType.FLOAT16, ir.DataType.BFLOAT16),
@@ -62,14 +61,14 @@ def group_attention(
     provider: str,
     windows: tuple[int, ...] = (),
     *,
-    n_positions: Sequence[int] = (),
+    longest: Sequence[int] = (),
     may_pack: Callable[[Recipe], bool] = lambda recipe: True,
 ) -> ir.Model:
     """Rewrite `model` (changed in place and returned) if the conditions hold.
 
     Args:
         windows: The sizes of sliding windows that the base's config names.
-        n_positions: The most tokens of a text, by the base's config, as `base.trace.n_positions` has them.
+        longest: The most tokens of a text, by the base's config: `base.trace.longest_texts`.
         may_pack: Which weights may be packed, by their recipe.
     """
     graph = model.graph
@@ -81,7 +80,7 @@ def group_attention(
     if None in masks.values():
         return model
     # On CUDA neither has been run yet.
-    rotary = Rotary(graph, n_positions if provider == "cpu" else ())
+    rotary = Rotary(graph, longest if provider == "cpu" else ())
     rotations = [rotary.of(layer.node.inputs[0], layer.new[0]) for layer in layers]
     order = TokenOrder(graph, hidden)
     packer = ProjectionPacker(graph, order.sizes, may_pack) if provider == "cpu" else None

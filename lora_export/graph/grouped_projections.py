@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.base.recipe import Recipe
+from lora_export.graph.attention_node import GROUPED
 from lora_export.graph.pack import is_packable, pack_weights
 from lora_export.graph.tape import Tape
 from lora_export.graph.unbound import recipe_of
@@ -105,7 +106,7 @@ def take_apart(model: ir.Model) -> ir.Model:
     """`model` (changed in place and returned) with what `ProjectionPacker` packed as values of their own, to look at:
     the product is split, and what was added to all is added to each."""
     for node in list(model.graph):
-        if node.op_type == "GroupQueryAttention" and node.inputs[1] is None:
+        if node.op_type == GROUPED and node.inputs[1] is None:
             for index, part in enumerate(_parts(model.graph, node)):
                 node.replace_input_with(index, part)
     return model

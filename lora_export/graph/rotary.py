@@ -47,12 +47,12 @@ class Rotary:
     """The rotations of a graph; its tables are made once for all layers.
 
     Args:
-        n_positions: How many tokens a text may have, the best first: the first whose tables are not too large counts.
-            Where there is none, nothing is changed.
+        longest: How many tokens a text may have, the best first: the first whose tables are not too large counts. Where
+            there is none, nothing is changed.
     """
 
-    def __init__(self, graph: ir.Graph, n_positions: Sequence[int]) -> None:
-        self._graph, self._n_positions, self._n_bytes = graph, n_positions, 0
+    def __init__(self, graph: ir.Graph, longest: Sequence[int]) -> None:
+        self._graph, self._longest, self._n_bytes = graph, longest, 0
         self._found: dict[tuple[ir.Value, ...], tuple[ir.Value, ir.Value] | None] = {}
 
     def of(self, query: ir.Value, key: ir.Value) -> Rotation | None:
@@ -71,7 +71,7 @@ class Rotary:
         key = (places, cos, sin)
         if key not in self._found:
             row_bytes = sum(each.shape[1] * each.dtype.itemsize for each in (cos, sin))
-            fitting = (max(n, _LEAST_POSITIONS) for n in self._n_positions)
+            fitting = (max(n, _LEAST_POSITIONS) for n in self._longest)
             n_rows = next((n for n in fitting if self._n_bytes + n * row_bytes <= _MOST_BYTES), None)
             by_token = n_rows and all(_is_by_token(self._graph, places, each, n_rows=n_rows) for each in (cos, sin))
             self._found[key] = self._made(cos, sin, n_rows=n_rows) if by_token else None
@@ -82,18 +82,18 @@ class Rotary:
         """The nodes of `values` once more, of the positions 0 to `n_rows` - 1."""
         read = dict.fromkeys(each for value in values for each in read_by(value))
         order = [node for node in self._graph if any(output in read for output in node.outputs)]
-        positions = ir.node("Range", [_constant(each) for each in (0, n_rows, 1)])
-        rows = ir.node("Unsqueeze", [positions.outputs[0], _constant([0])])
+        *bounds, axis = (_constant(each) for each in (0, n_rows, 1, [0]))
+        positions = ir.node("Range", bounds)
+        rows = ir.node("Unsqueeze", [positions.outputs[0], axis])
         images = {each: rows.outputs[0] for each in read if each.is_graph_input() and each.name == _POSITIONS}
-        made = [positions, rows]
+        made = [*(each.producer() for each in (*bounds, axis)), positions, rows]
         for node in order:
             operands = [images.get(value, value) for value in node.inputs]
             attributes, n_outputs = list(node.attributes.values()), len(node.outputs)
             copy = ir.Node(node.domain, node.op_type, operands, attributes, num_outputs=n_outputs)
             images |= dict(zip(node.outputs, copy.outputs, strict=True))
             made.append(copy)
-        constants = [value.producer() for node in made[:2] for value in node.inputs if value.producer() not in made]
-        self._graph.insert_before(next(iter(self._graph)), [*constants, *made])
+        self._graph.insert_before(next(iter(self._graph)), made)
         for value in values:
             images[value].dtype = value.dtype
             images[value].shape = ir.Shape([n_rows, value.shape[1]])

@@ -19,7 +19,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.graph.grouped_attention import GROUPED
+from lora_export.graph.attention_node import GROUPED
 from lora_export.graph.matching import PARTS, BaseMatrix, GivenWeight
 from lora_export.graph.sites import bias_inside
 

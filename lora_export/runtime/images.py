@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from lora_export.errors import EnvironmentUnusable, InputRefused, refused_if_it_fails
-from lora_export.reading import read_json_if_there
+from lora_export.reading import first_settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -135,8 +135,7 @@ def open_image_steps(place: Path, export: Path) -> ImageSteps:
     """
     if importlib.util.find_spec("PIL") is None:
         raise EnvironmentUnusable("Images need the package `pillow`", next_step="pip install pillow")
-    where = next((path for path in (place / _SETTINGS, export / _SETTINGS) if path.is_file()), export / _SETTINGS)
-    fields = read_json_if_there(where)
+    fields, where = first_settings(_SETTINGS, place, export)
     kind = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "")
     missing = [name for name in _NEEDED if name not in fields]
     family = next((name for name in _KINDS if kind in {f"{name}{ending}" for ending in _ENDINGS}), None)

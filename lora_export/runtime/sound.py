@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from lora_export.errors import InputRefused
-from lora_export.reading import CONFIG, model_settings, read_json_if_there, size_in
+from lora_export.reading import CONFIG, first_settings, model_settings, size_in
 
 _SETTINGS = "preprocessor_config.json"
 _OF_SPECTROGRAMS, _OF_SAMPLES = "WhisperFeatureExtractor", "Wav2Vec2FeatureExtractor"
@@ -171,8 +171,7 @@ def _least_samples(export: Path) -> int:
 
 def _settings(place: Path, export: Path, kind: str, *, refused: Sequence[str] = ()) -> tuple[Mapping, Path]:
     """The settings of an extractor of this kind, none of the `refused` among them, and where they stand."""
-    where = next((path for path in (place / _SETTINGS, export / _SETTINGS) if path.is_file()), export / _SETTINGS)
-    fields = read_json_if_there(where)
+    fields, where = first_settings(_SETTINGS, place, export)
     if fields.get("feature_extractor_type") != kind or any(fields.get(name) for name in refused):
         without = f" without {' and '.join(refused)}" if refused else ""
         raise InputRefused(

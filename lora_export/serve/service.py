@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from starlette.requests import Request
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 LONG_TEXT = 20_000
 # Requests whose images or sounds are unpacked at a time: each takes as much memory as `MOST_PIXELS` do.
 _MOST_PREPARING = 2
+
+Made = TypeVar("Made")
 
 
 class Service:
@@ -217,7 +219,7 @@ class Service:
             raise Problem(499, "The client has gone")
         raise Problem(504, f"There was no answer within {self.options.timeout_s:g} s", code="deadline")
 
-    async def prepared(self, request: Request, make: Callable[[Callable[[], bool]], list]) -> list:
+    async def prepared(self, request: Request, make: Callable[[Callable[[], bool]], Made]) -> Made:
         """What `make` gives, on one of a few threads, before the deadline and while the client is there.
 
         Args:

@@ -91,7 +91,8 @@ async def _written_down(request: Request, service: Service, kind: type[Body]) ->
     if service.models.task == CTC:
         return await _of_frames(request, service, target, body=body, file=form.files[_FILE])
     voice = target.settings.voice
-    heard = await asyncio.to_thread(_heard, body, form.files[_FILE], voice, models=service.models)
+    file = form.files[_FILE]
+    heard = await service.prepared(request, lambda is_over: _heard(body, file, voice, models=service.models))
     request.state.seen.fields["seconds"] = round(heard.seconds, 3)
     pieces = Pieces(service.writer, service.writer.submit(target, [heard.wish]), voice.tokenizer)
     watched = Count(service, request.state.seen, target, n_prompt=0).of(pieces)
@@ -119,7 +120,7 @@ async def _of_frames(
             400, f"{said} to {body.model!r}: it transcribes frame by frame", param=field, code="unsupported_field"
         )
     steps = target.settings.signals
-    signal = await asyncio.to_thread(signal_of, file, steps, where=_FILE)
+    signal = await service.prepared(request, lambda is_over: signal_of(file, steps, where=_FILE))
     (answer,) = await service.answers(request, target, [frames_of(signal)], signals=[signal])
     seconds = len(signal) / steps.rate
     request.state.seen.fields["seconds"] = round(seconds, 3)

@@ -31,7 +31,7 @@ def fused(config: transformers.PretrainedConfig, projections: str = "", **option
     model = trace(Task.TEXT_GENERATION, build_weightless(Task.TEXT_GENERATION, config, "float32"))
     targets = tuple(f"{layer}.{part}_proj" for layer in LAYERS for part in projections)
     choice: SiteChoice = choose_sites((), targets)
-    return fuse(add_adapter_inputs(model, choice)[0], "cpu", n_positions=(64,), **options)
+    return fuse(add_adapter_inputs(model, choice)[0], "cpu", longest=(64,), **options)
 
 
 def products(model: ir.Model) -> list[str]:

@@ -12,7 +12,7 @@ from onnx_ir.convenience import extract
 from onnx_ir.passes.common import TopologicalSortPass
 
 from lora_export.base.tasks import Task
-from lora_export.base.trace import n_positions, trace
+from lora_export.base.trace import longest_texts, trace
 from lora_export.base.weightless import build_weightless
 from lora_export.graph.fuse import fuse
 from lora_export.graph.tape import Tape
@@ -29,7 +29,7 @@ PARTIAL = transformers.StableLmConfig(**(SIZES | {"hidden_size": 128}), partial_
 
 def fused(config: transformers.PretrainedConfig, positions: tuple[int, ...]) -> ir.Model:
     model = trace(Task.TEXT_GENERATION, build_weightless(Task.TEXT_GENERATION, config, "float32"))
-    return fuse(model, "cpu", n_positions=positions)
+    return fuse(model, "cpu", longest=positions)
 
 
 def attentions(model: ir.Model) -> list[ir.Node]:
@@ -49,7 +49,7 @@ def rows(config: transformers.PretrainedConfig) -> int:
 
 @pytest.mark.parametrize("config", [LLAMA, SCALED, PARTIAL], ids=["plain", "scaled", "half of a head"])
 def test_the_tables_are_the_models_own(config):
-    model = fused(config, n_positions(config))
+    model = fused(config, longest_texts(config))
     assert "RotaryEmbedding" not in {node.op_type for node in model.graph}
     nodes = attentions(model)
     assert len(nodes) == 2 and all(node.attributes.get_int("do_rotary") == 1 for node in nodes)
@@ -84,7 +84,7 @@ def test_a_text_may_be_longer_than_a_small_config_says():
 
 def test_a_scale_that_does_not_fit_is_left_out():
     config = transformers.LlamaConfig(**(SIZES | {"max_position_embeddings": 1 << 18}), rope_parameters=LINEAR)
-    assert n_positions(config) == (1 << 20, 1 << 18)
+    assert longest_texts(config) == (1 << 20, 1 << 18)
     assert attentions(fused(config, (1 << 20, 1 << 18)))[0].inputs[7].shape[0] == 1 << 20
     assert attentions(fused(config, (1 << 21, 1 << 18)))[0].inputs[7].shape[0] == 1 << 18
 
@@ -103,5 +103,5 @@ def test_values_that_go_by_the_longest_position_stay(most):
                      frequencies.shape, frequencies.dtype)  # fmt: skip
     product.replace_input_with(list(product.inputs).index(frequencies), chosen)
     TopologicalSortPass()(model)
-    nodes = attentions(fuse(model, "cpu", n_positions=(6000,)))
+    nodes = attentions(fuse(model, "cpu", longest=(6000,)))
     assert len(nodes) == 2 and all(not node.attributes.get_int("do_rotary", 0) for node in nodes)

@@ -12,7 +12,8 @@ import numpy as np
 
 from lora_export.artifact import Manifest
 from lora_export.errors import InputRefused
-from lora_export.reading import CONFIG, model_settings, size_in, tokens_in, vocabulary_size
+from lora_export.reading import CONFIG, model_settings, tokens_in, vocabulary_size
+from lora_export.runtime.positions import n_positions
 
 _FILES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -45,7 +46,7 @@ class SeededTokenizer:
         config, where = model_settings(folder), folder / CONFIG
         found = {name: tokens_in(config, name, where) for name in _SPECIAL}
         end, pad = (next(iter(found[name]), None) for name in ("eos_token_id", "pad_token_id"))
-        positions = size_in(config, "max_position_embeddings", "n_positions", where=where) or 2**20
+        positions = n_positions(folder) or 2**20
         # RoBERTa's kin count positions from beyond the padding token's id.
         longest = max(1, positions - (pad or 0) - 1)
         return cls(vocabulary_size(folder), longest, pad or 0, frozenset(chain.from_iterable(found.values())), end)
