@@ -14,6 +14,14 @@ from lora_export.cli.output import Display, guarded
 from lora_export.staging import staging
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_interrupts():
+    """As on a terminal, also where the tests run behind one: a shell's background jobs ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_sigterm_ends_with_143_and_nothing_left(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with (
