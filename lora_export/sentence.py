@@ -91,3 +91,8 @@ class SentenceEmbedding:
 
         layers = tuple(map(dense, fields["layers"]))
         return cls(tuple(map(Pooling, fields["pooling"])), layers, fields["source"])
+
+
+def equal_embeddings(*embeddings: SentenceEmbedding) -> bool:
+    """Whether all of them compute the same, whichever folder says so."""
+    return len({(each.pooling, each.layers) for each in embeddings}) <= 1

@@ -16,6 +16,7 @@ from lora_export.check.context import CheckOptions
 from lora_export.contract import ADAPTER_INPUT_KINDS, AdapterInputKind
 from lora_export.export.plan import Request
 from lora_export.extract.run import ExtractRequest
+from lora_export.fleet.options import FleetOptions
 from lora_export.pipeline import AddOptions, ExportOptions
 
 ROOT = Path(__file__).parents[1]
@@ -122,7 +123,7 @@ def test_the_contract_s_page_has_every_field_of_the_manifest():
     assert {name for name in named if f"`{name}`" not in read(ROOT / "docs/contract.md")} == set()
 
 
-@pytest.mark.parametrize("options", [Request, ExportOptions, AddOptions, CheckOptions, BenchOptions])
+@pytest.mark.parametrize("options", [Request, ExportOptions, AddOptions, CheckOptions, BenchOptions, FleetOptions])
 def test_the_api_s_page_has_every_option(options):
     assert {each.name for each in fields(options) if f"`{each.name}`" not in read(ROOT / "docs/python-api.md")} == set()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,15 @@ from peft import PeftModel
 from transformers import AutoModel, AutoTokenizer
 
 from lora_export import AdapterSession
-from lora_export.artifact import read_manifest
+from lora_export.artifact import read_manifest, write_manifest
 from lora_export.check.context import CheckOptions
 from lora_export.cli.main import main
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.export.plan import Request, make_plan
-from lora_export.export.pooling import pooling_again
+from lora_export.export.pooling import pooling_again, without_source
 from lora_export.integrity.sources import SourceOverrides
 from lora_export.integrity.verify import verify
-from lora_export.pipeline import ExportOptions, add_adapter, check, export
+from lora_export.pipeline import AddOptions, ExportOptions, add_adapter, check, export, remove_adapters
 from lora_export.sentence import Dense, Pooling
 from lora_export.trial import run_trial
 from lora_export.verdict import Verdict
@@ -145,6 +146,22 @@ def test_an_adapter_of_another_embedding_is_not_added(served, merged, tmp_path):
     with pytest.raises(InputRefused, match="was trained with another embedding than the export makes") as caught:
         add_adapter(copy, ((str(merged[0]), "b"),))
     assert "expected: mean, length 1" in str(caught.value) and "cls + max" in str(caught.value)
+
+
+def test_the_adapter_whose_folder_says_how_stays_or_another_takes_its_place(served, adapters, tmp_path):
+    copy = tmp_path / "out"
+    shutil.copytree(served[1], copy)
+    manifest = read_manifest(copy)
+    write_manifest(copy, replace(manifest, sentence_embedding=replace(manifest.sentence_embedding, source="a")))
+    with pytest.raises(InputRefused, match="The folder of adapter 'a' says how the export makes its embedding"):
+        remove_adapters(copy, ["a"])
+    with pytest.raises(InputRefused, match="The folder of adapter 'a' says"):
+        add_adapter(copy, ((str(adapters["features"]), "a"),), options=AddOptions(replace=True))
+    (own,), embedding = manifest.adapters, replace(manifest.sentence_embedding, source="a")
+    says = replace(own, name="b", source=replace(own.source, files=own.source.files | {"modules.json": ""}))
+    assert without_source(embedding, ["a"], [own, says]).source == "b"
+    assert without_source(embedding, ["b"], [own]) == embedding
+    assert without_source(replace(embedding, layers=()), ["a"], []).source is None
 
 
 def test_adapters_of_different_embeddings_are_refused_before_any_work(merged, served, adapters, bases, tmp_path):

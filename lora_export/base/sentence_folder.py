@@ -8,7 +8,7 @@ was written as a flag for each way before it was one name.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -23,7 +23,7 @@ from lora_export.sentence import Activation, Dense, Pooling, SentenceEmbedding
 
 MODULES = "modules.json"
 _PACKAGE = "sentence_transformers."
-_TRANSFORMER, _POOLING, _DENSE, _NORMALIZE, _DROPOUT = "Transformer", "Pooling", "Dense", "Normalize", "Dropout"
+TRANSFORMER, _POOLING, _DENSE, _NORMALIZE, _DROPOUT = "Transformer", "Pooling", "Dense", "Normalize", "Dropout"
 # What a module reads and writes, where its config does not say so.
 _EMBEDDING = "sentence_embedding"
 # In the order in which sentence-transformers puts them one behind the other.
@@ -86,15 +86,27 @@ def sentence_root(folder: Path) -> Path | None:
     return folder.parent if _transformer_path(folder.parent) == folder.name else None
 
 
-def _transformer_path(root: Path) -> str | None:
-    """The path of the Transformer in the `modules.json` of `root`; None without one."""
+def module_folders(root: Path) -> dict[str, str]:
+    """The classes of the modules in the `modules.json` of `root` by their folder in it, "" for itself; none without
+    one, and without folders further below or elsewhere."""
     try:
         modules = json_of((root / MODULES).read_text(encoding="utf-8"))
-        found = [m["path"] for m in modules if m["type"].startswith(_PACKAGE) and _class_of(m) == _TRANSFORMER]
+        found = {m["path"].rstrip("/"): _class_of(m) for m in modules if m["type"].startswith(_PACKAGE)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    is_inside = len(found) == 1 and isinstance(found[0], str) and Path(found[0]).name == found[0].rstrip("/")
-    return found[0].rstrip("/") if is_inside else None
+        return {}
+    return {path: kind for path, kind in found.items() if Path(path).name == path and path != ".."}
+
+
+def is_setting_of(name: str, kind: str) -> bool:
+    """Whether `read_head` reads a file of this name in the folder of a module of class `kind`."""
+    of_kind = {_DENSE: ("model.safetensors",), TRANSFORMER: (MODULES,)}.get(kind, ())
+    return name in ("config.json", *of_kind) or (kind == TRANSFORMER and any(map(Path(name).match, _SETTINGS)))
+
+
+def _transformer_path(root: Path) -> str | None:
+    """The path of the Transformer in the `modules.json` of `root`; None without one."""
+    found = [path for path, kind in module_folders(root).items() if kind == TRANSFORMER]
+    return found[0] if len(found) == 1 else None
 
 
 def _class_of(module: Mapping) -> str:
@@ -112,7 +124,7 @@ def read_head(root: Path, source: str | None) -> SentenceHead:
     """
     modules = _modules(root)
     kinds = [_class_of(module) for module in modules]
-    if kinds[:2] != [_TRANSFORMER, _POOLING]:
+    if kinds[:2] != [TRANSFORMER, _POOLING]:
         _refuse("A module of the sentence-transformers folder cannot be part of the graph", root / MODULES,
                 expected="Transformer, Pooling, and any of Dense and Normalize", found=", ".join(kinds))  # fmt: skip
     _require_last_states(root)
@@ -249,8 +261,3 @@ def _dense(place: Path) -> Dense:
 
 def _refuse(what: str, where: Path | str, *, expected: str, found: str) -> NoReturn:
     raise InputRefused(what, where=str(where), expected=expected, found=found, next_step=_INSTEAD)
-
-
-def equal_heads(heads: Sequence[SentenceHead]) -> bool:
-    """Whether all of them compute the same."""
-    return len({(head.embedding.pooling, head.embedding.layers) for head in heads}) <= 1

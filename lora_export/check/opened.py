@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lora_export.artifact import Manifest, read_manifest
 from lora_export.base.checkpoint import locate
-from lora_export.base.sentence_folder import read_head, sentence_root
+from lora_export.base.sentence_folder import sentence_root
 from lora_export.check.context import CheckOptions, CheckRequest
 from lora_export.check.inputs.examples import read_examples
 from lora_export.check.reference.sentence import SentenceReference
@@ -51,6 +51,4 @@ def _sentence_of(manifest: Manifest, base: Path, overrides: SourceOverrides) -> 
     if embedding.source:  # the user's own folder: a PEFT folder made of it has the adapter alone
         given = overrides.adapters.get(embedding.source, manifest.adapter(embedding.source).source.given)
         place = locate(given, kind="adapter").path
-    root = sentence_root(place)
-    weights = () if embedding.source is None or root is None else read_head(root, embedding.source).weights()
-    return SentenceReference(embedding, weights)
+    return SentenceReference.of_folder(embedding, None if embedding.source is None else sentence_root(place))

@@ -19,6 +19,7 @@ class FleetFlags:
     task: str | None
     dtype: str | None
     provider: str | None
+    pooling: str | None
     targets: tuple[str, ...]
     workers: int | None
     ray: str | None
@@ -38,6 +39,7 @@ _options = options.as_flags(
     options.task,
     options.dtype,
     options.run_on,
+    options.pooling,
     click.option(
         "--targets", multiple=True, help="Modules to serve besides the adapters' own; repeat.  (or all-linear)"
     ),
@@ -94,9 +96,9 @@ def fleet(source: Path, base: str, out: str, flags: FleetFlags) -> None:
 
         place = out if is_address(out) else Path(out)
         how = FleetOptions(
-            out=place, task=flags.task, dtype=flags.dtype, provider=flags.provider, targets=flags.targets,
-            n_workers=flags.workers, ray=flags.ray, n_rows=flags.rows, seconds=flags.timeout, limit=flags.limit,
-            only_changed=flags.only_changed,
+            out=place, task=flags.task, dtype=flags.dtype, provider=flags.provider, pooling=flags.pooling,
+            targets=flags.targets, n_workers=flags.workers, ray=flags.ray, n_rows=flags.rows, seconds=flags.timeout,
+            limit=flags.limit, only_changed=flags.only_changed,
             n_bytes=None if flags.max_memory is None else int(flags.max_memory * 1e9), tolerances=flags.tolerances,
         )  # fmt: skip
         if flags.dry_run:
@@ -114,6 +116,7 @@ def _described(value: dict) -> str:
     lines = [
         f"would make {value['folder']} of {value['adapters']} adapters of {value['kinds']} kinds; wrote nothing",
         f"read     {value['bytes'] / 1e6:.1f} MB of adapters, {n_workers} workers",
+        *([f"embeds   by {value['embedding']}"] if value["embedding"] else []),
         *(f"refused  {name}: {reason}" for name, reason in value["refused"].items()),
         *(f"not here {name}" for name in value["not_here"]),
     ]

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export.artifact import ADAPTERS, AdapterRecord, ExportKind, Manifest, read_manifest, write_manifest
+from lora_export.base.sentence_folder import sentence_root
 from lora_export.carried import copy_carried, licensed_adapter
 from lora_export.changing import Change
 from lora_export.errors import InputRefused
 from lora_export.export.again import asked_again
 from lora_export.export.contracts import require_described
 from lora_export.export.plan import Plan, make_plan
-from lora_export.export.pooling import require_same_head
+from lora_export.export.pooling import require_same_head, without_source
 from lora_export.export.records import adapter_records, hashed_sources, hashes_of, require_gated
 from lora_export.export.resolve import resolve
 from lora_export.integrity.signature import sign, signer_with
@@ -72,6 +73,9 @@ def add_to(
     for source in plan.folders:
         require_same_head(manifest.sentence_embedding, source)
     replaced = _replaced(plan, manifest, folder, may_replace=options.replace)
+    silent = {source.name for source in plan.folders if sentence_root(source.path) is None}
+    others = [record for record in manifest.adapters if record not in replaced]
+    embedding = without_source(manifest.sentence_embedding, silent & {record.name for record in replaced}, others)
     for sentence in (*plan.remarks, *_staying(replaced)):
         remark(sentence)
     progress("reading adapters", 0, 1)
@@ -84,7 +88,8 @@ def add_to(
     kept = files_without(manifest, replaced)
     by_name = {record.name: record for record in records}
     in_place = tuple(by_name.pop(record.name, record) for record in manifest.adapters)
-    changed = replace(manifest, adapters=(*in_place, *by_name.values()), files=dict(sorted((kept | files).items())))
+    files = dict(sorted((kept | files).items()))
+    changed = replace(manifest, adapters=(*in_place, *by_name.values()), files=files, sentence_embedding=embedding)
     _publish(change, manifest, changed, signer=signer)
     return changed
 
@@ -98,7 +103,8 @@ def remove_from(change: Change, names: Sequence[str], sign_key: Path | None, *, 
     for sentence in _staying(gone):
         remark(sentence)
     left = tuple(record for record in manifest.adapters if record not in gone)
-    changed = replace(manifest, adapters=left, files=files_without(manifest, gone))
+    embedding = without_source(manifest.sentence_embedding, [record.name for record in gone], left)
+    changed = replace(manifest, adapters=left, files=files_without(manifest, gone), sentence_embedding=embedding)
     _publish(change, manifest, changed, signer=signer)
     return changed
 

@@ -5,16 +5,18 @@ An adapter's own folder says how it was trained, so it wins over the base's. One
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lora_export.adapters.folder import AdapterFolder
+from lora_export.artifact import AdapterRecord
 from lora_export.base.checkpoint import Checkpoint
-from lora_export.base.sentence_folder import SentenceHead, equal_heads, read_head, sentence_root, transformer_settings
+from lora_export.base.sentence_folder import MODULES, SentenceHead, read_head, sentence_root, transformer_settings
 from lora_export.base.tasks import Task
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.reading import read_json_if_there
-from lora_export.sentence import AUTO, NONE, Pooling, SentenceEmbedding
+from lora_export.sentence import AUTO, NONE, Pooling, SentenceEmbedding, equal_embeddings
 
 _PROMPTS = "config_sentence_transformers.json"
 
@@ -68,7 +70,7 @@ def choose_head(
             expected="a folder that sentence-transformers saved, with modules.json",
             next_step="name the pooling: --pooling " + " or ".join(Pooling),
         )
-    if not equal_heads(found):
+    if not equal_embeddings(*(head.embedding for head in found)):
         raise InputRefused(
             "The adapters were trained with different embeddings; one graph makes one",
             where=", ".join(map(str, own.values())),
@@ -116,12 +118,39 @@ def require_same_head(embedding: SentenceEmbedding | None, folder: AdapterFolder
     root = sentence_root(folder.path)
     if embedding is None or root is None:
         return
-    found = read_head(root, folder.name).embedding
-    if (found.pooling, found.layers) != (embedding.pooling, embedding.layers):
+    found = read_head(root, folder.name)
+    if not equal_embeddings(found.embedding, embedding):
+        raise of_another_embedding(folder.name, found, embedding)
+
+
+def of_another_embedding(name: str, found: SentenceHead, made: SentenceEmbedding) -> InputRefused:
+    """The refusal of adapter `name`, trained with `found`, by an export that makes another embedding."""
+    return InputRefused(
+        f"Adapter {name!r} was trained with another embedding than the export makes",
+        where=str(found.root),
+        expected=made.described,
+        found=found.embedding.described,
+        next_step="export it to a folder of its own with --pooling auto",
+    )
+
+
+def without_source(
+    embedding: SentenceEmbedding | None, gone: Collection[str], left: Sequence[AdapterRecord]
+) -> SentenceEmbedding | None:
+    """The embedding of an export that the adapters `gone` leave: the folder that says how is that of one of `left`.
+
+    Raises:
+        InputRefused: It was that of one of `gone`, and none of `left` says the same: `check` and `bench` would have
+            nothing to read it from.
+    """
+    if embedding is None or not embedding.source or embedding.source not in gone:
+        return embedding
+    other = next((record.name for record in left if MODULES in record.source.files), None)
+    if other is None and (embedding.layers or len(embedding.pooling) > 1):
         raise InputRefused(
-            f"Adapter {folder.name!r} was trained with another embedding than the export makes",
-            where=str(root),
-            expected=embedding.described,
-            found=found.described,
-            next_step="export it to a folder of its own with --pooling auto",
+            f"The folder of adapter {embedding.source!r} says how the export makes its embedding; without it, nothing "
+            "could be compared with that",
+            found=embedding.described,
+            next_step="leave the adapter in, or export the others to a folder of their own",
         )
+    return replace(embedding, source=other)

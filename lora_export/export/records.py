@@ -69,11 +69,11 @@ def _hash_sources(plan: Plan) -> Sources:
     located = plan.checkpoint.located
     base_files = source_files(located.path)
     hashes = {file.relative_to(located.path).as_posix(): sha256_of(file) for file in base_files}
-    hashes = _with_head(plan.head, hashes, source="", place=plan.checkpoint.path)
+    hashes = with_head(plan.head, hashes, source="", place=plan.checkpoint.path)
     base = SourceRecord(local_path(located.given), located.revision, hashes)
     adapters = [
         SourceRecord(
-            local_path(f.given), None, _with_head(plan.head, source_hashes(f.path), source=f.name, place=f.path)
+            local_path(f.given), None, with_head(plan.head, source_hashes(f.path), source=f.name, place=f.path)
         )
         for f in plan.folders
     ]
@@ -82,7 +82,7 @@ def _hash_sources(plan: Plan) -> Sources:
     return Sources(base, tuple(adapters), graph)
 
 
-def _with_head(head: SentenceHead | None, hashes: dict[str, str], *, source: str, place: Path) -> dict[str, str]:
+def with_head(head: SentenceHead | None, hashes: dict[str, str], *, source: str, place: Path) -> dict[str, str]:
     """The hashes of a source in folder `place`, with those of the embedding that it brings, by path from its root."""
     if head is None or head.embedding.source != source:
         return hashes

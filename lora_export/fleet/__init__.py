@@ -4,6 +4,7 @@
     outcomes.py     what became of each
     survey.py       kinds of adapter
     sources.py      the adapters, fetched and opened
+    embedding.py    how the graph makes an embedding of a text
     answering.py    what a worker answers
     pool.py         workers that may die, hang or swell
     processes.py    those of this machine
@@ -19,5 +20,5 @@
     remote.py       a fleet at an address
 
 Imports adapters, artifact, base, carried, check, compat, environment, errors, export, folders, graph, integrity,
-progress, quiet, reading, runtime, staging, verdict.
+progress, quiet, reading, runtime, sentence, staging, verdict.
 """

@@ -33,6 +33,7 @@ class Job:
         n_rows: Most rows to compare an adapter on.
         n_threads: Of PyTorch and of ONNX Runtime.
         limits: In place of the table's, by measure.
+        embeds_as: The sentence-transformers folder of an adapter, where the graph's embedding is made as it says.
     """
 
     graph: Path
@@ -41,6 +42,7 @@ class Job:
     n_rows: int
     n_threads: int
     limits: Mapping[str, float]
+    embeds_as: Path | None = None
 
 
 @dataclass(frozen=True)

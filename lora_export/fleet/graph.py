@@ -17,6 +17,7 @@ from lora_export.export.lifecycle import files_without
 from lora_export.export.plan import Request, local_path
 from lora_export.fleet import state
 from lora_export.fleet.assignments import Trial
+from lora_export.fleet.embedding import FleetEmbedding
 from lora_export.fleet.options import FleetOptions
 from lora_export.fleet.outcomes import AdapterOutcome, Outcome
 from lora_export.fleet.pool import Pool
@@ -50,7 +51,15 @@ class FleetGraph:
         return state.hash_of([*(self.manifest.files[name] for name in self.manifest.graph_files), versions()])
 
 
-def graph_for(opened: Sequence[Opened], base: str, options: FleetOptions, *, pool: Pool, export: Export) -> FleetGraph:
+def graph_for(
+    opened: Sequence[Opened],
+    base: str,
+    options: FleetOptions,
+    *,
+    embedding: FleetEmbedding,
+    pool: Pool,
+    export: Export,
+) -> FleetGraph:
     """The graph that serves all of `opened`: of the fleet that is there, of a run that was stopped, or exported now.
 
     Raises:
@@ -58,6 +67,7 @@ def graph_for(opened: Sequence[Opened], base: str, options: FleetOptions, *, poo
     """
     work = state.work_folder(options.out)
     asked = {"task": options.task, "dtype": options.dtype, "provider": options.provider, "targets": options.targets}
+    asked |= embedding.facts
     how_hash, kinds = state.hash_of([asked, versions()]), sorted({each.kind for each in opened})
     for folder in (options.out, work / "export"):
         kept = state.kept_graph(folder)
@@ -69,7 +79,7 @@ def graph_for(opened: Sequence[Opened], base: str, options: FleetOptions, *, poo
     chosen = _readable(opened, base, options, pool=pool)
     adapters = tuple((str(folder.path), folder.name) for folder in chosen)
     how = (options.task, options.dtype, options.provider)
-    request = Request(base, adapters, "dynamic", *how, base_files_stay=True)
+    request = Request(base, adapters, "dynamic", *how, base_files_stay=True, pooling=embedding.pooling)
     manifest = export(request, work / "export", options.targets)
     if Task(manifest.task) in SEQ2SEQ:
         shutil.rmtree(work, ignore_errors=True)

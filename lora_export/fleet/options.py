@@ -25,6 +25,8 @@ class FleetOptions:
         out: The folder to make or to renew, or the address of one, which `pipeline.fleet` makes in a folder here.
         task, dtype: As in `Request`.
         provider: "cpu" or "cuda", what the graph is fused for and adapters are compared on; None for CUDA if usable.
+        pooling: How the graph makes an embedding of a text: "auto" for what the sentence-transformers folders of most
+            adapters say, else the base's, or a way to pool; None or "none" for hidden states alone.
         targets: Modules to give LoRA inputs besides those that the adapters touch.
         n_workers: Workers; None for one on each core.
         ray: Where workers are Ray actors: the address of a cluster, or "local"; None for processes of this machine.
@@ -40,6 +42,7 @@ class FleetOptions:
     task: str | None = None
     dtype: str | None = None
     provider: str | None = None
+    pooling: str | None = None
     targets: tuple[str, ...] = ()
     n_workers: int | None = None
     ray: str | None = None

@@ -16,13 +16,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora_export.artifact import REPORTS, Manifest, record_from, sha256_of, write_manifest
+from lora_export.artifact import REPORTS, Manifest, read_manifest, record_from, sha256_of, write_manifest
 from lora_export.environment import environment, n_cores
 from lora_export.errors import InputRefused, some_of
 from lora_export.export.lifecycle import files_without
 from lora_export.export.plan import local_path
+from lora_export.export.pooling import task_for
 from lora_export.fleet import state
 from lora_export.fleet.assignments import Job, Packing, broken
+from lora_export.fleet.embedding import FleetEmbedding, settled
 from lora_export.fleet.graph import Export, FleetGraph, graph_for
 from lora_export.fleet.options import FleetOptions
 from lora_export.fleet.outcomes import AdapterOutcome, FleetReport, Outcome
@@ -32,6 +34,7 @@ from lora_export.fleet.sources import Opened, open_all
 from lora_export.folders import link, put_in_place
 from lora_export.progress import Progress
 from lora_export.runtime.session import choose_provider
+from lora_export.sentence import AUTO, SentenceEmbedding
 
 # What a worker runs.
 WORK = "lora_export.fleet.worker:work"
@@ -48,29 +51,31 @@ def run_fleet(source: Path, base: str, options: FleetOptions, *, export: Export,
     entries = read_roster(source)[: options.limit]
     _refuse_others(options.out)
     provider = choose_provider(options.provider)
-    options = replace(options, provider=provider.name)
+    options = replace(options, provider=provider.name, task=task_for(options.task, options.pooling))
     work = state.work_folder(options.out)
     with state.locked(options.out):
         state.take_up(options.out)
         opened, refused = open_all(entries, base, options.task, fetched=work / "fetched", progress=progress)
+        embedding, opened, others = settled(opened, base, options.pooling, earlier=_embedding_of(options.out))
+        refused += others
         if not opened:
             _refuse_all(refused)
         with contextlib.closing(options.engine(WORK)) as engine:
             n_workers = options.workers(len(opened), engine.n_cpus)
             n_threads = max(1, engine.n_cpus // n_workers) if options.ray is None else 1
             with Pool(engine, n_workers=n_workers, limits=options.limits(n_workers), broken=broken) as pool:
-                graph = graph_for(opened, base, options, pool=pool, export=export)
+                graph = graph_for(opened, base, options, embedding=embedding, pool=pool, export=export)
                 packing = time.monotonic()
                 job = Job(
                     graph.bare, local_path(base), options.provider,
-                    n_rows=options.n_rows, n_threads=n_threads, limits=options.tolerances,
+                    n_rows=options.n_rows, n_threads=n_threads, limits=options.tolerances, embeds_as=embedding.root,
                 )  # fmt: skip
                 found = _outcomes(graph, job, opened, options=options, pool=pool, progress=progress)
                 seconds_packing = time.monotonic() - packing
         by_name = {outcome.name: (outcome, work) for outcome in refused} | found
         in_order = [by_name[entry.name] for entry in entries]
         outcomes = tuple(outcome for outcome, _ in in_order if not (options.only_changed and outcome.reused))
-        manifest = _publish(graph, options.out, in_order)
+        manifest = _publish(graph, options.out, in_order, embedding=embedding)
         return FleetReport(
             folder=str(options.out),
             source=str(source),
@@ -91,16 +96,27 @@ def describe_fleet(source: Path, base: str, options: FleetOptions) -> dict:
     entries = read_roster(source)[: options.limit]
     _refuse_others(options.out)
     here = [entry for entry in entries if not entry.is_address]
-    opened, refused = open_all(here, base, options.task, fetched=Path(), progress=lambda *_: None)
+    task = task_for(options.task, options.pooling)
+    opened, refused = open_all(here, base, task, fetched=Path(), progress=lambda *_: None)
+    embedding = FleetEmbedding()
+    if options.pooling != AUTO or len(here) == len(entries):  # else adapters that are not here have a say
+        embedding, opened, others = settled(opened, base, options.pooling, earlier=_embedding_of(options.out))
+        refused += others
     return {
         "folder": str(options.out),
         "adapters": len(entries),
         "kinds": len({each.kind for each in opened}),
+        "embedding": embedding.described,
         "refused": {outcome.name: outcome.reason for outcome in refused},
         "not_here": [entry.name for entry in entries if entry.is_address],
         "bytes": sum(path.stat().st_size for each in opened for path in each.folder.path.glob("*.safetensors")),
         "workers": options.n_workers if options.ray is not None else options.workers(len(entries), n_cores()),
     }
+
+
+def _embedding_of(out: Path) -> SentenceEmbedding | None:
+    """What the fleet in `out` makes of a text, if there is one."""
+    return read_manifest(out).sentence_embedding if state.kept_graph(out) else None
 
 
 def _refuse_others(out: Path) -> None:
@@ -164,7 +180,9 @@ def _still_holds(outcome: AdapterOutcome, key: str, folder: Path) -> bool:
     return all((folder / file).is_file() and sha256_of(folder / file) == digest for file, digest in files.items())
 
 
-def _publish(graph: FleetGraph, out: Path, found: Sequence[tuple[AdapterOutcome, Path]]) -> Manifest:
+def _publish(
+    graph: FleetGraph, out: Path, found: Sequence[tuple[AdapterOutcome, Path]], *, embedding: FleetEmbedding
+) -> Manifest:
     """Make the folder anew, of links to files that are there, and put it in the place of the one before it.
 
     Args:
@@ -175,6 +193,7 @@ def _publish(graph: FleetGraph, out: Path, found: Sequence[tuple[AdapterOutcome,
         _refuse_all(outcomes)
     work = state.work_folder(out)
     served = [(outcome, folder) for outcome, folder in found if outcome.outcome is Outcome.SERVED]
+    made_of_texts = embedding.recorded(graph.manifest.sentence_embedding, {outcome.name for outcome, _ in served})
     files = files_without(graph.manifest, graph.manifest.adapters)
     made = work / "next"
     shutil.rmtree(made, ignore_errors=True)
@@ -188,7 +207,9 @@ def _publish(graph: FleetGraph, out: Path, found: Sequence[tuple[AdapterOutcome,
             link(folder / name, made / name)
         files |= outcome.files
     records = tuple(record_from(outcome.record) for outcome, _ in served)
-    manifest = replace(graph.manifest, adapters=records, files=dict(sorted(files.items())))
+    manifest = replace(
+        graph.manifest, adapters=records, files=dict(sorted(files.items())), sentence_embedding=made_of_texts
+    )
     write_manifest(made, manifest)
     state.keep_graph(made, graph.facts)
     state.keep_outcomes(made, outcomes)

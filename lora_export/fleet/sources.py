@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_export.adapters.folder import AdapterFolder, open_adapter
 from lora_export.adapters.foreign import peft_folder, source_hashes
 from lora_export.artifact import sha256_of
+from lora_export.base.sentence_folder import TRANSFORMER, is_setting_of, module_folders
 from lora_export.carried import carried_files, is_carried
 from lora_export.errors import InputRefused, LoraExportError
 from lora_export.fleet.outcomes import AdapterOutcome, Outcome
 from lora_export.fleet.roster import Entry
 from lora_export.fleet.survey import kind_of
 from lora_export.progress import Progress
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 _FETCHED = ("adapter_config.json", "adapter_model.safetensors", "config.json")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -83,10 +89,12 @@ def _fetch(entry: Entry, target: Path) -> str:
         system, path = fsspec.core.url_to_fs(entry.given)
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
-        for file in system.ls(path, detail=False):
-            name = file.rpartition("/")[2]
-            if name in _FETCHED or is_carried(name):
-                system.get_file(file, str(target / name))
+        _fetch_files(system, path, target, kind=TRANSFORMER)
+        for folder, kind in module_folders(target).items():
+            if folder:
+                (target / folder).mkdir()
+                with contextlib.suppress(FileNotFoundError):  # a module without settings; a store keeps no empty folder
+                    _fetch_files(system, f"{path}/{folder}", target / folder, kind=kind)
     except Exception as error:  # each store has errors of its own
         if isinstance(error, OSError) and error.errno in _FULL:
             raise
@@ -94,3 +102,11 @@ def _fetch(entry: Entry, target: Path) -> str:
             "The adapter cannot be fetched", where=entry.given, found=f"{type(error).__name__}: {error}"
         ) from error
     return str(target)
+
+
+def _fetch_files(system: AbstractFileSystem, path: str, target: Path, *, kind: str) -> None:
+    """Copy what an adapter's folder holds, or that of another module of sentence-transformers of class `kind`."""
+    for file in system.ls(path, detail=False):
+        name = file.rpartition("/")[2]
+        if is_setting_of(name, kind) or (kind == TRANSFORMER and (name in _FETCHED or is_carried(name))):
+            system.get_file(file, str(target / name))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lora_export.adapters.initialization import changes_base
 from lora_export.artifact import AdapterRecord, Manifest, SourceRecord, read_manifest
+from lora_export.base.sentence_folder import sentence_root
 from lora_export.base.tasks import Task
 from lora_export.carried import copy_carried
 from lora_export.check.context import run_export, run_reference
@@ -19,6 +20,7 @@ from lora_export.check.inputs.invoked import with_invocation
 from lora_export.check.inputs.prepared import BATCH_SIZE, Prepared, prepare
 from lora_export.check.judge.compare import Comparison, compare
 from lora_export.check.judge.tolerances import Tolerances, tolerances
+from lora_export.check.reference.sentence import SentenceReference
 from lora_export.check.reference.trained import TrainedAdapter
 from lora_export.check.reference.unmerged import Reference
 from lora_export.check.results import ParityCase
@@ -31,6 +33,7 @@ from lora_export.fleet.bases import SharedBases
 from lora_export.fleet.outcomes import AdapterOutcome, Outcome
 from lora_export.fleet.sources import refusal
 from lora_export.runtime.adapter_session import AdapterSession
+from lora_export.sentence import NONE
 
 
 class Workbench:
@@ -102,7 +105,7 @@ class Workbench:
         manifest = self.manifest
         how = (manifest.task, manifest.dtype, manifest.provider)
         adapters, pad = ((task.path, task.name),), manifest.pad_token_id
-        request = Request(self._job.base, adapters, "dynamic", *how, pad_token_id=pad)
+        request = Request(self._job.base, adapters, "dynamic", *how, pad_token_id=pad, pooling=NONE)
         task.into.mkdir(parents=True, exist_ok=True)
         plan = make_plan(request, added_to=self._job.graph)
         resolved = resolve(plan)
@@ -140,4 +143,11 @@ class Workbench:
             n_labels=record.n_labels,
             pad_token_id=self.manifest.pad_token_id,
             shared=shared,
+            sentence=self._sentence(plan),
         )
+
+    def _sentence(self, plan: Plan) -> SentenceReference | None:
+        embedding = self.manifest.sentence_embedding
+        if embedding is None:
+            return None
+        return SentenceReference.of_folder(embedding, self._job.embeds_as or sentence_root(plan.checkpoint.path))

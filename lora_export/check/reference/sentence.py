@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from lora_export.base.sentence_folder import read_head
+from lora_export.errors import InputRefused
 from lora_export.sentence import Dense, Pooling, SentenceEmbedding
 
 _ACTIVATIONS = {
@@ -28,6 +31,24 @@ class SentenceReference:
     def __init__(self, embedding: SentenceEmbedding, weights: Sequence[Mapping[str, np.ndarray]]) -> None:
         self._embedding = embedding
         self._weights = [{name: torch.from_numpy(array) for name, array in each.items()} for each in weights]
+
+    @classmethod
+    def of_folder(cls, embedding: SentenceEmbedding, root: Path | None) -> SentenceReference:
+        """Of `embedding`, its linear layers read in the sentence-transformers folder `root`.
+
+        Raises:
+            InputRefused: It has linear layers, and there is no such folder.
+        """
+        if not any(embedding.layers):
+            return cls(embedding, ())
+        if root is None:
+            raise InputRefused(
+                "The linear layers of the export's embedding are nowhere to be read",
+                where=f"sentence_embedding.source: {embedding.source!r}",
+                expected="the sentence-transformers folder that the export was made from",
+                next_step="export again with --pooling auto, the folder's own adapter or base among the sources",
+            )
+        return cls(embedding, read_head(root, embedding.source).weights())
 
     def __call__(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """`[rows, size]`, of states `[rows, tokens, size]` and a mask `[rows, tokens]`."""
