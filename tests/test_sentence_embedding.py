@@ -12,12 +12,16 @@ import pytest
 import safetensors.numpy
 import torch
 from base.test_sentence_folder import write_dense, write_head
+from bench.test_peer import another_tools, graph_with
 from click.testing import CliRunner
+from onnx import TensorProto
 from peft import PeftModel
 from transformers import AutoModel, AutoTokenizer
 
 from lora_export import AdapterSession
 from lora_export.artifact import read_manifest, write_manifest
+from lora_export.bench.plan import BenchOptions, plan_bench
+from lora_export.bench.run import _notes
 from lora_export.check.context import CheckOptions
 from lora_export.cli.main import main
 from lora_export.errors import InputRefused, UsageProblem
@@ -25,7 +29,7 @@ from lora_export.export.plan import Request, make_plan
 from lora_export.export.pooling import pooling_again, without_source
 from lora_export.integrity.sources import SourceOverrides
 from lora_export.integrity.verify import verify
-from lora_export.pipeline import AddOptions, ExportOptions, add_adapter, check, export, remove_adapters
+from lora_export.pipeline import AddOptions, ExportOptions, add_adapter, bench, check, export, remove_adapters
 from lora_export.sentence import Dense, Pooling
 from lora_export.trial import run_trial
 from lora_export.verdict import Verdict
@@ -92,6 +96,33 @@ def test_check_compares_it_and_sees_a_graph_that_pools_otherwise(served, tmp_pat
     (damaged / "lora_export.json").write_text(text.replace('"mean"', '"cls"'))
     report, _ = check(damaged, SourceOverrides(), CheckOptions(provider="cpu", n_rows=8))
     assert report.verdict is Verdict.FAIL
+
+
+def test_bench_times_the_embedding_of_base_and_merged_form_too(served, tmp_path, short_timing):
+    out, other = tmp_path / "out", another_tools(served[1], tmp_path / "other")
+    shutil.copytree(served[1], out)
+    report, files = bench(out, SourceOverrides(), BenchOptions("cpu", [(2, 4, 0)], blocks=6, against=other))
+    by_variant = {each.variant: each for each in report.differences}
+    assert by_variant["base"].outputs == ("last_hidden_state", "pooler_output", "sentence_embedding")
+    assert by_variant["base"].largest < 1e-5, "the other has no adapter"
+    (workload,) = report.workloads
+    assert [variant.name for variant in workload.variants] == [
+        "base", "merged", "dynamic, no adapter", "dynamic", "against",
+    ]  # fmt: skip
+    said = "A run gives last_hidden_state, pooler_output and sentence_embedding (mean, length 1), of every variant."
+    assert said in report.notes and said in files["html"].read_text("utf-8")
+    assert not any("The other graph gives" in note for note in report.notes)
+
+
+def test_bench_says_where_only_one_graph_makes_an_embedding(served, tmp_path):
+    inputs = {spec.name: (TensorProto.INT64, ["rows", "tokens"]) for spec in read_manifest(served[1]).contract.inputs}
+    other = graph_with(inputs, tmp_path / "other.onnx")
+    plan = plan_bench(served[1], BenchOptions("cpu", [(2, 4, 0)], against=other))
+    assert "The other graph gives no sentence_embedding: it does less" in " ".join(_notes(plan, "cpu"))
+    pooled = plan_bench(served[1], BenchOptions("cpu", [(2, 4, 0)], against=served[1]))
+    assert not any("The other graph" in note for note in _notes(pooled, "cpu"))
+    plain = replace(pooled, manifest=replace(pooled.manifest, sentence_embedding=None))
+    assert "The other graph gives a sentence_embedding" in " ".join(_notes(plain, "cpu"))
 
 
 def test_the_manifest_says_what_the_output_is_and_verify_knows_its_files(served):

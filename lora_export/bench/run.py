@@ -22,11 +22,13 @@ from lora_export.bench.results import BenchReport, Difference, Memory, ProviderO
 from lora_export.bench.swap import measure_swap
 from lora_export.bench.warm_up import MOST_SECONDS, RULE
 from lora_export.bench.workloads import source_length, workload_inputs
+from lora_export.contract import SINGLE
 from lora_export.environment import environment, subject
 from lora_export.errors import EnvironmentUnusable, InputRefused
 from lora_export.progress import Progress
 from lora_export.runtime.seq2seq_session import open_export
 from lora_export.runtime.session import choose_provider
+from lora_export.sentence import SENTENCE_EMBEDDING
 
 _SETTINGS = {
     "binding": "inputs, adapters and outputs bound on the device",
@@ -231,6 +233,7 @@ def _notes(plan: BenchPlan, provider: str) -> tuple[str, ...]:
         notes.append(
             "A run is the encoder over the source and one step of the decoder on the past; no text is written."
         )
+    notes += _notes_on_embedding(plan)
     notes += fused_for_another("The graph", plan.manifest, provider)
     if plan.against is not None:
         notes += plan.against.notes(provider)
@@ -238,6 +241,23 @@ def _notes(plan: BenchPlan, provider: str) -> tuple[str, ...]:
         short = "" if plan.options.max_ratio is None else f"; --max-ratio {plan.options.max_ratio:g} for what it leaves"
         notes.append(f"Budget: {plan.budget.where}{short}.")
     return tuple(notes)
+
+
+def _notes_on_embedding(plan: BenchPlan) -> list[str]:
+    """Which outputs a run gives, where the graph makes an embedding; and that the other does less or more than that."""
+    embedding, notes = plan.manifest.sentence_embedding, []
+    if embedding is not None:
+        others = ", ".join(spec.name for spec in plan.manifest.contract.outputs if spec.name != SENTENCE_EMBEDDING)
+        notes.append(f"A run gives {others} and {SENTENCE_EMBEDDING} ({embedding.described}), of every variant.")
+    if plan.against is not None and SINGLE in plan.against.graphs:
+        gives = SENTENCE_EMBEDDING in (spec.name for spec in plan.against.graphs[SINGLE].outputs)
+        if embedding is not None and not gives:
+            notes.append(f"The other graph gives no {SENTENCE_EMBEDDING}: it does less where its host makes that.")
+        elif embedding is None and gives:
+            notes.append(
+                f"The other graph gives a {SENTENCE_EMBEDDING}, which this one leaves to its host: it does more."
+            )
+    return notes
 
 
 def _unsettled(workloads: list[Workload]) -> tuple[str, ...]:
