@@ -11,6 +11,7 @@
     encoders.py          a run of an encoder's rows
     tokens_api.py        the routes about tokens: their classes, questions, gaps
     data_urls.py         images and sounds in requests
+    room.py              the bytes that images and sounds hold together
     ctc_words.py         a sound's frames as words
     reranking.py         the route of rerankers
     writing_api.py       the routes of models that write texts: completions and chats

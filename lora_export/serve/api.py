@@ -175,7 +175,7 @@ def _add_encoders(api: FastAPI, service: Service) -> None:
             urls = service.listed(body.input, "input")
             service.require_room(len(urls), "input", most=service.options.max_batch)
             steps = target.settings.signals
-            signals = await service.prepared(request, lambda is_over: signals_of(urls, steps, is_over))
+            signals = await service.prepared(request, lambda held: signals_of(urls, steps, held))
         rows = await service.rows(body.input, target) if signals is None else list(map(frames_of, signals))
         found: list[Answer] = await service.answers(request, target, rows, signals=signals)
         data = [{"index": index, **_classes(answer, service)} for index, answer in enumerate(found)]

@@ -5,47 +5,48 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from lora_export.runtime.images import ImageSteps, read_image
 from lora_export.runtime.sound import Samples, read_wav
 from lora_export.serve.problems import Problem
+from lora_export.serve.room import Held
 
 # Of Wav2Vec2 and its kin: a frame's samples, at 16 kHz.
 _SAMPLES_A_FRAME = 320
 
 
-def signals_of(
-    urls: Sequence[object], steps: ImageSteps | Samples, is_over: Callable[[], bool] = lambda: False
-) -> list[np.ndarray]:
+def signals_of(urls: Sequence[object], steps: ImageSteps | Samples, held: Held) -> list[np.ndarray]:
     """The images or sounds in `urls` after `steps`: what the graph takes of each, float32.
 
     Args:
-        is_over: Whether nobody waits for them any more; asked before each.
+        held: What their request holds; it takes each.
 
     Raises:
-        Problem: One of them is none in that form, or nobody waits.
+        Problem: One of them is none in that form, nobody waits for them, or there is no room for them.
         InputRefused: The bytes of one are no image or no WAV file, or it is too large, or the images are together.
     """
     found: list[np.ndarray] = []
     n_pixels = 0
     for url in urls:
-        if is_over():
-            raise Problem(499, "Nobody waits for the answer")
+        held.take(0)  # before the work: somebody waits
         if isinstance(steps, ImageSteps):
             image = read_image(io.BytesIO(_bytes_of(url, "image", "png")), "input", n_before=n_pixels)
             found.append(steps.pixels(image))
+            held.take(found[-1].nbytes)
             n_pixels += max(image.width * image.height, found[-1].size // 3)
         else:
-            found.append(signal_of(_bytes_of(url, "audio", "wav"), steps, where="input"))
+            found.append(signal_of(_bytes_of(url, "audio", "wav"), steps, held, where="input"))
     return found
 
 
-def signal_of(file: bytes, steps: Samples, *, where: str) -> np.ndarray:
+def signal_of(file: bytes, steps: Samples, held: Held, *, where: str) -> np.ndarray:
     """The same of a WAV file."""
-    return steps.features(read_wav(io.BytesIO(file), steps.rate, where=where))
+    found = steps.features(read_wav(io.BytesIO(file), steps.rate, where=where))
+    held.take(found.nbytes)
+    return found
 
 
 def frames_of(signal: np.ndarray) -> range:

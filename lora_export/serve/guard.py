@@ -16,7 +16,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -40,6 +40,8 @@ class Seen:
         started: In `time.monotonic`'s seconds, and so is `deadline`.
         model: Its label; "none" where the request has come to no model.
         fields: What else the log says.
+        n_bytes: Of the request's body.
+        at_end: Called when the request is over, whether it was answered or not.
     """
 
     id: str
@@ -48,6 +50,8 @@ class Seen:
     model: str = NO_MODEL
     status: int = 499  # if the client is gone before an answer
     fields: dict[str, object] = field(default_factory=dict)
+    n_bytes: int = 0
+    at_end: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Guard:
@@ -73,6 +77,7 @@ class Guard:
             headers = {key.decode("latin-1"): value for key, value in scope["headers"]}
             self._refuse(scope, headers)
             body = await self._body(receive, headers, seen)
+            seen.n_bytes = len(body)
             await self._app(scope, _replayed(body, receive), answer)
         except Problem as problem:
             await answer.problem(problem)
@@ -80,6 +85,8 @@ class Guard:
             log("error", level=logging.ERROR, error=error, id=seen.id)
             await answer.problem(problem_of(error))
         finally:
+            for call in seen.at_end:
+                call()
             self.n_requests -= 1
             self._record(scope, seen)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from lora_export.serve.metrics import Load, Metrics
 from lora_export.serve.models import Models, Target
 from lora_export.serve.options import ServeOptions
 from lora_export.serve.problems import Problem
+from lora_export.serve.room import Held, Room
 from lora_export.serve.runtime_adapters import RuntimeAdapters
 from lora_export.serve.schema import Body
 from lora_export.serve.tasks import PATH_OF_TASK
@@ -57,6 +57,7 @@ class Service:
             limits = Limits(options.max_batch, most_tokens, options.max_queue, options.max_wait_ms / 1000)
             self.batcher = Batcher(encoder.run, limits, self)
         self._engine = self.writer or self.batcher
+        self.room = Room(options.max_signal_bytes)
         self._preparing = ThreadPoolExecutor(_MOST_PREPARING, "lora-export-prepare")
         self.is_draining = False
         self.runtime_adapters = None
@@ -219,18 +220,22 @@ class Service:
             raise Problem(499, "The client has gone")
         raise Problem(504, f"There was no answer within {self.options.timeout_s:g} s", code="deadline")
 
-    async def prepared(self, request: Request, make: Callable[[Callable[[], bool]], Made]) -> Made:
+    async def prepared(self, request: Request, make: Callable[[Held], Made]) -> Made:
         """What `make` gives, on one of a few threads, before the deadline and while the client is there.
 
         Args:
-            make: Given a function that says whether nobody waits any more; it asks now and then.
+            make: Given what the request holds, its body until now, which it keeps until it is over; it takes what it
+                makes, and asks now and then whether anybody waits.
 
         Raises:
-            Problem: The deadline has come, or the client has gone.
+            Problem: The deadline has come, the client has gone, or there is no room.
         """
-        over = threading.Event()
-        answer = asyncio.get_running_loop().run_in_executor(self._preparing, make, over.is_set)
-        return await self.answered(request, answer, cancel=over.set)
+        seen: Seen = request.state.seen
+        held = self.room.held()
+        seen.at_end.append(held.give_back)
+        held.take(seen.n_bytes)
+        answer = asyncio.get_running_loop().run_in_executor(self._preparing, make, held)
+        return await self.answered(request, answer, cancel=held.give_back)
 
     def require_tokens(self, rows: Sequence[Sequence[int]], field: str) -> None:
         """Refuse token ids that the model does not know.

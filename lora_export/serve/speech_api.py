@@ -24,6 +24,7 @@ from lora_export.serve.forms import read_form
 from lora_export.serve.models import Models, Target
 from lora_export.serve.pieces import Piece, Pieces
 from lora_export.serve.problems import Problem, problem_of_body
+from lora_export.serve.room import Held
 from lora_export.serve.schema import Body, SpeechBody, TranslationBody
 from lora_export.serve.service import Service
 from lora_export.serve.tasks import CTC, SPEECH
@@ -92,7 +93,7 @@ async def _written_down(request: Request, service: Service, kind: type[Body]) ->
         return await _of_frames(request, service, target, body=body, file=form.files[_FILE])
     voice = target.settings.voice
     file = form.files[_FILE]
-    heard = await service.prepared(request, lambda is_over: _heard(body, file, voice, models=service.models))
+    heard = await service.prepared(request, lambda held: _heard(body, file, voice, models=service.models, held=held))
     request.state.seen.fields["seconds"] = round(heard.seconds, 3)
     pieces = Pieces(service.writer, service.writer.submit(target, [heard.wish]), voice.tokenizer)
     watched = Count(service, request.state.seen, target, n_prompt=0).of(pieces)
@@ -120,7 +121,7 @@ async def _of_frames(
             400, f"{said} to {body.model!r}: it transcribes frame by frame", param=field, code="unsupported_field"
         )
     steps = target.settings.signals
-    signal = await service.prepared(request, lambda is_over: signal_of(file, steps, where=_FILE))
+    signal = await service.prepared(request, lambda held: signal_of(file, steps, held, where=_FILE))
     (answer,) = await service.answers(request, target, [frames_of(signal)], signals=[signal])
     seconds = len(signal) / steps.rate
     request.state.seen.fields["seconds"] = round(seconds, 3)
@@ -128,10 +129,11 @@ async def _of_frames(
     return _answer(text, _Heard(body, TRANSCRIBE, seconds, None, {}), None)
 
 
-def _heard(body: SpeechBody | TranslationBody, file: bytes, voice: Voice, *, models: Models) -> _Heard:
+def _heard(body: SpeechBody | TranslationBody, file: bytes, voice: Voice, *, models: Models, held: Held) -> _Heard:
     """The request, checked.
 
     Raises:
+        Problem: There is no room for its sound.
         InputRefused: The file is no sound that the model takes.
         UsageProblem: The model does not know the language, or does not translate.
     """
@@ -146,9 +148,11 @@ def _heard(body: SpeechBody | TranslationBody, file: bytes, voice: Voice, *, mod
             expected=f"{spec.dims[1]} bands, {spec.dims[2]} frames",
             found=f"{features.shape[0]} bands, {features.shape[1]} frames",
         )
+    source = features.astype(numpy_dtype(spec.dtype))
+    held.take(source.nbytes)
     wish = Wish(
         (), Sampling(body.temperature or 0.0), models.longest - len(start), voice.eos_ids,
-        source={spec.name: features.astype(numpy_dtype(spec.dtype))}, rules=voice.rules, start=start,
+        source={spec.name: source}, rules=voice.rules, start=start,
     )  # fmt: skip
     by_token = {token: language for language, token in languages_of(voice.defaults).items()}
     return _Heard(body, task, len(samples) / voice.ears.rate, wish, by_token)

@@ -15,11 +15,13 @@ import pytest
 import torch
 import transformers
 from fastapi import Request
-from live import running
+from live import running, wait_until
 from references import unmerged
 
+from lora_export.contract import ENCODER
 from lora_export.serve.forms import Form, read_form
 from lora_export.serve.problems import Problem
+from lora_export.serve.room import Room
 
 MODELS = {"whisper": None, "whisper-attention": "whisper-attention", "whisper-all": "whisper-all"}
 LANGUAGES = {"<|de|>": 90, "<|en|>": 91, "<|fr|>": 92}
@@ -127,6 +129,27 @@ def test_the_forms_of_an_answer(live, alone):
     translated = client.audio.translations.create(model="whisper-all", file=file, response_format="verbose_json")
     assert translated.task == "translate" and translated.text == alone("whisper-all", values, task="translate")[0]
     assert english != text
+
+
+def test_a_sound_is_held_until_its_text_is_written(live, monkeypatch):
+    monkeypatch.setattr(live.service, "room", room := Room(10**9))
+    held = []
+
+    def give_back(each):
+        held.append((each.n_bytes, live.service.writer.models()))
+        Room._give_back(room, each)
+
+    monkeypatch.setattr(room, "_give_back", give_back)
+    client, sound = live.openai(), wav(samples(1))
+    assert list(client.audio.transcriptions.create(model="whisper-all", file=("a.wav", sound), stream=True))
+    wait_until(lambda: room.n_taken == 0)
+    spec = live.service.models.manifest.graphs[ENCODER].inputs[0]
+    n_bytes, at_work = held[0]
+    assert n_bytes > len(sound) + 4 * spec.dims[1] * spec.dims[2] and at_work == ([], [])
+    room._most = len(sound) // 2
+    with pytest.raises(openai.APIStatusError, match="take more than") as refused:
+        client.audio.transcriptions.create(model="whisper-all", file=("a.wav", sound))
+    assert refused.value.status_code == 413
 
 
 @pytest.mark.parametrize(

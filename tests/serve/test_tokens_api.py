@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
@@ -23,6 +24,7 @@ from lora_export.serve.data_urls import signals_of
 from lora_export.serve.models import Models
 from lora_export.serve.options import ServeOptions
 from lora_export.serve.problems import Problem
+from lora_export.serve.room import Room
 
 TEXTS = ("Open a socket.", "Größe, and a longer text than the others are: it decides the padding.", "x")
 TAGGERS, SIGHTS = {"tagger": None, "tags": "tags"}, {"vit": None, "sights": "sights"}
@@ -146,12 +148,12 @@ def test_the_images_of_a_request_are_bounded_together(vit, monkeypatch):
 def test_images_are_prepared_for_two_at_a_time_and_while_somebody_waits(vit, monkeypatch):
     begun, ended, at_once = [], [], []
 
-    def slow(urls, steps, is_over):
+    def slow(urls, steps, held):
         begun.append(urls)
         at_once.append(len(begun) - len(ended))
-        wait_until(is_over)
+        wait_until(lambda: held.is_over)
         ended.append(urls)
-        return signals_of(urls, steps, is_over)
+        return signals_of(urls, steps, held)
 
     def leave(_):
         with vit.http() as client, pytest.raises(httpx2.TimeoutException):
@@ -164,8 +166,50 @@ def test_images_are_prepared_for_two_at_a_time_and_while_somebody_waits(vit, mon
         wait_until(lambda: len(ended) == len(begun))
     assert max(at_once) == 2
     with pytest.raises(Problem, match="Nobody waits"):
-        signals_of(begun[0], None, lambda: True)
+        (gone := Room(1).held()).give_back()
+        signals_of(begun[0], None, gone)
     assert vit.post("/v1/classify", model="vit", input=url(picture(0))).status_code == 200
+
+
+def test_images_that_wait_are_bounded_together(vit, monkeypatch):
+    """By their bodies and what is made of them; others find no room until the request before them is over."""
+    given = {"model": "vit", "input": [url(picture(0))] * 2}
+    made, taken = [], []
+
+    def watched(urls, steps, held):
+        made.append(held.n_bytes)
+        found = signals_of(urls, steps, held)
+        taken.append((held.n_bytes - made[-1], sum(each.nbytes for each in found)))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "signals_of", watched)
+        assert vit.post("/v1/classify", **given).status_code == 200
+    assert made == [len(json.dumps(given, separators=(",", ":")))] and taken[0][0] == taken[0][1] > 0
+    wait_until(lambda: vit.service.room.n_taken == 0)
+    monkeypatch.setattr(vit.service, "room", room := Room(made[0] + taken[0][0]))
+    assert vit.post("/v1/classify", **given).status_code == 200
+    wait_until(lambda: room.n_taken == 0)
+    (other := room.held()).take(1)
+    full = vit.post("/v1/classify", **given)
+    assert full.status_code == 429 and int(full.headers["retry-after"]) > 0, full.text
+    assert f"take {made[0] + taken[0][0] // 2 + 1:,} bytes of" in full.json()["error"]["message"], "one was made"
+    wait_until(lambda: room.n_taken == 1)
+    other.give_back()
+    assert vit.post("/v1/classify", **given).status_code == 200
+    too_large = vit.post("/v1/classify", **given | {"input": [url(picture(0))] * 3})
+    assert too_large.status_code == 413 and "of the request take more than" in too_large.json()["error"]["message"]
+
+
+def test_a_request_that_is_over_takes_no_more_and_gives_back_once():
+    room = Room(8)
+    held = room.held()
+    held.take(5)
+    held.give_back()
+    held.give_back()
+    with pytest.raises(Problem, match="Nobody waits"):
+        held.take(1)
+    assert room.n_taken == 0
 
 
 def test_an_export_that_cannot_be_served_says_why(exports, own):
