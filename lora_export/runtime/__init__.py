@@ -14,6 +14,11 @@
     bank.py               the adapters of a graph at one moment
     stacking.py           the adapters of a batch's rows as inputs
     composition.py        the same on the device, kept from run to run
+    host_rows.py          its inputs, put together on the host
+    device_rows.py        its inputs, picked from a bank on the device
+    device_bank.py        the adapters and blends in that bank
+    device_layout.py      how they lie there
+    device_memory.py      buffers on the device, and rows picked from a table
     cache.py              a decoder's cache between runs
     batch.py              one batch: at once, or row by row
     adapter_file.py       an .onnx_adapter file

@@ -49,7 +49,8 @@ class AdapterSession:
             the core for a while, which is best for one session and takes the cores from a second one.
         graph: Which graph of an export of several; `Seq2SeqSession` runs all of an encoder-decoder.
         max_bytes: The most bytes of adapters in memory: those not used the longest are dropped, and read from their
-            files again when a run needs them. A `Residency` bounds several sessions together. None for no bound.
+            files again when a run needs them. A `Residency` bounds several sessions together. None for no bound. On a
+            GPU, the bank that mixes are picked from has the same bound.
         map_adapters: Map the adapters' files, which then take no memory of their own. Others may take their place, but
             they must not be written into.
 

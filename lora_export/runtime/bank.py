@@ -56,7 +56,9 @@ class Bank:
 
     def __post_init__(self) -> None:
         if self.compositions is None:
-            object.__setattr__(self, "compositions", Compositions(self.contract, self.provider, self.defaults))
+            max_bytes = None if self.residency is None else self.residency.max_bytes
+            made = Compositions(self.contract, self.provider, self.defaults, max_bytes=max_bytes)
+            object.__setattr__(self, "compositions", made)
 
     def with_adapter(
         self,

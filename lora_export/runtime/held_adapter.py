@@ -44,7 +44,7 @@ class HeldAdapter:
         self._values: Mapping[str, ort.OrtValue] | None = None
         self._read_again, self._residency = read_again, residency
         self._reading = threading.Lock()
-        self._use()
+        self.use()
 
     @property
     def tensors(self) -> Mapping[str, np.ndarray]:
@@ -60,7 +60,7 @@ class HeldAdapter:
                 tensors = self._tensors
                 if tensors is None:
                     tensors = self._tensors = MappingProxyType(dict(self._read_again()))
-        self._use()
+        self.use()
         return tensors
 
     @property
@@ -84,10 +84,11 @@ class HeldAdapter:
             if self._tensors is None:  # dropped meanwhile
                 self._values = None
         else:
-            self._use()
+            self.use()
         return values
 
-    def _use(self) -> None:
+    def use(self) -> None:
+        """Say that it is used now: its tensors, if they are in memory, are dropped later than those of others."""
         if self._residency is not None:
             self._residency.used(self)
 

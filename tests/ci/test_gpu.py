@@ -11,7 +11,7 @@ from pathlib import Path
 import gpu_tables
 import numpy as np
 import pytest
-from gpu import plan
+from gpu import plan, swaps_stage
 from gpu.attention_stage import FORMS, _heads_first, _run
 from gpu.bundle import Writer, restore
 from gpu.provider_stage import answer_adapter_copies, answer_operand_rank, answer_rank_zero
@@ -97,6 +97,16 @@ def test_candidates_are_timed_side_by_side(bundle, tmp_path):
     found = race(runs, [("one adapter", "no adapter")], 6)
     assert found["blocks"] == 6 and found["ratios"][0]["median"] > 0
     assert "× no adapter" in ratio_lines(found)[0]
+
+
+def test_swaps_are_rehearsed(exported, tmp_path):
+    """Every way of changing adapters, and the composition's numbers beside those that the host stacks."""
+    writer = Writer(tmp_path / "bundle")
+    writer.add_export(exported[0], "llama-all-float16", real=False)
+    writer.close()
+    found = swaps_stage.run(Stage("swaps", tmp_path / "bundle", tmp_path, tmp_path, "cpu", 6, small=True))
+    assert found["inputs_that_differ"] == [] and found["median_us"]["a new composition of all rows"] > 0
+    assert json.loads((tmp_path / "gpu-swaps.json").read_text())["median_us"]
 
 
 def test_the_forms_of_attention_agree(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,7 +15,8 @@ from references import inputs_for
 
 from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract
 from lora_export.errors import UsageProblem
-from lora_export.runtime import composition as module
+from lora_export.runtime import bank as bank_module
+from lora_export.runtime import host_rows as module
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.composition import Compositions
 from lora_export.runtime.held_adapter import HeldAdapter
@@ -97,20 +99,26 @@ def require_equal(found: Mapping, rows) -> None:
     assert all(name in AXES and (array == (-1 if name == IDS else 0)).all() for name, array in arrays.items())
 
 
-@given(BATCHES)
-@settings(max_examples=150, deadline=None)
-def test_one_composition_after_another_is_as_stacked_anew(batches):
-    made = Compositions(CONTRACT, "cpu", DEFAULTS)
+# In place on the host, and picked from a bank as on another device.
+WAYS = pytest.mark.parametrize("banked", [False, True], ids=["host", "bank"])
+
+
+@WAYS
+@given(batches=BATCHES)
+@settings(max_examples=100, deadline=None)
+def test_one_composition_after_another_is_as_stacked_anew(banked, batches):
+    made = Compositions(CONTRACT, "cpu", DEFAULTS, banked=banked)
     for rows in batches:
         with made.of(tuple(rows)) as values:
             require_equal(values, rows)
 
 
-@given(BATCHES, st.data())
-@settings(max_examples=60, deadline=None)
-def test_a_composition_that_is_read_is_not_written(batches, data):
+@WAYS
+@given(batches=BATCHES, data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_composition_that_is_read_is_not_written(banked, batches, data):
     """Runs begin and end in any order; each sees its rows until its end."""
-    made, running = Compositions(CONTRACT, "cpu", DEFAULTS), []
+    made, running = Compositions(CONTRACT, "cpu", DEFAULTS, banked=banked), []
     for rows in batches:
         context = contextlib.ExitStack()
         running.append((rows, context, context.enter_context(made.of(tuple(rows)))))
@@ -158,16 +166,18 @@ def test_only_the_row_that_changed_is_written(blendings):
         assert len(blendings) == written, rows
 
 
-def test_one_adapter_for_the_batch_is_fed_as_it_is_held():
-    made = Compositions(CONTRACT, "cpu", DEFAULTS)
+@WAYS
+def test_one_adapter_for_the_batch_is_fed_as_it_is_held(banked):
+    made = Compositions(CONTRACT, "cpu", DEFAULTS, banked=banked)
     for _ in range(2):
         with made.of((row(1),)) as values:
             assert values[Q_A].data_ptr() == ADAPTERS[1].tensors[Q_A].ctypes.data
     assert not made._stacks
 
 
-def test_a_hundred_mixes_in_turn_go_through_the_same_memory():
-    made, places = Compositions(CONTRACT, "cpu", DEFAULTS), set()
+@WAYS
+def test_a_hundred_mixes_in_turn_go_through_the_same_memory(banked):
+    made, places = Compositions(CONTRACT, "cpu", DEFAULTS, banked=banked), set()
     rng = np.random.default_rng(0)
     with made.of((row(1),) * 3 + ((),)):
         pass
@@ -179,8 +189,9 @@ def test_a_hundred_mixes_in_turn_go_through_the_same_memory():
     assert len(places) <= 2
 
 
-def test_a_large_rank_is_forgotten_after_a_while():
-    made = Compositions(CONTRACT, "cpu", DEFAULTS)
+@WAYS
+def test_a_large_rank_is_forgotten_after_a_while(banked):
+    made = Compositions(CONTRACT, "cpu", DEFAULTS, banked=banked)
     with made.of((row(0), row(1))):
         pass
     ranks = []
@@ -190,8 +201,9 @@ def test_a_large_rank_is_forgotten_after_a_while():
     assert ranks[0] == 5 and ranks[-1] == 1 and sorted(ranks, reverse=True) == ranks
 
 
-def test_a_blend_that_is_refused_leaves_nothing_behind():
-    made = Compositions(CONTRACT, "cpu", DEFAULTS)
+@WAYS
+def test_a_blend_that_is_refused_leaves_nothing_behind(banked):
+    made = Compositions(CONTRACT, "cpu", DEFAULTS, banked=banked)
     first = (row(1), row(3), row(6))
     wrong = (row(6), ((ADAPTERS[3], 0.5), (ADAPTERS[4], 0.5)), row(0))
     with made.of(first):
@@ -205,16 +217,19 @@ def test_a_blend_that_is_refused_leaves_nothing_behind():
                 require_equal(values, rows)
 
 
-def test_memory_of_its_own_is_not_written():
-    made = Compositions(CONTRACT, "cpu", DEFAULTS)
+@WAYS
+def test_memory_of_its_own_is_not_written(banked):
+    made = Compositions(CONTRACT, "cpu", DEFAULTS, banked=banked)
     values = made.alone((row(1), row(6)))
     for rows in ((row(6), row(1)), (row(2), row(0))):
         with made.of(rows):
             require_equal(values, (row(1), row(6)))
 
 
-def test_every_thread_gets_the_answer_of_its_own_rows(exports):
+@WAYS
+def test_every_thread_gets_the_answer_of_its_own_rows(banked, exports, monkeypatch):
     """Each thread asks for another mix in turn, on one session, and threads switch as often as they can."""
+    monkeypatch.setattr(bank_module, "Compositions", functools.partial(Compositions, banked=banked))
     session = AdapterSession(exports["bert-dynamic"], "cpu", n_threads=1, stop_spinning=True)
     inputs = inputs_for("bert", rows=4)
     mixes = [["topic", "kind", None, "topic"], ["kind", None, "topic", {"kind": 0.5}], "topic", [None, "kind", "kind", None],
@@ -227,7 +242,7 @@ def test_every_thread_gets_the_answer_of_its_own_rows(exports):
         return turn, session.run(inputs, mixes[turn])["logits"]
 
     tensors = session.read(session.folder / "adapters" / "topic.onnx_adapter")
-    results = under_load(run, [lambda: session.hold("topic", tensors)], n_runs=10, n_rounds=10)
+    results = under_load(run, [lambda: session.hold("topic", tensors)], n_runs=10, n_rounds=6)
     assert len({turn for turn, _ in results}) == len(mixes)
     for turn, found in results:
         np.testing.assert_allclose(found, expected[turn], atol=1e-5)

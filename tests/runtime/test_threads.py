@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from references import inputs_for
 
 from lora_export.errors import UsageProblem
 from lora_export.runtime import bank as bank_module
-from lora_export.runtime import composition
+from lora_export.runtime import composition, device_bank, host_rows
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.bank import Bank
 from lora_export.runtime.generate import generate
@@ -40,12 +41,20 @@ def replace_topic(session: AdapterSession) -> None:
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     ("place", "function", "chosen"),
-    [(composition, "value_of", "topic"), (composition, "value_of", MIXED), (bank_module, "classes_by_row", MIXED)],
-    ids=["takes one adapter", "stacks several", "counts classes"],
+    [
+        (composition, "value_of", "topic"),
+        (host_rows, "value_of", MIXED),
+        (device_bank, "value_of", MIXED),
+        (bank_module, "classes_by_row", MIXED),
+    ],
+    ids=["takes one adapter", "stacks several", "fills a bank", "counts classes"],
 )
 @pytest.mark.parametrize("change", ["load", "unload"])
 def test_a_change_in_the_middle_of_a_run(change, place, function, chosen, after, bert, monkeypatch):
     """The run ends with the old adapter, and the next one goes by the change: nothing of the old one was kept."""
+    if place is device_bank:
+        banked = functools.partial(composition.Compositions, banked=True)
+        monkeypatch.setattr(bank_module, "Compositions", banked)
     session, changed = bert(), bert()
     old = session.run(INPUTS, chosen)["logits"]
     replace_topic(changed)
