@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 
 from lora_export.environment import n_cores
@@ -46,7 +47,8 @@ class _ProcessWorker(Worker):
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(theirs, work), daemon=True)
-        self._process.start()
+        with _interrupts_held():
+            self._process.start()
         theirs.close()
 
     def send(self, assignment: object) -> None:
@@ -76,6 +78,8 @@ class _ProcessWorker(Worker):
 
 def _run(connection: Connection, named: str) -> None:
     """A worker's process: answers each assignment that comes, until the connection ends."""
+    # A terminal sends Ctrl-C to all of its processes; the leader ends its workers, and says so once.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with(multiprocessing.parent_process().pid)
     work = work_of(named)
     while True:
@@ -84,6 +88,19 @@ def _run(connection: Connection, named: str) -> None:
         except EOFError:
             return
         connection.send(answer_to(assignment, work))
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits here until the end of the block, and for good in a process that is begun in it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>

@@ -77,6 +77,19 @@ def test_a_machine_without_disk_ends_everything_and_no_worker_stays():
         os.kill(int(served.given), 0)
 
 
+def test_a_worker_leaves_ctrl_c_to_its_leader():
+    """Also while it begins: a terminal sends it to all, and each worker would print a traceback."""
+    worker = Processes("strange_worker:work").start()
+    try:
+        for name in ("begins", "waits"):
+            os.kill(worker._process.pid, signal.SIGINT)
+            worker.send(Order(name, "answer"))
+            assert worker.answer().outcome is Outcome.SERVED
+    finally:
+        worker.kill()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_workers_that_find_no_processor_hold_nothing_back_and_none_at_all_is_told(monkeypatch):
     engine = Processes("strange_worker:work")
     start_one, placed = engine.start, []
