@@ -12,17 +12,32 @@ const VOCABULARIES = ["tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.mo
  */
 export async function openTokenizers(Tokenizer, read, manifest) {
   const json = async (name) => JSON.parse(new TextDecoder().decode(await read(name)));
+  const ifThere = async (name) => (name in manifest.files ? json(name) : {});
   const within = (place, name) => (place === "." ? name : withinFolder(`${place}/${name}`));
   const model = await json("config.json"),
     opened = new Map(),
     byAdapter = new Map();
+  const isBrought = manifest.adapters.some(({ preprocessing }) => preprocessing === ".");
+  /** The tokens that end a text: as `lora_export/runtime/end_tokens.py` has it. */
+  const endsIn = async (place, eosId) => {
+    const files = ["config.json", "generation_config.json"].flatMap((name) => [name, within(place, name)]);
+    let found = null;
+    for (const file of files) found = (await ifThere(file)).eos_token_id ?? found;
+    const ends = found === null ? [] : [found].flat();
+    if (!ends.every(Number.isInteger))
+      throw new AdapterError("eos_token_id is neither a token id nor a list of them", { file: files.at(-1) });
+    const withOwn = eosId !== undefined && (!ends.length || place !== "." || isBrought);
+    return withOwn && !ends.includes(eosId) ? [...ends, eosId] : ends;
+  };
   const open = async (place) => {
     const has = (name) => within(place, name) in manifest.files;
     const whole = VOCABULARIES.some(has) ? place : ".";
     if (!(within(whole, "tokenizer.json") in manifest.files))
       throw new AdapterError("The tokenizer has no tokenizer.json, which JavaScript needs", { file: whole });
     const settings = await json(within(has("tokenizer_config.json") ? place : whole, "tokenizer_config.json"));
-    return new Texts(new Tokenizer(await json(within(whole, "tokenizer.json")), settings), settings, model);
+    const texts = new Texts(new Tokenizer(await json(within(whole, "tokenizer.json")), settings), settings, model);
+    texts.eosIds = await endsIn(place, texts.eosId);
+    return texts;
   };
   for (const [name, place] of [[null, "."], ...manifest.adapters.map(({ name, preprocessing }) => [name, preprocessing ?? "."])]) {
     if (!opened.has(place)) opened.set(place, await open(place));
@@ -37,7 +52,8 @@ export async function openTokenizers(Tokenizer, read, manifest) {
 class Texts {
   constructor(tokenizer, settings, model) {
     const id = (token) => tokenizer.token_to_id(token?.content ?? token ?? "");
-    Object.assign(this, { tokenizer, padId: id(settings.pad_token) ?? 0, eosId: id(settings.eos_token) });
+    // `eosId` is the tokenizer's own; `eosIds` end a text that is written.
+    Object.assign(this, { tokenizer, padId: id(settings.pad_token) ?? 0, eosId: id(settings.eos_token), eosIds: [] });
     this.longest = Math.min(settings.model_max_length ?? Infinity, model.max_position_embeddings ?? Infinity);
   }
 
@@ -54,7 +70,7 @@ class Texts {
   }
 
   decode(ids) {
-    return this.tokenizer.decode(ids, { skip_special_tokens: true });
+    return ids.length ? this.tokenizer.decode(ids, { skip_special_tokens: true }) : "";
   }
 }
 

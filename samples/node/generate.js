@@ -23,7 +23,7 @@ if (text === undefined || more.length || !Number.isInteger(maxNewTokens) || maxN
 await run(async () => {
   const { ort, folder, session, textsOf } = await openFolder(root);
   const rows = values.adapter ?? [null, ...folder.adapters.keys()];
-  const eosIds = rows.map((adapter) => [textsOf(adapter).eosId].filter((id) => id !== undefined));
+  const eosIds = rows.map((adapter) => textsOf(adapter).eosIds);
   const found = await generate(
     ort,
     folder,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from javascript import SAMPLES, needs_node, node
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from lora_export.artifact import read_manifest, sha256_of, write_manifest
 from lora_export.runtime import tokenizer
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.generate import generate
@@ -66,6 +68,39 @@ def test_the_command_writes_the_text_that_python_does(exports):
         assert row["ids"] == expected["tokens"]
     shown = node(GENERATE, folder, "--max-new-tokens", 12, "--adapter", "voice", text)
     assert shown.startswith(f"[voice] {text}")
+
+
+def test_each_text_ends_with_the_end_tokens_of_its_own_adapter(exports, own):
+    """The configuration's, several of them; an adapter's own in their place; its tokenizer's beside them."""
+    folder, text, n = own(exports["llama-kinds-required"]), "Hello, world", 12
+    whole = {
+        row["adapter"]: row["ids"] for row in json.loads(node(GENERATE, folder, "--max-new-tokens", n, "--json", text))
+    }
+    manifest = read_manifest(folder)
+    configured, by_tokenizer = (record.name for record in manifest.adapters[:2])
+    tokens = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    brought = {
+        "generation_config.json": {"eos_token_id": [whole[None][4], 1]},
+        f"adapters/{configured}/generation_config.json": {"eos_token_id": whole[configured][0]},
+        f"adapters/{by_tokenizer}/tokenizer_config.json": settings
+        | {"eos_token": tokens.id_to_token(whole[by_tokenizer][2])},
+    }
+    for name, fields in brought.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(fields))
+    places = {name: f"adapters/{name}" for name in (configured, by_tokenizer)}
+    records = tuple(replace(each, preprocessing=places.get(each.name)) for each in manifest.adapters)
+    files = manifest.files | {name: sha256_of(folder / name) for name in brought}
+    write_manifest(folder, replace(manifest, adapters=records, files=files))
+    found = json.loads(node(GENERATE, folder, "--max-new-tokens", n, "--json", text))
+    lengths = {row["adapter"]: len(row["ids"]) for row in found}
+    for row in found:
+        blend = {row["adapter"]: 1.0} if row["adapter"] else {}
+        (expected,) = run_trial(folder, [text], blend, provider="cpu", max_new_tokens=n)["results"]
+        assert row["ids"] == expected["tokens"], row["adapter"]
+    assert all(lengths[name] < n for name in (None, configured, by_tokenizer)), lengths
+    assert lengths[None] <= 4 and lengths[configured] == 0, "an empty text"
 
 
 def test_the_command_classifies_as_python_does_with_another_adapter_in_each_row(exports):
