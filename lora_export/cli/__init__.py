@@ -14,6 +14,7 @@
     quantize_options.py  those of --quantize
     names.py    paths and names, looked at before anything is loaded
     output.py   results, errors, progress, exit codes
+    pace.py     how long the rest of a work takes
     mapped_files.py  files that fail where they are read
     text.py     values of inspect, --dry-run, exports and run as text
 

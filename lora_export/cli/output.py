@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, NoReturn, assert_never
 import click
 
 from lora_export.cli.mapped_files import told_if_unreadable
+from lora_export.cli.pace import SLOW_SECONDS, Pace
 from lora_export.compat import untested
 from lora_export.errors import Defect, EnvironmentUnusable, LoraExportError, issue_tracker, of_the_system
 
 if TYPE_CHECKING:
     from lora_export.report.as_json import Report
 
-_SLOW_SECONDS = 1.0
 _LINE_SECONDS = 30.0  # between lines of one stage where no terminal is
+_MOST_COUNTED = 100_000  # above, what is counted are bytes or elements, of which a share tells more
 _BAR_WIDTH = 28
 
 
@@ -87,19 +88,6 @@ def _onnxruntime_version() -> str:
     return "not installed"
 
 
-def time_left(n_done: int, n_left: int, seconds: float) -> str:
-    """How long `n_left` steps will take if they take as long as `n_done` took; nothing before it can be told.
-
-    Returns:
-        Such as ", 3.4 a second, 4 min 10 s left"; of thousands a second, which are bytes, without the rate.
-    """
-    if n_done <= 0 or n_left <= 0 or seconds < _SLOW_SECONDS:
-        return ""
-    rate, left = n_done / seconds, round(n_left * seconds / n_done)
-    shown = f"{left} s" if left < 60 else f"{left // 60} min {left % 60} s" if left < 3600 else f"{left / 3600:.1f} h"
-    return f"{'' if rate >= 1000 else f', {rate:.3g} a second'}, {shown} left"
-
-
 class Display:
     """Prints a command's result to standard output, and progress to standard error."""
 
@@ -109,7 +97,7 @@ class Display:
         self._shows_progress = sys.stderr.isatty() and not (as_json or quiet)
         self._started = time.monotonic()
         self._line_open = False
-        self._stage, self._stage_began, self._line_written = "", (self._started, 0), -math.inf
+        self._stage, self._pace, self._line_written = "", Pace(self._started), -math.inf
         self._streamed = ""
 
     def start(self, what: str) -> None:
@@ -121,19 +109,24 @@ class Display:
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Draw a bar for a stage, once the command has taken over a second; where no terminal is, a line a stage, and
-        of a long one how far it is every half a minute."""
+        of a long one how far it is every half a minute.
+
+        Stages with one total that go on where the one before ended are one piece of work.
+        """
         now = time.monotonic()
         if stage != self._stage:
-            self._stage, self._stage_began, self._line_written = stage, (now, done), -math.inf
-        began, done_then = self._stage_began
-        left = time_left(done - done_then, total - done, now - began)
+            self._stage, self._line_written = stage, -math.inf
+        self._pace = self._pace.at(now, done, total)
+        left = self._pace.left(now)
         if not self._shows_progress:
             if now - self._line_written >= _LINE_SECONDS and not (self.as_json or self.quiet):
-                of_total = "" if self._line_written == -math.inf else f", {done:,} of {total:,}{left}"
+                is_first = self._line_written == -math.inf
+                so_far = f"{done:,} of {total:,}" if total < _MOST_COUNTED else f"{done / total:.0%}"
+                of_total = "" if is_first and not left else f", {so_far}{left}"
                 self._line_written = now
                 print_to_reader(f"{now - self._started:6.1f} s  {stage}{of_total}", err=True)
             return
-        if now - self._started < _SLOW_SECONDS:
+        if now - self._started < SLOW_SECONDS:
             return
         share = min(1.0, done / total) if total else 0.0
         bar = ("█" * round(share * _BAR_WIDTH)).ljust(_BAR_WIDTH, "░")

@@ -172,14 +172,14 @@ def _flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
 
 
 def find_differences(
-    checkpoints: Checkpoints, progress: Callable[[str, int], None] = lambda path, n_bytes: None
+    checkpoints: Checkpoints, progress: Callable[[str, int], None] = lambda path, n_elements: None
 ) -> list[Difference]:
     """Every parameter and persistent buffer of the fine-tune's model that is not the base's, in the model's order.
 
     Where the two are stored in different dtypes, what the narrower one cannot hold is no difference.
 
     Args:
-        progress: Called after each tensor with its path and its bytes.
+        progress: Called after each tensor with its path and its number of elements.
 
     Raises:
         InputRefused: The fine-tune lacks a tensor, or one that differs is not finite.
@@ -197,7 +197,7 @@ def find_differences(
             found.append(
                 Difference(path, module, kind, tuple(tensor.shape), in_base, checkpoints.is_head(path), transposed)
             )
-        progress(path, stored.nbytes)
+        progress(path, tensor.numel())
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -32,13 +33,14 @@ def write_pairs(
 
     Args:
         biases: Paths of the biases that differ.
-        progress: Called before each pair with the number done and of all.
+        progress: Called before each pair with the elements of the weights that are done, and of all.
         exact: As `decompose` takes it.
     """
     results: dict[str, ModuleResult] = {}
     tied: dict[str, _Factored] = {}
-    for done, plan in enumerate(placement.pairs):
-        progress(done, len(placement.pairs))
+    sizes = [0 if plan.weight is None else math.prod(plan.shape) for plan in placement.pairs]
+    for plan, done in zip(placement.pairs, itertools.accumulate(sizes, initial=0), strict=False):
+        progress(done, sum(sizes))
         if plan.weight is None:
             a, b = torch.zeros(1, plan.shape[1]), torch.zeros(plan.shape[0], 1)
         else:

@@ -75,11 +75,11 @@ def _find(request: ExtractRequest, progress: Progress) -> _Found:
     tuned = Checkpoint.open(locate(request.tuned, kind="fine-tune"))
     task = resolve_task(request.task, tuned.config, {}, where=str(tuned.path))
     checkpoints = open_checkpoints(base, tuned, task)
-    total, done = len(checkpoints.model.state_dict()), 0
+    total, done = sum(tensor.numel() for tensor in checkpoints.model.state_dict().values()), 0
 
-    def count(path: str, n_bytes: int) -> None:
+    def count(path: str, n_elements: int) -> None:
         nonlocal done
-        done += 1
+        done += n_elements
         progress("comparing tensors", done, total)
 
     differences = find_differences(checkpoints, count)

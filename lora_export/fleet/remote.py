@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -87,8 +88,9 @@ class Mirror:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
         names = [*files, *RECORDS, MANIFEST]
-        for done, name in enumerate(names):
-            self.progress("fetching", done, len(names))
+        sizes = self._sizes_there()
+        for name, done, total in _by_bytes(names, sizes):
+            self.progress("fetching", done, total)
             place = self.folder / name
             if name in there and (name not in files or not place.is_file() or sha256_of(place) != files[name]):
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +110,10 @@ class Mirror:
 
     def _there(self) -> set[str]:
         return {path.removeprefix(f"{self.root}/") for path in map(str, self.system.find(self.root))}
+
+    def _sizes_there(self) -> dict[str, int]:
+        found = self.system.find(self.root, detail=True)
+        return {path.removeprefix(f"{self.root}/"): info.get("size") or 0 for path, info in found.items()}
 
     def _files_there(self) -> dict[str, str]:
         fields = json_of(self.system.cat_file(self.at(MANIFEST)))
@@ -139,8 +145,8 @@ class Mirror:
                    if path.is_file()]  # fmt: skip
         names = [*new, *changed, *reports, MANIFEST]
         self.is_whole = False
-        for done, name in enumerate(names):
-            self.progress("uploading", done, len(names))
+        for name, done, total in _by_bytes(names, {name: (self.folder / name).stat().st_size for name in names}):
+            self.progress("uploading", done, total)
             self.system.makedirs(self.at(name).rpartition("/")[0], exist_ok=True)
             self.system.put_file(str(self.folder / name), self.at(name))
         for name in (self.earlier - files.keys()) & self._there():
@@ -221,6 +227,13 @@ def _lock(mirror: Mirror) -> bool:
         _refuse_second(mirror, holder)
     _runs.add(mirror.run)
     return was_left
+
+
+def _by_bytes(names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
+    """Each name with the bytes of those before it, and of all."""
+    found = [sizes.get(name, 0) for name in names]
+    before = itertools.accumulate(found, initial=0)
+    return ((name, done, sum(found)) for name, done in zip(names, before, strict=False))
 
 
 def _host() -> str:

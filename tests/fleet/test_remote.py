@@ -228,3 +228,11 @@ class Files:
 
 class Passed:
     passed = True
+
+
+def test_what_is_fetched_and_uploaded_is_told_in_bytes(store, tmp_path):
+    store.pipe("/store/served/model.onnx.data", bytes(700))
+    sizes = remote.Mirror(ADDRESS, tmp_path, store, "/store/served", silent)._sizes_there()
+    assert sizes == {"model.onnx.data": 700}
+    found = list(remote._by_bytes(["model.onnx.data", "model.onnx"], sizes | {"model.onnx": 30}))
+    assert found == [("model.onnx.data", 0, 730), ("model.onnx", 700, 730)]
