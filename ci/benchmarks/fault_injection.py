@@ -8,7 +8,7 @@
    Open files, sizes of files and memory are limited.
 3. `bits`: one bit of one file of an export is another.
 4. `together`: two commands at once.
-5. `fleet` and `serve`: ended at random moments.
+5. `fleet` and `serve`: ended at random moments; a server also while it answers.
 
 What was recorded of other parts and scenarios stays. `--calls` takes so many of the calls, by `--seed`.
 """
@@ -30,8 +30,8 @@ from results import RESULTS, heading, provenance, table, write_json
 
 RESULT = RESULTS / "faults.json"
 PARTS = ("kill", "errors", "bits", "together", "fleet", "serve")
-BESIDE = "add beside a server"
-_LONG = {"fleet": "fleet, its workers started anew", "serve": "serve"}
+BESIDE, IN_FLIGHT = "add beside a server", "serve, requests in flight"
+_LONG = {"fleet": "fleet, its workers started anew"}
 OF_BITS = ("merge", "dynamic", "dynamic --sign-key")
 
 
@@ -68,8 +68,9 @@ def summary(result: dict) -> str:
         )
         rows.append((name, *counted))
     for name in sorted({"fleet", "serve"} & set(result)):
-        of = result[name]["scenarios"][name]
-        rows.append((_LONG[name], 0, _sum(of, "points"), 0, 0, _sum(of, "lost"), _sum(of, "left")))
+        for scenario, of in result[name]["scenarios"].items():
+            told = _LONG.get(scenario, scenario)
+            rows.append((told, 0, _sum(of, "points"), 0, 0, _sum(of, "lost"), _sum(of, "left")))
     rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
     columns = ("command", "ended at a call", "at a moment", "a call failed", "under a limit", "lost", "left behind")
     tables = [table(columns, [(name, *(f"{n:,}" for n in counted)) for name, *counted in rows])]
@@ -91,7 +92,7 @@ def summary(result: dict) -> str:
 
 def run_parts(options: argparse.Namespace) -> int:
     """Run what was asked for, recording as it goes; how many points were lost, or left something behind."""
-    from injection import bits, errors, kill, long_running, together
+    from injection import bits, errors, in_flight, kill, long_running, together
     from injection.keys import make_key
     from injection.scenarios import scenarios, warm_up
     from injection.world import make_world
@@ -107,6 +108,9 @@ def run_parts(options: argparse.Namespace) -> int:
     run_of = {"kill": kill.figures, "errors": errors.figures, "bits": of_bits, "together": together.figures}
     for name, figures in (("fleet", long_running.fleet_figures), ("serve", long_running.serve_figures)):
         cases[name], run_of[name] = ([Named(name)] if options.scenario in (None, name) else []), figures
+    if options.scenario in (None, IN_FLIGHT):
+        cases["serve"].append(Named(IN_FLIGHT))
+    own = {BESIDE: long_running.beside_figures, IN_FLIGHT: in_flight.in_flight_figures}
     parts = options.part or PARTS
     warm_up(world, [*chosen, *(pair.before for pair in cases["together"] if "together" in parts)])
     if options.scenario in (None, BESIDE):
@@ -115,8 +119,7 @@ def run_parts(options: argparse.Namespace) -> int:
     for part in parts:
         for case in cases[part]:
             rng = random.Random(f"{options.seed} {part} {case.name}")
-            run_case = long_running.beside_figures if case.name == BESIDE else run_of[part]
-            figures = run_case(case, world, rng, options)
+            figures = own.get(case.name, run_of[part])(case, world, rng, options)
             result = recorded(options.result)
             of_part = result.setdefault(part, {"scenarios": {}})
             of_part["environment"] = provenance()

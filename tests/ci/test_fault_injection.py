@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,22 @@ def test_a_few_faults_lose_nothing(tmp_path):
     found = json.loads(result.read_text(encoding="utf-8"))
     assert found["kill"]["scenarios"]["extract"]["SIGKILL at a call"]["ended"] == {"-9": 3}
     assert found["errors"]["scenarios"]["extract"]["ENOSPC from here on"]["points"] == 3
+
+
+def test_a_request_that_is_cut_off_or_wrong_is_told():
+    from injection.in_flight import CUT, REFUSED, Asked, problems_of
+
+    expected, moment = {"one": "a text"}, 5.0
+
+    def told(number: int, *asked: tuple[float, float, str]) -> list[str]:
+        return problems_of([Asked("one", *each) for each in asked], expected, number, moment)
+
+    before, across, after = (1.0, 2.0), (4.0, 6.0), (7.0, 8.0)
+    assert told(signal.SIGTERM, (*before, "a text"), (*across, "a text"), (*across, REFUSED), (*after, CUT)) == []
+    assert told(signal.SIGTERM, (*across, CUT)) == told(signal.SIGKILL, (*before, CUT)) == ["one was cut off"]
+    assert told(signal.SIGKILL, (*across, CUT), (*after, REFUSED)) == []
+    assert told(signal.SIGKILL, (*across, "a te")) == ["one wrote 'a te'"]
+    assert told(signal.SIGINT, (*before, REFUSED)) == ["one was refused before the signal"]
 
 
 def test_what_is_lost_is_told(tmp_path):

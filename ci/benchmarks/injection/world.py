@@ -12,6 +12,7 @@ from random_models import LlamaShape, write_adapter, write_llama
 from safetensors.torch import load_file, save_file
 
 _SHAPE = LlamaShape(1, 32, 64, 2, 1, 16, 64, "float32")
+_STRENGTH = 3000.0
 # By roster, an adapter's name in it and what it is a copy of.
 _ROSTERS = {
     "roster": {"one": "one", "two": "two", "three": "three"},
@@ -50,12 +51,21 @@ class World:
         return self.root / "sources" / "base"
 
     @property
+    def n_tokens(self) -> int:
+        """Of the base."""
+        return _SHAPE.vocab
+
+    @property
     def changed(self) -> tuple[Path, Path, Path]:
         """What a command may change."""
         return self.place, self.cache, self.temporary
 
     def adapter(self, name: str) -> Path:
         return self.root / "sources" / name
+
+    def strong_adapter(self, name: str) -> Path:
+        """One that changes what the base writes; the others are too weak for that."""
+        return self.root / "sources" / "strong" / name
 
     def roster(self, name: str) -> Path:
         """A folder of adapters: `roster`, and `next-roster`, where one is another, one is gone and one has come."""
@@ -100,6 +110,9 @@ def make_world(root: Path) -> World:
         shape = {"rank": 2, "base": world.base, "task_type": "CAUSAL_LM", "seed": seed}
         write_adapter(world.adapter(name), _SHAPE.linears(), **shape)
         (world.adapter(name) / "NOTICE").write_text(f"Of {name}.\n", encoding="utf-8")
+    for seed, name in enumerate(("one", "two")):
+        shape = {"rank": 2, "base": world.base, "task_type": "CAUSAL_LM", "seed": seed, "strength": _STRENGTH}
+        write_adapter(world.strong_adapter(name), _SHAPE.linears(), **shape)
     for roster, adapters in _ROSTERS.items():
         for name, adapter in adapters.items():
             shutil.copytree(world.adapter(adapter), world.roster(roster) / name, dirs_exist_ok=True)
