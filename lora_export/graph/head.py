@@ -59,7 +59,9 @@ def keep_last_logits(model: ir.Model) -> ir.Model:
     graph.inputs.append(n_kept)
     graph.initializers[LOGITS_TO_KEEP] = n_kept
     tape = Tape(graph, hidden.producer())
-    start = tape.op("Neg", [tape.op("Reshape", [n_kept, tape.ints([1])], [1], _INT64)], [1], _INT64)
+    # −k, computed of a shape: ONNX Runtime then computes it on the CPU, where Slice reads it, not on a GPU.
+    length = tape.op("Shape", [hidden], [1], _INT64, start=1, end=2)
+    start = tape.op("Sub", [length, tape.op("Add", [length, n_kept], [1], _INT64)], [1], _INT64)
     bounds = [start, tape.ints([np.iinfo(np.int64).max]), tape.ints([1])]
     for value in (hidden, *(each for each in graph.inputs if each.name == GATE_INPUT)):
         users = [(node, index) for node, index in value.uses() if node in head]

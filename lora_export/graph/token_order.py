@@ -44,25 +44,28 @@ class TokenOrder:
         of_past = self._op("Slice", [mask, zero, past, axis], [ids.shape[0], None], _INT64)
         of_new = self._op("Slice", [mask, past, total, axis], self._batch_sequence, _INT64)
         n_past = self._op("ReduceSum", [of_past, axis], [ids.shape[0]], _INT64, keepdims=0)
-        last = self._op("Sub", [self._op("Add", [n_past, new], [ids.shape[0]], _INT64), axis], [ids.shape[0]], _INT64)
+        # n, n−1, …, 1 for n new tokens. It is made where the mask is: its beginning is n, not copied to a GPU.
+        n_new = self._op("Squeeze", [new], [], _INT64)
+        descending = self._op("Range", [n_new, self._scalar(0), self._scalar(-1)], [ids.shape[1]], _INT64)
+        new_there = self._op("Slice", [descending, zero, axis, zero], [1], _INT64)
+        sum_there = self._op("Add", [n_past, new_there], [ids.shape[0]], _INT64)
+        last = self._op("Sub", [sum_there, axis], [ids.shape[0]], _INT64)
         self.lengths = self._op("Cast", [last], [ids.shape[0]], _INT32, to=_INT32)
         scalar = self._op("Squeeze", [total], [], _INT64)
         self.total = self._op("Cast", [scalar], [], _INT32, to=_INT32)
-        self._make_indices(of_new, new, axis)
+        self._make_indices(of_new, new, new_there, descending=descending)
         self._reorder_inputs(inputs, given_order)
         self._restore(hidden)
 
-    def _make_indices(self, of_new: ir.Value, new: ir.Value, axis: ir.Value) -> None:
+    def _make_indices(self, of_new: ir.Value, new: ir.Value, new_there: ir.Value, *, descending: ir.Value) -> None:
         """`[batch, sequence, 1]`: where each token of the order comes from, and where each given token went."""
-        dims = self._batch_sequence
+        dims, axis = self._batch_sequence, self._ints([1])
         is_real = self._op("Cast", [of_new], dims, ir.DataType.BOOL, to=ir.DataType.BOOL)
         real = self._op("Cast", [is_real], dims, _INT64, to=_INT64)
         counted = self._op("CumSum", [real, self._scalar(1)], dims, _INT64)
         places = self._op("Max", [self._op("Sub", [counted, axis], dims, _INT64), self._ints([0])], dims, _INT64)
         # The largest first: real tokens before padding, each in the order given.
-        n_new = self._op("Squeeze", [new], [], _INT64)
-        descending = self._op("Range", [n_new, self._scalar(0), self._scalar(-1)], [dims[1]], _INT64)
-        ranks = self._op("Add", [self._op("Mul", [real, new], dims, _INT64), descending], dims, _INT64)
+        ranks = self._op("Add", [self._op("Mul", [real, new_there], dims, _INT64), descending], dims, _INT64)
         sources = self._op("TopK", [ranks, new], dims, _INT64, n_outputs=2, axis=1, largest=1, sorted=1)
         last = self._ints([2])
         self._sources = self._op("Unsqueeze", [sources, last], [*dims, 1], _INT64)
