@@ -76,6 +76,11 @@ class SentenceEmbedding:
     source: str | None = None
 
     @property
+    def is_named(self) -> bool:
+        """Whether the name of a way to pool says all of it, so that no folder needs to."""
+        return len(self.pooling) == 1 and not self.layers
+
+    @property
     def described(self) -> str:
         """In words, such as "mean, linear 768 → 256 (Tanh), length 1"."""
         names = [

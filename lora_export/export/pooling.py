@@ -146,7 +146,7 @@ def without_source(
     if embedding is None or not embedding.source or embedding.source not in gone:
         return embedding
     other = next((record.name for record in left if MODULES in record.source.files), None)
-    if other is None and (embedding.layers or len(embedding.pooling) > 1):
+    if other is None and not embedding.is_named:
         raise InputRefused(
             f"The folder of adapter {embedding.source!r} says how the export makes its embedding; without it, nothing "
             "could be compared with that",

@@ -1,14 +1,15 @@
-"""The embedding of a fleet's graph: named, or as the adapters' own sentence-transformers folders say, else the base's.
+"""The embedding of a fleet's graph: named, or as the sentence-transformers folders of adapters and base say.
 
 One graph makes one embedding. Where folders differ, the graph makes what the fleet that is renewed makes, if one of
-them still says so: what its hosts stored stays comparable. Else it makes what most of them say, of as many the first
-in the list. Each adapter that was trained with another is refused.
+them still says so: what its hosts stored stays comparable. Else it makes what most adapters were trained with, of as
+many the first in the list; an adapter whose folder says nothing counts for what the base's says. Each adapter whose
+folder says otherwise is refused.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class FleetEmbedding:
     Attributes:
         pooling: As `Request.pooling` has it.
         head: What makes it; None where there is none.
-        names: The adapters whose own folders say so.
+        names: The adapters whose own folders say so, where the base's does not.
     """
 
     pooling: str | None = None
@@ -49,7 +50,7 @@ class FleetEmbedding:
 
     @property
     def root(self) -> Path | None:
-        """The sentence-transformers folder of an adapter that says so, if it is one of these that does."""
+        """The sentence-transformers folder of an adapter that says so; None where the base's does, or the user."""
         return self.head.root if self.names else None
 
     def recorded(self, made: SentenceEmbedding | None, served: Collection[str]) -> SentenceEmbedding | None:
@@ -61,7 +62,7 @@ class FleetEmbedding:
         if made is None or not self.names:
             return made
         source = next((name for name in self.names if name in served), None)
-        if source is None and made.layers:
+        if source is None and not made.is_named:
             raise InputRefused(
                 "No adapter is served whose folder says how the embedding is made",
                 where=str(self.root),
@@ -87,28 +88,53 @@ def settled(
     """
     if pooling in (None, NONE) or not opened:
         return FleetEmbedding(), list(opened), []
-    heads, refused = _heads_of(opened) if pooling == AUTO else ({}, [])
-    if not heads:
-        checkpoint = Checkpoint.open(locate(base, kind="base"))
+    checkpoint = Checkpoint.open(locate(base, kind="base"))
+    if pooling != AUTO:
         head, _ = choose_head(pooling, Task.FEATURE_EXTRACTION, checkpoint=checkpoint, folders=())
-        gone = {outcome.name for outcome in refused}
-        return FleetEmbedding(pooling, head), [each for each in opened if each.entry.name not in gone], refused
-    counted = Counter(replace(head.embedding, source=None) for head in heads.values())
-    before = earlier and replace(earlier, source=None)
-    made = before if before in counted else max(counted, key=counted.__getitem__)
-    names = tuple(name for name, head in heads.items() if equal_embeddings(head.embedding, made))
-    chosen = heads[names[0]]
-    fitting, gone = [], {outcome.name for outcome in refused}
+        return FleetEmbedding(pooling, head), list(opened), []
+    heads, refused = _heads_of(opened)
+    gone = {outcome.name for outcome in refused}
+    of_base = _head_of_base(checkpoint, is_needed=not heads)
+    silent = [each for each in opened if each.entry.name not in heads.keys() | gone]
+    chosen = _most(heads, of_base, n_silent=len(silent), earlier=earlier)
+    fitting = []
     for each in opened:
         name = each.entry.name
-        if name in names:
+        if name in heads and not equal_embeddings(heads[name].embedding, chosen.embedding):
+            refused.append(refusal(name, each.entry.given, of_another_embedding(name, heads[name], chosen.embedding)))
+        elif name in heads:
             hashes = with_head(heads[name], dict(each.hashes), source=name, place=each.folder.path)
             fitting.append(replace(each, hashes=hashes))
-        elif name in heads:
-            refused.append(refusal(name, each.entry.given, of_another_embedding(name, heads[name], chosen.embedding)))
         elif name not in gone:
             fitting.append(each)
+    names = tuple(each.entry.name for each in fitting if each.entry.name in heads) if chosen is not of_base else ()
     return FleetEmbedding(str(chosen.root), chosen, names), fitting, refused
+
+
+def _head_of_base(checkpoint: Checkpoint, *, is_needed: bool) -> SentenceHead | None:
+    """What the base's folder says; None where it says nothing that a graph makes, and adapters' do."""
+    try:
+        return choose_head(AUTO, Task.FEATURE_EXTRACTION, checkpoint=checkpoint, folders=())[0]
+    except InputRefused:
+        if is_needed:
+            raise
+        return None
+
+
+def _most(
+    heads: Mapping[str, SentenceHead],
+    of_base: SentenceHead | None,
+    *,
+    n_silent: int,
+    earlier: SentenceEmbedding | None,
+) -> SentenceHead:
+    """The head that the fleet keeps, or that most adapters have, the base's own where that says the same."""
+    every = [*heads.values(), *([of_base] * n_silent if of_base is not None else [])]
+    counted = Counter(replace(head.embedding, source=None) for head in every)
+    before = earlier and replace(earlier, source=None)
+    made = before if before in counted else max(counted, key=counted.__getitem__)
+    found = [head for head in (of_base, *heads.values()) if head is not None]
+    return next(head for head in found if equal_embeddings(head.embedding, made))
 
 
 def _heads_of(opened: Sequence[Opened]) -> tuple[dict[str, SentenceHead], list[AdapterOutcome]]:

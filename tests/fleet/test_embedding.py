@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,16 @@ from transformers import AutoModel, AutoTokenizer
 
 from lora_export import AdapterSession
 from lora_export.artifact import read_manifest
+from lora_export.base.sentence_folder import read_head
 from lora_export.errors import InputRefused
+from lora_export.export.again import merged_again
+from lora_export.export.plan import make_plan
 from lora_export.fleet.embedding import FleetEmbedding, settled
 from lora_export.fleet.roster import Entry
 from lora_export.fleet.sources import open_all
+from lora_export.integrity.sources import SourceOverrides, locate_sources
 from lora_export.integrity.verify import verify
-from lora_export.sentence import Pooling, SentenceEmbedding
+from lora_export.sentence import Pooling, SentenceEmbedding, equal_embeddings
 
 TEXTS = ["Open a socket.", "Größe, and a longer text than the other one."]
 HOW = ("--provider", "cpu", "--workers", 1, "--rows", 4, "--pooling")
@@ -94,6 +99,14 @@ def test_the_manifest_says_so_and_check_reads_it_from_a_served_adapter(served):
     assert json.loads(call("check", served, "--rows", 4, "--provider", "cpu", "--json").stdout)["verdict"] == "pass"
 
 
+def test_bench_makes_base_and_merged_form_with_the_same_embedding(served):
+    manifest = read_manifest(served)
+    base, adapters = locate_sources(manifest, SourceOverrides())
+    for folded in ([], ["plain"], ["other"]):
+        head = make_plan(merged_again(manifest, base, adapters, folded=folded)).head
+        assert equal_embeddings(head.embedding, manifest.sentence_embedding) and len(head.weights()) == 1
+
+
 def test_a_renewed_fleet_keeps_its_embedding_and_its_adapters(served, listed, bases, tmp_path):
     copies = [shutil.copytree(each, tmp_path / each.name) for each in (listed, served)]
     shutil.rmtree(copies[0] / "mean")
@@ -121,6 +134,7 @@ def test_what_most_say_is_made_of_as_many_the_first(listed, bases):
     assert "1_Pooling/config.json" in fitting[0].hashes and fitting[1].hashes == plain.hashes
     chosen, fitting, _ = settled([cls, mean, other], base, "auto")
     assert chosen.names == ("mean", "other") and len(fitting) == 2
+    assert chosen.root is not None and chosen.recorded(chosen.head.embedding, {"other"}).source == "other"
     named, fitting, refused = settled([cls, mean], base, "max")
     assert len(fitting) == 2 and not refused and named.root is None
     assert named.facts != chosen.facts != FleetEmbedding().facts == {}
@@ -128,22 +142,38 @@ def test_what_most_say_is_made_of_as_many_the_first(listed, bases):
         settled([plain], base, "auto")
 
 
-def test_what_a_renewed_fleet_makes_stays_while_a_folder_says_so(listed):
+def test_an_adapter_whose_folder_says_nothing_counts_for_the_bases(listed, bases, tmp_path):
+    """One that comes with another embedding does not change the fleet of all others."""
+    base = write_head(shutil.copytree(bases["bert"], tmp_path / "base"), "Normalize")
+    cls, plain = _opened(listed / "a-cls", listed / "plain")
+    again = replace(plain, entry=replace(plain.entry, name="again"))
+    chosen, fitting, refused = settled([cls, plain, again], str(base), "auto")
+    assert chosen.described == "mean, length 1" and (chosen.root, chosen.names) == (None, ())
+    assert [each.entry.name for each in fitting] == ["plain", "again"] and refused[0].name == "a-cls"
+    chosen, fitting, _ = settled([cls, plain], str(base), "auto")
+    assert chosen.names == ("a-cls",) and len(fitting) == 2, "of as many, the adapter's own"
+    kept, *_ = settled([cls, plain], str(base), "auto", earlier=read_head(base, "").embedding)
+    assert kept.described == "mean, length 1"
+    alone, *_ = settled([cls], str(base), "auto", earlier=read_head(base, "").embedding)
+    assert alone.names == ("a-cls",), "no adapter was trained with it"
+
+
+def test_what_a_renewed_fleet_makes_stays_while_a_folder_says_so(listed, bases):
     cls, mean, other = _opened(*(listed / name for name in ("a-cls", "mean", "other")))
-    made = settled([cls], "base", "auto")[0].head.embedding
-    assert settled([mean, other, cls], "base", "auto", earlier=made)[0].names == ("a-cls",)
-    assert settled([mean, other], "base", "auto", earlier=made)[0].names == ("mean", "other")
+    made = settled([cls], str(bases["bert"]), "auto")[0].head.embedding
+    assert settled([mean, other, cls], str(bases["bert"]), "auto", earlier=made)[0].names == ("a-cls",)
+    assert settled([mean, other], str(bases["bert"]), "auto", earlier=made)[0].names == ("mean", "other")
 
 
-def test_an_embedding_that_no_served_adapter_has_is_refused_unless_its_name_says_all(listed):
-    chosen, *_ = settled(_opened(listed / "mean"), "base", "auto")
+def test_an_embedding_that_no_served_adapter_has_is_refused_unless_its_name_says_all(listed, bases):
+    chosen, *_ = settled(_opened(listed / "mean"), str(bases["bert"]), "auto")
     with pytest.raises(InputRefused, match="No adapter is served whose folder says how"):
         chosen.recorded(chosen.head.embedding, {"plain"})
     plain = SentenceEmbedding((Pooling.MEAN,), source="mean")
     assert chosen.recorded(plain, {"plain"}) == SentenceEmbedding((Pooling.MEAN,))
 
 
-def test_an_adapter_at_an_address_brings_its_modules(listed, tmp_path):
+def test_an_adapter_at_an_address_brings_its_modules(listed, bases, tmp_path):
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -154,8 +184,8 @@ def test_an_adapter_at_an_address_brings_its_modules(listed, tmp_path):
     entries = [Entry("mean", "memory://store/mean", "here")]
     opened, refused = open_all(entries, "base", None, fetched=tmp_path, progress=lambda *_: None)
     assert not [each.reason for each in refused], refused[0].detail
-    (here,) = settled(_opened(listed / "mean"), "base", "auto")[1]
-    (there,) = settled(opened, "base", "auto")[1]
+    (here,) = settled(_opened(listed / "mean"), str(bases["bert"]), "auto")[1]
+    (there,) = settled(opened, str(bases["bert"]), "auto")[1]
     assert here.hashes == there.hashes and not (tmp_path / "mean/model.safetensors").exists()
 
 
