@@ -36,10 +36,13 @@ def test_nothing_recorded_was_lost_or_left_behind(part, recorded):
 def test_what_is_recorded_is_much(recorded):
     assert set(faults.PARTS) <= set(recorded)
     assert faults.BESIDE in recorded["together"]["scenarios"]
-    assert sum(tally["points"] for tally in recorded["serve"]["scenarios"]["serve"].values()) >= 50
+    for name in ("serve", faults.IN_FLIGHT):
+        assert sum(tally["points"] for tally in recorded["serve"]["scenarios"][name].values()) >= 50
+    for tally in recorded["serve"]["scenarios"][faults.IN_FLIGHT].values():
+        assert tally["in_flight"] >= tally["points"] and tally["requests"]["whole"] > tally["points"]
     kill, errors = recorded["kill"]["scenarios"], recorded["errors"]["scenarios"]
     assert len(kill) >= 4 <= len(errors)
-    for name in ("merge --overwrite", "add --replace", "remove", "fleet"):
+    for name in ("merge --overwrite", "add --replace", "remove", "fleet", "fleet, renewed", "dynamic --sign-key"):
         assert {"-9", "143", "130"} <= {code for tally in kill[name].values() for code in tally["ended"]}
         assert kill[name]["SIGKILL at a call"]["points"] >= 20
         assert sum(tally["points"] for way, tally in kill[name].items() if way.endswith("moment")) >= 50
