@@ -21,6 +21,8 @@
 
     contract.py     the exported graph's contract: inputs, outputs, the table of adapter-input kinds, a decoder's
                     cache layouts
+    packed.py       an adapter input that several modules share
+    site_choice.py  which modules get adapter inputs, of which kinds
     quantization.py how an export stores linear maps as integers (how a base does: base/quantized.py)
     sentence.py     how a text's states become one embedding
     agreement.py    whether a contract, its cache layout included, is that of its graph

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
+from lora_export.packed import PackedPart
+
 Dim = int | str
 
 # Stems of the graphs' files.
@@ -157,27 +159,6 @@ def spec_of(kind: AdapterInputKind) -> KindSpec:
 
 
 @dataclass(frozen=True)
-class SiteChoice:
-    """The modules that a graph gives adapter inputs, by what adapters bring there."""
-
-    lora_modules: tuple[str, ...] = ()  # Linear modules with a pair
-    replaced_modules: tuple[str, ...] = ()  # Linear modules replaced as a whole
-    gain_modules: tuple[str, ...] = ()  # those of lora_modules with DoRA's gain
-    bias_modules: tuple[str, ...] = ()  # modules whose bias is an input, replaced ones not counted
-    embedding_modules: tuple[str, ...] = ()  # embeddings with a pair
-    token_modules: tuple[str, ...] = ()  # embeddings with changed tokens
-    convolution_modules: tuple[str, ...] = ()  # convolutions with a pair
-    gate_modules: tuple[str, ...] = ()  # those of lora_modules whose pair may be active for some tokens only
-
-    @property
-    def parameters(self) -> frozenset[str]:
-        """The base's parameters that inputs take the place of, by path."""
-        weight, bias = spec_of(AdapterInputKind.WEIGHT), spec_of(AdapterInputKind.BIAS)
-        biases = (*self.replaced_modules, *self.bias_modules)
-        return frozenset([*map(weight.name, self.replaced_modules), *map(bias.name, biases)])
-
-
-@dataclass(frozen=True)
 class TensorSpec:
     """One named input or output: `dims` are sizes, or names of sizes that vary; `dtype` as NumPy spells it."""
 
@@ -203,6 +184,8 @@ class AdapterInput:
         module: The path of the module in the base model, the name that PEFT uses; empty for the gate, which is for all.
         default: The stored default; None where it is a constant, such as zeros for the bias of a module without one.
         base_has_default: False where the checkpoint lacks the tensor of a stored default (an encoder without a head).
+        parts: The modules that share a pair, whose common name is `module`; empty where it is one module's own. A has
+            the columns of all, B is block-diagonal.
     """
 
     name: str
@@ -212,10 +195,16 @@ class AdapterInput:
     dims: tuple[Dim, ...]
     default: StoredDefault | None = None
     base_has_default: bool = True
+    parts: tuple[PackedPart, ...] = ()
 
     @property
     def spec(self) -> KindSpec:
         return spec_of(self.kind)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules it serves; none for the gate."""
+        return tuple(part.module for part in self.parts) or ((self.module,) if self.module else ())
 
 
 class CacheLayout(StrEnum):
@@ -255,12 +244,12 @@ class GraphContract:
 
     def of_module(self, module: str) -> dict[AdapterInputKind, AdapterInput]:
         """The adapter inputs of `module` by kind; empty if the graph has none there."""
-        return {entry.kind: entry for entry in self.adapter_inputs if entry.module == module}
+        return {entry.kind: entry for entry in self.adapter_inputs if module in (entry.module, *entry.modules)}
 
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules that adapters may touch, in graph order, each once."""
-        return tuple(dict.fromkeys(entry.module for entry in self.adapter_inputs if entry.module))
+        return tuple(dict.fromkeys(module for entry in self.adapter_inputs for module in entry.modules))
 
     @property
     def gate(self) -> AdapterInput | None:
@@ -268,7 +257,11 @@ class GraphContract:
         return next((entry for entry in self.adapter_inputs if entry.kind is AdapterInputKind.GATE), None)
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        fields = asdict(self)
+        for entry in fields["adapter_inputs"]:
+            if not entry["parts"]:
+                del entry["parts"]  # as before there were any
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict) -> GraphContract:
@@ -279,7 +272,8 @@ class GraphContract:
             stored = entry["default"]
             default = stored and StoredDefault(tuple(stored["shape"]), stored["offset"], stored["length"])
             what = AdapterInputKind(entry["kind"]), entry["dtype"], tuple(entry["dims"])
-            return AdapterInput(entry["name"], entry["module"], *what, default, entry["base_has_default"])
+            parts = tuple(PackedPart(**part) for part in entry.get("parts", ()))
+            return AdapterInput(entry["name"], entry["module"], *what, default, entry["base_has_default"], parts)
 
         return cls(
             tuple(map(spec, fields["inputs"])),

@@ -22,7 +22,6 @@ from lora_export.contract import (
     Default,
     GraphContract,
     KindSpec,
-    SiteChoice,
     StoredDefault,
     has_own_head,
     spec_of,
@@ -30,6 +29,7 @@ from lora_export.contract import (
 from lora_export.errors import InputRefused
 from lora_export.runtime.adapter_file import require_fit
 from lora_export.runtime.stacking import default_inputs, stack_rows
+from lora_export.site_choice import SiteChoice
 
 K = AdapterInputKind
 N_IN, N_OUT, N_TOKENS = 3, 4, 5

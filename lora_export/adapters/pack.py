@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from lora_export.adapters.factors import Adapter, LoraFactors, TokenRows, dora_gain, fold, fold_dora, served_pair
-from lora_export.contract import AdapterInputKind, GraphContract, KindSpec, SiteChoice, spec_of
+from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract, KindSpec, spec_of
 from lora_export.errors import EnvironmentUnusable, InputRefused, some_of
+from lora_export.site_choice import SiteChoice
 
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
@@ -59,7 +60,7 @@ def pack(
     """The tensors `adapter` feeds to a graph of `contract`, by input name, sorted; absent inputs keep their default.
 
     1. A pair on a module with LoRA inputs: `[1, in, rank]` and `[1, rank, out]`, scale folded in; DoRA's gain
-       `[1, 1, out]`.
+       `[1, 1, out]`. Where modules share a pair: `[1, in, Σ rank]`, and `[1, Σ rank, Σ out]`, block-diagonal.
     2. A replaced Linear: weight `[1, in, out]`, bias `[1, 1, out]`.
     3. A pair on a module that the graph takes as a whole (another adapter replaces it): folded into the base's.
     4. A bias, trained or added to: `[1, 1, out]`.
@@ -88,6 +89,7 @@ def pack(
         packer.add_bias(pair)
     for module in _modules_of(_WEIGHT, adapter.token_rows):
         packer.add_tokens(module, adapter.token_rows[_WEIGHT.name(module)])
+    packer.put_packed()
     missing = {module: kinds for module, kinds in packer.missing.items() if module not in elsewhere}
     if missing:
         takes_pairs = all(kinds <= _PAIR and module in adapter.lora for module, kinds in missing.items())
@@ -113,14 +115,37 @@ class _Packer:
         self._contract, self._base_weight, self._replaced = contract, base_weight, replaced
         self.tensors: dict[str, torch.Tensor] = {}
         self.missing: dict[str, set[AdapterInputKind]] = {}
+        self._parts: dict[AdapterInput, dict[str, torch.Tensor]] = {}
 
     def put(self, module: str, kind: AdapterInputKind, tensor: torch.Tensor) -> None:
         """Give the module's input of `kind` the value `tensor`, without its axis of rows."""
         entry = self._contract.of_module(module).get(kind)
         if entry is None:
             self.missing.setdefault(module, set()).add(kind)
+        elif entry.parts:
+            self._parts.setdefault(entry, {})[module] = tensor
         else:
-            self.tensors[entry.name] = tensor.unsqueeze(0).to(_TORCH_DTYPES[entry.dtype]).contiguous()
+            self._put(entry, tensor)
+
+    def _put(self, entry: AdapterInput, tensor: torch.Tensor) -> None:
+        self.tensors[entry.name] = tensor.unsqueeze(0).to(_TORCH_DTYPES[entry.dtype]).contiguous()
+
+    def put_packed(self) -> None:
+        """Give the inputs that several modules share what was put for them: A side by side, B block-diagonal."""
+        for entry, tensors in self._parts.items():
+            modules = [part.module for part in entry.parts if part.module in tensors]
+            if entry.kind is AdapterInputKind.LORA_A:
+                self._put(entry, torch.cat([tensors[module] for module in modules], dim=1))
+                continue
+            whole = torch.zeros(sum(len(each) for each in tensors.values()), sum(n.out_features for n in entry.parts))
+            row = column = 0
+            for part in entry.parts:
+                if part.module in tensors:
+                    block = tensors[part.module]
+                    whole[row : row + len(block), column : column + part.out_features] = block
+                    row += len(block)
+                column += part.out_features
+            self._put(entry, whole)
 
     def add_linear(self, pair: LoraFactors) -> None:
         inputs = self._contract.of_module(pair.module)

@@ -15,7 +15,7 @@ import torch
 
 from lora_export.adapters.merging import change_of
 from lora_export.base.weightless import TORCH_DTYPES, is_conv1d
-from lora_export.contract import AdapterInput, SiteChoice
+from lora_export.contract import AdapterInput
 from lora_export.errors import InputRefused, refused_if_it_fails, some_of
 from lora_export.export.given_files import GivenGraph
 from lora_export.export.resolve import Resolved
@@ -27,6 +27,7 @@ from lora_export.graph.joining import join
 from lora_export.graph.matching import BaseMatrix, GivenWeight, Matcher, given_weights
 from lora_export.graph.unpacking import unpack
 from lora_export.progress import Remark
+from lora_export.site_choice import SiteChoice
 
 _SHOWN = 6
 _LOOKUPS = ("Gather", "Shape")

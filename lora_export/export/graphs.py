@@ -16,7 +16,7 @@ from lora_export.base.layers import Stack, alike_stacks, deep_paths, repeats_one
 from lora_export.base.recipe import Recipe
 from lora_export.base.tasks import Task, graphs_of
 from lora_export.base.trace import longest_texts, sliding_windows, trace
-from lora_export.contract import SINGLE, AdapterInput, GraphContract, SiteChoice
+from lora_export.contract import SINGLE, AdapterInput, GraphContract
 from lora_export.errors import InputRefused, refused_if_it_fails
 from lora_export.export.given_graph import given_graph
 from lora_export.export.plan import Plan
@@ -36,6 +36,7 @@ from lora_export.graph.stamp import holds, stamp
 from lora_export.graph.unbound import bind_small, rename_weight, untie
 from lora_export.progress import Remark
 from lora_export.quantization import Quantization
+from lora_export.site_choice import SiteChoice
 
 _ADAPTER_INPUTS = "lora_export.adapter_inputs"
 # What a config holds besides the architecture; it changes no graph.
@@ -70,7 +71,7 @@ def finished_graphs(
         graph: _finished_graph(plan, resolved, choice, graph=graph, use_cache=use_cache, remark=once)
         for graph in graphs_of(plan.task)
     }
-    served = {entry.module for finished in found.values() for entry in finished.adapter_inputs}
+    served = {m for finished in found.values() for entry in finished.adapter_inputs for m in entry.modules}
     chosen = dict.fromkeys(module for modules in asdict(choice).values() for module in modules)
     refuse_unlinked([module for module in chosen if module not in served])
     return found
@@ -229,7 +230,7 @@ def _trace_and_fuse(
     bind_small(model, facts.small)
     derived = fold_derived(model, facts.small)
     choice = facts.choice if is_only_graph else present_in(model.graph, facts.choice)
-    model, inputs = add_adapter_inputs(model, choice)
+    model, inputs = add_adapter_inputs(model, choice, packs_siblings=plan.request.provider == "cuda")
     with _refused(plan, "fuse", f"its fusions for {plan.request.provider}"):
         model = fuse(
             model,

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from lora_export.adapters.factors import Adapter
 from lora_export.artifact import ADAPTERS, MANIFEST, SIGNATURE
 from lora_export.base.tasks import SEQ2SEQ, Task, graphs_of
-from lora_export.contract import DECODER, ENCODER, SINGLE, SiteChoice, adapter_file, data_file, graph_file
+from lora_export.contract import DECODER, ENCODER, SINGLE, adapter_file, data_file, graph_file
 from lora_export.export.plan import Plan
 from lora_export.export.quantizing import planned_sizes
 from lora_export.export.resolve import Resolved
 from lora_export.export.tied import refuse_changed_embedding, untied_modules
 from lora_export.other_tools import GENAI_CONFIG
 from lora_export.progress import Progress
+from lora_export.site_choice import SiteChoice
 
 # Modules of a decoder that only its first step computes: keys and values of the source.
 _OF_THE_SOURCE = (

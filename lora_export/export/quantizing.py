@@ -11,7 +11,7 @@ import torch
 
 from lora_export.base.tasks import Task
 from lora_export.base.weightless import is_conv1d
-from lora_export.contract import SINGLE, SiteChoice
+from lora_export.contract import SINGLE
 from lora_export.errors import InputRefused, UsageProblem, some_of
 from lora_export.export.plan import Plan
 from lora_export.export.resolve import Resolved
@@ -20,6 +20,7 @@ from lora_export.graph.quantize import quantize_weights
 from lora_export.graph.unbound import unbound
 from lora_export.progress import Remark
 from lora_export.quantization import Method, Quantization
+from lora_export.site_choice import SiteChoice
 
 # Floats that are worth a word: of what stays as it is, as a share of all.
 _WORTH_A_WORD = 0.05

@@ -8,6 +8,7 @@
     embedding_inputs.py      adapter inputs of embeddings
     convolution_inputs.py    adapter inputs of convolutions
     bias_inputs.py           adapter inputs of biases
+    packed_pairs.py          one pair for modules that share an input
     linear_inputs.py         adapter inputs of linear modules
     unbound.py               initializers without a value
     attention_node.py        the standard attention, as it is traced
@@ -40,7 +41,8 @@
     cache.py                 finished graphs, kept on disk
     bind.py                  write graphs with their weights
     stored_integers.py       the quantized weights of a written graph, for check
+    taking_apart.py          packed projections, taken apart to be looked at
     module_values.py         find modules in a written graph, and look into it
 
-Imports base, compat, contract, errors, folders, quantization, quiet, sentence.
+Imports base, compat, contract, errors, folders, packed, quantization, quiet, sentence, site_choice.
 """

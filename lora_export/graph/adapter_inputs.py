@@ -27,24 +27,30 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.base.recipe import RECIPE, Recipe
-from lora_export.contract import AdapterInput, Default, SiteChoice
+from lora_export.contract import AdapterInput, Default
 from lora_export.graph.bias_inputs import uses_of_bias
 from lora_export.graph.convolution_inputs import CONVOLUTION_INPUTS, convolutions_in
 from lora_export.graph.declare import DeclaredInputs
 from lora_export.graph.embedding_inputs import EMBEDDING_INPUTS, embeddings_in
 from lora_export.graph.linear_inputs import LINEAR_INPUTS
 from lora_export.graph.sites import sites_in
+from lora_export.site_choice import SiteChoice
 
 _IN_ORDER = (*EMBEDDING_INPUTS, *CONVOLUTION_INPUTS, *LINEAR_INPUTS)
 
 
-def add_adapter_inputs(model: ir.Model, choice: SiteChoice) -> tuple[ir.Model, tuple[AdapterInput, ...]]:
+def add_adapter_inputs(
+    model: ir.Model, choice: SiteChoice, *, packs_siblings: bool = False
+) -> tuple[ir.Model, tuple[AdapterInput, ...]]:
     """Add the inputs of `choice` to `model` (changed in place and returned) and describe them.
+
+    Args:
+        packs_siblings: Linear modules that share an input share a pair (`packed_pairs.py`).
 
     Raises:
         InputRefused: A module is not what `choice` takes it for in this graph, or its input has an unsupported layout.
     """
-    inputs = DeclaredInputs(model.graph)
+    inputs = DeclaredInputs(model.graph, packs_siblings=packs_siblings)
     for insert in _IN_ORDER:
         insert(inputs, choice)
     return model, inputs.entries

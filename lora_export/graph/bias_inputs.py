@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from lora_export.contract import AdapterInputKind, SiteChoice
+from lora_export.contract import AdapterInputKind
 from lora_export.errors import InputRefused
 from lora_export.graph.convolution_inputs import (
     ConvolutionSite,
@@ -18,6 +18,7 @@ from lora_export.graph.declare import DeclaredInputs
 from lora_export.graph.shared_by_rows import is_shared_by_rows, let_rows_through
 from lora_export.graph.sites import Site, find_sites, sites_in
 from lora_export.graph.tape import Tape, put_in_place_of, reshaped_as, with_row_axis
+from lora_export.site_choice import SiteChoice
 
 
 def insert_biases(inputs: DeclaredInputs, choice: SiteChoice) -> None:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from lora_export.contract import AdapterInputKind, SiteChoice
+from lora_export.contract import AdapterInputKind
 from lora_export.errors import InputRefused
 from lora_export.graph.declare import DeclaredInputs
 from lora_export.graph.sites import module_of
 from lora_export.graph.tape import Tape, put_in_place_of
+from lora_export.site_choice import SiteChoice
 
 
 @dataclass(frozen=True)

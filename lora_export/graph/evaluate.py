@@ -43,10 +43,11 @@ class Evaluator:
             return None
 
     def largest_number(self, below: int) -> int:
-        """The largest whole number below `below` among the constants, 0 if there is none: no window is larger."""
+        """The largest whole number below `below` among the constants, 0 if there is none: no window is larger. What
+        stands for minus infinity in a dtype is no number."""
         constants = (ir.convenience.get_const_tensor(value) for node in self._nodes for value in node.inputs if value)
         arrays = (tensor.numpy().reshape(-1) for tensor in constants if tensor is not None and tensor.size <= _FEW)
-        numbers = (abs(float(number)) for array in arrays for number in array)
+        numbers = (abs(float(number)) for array in arrays for number in array[~_is_lowest(array)])
         return max((int(number) for number in numbers if number < below), default=0)
 
     def __call__(self, sizes: Mapping[str, int], given: Mapping[str, np.ndarray]) -> np.ndarray | None:
@@ -65,6 +66,12 @@ class Evaluator:
         except _CANNOT_RUN:
             return None
         return found
+
+
+def _is_lowest(array: np.ndarray) -> np.ndarray:
+    if not np.issubdtype(array.dtype, np.floating):
+        return np.zeros(array.shape, bool)
+    return array == np.finfo(array.dtype).min
 
 
 def read_by(value: ir.Value) -> list[ir.Value]:

@@ -20,6 +20,7 @@ from lora_export.graph.batch_transposes import take_batch_transposes_apart
 from lora_export.graph.encoder_attention import simplify_attention
 from lora_export.graph.grouped_attention import group_attention
 from lora_export.graph.pack import pack_siblings
+from lora_export.graph.packed_pairs import add_before_splitting
 from lora_export.graph.reshapes import drop_undone_reshapes
 from lora_export.graph.shape_sums import start_ranges_at_sums
 from lora_export.graph.unbound import is_matrix_transpose, prepare_weights, recipe_of
@@ -61,7 +62,7 @@ def fuse(
         simplify_attention(model, holds_weights=holds_weights)
     drop_undone_reshapes(model)
     if provider == "cuda":
-        pack_siblings(model)
+        add_before_splitting(pack_siblings(model))
         start_ranges_at_sums(model)
     read_tied_weights_transposed(model)
     common_passes.RemoveUnusedNodesPass()(model)

@@ -79,11 +79,10 @@ def group_attention(
     masks = {mask: causal_mask(graph, mask, windows) for mask in {layer.node.inputs[3] for layer in layers}}
     if None in masks.values():
         return model
-    # On CUDA neither has been run yet.
-    rotary = Rotary(graph, longest if provider == "cpu" else ())
+    rotary = Rotary(graph, longest)
     rotations = [rotary.of(layer.node.inputs[0], layer.new[0]) for layer in layers]
     order = TokenOrder(graph, hidden)
-    packer = ProjectionPacker(graph, order.sizes, may_pack) if provider == "cpu" else None
+    packer = ProjectionPacker(graph, order.sizes, may_pack)
     for layer, rotation in zip(layers, rotations, strict=True):
         _attend(graph, layer, order, mask=masks[layer.node.inputs[3]], rotation=rotation, packer=packer)
     model.graph.opset_imports.setdefault("com.microsoft", 1)
@@ -193,7 +192,7 @@ def _attend(
     *,
     mask: CausalMask,
     rotation: Rotation | None,
-    packer: ProjectionPacker | None,
+    packer: ProjectionPacker,
 ) -> None:
     node, (key, value) = layer.node, layer.past
     query = node.inputs[0]
@@ -207,7 +206,7 @@ def _attend(
     operands = [merged_heads(nodes, states) if rotation is None else unturned(nodes, states) for states in turned]
     operands.append(merged_heads(nodes, layer.new[1]))
     is_alone = all(map(_is_read_alone, (*turned, layer.new[1]), operands))
-    packed = packer.packed(operands) if packer is not None and is_alone else None
+    packed = packer.packed(operands) if is_alone else None
     operands = [packed, None, None] if packed is not None else operands
     operands += [key, value, order.lengths, order.total]
     if rotation is not None:

@@ -13,12 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.base.recipe import Recipe
-from lora_export.graph.attention_node import GROUPED
 from lora_export.graph.pack import is_packable, pack_weights
+from lora_export.graph.packed_pairs import whole_of
 from lora_export.graph.tape import Tape
 from lora_export.graph.unbound import recipe_of
-
-_PARTS = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,13 @@ class ProjectionPacker:
             result = tape.op("Add", [result, tape.op("Concat", beside, [width], dtype, axis=0)], shape, dtype)
         added = [each.added for each in found]
         if any(term is not None for term in added):
-            beside = [
-                self._zeros_like(each) if term is None else term for term, each in zip(added, states, strict=True)
-            ]
-            result = tape.op("Add", [result, tape.op("Concat", beside, shape, dtype, axis=2)], shape, dtype)
+            whole = None if None in added else whole_of(added)
+            if whole is None:
+                beside = [
+                    self._zeros_like(each) if term is None else term for term, each in zip(added, states, strict=True)
+                ]
+                whole = tape.op("Concat", beside, shape, dtype, axis=2)
+            result = tape.op("Add", [result, whole], shape, dtype)
         return result
 
     def _zeros_like(self, states: ir.Value) -> ir.Value:
@@ -100,51 +101,3 @@ def _projection(states: ir.Value) -> _Projection | None:
         if not is_stored and found.added is None and list(term.shape)[1:] == list(states.shape)[1:]:
             return replace(found, added=term)
     return None
-
-
-def take_apart(model: ir.Model) -> ir.Model:
-    """`model` (changed in place and returned) with what `ProjectionPacker` packed as values of their own, to look at:
-    the product is split, and what was added to all is added to each."""
-    for node in list(model.graph):
-        if node.op_type == GROUPED and node.inputs[1] is None:
-            for index, part in enumerate(_parts(model.graph, node)):
-                node.replace_input_with(index, part)
-    return model
-
-
-def _parts(graph: ir.Graph, attention: ir.Node) -> list[ir.Value]:
-    """Queries, keys and values; of a product that was not packed here, what there is."""
-    value, sums = attention.inputs[0], []
-    while value.producer() is not None and value.producer().op_type == "Add":
-        sums.append(value.producer())
-        value = sums[-1].inputs[0]
-    product, terms = value.producer(), [each.inputs[1].producer() for each in reversed(sums)]
-    packed = product is not None and len(product.inputs) > 1 and (product.inputs[1].name or "").count("+") == 2
-    if not packed or any(term is None or term.op_type != "Concat" or len(term.inputs) != 3 for term in terms):
-        return [attention.inputs[0]]
-    heads = [attention.attributes.get_int(name) for name in ("num_heads", "kv_num_heads", "kv_num_heads")]
-    width = product.attributes.get_int("N") if "N" in product.attributes else product.inputs[1].shape[1]
-    size = width // sum(heads)
-    sizes = Tape(graph, product).ints([size * n for n in heads])
-    split = ir.node("Split", [value, sizes], attributes={"axis": -1}, num_outputs=3, name=f"{product.name}[parts]")
-    graph.insert_after(sizes.producer(), split)
-    parts = _named(split.outputs, value)
-    for each, term in zip(reversed(sums), terms, strict=True):
-        added = [
-            ir.node("Add", [part, other], metadata_props=_metadata(other), name=f"{each.name}[{which}]")
-            for which, part, other in zip(_PARTS, parts, term.inputs, strict=True)
-        ]
-        graph.insert_before(attention, added)
-        parts = _named([node.outputs[0] for node in added], each.outputs[0])
-    return parts
-
-
-def _named(parts: Sequence[ir.Value], whole: ir.Value) -> list[ir.Value]:
-    """`parts`, called after what they are parts of in the file."""
-    for part, which in zip(parts, _PARTS, strict=True):
-        part.name = f"{whole.name}[{which}]"
-    return list(parts)
-
-
-def _metadata(value: ir.Value) -> dict[str, str]:
-    return dict(value.producer().metadata_props) if value.producer() is not None else {}

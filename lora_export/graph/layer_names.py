@@ -15,8 +15,9 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.base.layers import Stack
-from lora_export.contract import AdapterInput, SiteChoice
+from lora_export.contract import AdapterInput
 from lora_export.graph.derived import Derived
+from lora_export.site_choice import SiteChoice
 
 T = TypeVar("T")
 UNITS = FIRST, FIRST_OF_TWO, COPIED, LAST = range(4)
@@ -117,7 +118,9 @@ def stamped_inputs(inputs: Sequence[AdapterInput], stack: Stack) -> tuple[Adapte
 
     def shifted(entry: AdapterInput, by: int) -> AdapterInput:
         dims = tuple(names.shifted(dim, by) if isinstance(dim, str) else dim for dim in entry.dims)
-        return replace(entry, name=names.shifted(entry.name, by), module=names.shifted(entry.module, by), dims=dims)
+        parts = tuple(replace(part, module=names.shifted(part.module, by)) for part in entry.parts)
+        name, module = names.shifted(entry.name, by), names.shifted(entry.module, by)
+        return replace(entry, name=name, module=module, dims=dims, parts=parts)
 
     return tuple(expanded(inputs, lambda entry: names.unit(entry.name), shifted, stack=stack))
 

@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
-from lora_export.contract import ROWS, AdapterInputKind, SiteChoice
+from lora_export.contract import ROWS, AdapterInputKind
 from lora_export.graph.bias_inputs import insert_biases
 from lora_export.graph.declare import DeclaredInputs
+from lora_export.graph.packed_pairs import sibling_groups
 from lora_export.graph.shared_by_rows import is_shared_by_rows, let_rows_through, refuse_gate
 from lora_export.graph.sites import BIAS_INSIDE, Site, bias_inside, find_sites
 from lora_export.graph.tape import Tape, put_in_place_of, reshaped_as, with_row_axis
+from lora_export.packed import PackedPart
+from lora_export.site_choice import SiteChoice
 
 
 def insert_gate(inputs: DeclaredInputs, choice: SiteChoice) -> None:
@@ -28,14 +33,25 @@ def insert_pairs(inputs: DeclaredInputs, choice: SiteChoice) -> None:
     Raises:
         InputRefused: A module is no linear map of this graph, or its input has an unsupported layout.
     """
-    gate = inputs.value(AdapterInputKind.GATE, "")
-    for module, sites in find_sites(inputs.graph, choice.lora_modules).items():
+    gate, graph = inputs.value(AdapterInputKind.GATE, ""), inputs.graph
+    chosen = find_sites(graph, choice.lora_modules)
+    for group in (
+        sibling_groups(graph, chosen, choice) if inputs.packs_siblings else ({m: s} for m, s in chosen.items())
+    ):
+        own_gate = gate if any(module in choice.gate_modules for module in group) else None
+        if len(group) > 1:
+            sites = [site for found in group.values() for site in found]
+            parts = [PackedPart(site.module, site.out_features) for site in sites]
+            pair = inputs.declare_packed_pair(parts, sites[0].dtype, sites[0].in_features)
+            add_packed_pair(graph, sites, pair, gate=own_gate)
+            continue
+        (module, sites), *_ = group.items()
         dtype, out = sites[0].dtype, sites[0].out_features
         pair = inputs.declare_pair(module, dtype, sites[0].in_features, out_features=out)
         is_dora = module in choice.gain_modules
         gain = inputs.declare(AdapterInputKind.GAIN, module, dtype, out_features=out) if is_dora else None
         for site in sites:
-            add_pair(inputs.graph, site, pair, gain=gain, gate=gate if module in choice.gate_modules else None)
+            add_pair(graph, site, pair, gain=gain, gate=own_gate)
 
 
 def insert_replacements(inputs: DeclaredInputs, choice: SiteChoice) -> None:
@@ -104,6 +120,29 @@ def add_pair(
     put_in_place_of(graph, output, total, users=users)
     if is_shared:
         let_rows_through(graph, total, site.module)
+
+
+def add_packed_pair(
+    graph: ir.Graph, sites: Sequence[Site], pair: tuple[ir.Value, ir.Value], *, gate: ir.Value | None = None
+) -> None:
+    """Add to the output of each of `sites`, which read one value, its part of `(x A) B`; `gate` multiplies `x A`.
+
+    Args:
+        pair: A `[rows, in_features, rank]` and B `[rows, rank, Σ out_features]`.
+    """
+    a, b = pair
+    tape, x = Tape(graph, sites[0].node), sites[0].input
+    tokens, dtype = list(x.shape[:2]), x.dtype
+    low = tape.op("MatMul", [x, a], [*tokens, a.shape[2]], dtype)
+    if gate is not None:
+        low = tape.op("Mul", [low, gate], list(low.shape), dtype)
+    delta = tape.op("MatMul", [low, b], [*tokens, b.shape[2]], dtype)
+    parts = tape.split(delta, [site.out_features for site in sites])
+    for site, part in zip(sites, parts, strict=True):
+        users = tuple(site.output.uses())
+        last = tape if site is sites[0] else Tape(graph, site.node)
+        total = last.op("Add", [site.output, part], list(part.shape), dtype)
+        put_in_place_of(graph, site.output, total, users=users)
 
 
 def _take_bias_out(graph: ir.Graph, site: Site) -> None:

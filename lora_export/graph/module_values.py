@@ -4,8 +4,8 @@ A fused graph has lost part of its module paths, but its weights keep the names 
 weight is read, the module is computed:
 
 1. The anchor is the node that reads `<module>.weight`: a product, a lookup, a convolution or a normalization. Of
-   projections packed into one product, `a.weight+b.weight`, each has its part of the Split behind it; there is one
-   behind what `GroupQueryAttention` reads packed, too, once `take_apart` has put it there.
+   projections packed into one product, `a.weight+b.weight`, each has its part of the Split behind it, once
+   `take_apart` has put it there. A pair that they share has a Split behind its product of B.
 2. The module's output is where the chain of its own nodes ends: those that add the product of its pair or its bias,
    scale it by its gain, and reshape it. A node is the module's own if it reads one of the module's tensors, or carries
    the module's path.
@@ -30,9 +30,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lora_export.contract import ADAPTER_INPUT_KINDS, AdapterInputKind, spec_of
-from lora_export.graph.grouped_projections import take_apart
 from lora_export.graph.sites import NAME_SCOPES
 from lora_export.graph.stored_integers import without_rounded_activations
+from lora_export.graph.taking_apart import take_apart
 
 # Operator → the input that is data; the weight is the other of the first two, or the third of skip normalizations.
 _ANCHORS = {
@@ -43,6 +43,7 @@ _ANCHORS = {
 # The output of a skip normalization that holds the sum it normalizes.
 _SKIP_SUM = 3
 _FOLLOWED = frozenset({"Add", "Mul", "Reshape", "Cast", "Unsqueeze", "Squeeze", "Sum"})
+_SHARED_B = f".{spec_of(AdapterInputKind.LORA_B).suffix}"
 _PAIR = (AdapterInputKind.LORA_A, AdapterInputKind.LORA_B)
 # A name that two values would have had ends with a number; a pair's is not a weight of the base.
 _NOT_OF_BASE = "".join(rf"(?<!\.{kind})" for kind in _PAIR)
@@ -74,11 +75,13 @@ class ModuleSite:
         is_lookup: Whether it is an embedding's lookup.
         position: Where in the graph its output is complete.
         input, output: Values; no input where the graph does not have it by itself.
-        parts: Values inside an adapted module: "base" (before the adapter), "lora_A" and "lora_B".
+        parts: Values inside an adapted module: "base" (before the adapter), "lora_A" and "lora_B"; of a pair that
+            modules share, no "lora_A" is one module's.
         bias_is_pending: Case 3.
         base_has_bias: Whether the anchor adds the module's bias.
         addend: Case 5.
         scale: Case 6.
+        shares_pair: Whether its pair is one of several modules.
     """
 
     module: str
@@ -92,6 +95,12 @@ class ModuleSite:
     base_has_bias: bool = False
     addend: str | None = None
     scale: float = 1.0
+    shares_pair: bool = False
+
+    @property
+    def has_pair(self) -> bool:
+        """Whether the parts are those of a pair."""
+        return AdapterInputKind.LORA_A in self.parts or self.shares_pair
 
 
 class WrittenGraph:
@@ -194,13 +203,24 @@ class WrittenGraph:
             before = [value for value in products if self.producers[value] <= self.producers[output]]
             if products:
                 parts[str(part)] = (before or products)[-1]
+        shared = self._part_of_shared(*chain[:2]) if len(chain) > 1 else None
+        if shared is not None:
+            parts[AdapterInputKind.LORA_B] = shared
         total, addend = self._skip_sum(output, parts.get(AdapterInputKind.LORA_B))
         pending = pending and total is None
         output = total or output
         has_bias = f"{module}.bias" in node.inputs
         position = max(self.producers[value] for value in (output, addend) if value)
-        facts = (position, data, output, parts, pending, has_bias, addend, node.scale)
+        facts = (position, data, output, parts, pending, has_bias, addend, node.scale, shared is not None)
         return ModuleSite(module, named, node.op_type == "Gather", *facts)
+
+    def _part_of_shared(self, base: str, output: str) -> str | None:
+        """What is added to `base`, if it is a module's part of a pair that it shares with others."""
+        other = next((value for value in self.node_of(output).inputs if value != base), None)
+        split = None if other is None else self.node_of(other)
+        product = self.node_of(split.inputs[0]) if split is not None and split.op_type == "Split" else None
+        is_pair = product is not None and any(name.endswith(_SHARED_B) and "+" in name for name in product.inputs)
+        return other if is_pair else None
 
     def _skip_sum(self, output: str, product: str | None) -> tuple[str | None, str | None]:
         """Case 5: the sum, or the value to be added; neither where the product of the pair is added by itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -33,12 +34,28 @@ class Tape:
         node = ir.node(op_type, inputs, attributes=attributes, domain=domain, metadata_props=self._scopes)
         node.outputs[0].shape = None if shape is None else ir.Shape(shape)
         node.outputs[0].dtype = dtype
+        self._put(node)
+        return node.outputs[0]
+
+    def split(self, whole: ir.Value, sizes: Sequence[int]) -> tuple[ir.Value, ...]:
+        """`whole`, split along its last axis into parts of `sizes`."""
+        node = ir.node(
+            "Split", [whole, self.ints(list(sizes))], attributes={"axis": -1}, num_outputs=len(sizes),
+            metadata_props=self._scopes,
+        )  # fmt: skip
+        for part, size in zip(node.outputs, sizes, strict=True):
+            part.dtype = whole.dtype
+            if whole.shape is not None:
+                part.shape = ir.Shape([*list(whole.shape)[:-1], size])
+        self._put(node)
+        return tuple(node.outputs)
+
+    def _put(self, node: ir.Node) -> None:
         if self._last is None:
             self._graph.append(node)
         else:
             self._graph.insert_after(self._last, node)
         self._last = node
-        return node.outputs[0]
 
     def constant(self, array: np.ndarray) -> ir.Value:
         tensor = ir.tensor(array)

@@ -43,33 +43,28 @@ class TokenOrder:
         zero, axis = self._ints([0]), self._ints([1])
         of_past = self._op("Slice", [mask, zero, past, axis], [ids.shape[0], None], _INT64)
         of_new = self._op("Slice", [mask, past, total, axis], self._batch_sequence, _INT64)
-        n_past = self._op("ReduceSum", [of_past, axis], [ids.shape[0]], _INT64, keepdims=0)
-        # n, n−1, …, 1 for n new tokens. It is made where the mask is: its beginning is n, not copied to a GPU.
-        n_new = self._op("Squeeze", [new], [], _INT64)
-        descending = self._op("Range", [n_new, self._scalar(0), self._scalar(-1)], [ids.shape[1]], _INT64)
-        new_there = self._op("Slice", [descending, zero, axis, zero], [1], _INT64)
-        sum_there = self._op("Add", [n_past, new_there], [ids.shape[0]], _INT64)
-        last = self._op("Sub", [sum_there, axis], [ids.shape[0]], _INT64)
+        # Summed with the new tokens: CUDA has no sum over nothing, and no number is copied to a GPU.
+        every = self._op("ConstantOfShape", [self.sizes], self._batch_sequence, _INT64, value=ir.tensor([1]))
+        counted = self._op("Concat", [of_past, every], list(mask.shape), _INT64, axis=1)
+        n_tokens = self._op("ReduceSum", [counted, axis], [ids.shape[0]], _INT64, keepdims=0)
+        last = self._op("Sub", [n_tokens, axis], [ids.shape[0]], _INT64)
         self.lengths = self._op("Cast", [last], [ids.shape[0]], _INT32, to=_INT32)
         scalar = self._op("Squeeze", [total], [], _INT64)
         self.total = self._op("Cast", [scalar], [], _INT32, to=_INT32)
-        self._make_indices(of_new, new, new_there, descending=descending)
+        self._make_indices(of_new, new, axis)
         self._reorder_inputs(inputs, given_order)
         self._restore(hidden)
 
-    def _make_indices(self, of_new: ir.Value, new: ir.Value, new_there: ir.Value, *, descending: ir.Value) -> None:
-        """`[batch, sequence, 1]`: where each token of the order comes from, and where each given token went."""
-        dims, axis = self._batch_sequence, self._ints([1])
-        is_real = self._op("Cast", [of_new], dims, ir.DataType.BOOL, to=ir.DataType.BOOL)
-        real = self._op("Cast", [is_real], dims, _INT64, to=_INT64)
-        counted = self._op("CumSum", [real, self._scalar(1)], dims, _INT64)
-        places = self._op("Max", [self._op("Sub", [counted, axis], dims, _INT64), self._ints([0])], dims, _INT64)
-        # The largest first: real tokens before padding, each in the order given.
-        ranks = self._op("Add", [self._op("Mul", [real, new_there], dims, _INT64), descending], dims, _INT64)
-        sources = self._op("TopK", [ranks, new], dims, _INT64, n_outputs=2, axis=1, largest=1, sorted=1)
-        last = self._ints([2])
-        self._sources = self._op("Unsqueeze", [sources, last], [*dims, 1], _INT64)
-        self._places = self._op("Unsqueeze", [places, last], [*dims, 1], _INT64)
+    def _make_indices(self, of_new: ir.Value, new: ir.Value, axis: ir.Value) -> None:
+        """`[batch, sequence]`: where each token of the order comes from, and where each given token went, a padding
+        token to the real one before it."""
+        dims = self._batch_sequence
+        from_start = self._op("CumSum", [of_new, self._scalar(1)], dims, _INT64)
+        self._places = self._op("Sub", [from_start, axis], dims, _INT64)  # -1, the last, before all real ones
+        to_end = self._op("CumSum", [of_new, self._scalar(1)], dims, _INT64, reverse=1)
+        # The largest first: real tokens in the order given, then padding, which is 0.
+        ranks = self._op("Mul", [of_new, to_end], dims, _INT64)
+        self._sources = self._op("TopK", [ranks, new], dims, _INT64, n_outputs=2, axis=1, largest=1, sorted=1)
 
     def _reorder_inputs(self, inputs: dict[str, ir.Value], given_order: set[ir.Node]) -> None:
         own = given_order.union(self._nodes)
@@ -83,7 +78,10 @@ class TokenOrder:
             if len(value.shape) == 3:  # The gate may be one number a row, or one in all.
                 shape = self._op("Concat", [self.sizes, self._ints([1])], [3], _INT64, axis=0)
                 whole = self._op("Expand", [value, shape], [*self._batch_sequence, 1], value.dtype)
-            ordered = self._gather(whole, self._sources)
+            if len(value.shape) == 2:
+                ordered = self._op("GatherElements", [whole, self._sources], list(value.shape), value.dtype, axis=1)
+            else:
+                ordered = self._gather(whole, self._sources)
             for node, index in users:
                 node.replace_input_with(index, ordered)
         first = next(iter(self._graph))
@@ -99,7 +97,8 @@ class TokenOrder:
         self._nodes = []
 
     def _gather(self, value: ir.Value, indices: ir.Value) -> ir.Value:
-        return self._op("GatherND", [value, indices], list(value.shape), value.dtype, batch_dims=1)
+        by_token = self._op("Unsqueeze", [indices, self._ints([2])], [*self._batch_sequence, 1], _INT64)
+        return self._op("GatherND", [value, by_token], list(value.shape), value.dtype, batch_dims=1)
 
     def _op(
         self, op_type: str, inputs: list[ir.Value], shape: list, dtype, n_outputs: int = 1, **attributes

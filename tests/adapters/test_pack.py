@@ -12,8 +12,10 @@ import torch
 
 from lora_export.adapters.factors import Adapter, LoraFactors, TokenRows
 from lora_export.adapters.pack import choose_sites, pack, write_onnx_adapter
-from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract, SiteChoice
+from lora_export.contract import AdapterInput, AdapterInputKind, GraphContract
 from lora_export.errors import EnvironmentUnusable, InputRefused
+from lora_export.packed import PackedPart
+from lora_export.site_choice import SiteChoice
 
 
 def pair_inputs(module: str, n_in: int, n_out: int, dtype: str = "float32") -> list[AdapterInput]:
@@ -55,6 +57,21 @@ def test_pairs_and_heads_become_the_contracts_tensors_in_sorted_order():
         for o in range(6):
             assert found["q.lora_B.weight"][0, r, o] == 1.5 * pair.b[o, r]
     assert torch.equal(found["head.weight"][0], head.T) and torch.equal(found["head.bias"][0, 0], bias)
+
+
+def test_modules_that_share_a_pair_are_its_blocks():
+    parts = (PackedPart("q", 6), PackedPart("k", 2), PackedPart("v", 3))
+    entries = [replace(entry, parts=parts) for entry in pair_inputs("q+k+v", 4, 11)]
+    pairs = {"v": factors("v", 4, 3, 1), "q": factors("q", 4, 6, 2)}
+    found = pack(Adapter("x", pairs, {}, (), {}), GraphContract((), (), tuple(entries)), no_base)
+    a, b = found["q+k+v.lora_A.weight"], found["q+k+v.lora_B.weight"]
+    assert a.shape == (1, 4, 3) and b.shape == (1, 3, 11)
+    x = torch.randn(5, 4)
+    y = x @ a[0] @ b[0]
+    for module, columns in {"q": slice(0, 6), "k": slice(6, 8), "v": slice(8, 11)}.items():
+        pair = pairs.get(module)
+        expected = torch.zeros(5, 2) if pair is None else 1.5 * x @ pair.a.T @ pair.b.T
+        torch.testing.assert_close(y[:, columns], expected)
 
 
 @pytest.mark.parametrize("in_out", [False, True], ids=["Linear", "Conv1D"])

@@ -8,10 +8,10 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from lora_export.contract import SiteChoice
 from lora_export.errors import InputRefused
 from lora_export.graph.adapter_inputs import add_adapter_inputs, attach_defaults
 from lora_export.graph.sites import NAME_SCOPES
+from lora_export.site_choice import SiteChoice
 
 IN, OUT, KERNEL = 3, 5, (2, 3, 2)
 SIZES = (7, 8, 6)

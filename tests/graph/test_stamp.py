@@ -18,12 +18,12 @@ from lora_export.base.layers import Stack, alike_stacks, deep_paths, shortened
 from lora_export.base.recipe import RECIPE
 from lora_export.base.tasks import Task
 from lora_export.base.weightless import build_weightless
-from lora_export.contract import SiteChoice
 from lora_export.export import graphs
 from lora_export.export.plan import Request
 from lora_export.graph.derived import Derived
 from lora_export.graph.layer_names import LayerNames, derived_of_all, expanded, is_uniform, stand_ins
 from lora_export.pipeline import ExportOptions, export
+from lora_export.site_choice import SiteChoice
 
 N_LAYERS = 6
 # With `--whole-matrix`: of kinds that take turns, two of each and what stands before and after are more than six.

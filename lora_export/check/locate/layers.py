@@ -135,7 +135,7 @@ def match(sites: Sequence[ModuleSite], calls: Sequence[ModuleCall], available: M
         if site.input in available and not call.is_lookup and _is_floating(call.input):
             found.append((rank, 0, Match(call, INPUT, site.input, call.input)))
         # Of a merged module the product alone is no longer the base's, nor is it of a pair that is served otherwise.
-        served = site.parts if LORA_A in site.parts and by_module.get((module, LORA_A)) else {}
+        served = site.parts if site.has_pair and by_module.get((module, LORA_A)) else {}
         for place, (part, value) in enumerate(served.items(), 1):
             parts = by_module[module, part]
             if len(parts) == len(wholes):
