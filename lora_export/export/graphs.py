@@ -251,8 +251,8 @@ def _may_pack(how: Quantization | None, recipe: Recipe) -> bool:
 
 
 def _has_attention_operator(plan: Plan) -> bool:
-    """Whether attention is traced to the standard operator. On CUDA, what has no cache was measured without it only."""
-    return plan.request.provider == "cpu" or plan.task is Task.TEXT_GENERATION
+    """Whether attention is traced to the standard operator. On CUDA, encoder-decoders have not been run with it."""
+    return plan.request.provider == "cpu" or len(graphs_of(plan.task)) == 1
 
 
 def _refused(plan: Plan, verb: str, step: str) -> AbstractContextManager:

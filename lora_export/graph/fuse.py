@@ -58,8 +58,7 @@ def fuse(
     take_batch_transposes_apart(model)
     common_passes.RemoveUnusedNodesPass()(drop_undone_reshapes(model))  # so that attention finds its projections
     group_attention(model, provider, windows, longest=longest, may_pack=may_pack)
-    if provider == "cpu":
-        simplify_attention(model, holds_weights=holds_weights)
+    simplify_attention(model, provider, holds_weights=holds_weights)
     drop_undone_reshapes(model)
     if provider == "cuda":
         add_before_splitting(pack_siblings(model))

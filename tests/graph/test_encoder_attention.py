@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -42,10 +43,10 @@ def made(request, tmp_path_factory):
     model.save_pretrained(folder / "base")
     peft = get_peft_model(model, LoraConfig(target_modules=targets, init_lora_weights=False))
     peft.save_pretrained(folder / "adapter")
-    for mode in ("merge", "dynamic"):
+    for mode, provider in itertools.product(("merge", "dynamic"), ("cpu", "cuda")):
         task = "image-classification" if is_image else "feature-extraction"
-        asked = Request(str(folder / "base"), ((str(folder / "adapter"), "a"),), mode, task, "float32", "cpu")
-        export(asked, ExportOptions(folder / mode))
+        asked = Request(str(folder / "base"), ((str(folder / "adapter"), "a"),), mode, task, "float32", provider)
+        export(asked, ExportOptions(folder / (mode if provider == "cpu" else f"{mode}-cuda")))
     return request.param, folder, peft.eval()
 
 
@@ -67,6 +68,25 @@ def test_projections_without_a_pair_are_packed(made):
             assert count["Transpose"] <= 1 and not count["ReduceSum"], "heads stay, and no row is searched for tokens"
 
 
+def test_on_cuda_the_attention_adds_numbers_and_holds_weights_where_no_key_is_masked(made):
+    name, folder, _ = made
+    forms = {"bert": "MultiHeadAttention", "modernbert": "Attention", "vit": "Attention"}
+    for mode in ("merge-cuda", "dynamic-cuda"):
+        graph = ir.load(folder / mode / "model.onnx").graph
+        count = Counter(node.op_type for node in graph)
+        packed = count["Attention"] if operators(folder / mode)[0] else 0
+        form = "MultiHeadAttention" if name == "vit" and mode == "dynamic-cuda" else forms[name]
+        assert count[form] == 2 and (packed == 2) is (name == "vit" and mode == "merge-cuda")
+        assert count["Where"] <= 1, "one mask for all layers"
+        assert name == "modernbert" or not count["ReduceSum"], "no row is searched for tokens"
+        if name == "bert":
+            assert count["Split"] == 2 and not any(is_bias_of_one(node) for node in graph), "biases are added together"
+
+
+def is_bias_of_one(node: ir.Node) -> bool:
+    return node.op_type == "Add" and any((value.name or "").endswith("query.bias") for value in node.inputs)
+
+
 def test_it_computes_what_pytorch_does(made):
     name, folder, peft = made
     random = np.random.default_rng(0)
@@ -78,9 +98,9 @@ def test_it_computes_what_pytorch_does(made):
         feeds, real = {"input_ids": random.integers(5, 60, (3, 30)), "attention_mask": mask}, mask == 1
     with torch.no_grad():
         expected = peft(**{key: torch.tensor(value) for key, value in feeds.items()})[0].numpy()[real]
-    found = {"merge": AdapterSession(folder / "merge", "cpu").run(feeds)}
-    session = AdapterSession(folder / "dynamic", "cpu")
-    found["dynamic"] = session.run(feeds, adapters=["a"] * 3)
+    found = {mode: AdapterSession(folder / mode, "cpu").run(feeds) for mode in ("merge", "merge-cuda")}
+    for mode in ("dynamic", "dynamic-cuda"):
+        found[mode] = AdapterSession(folder / mode, "cpu").run(feeds, adapters=["a"] * 3)
     for mode, outputs in found.items():
         error = np.abs(outputs["logits" if name == "vit" else "last_hidden_state"][real] - expected).max()
         assert error < 1e-4 * np.abs(expected).max(), mode
@@ -91,5 +111,5 @@ def test_a_row_without_tokens_gives_numbers(made):
     if name == "vit":
         return
     feeds = {"input_ids": np.full((2, 4), 7), "attention_mask": np.array([[1, 1, 1, 0], [0, 0, 0, 0]])}
-    for mode in ("merge", "dynamic"):
+    for mode in ("merge", "dynamic", "merge-cuda", "dynamic-cuda"):
         assert np.isfinite(AdapterSession(folder / mode, "cpu").run(feeds)["last_hidden_state"]).all()
