@@ -19,8 +19,9 @@ SHAPES = ((1, 1, 512), (8, 1, 512), (32, 1, 512), (1, 512, 0), (8, 1, 2048))
 def run(stage: Stage) -> dict:
     """Time every variant at each shape."""
     found: dict = {"races": []}
-    names = ("base", "merged", "all")
-    folders = {name: restore(stage.bundle, f"llama-{name}-float16", stage.work) for name in names}
+    named = {name: f"llama-{name}-float16" for name in ("base", "merged", "all")}
+    named |= {"base, int4": "llama-base-int4", "all, int4": "llama-all-int4"}
+    folders = {name: restore(stage.bundle, export, stage.work) for name, export in named.items()}
     sessions: dict = {}
     for batch, sequence, past in [(1, 1, 8), (2, 1, 8)] if stage.small else SHAPES:
         candidates = [
@@ -32,18 +33,29 @@ def run(stage: Stage) -> dict:
         ]
         if batch > 1:
             candidates.append(Candidate("another in each row", folders["all"], batch, RANK))
-        candidates.append(Candidate("base, CUDA graph", folders["base"], cuda_graph=True))
-        candidates.append(Candidate("one adapter, CUDA graph", folders["all"], 1, RANK, cuda_graph=True))
+        is_step = sequence == 1
+        if is_step:
+            candidates.append(Candidate("base, int4", folders["base, int4"]))
+            candidates.append(Candidate("one adapter, int4", folders["all, int4"], 1, RANK))
+            candidates.append(Candidate("base, CUDA graph", folders["base"], cuda_graph=True))
+            candidates.append(Candidate("one adapter, CUDA graph", folders["all"], 1, RANK, cuda_graph=True))
         shape = (batch, sequence, past)
         vocabulary = 512 if stage.small else LLAMA.vocab
         runs, failed = candidate_runs(candidates, stage.provider, shape, vocabulary, sessions)
-        for shared in (False, True):
-            runs |= builder_run(stage, "llama-builder", shape, vocabulary, sessions, failed, shared=shared)
+        for shared, capture in ((False, False), (True, False), *[(True, True)] * is_step):
+            options = {"shared": shared, "cuda_graph": capture}
+            runs |= builder_run(stage, "llama-builder", shape, vocabulary, sessions, failed, **options)
         if stage.torch_device and batch == 1:
             runs |= torch_lora_llama(stage, batch, sequence, past)
         pairs = [(name, "base") for name in runs if name != "base"]
-        pairs += [("one adapter, CUDA graph", "base, CUDA graph")]
-        pairs += [(name, "builder, shared cache") for name in ("base", "merged", "one adapter", "base, CUDA graph")]
+        pairs += [("one adapter, CUDA graph", "base, CUDA graph"), ("one adapter, int4", "base, int4")]
+        pairs += [
+            (name, "builder, shared cache, CUDA graph") for name in ("base, CUDA graph", "one adapter, CUDA graph")
+        ]
+        pairs += [
+            (name, "builder, shared cache")
+            for name in ("base", "merged", "one adapter", "base, CUDA graph", "one adapter, CUDA graph")
+        ]
         result = race(runs, pairs, stage.blocks)
         result |= {"rows": batch, "new": sequence, "past": past, "failed": failed}
         found["races"].append(result)

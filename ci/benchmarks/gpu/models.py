@@ -50,6 +50,7 @@ class Job:
 
     Attributes:
         real: The weights mean something and are kept; else they are drawn again on the GPU's machine.
+        int4: The base's linear maps are stored as int4 in blocks of 32.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Job:
     dtype: str
     task: str | None = None
     real: bool = False
+    int4: bool = False
 
 
 def write_gpt2(folder: Path, shape: Gpt2Shape) -> Path:
@@ -103,6 +105,8 @@ def decode_jobs(work: Path, shape: LlamaShape) -> list[Job]:
         Job("llama-base-float16", base, (), "merge", "float16"),
         Job("llama-merged-float16", base, (adapter,), "merge", "float16"),
         Job("llama-all-float16", base, (adapter,), "dynamic", "float16"),
+        Job("llama-base-int4", base, (), "merge", "float16", int4=True),
+        Job("llama-all-int4", base, (adapter,), "dynamic", "float16", int4=True),
     ]
 
 
@@ -143,7 +147,9 @@ def export_job(job: Job, out: Path) -> None:
     """Export `job` for CUDA into `out`."""
     from lora_export.export.plan import Request
     from lora_export.pipeline import ExportOptions, export
+    from lora_export.quantization import Quantization
 
     named: tuple[tuple[str, str | None], ...] = tuple((str(path), None) for path in job.adapters)
-    request = Request(str(job.base), named, job.mode, job.task, job.dtype, "cuda")
+    how = Quantization() if job.int4 else None
+    request = Request(str(job.base), named, job.mode, job.task, job.dtype, "cuda", quantization=how)
     export(request, ExportOptions(out, overwrite=True, zeros_for_missing_head=not job.adapters))

@@ -1,11 +1,13 @@
 """The LoRA paper's table 1 on ONNX Runtime: GPT-2 medium's shape, one forward pass with its language-model head.
 
 Base, merged and dynamic graphs, one adapter for the batch or another in each row, r = 8 on the attention's projection
-(as the paper adapts) and on all linears; PyTorch with PEFT beside it, merged and not. With a CUDA graph at 1 × 128.
+(as the paper adapts) and on all linears; the paper's Adapter-L and Adapter-H; PyTorch with PEFT beside them, merged and
+not. With a CUDA graph at the two smaller shapes.
 """
 
 from __future__ import annotations
 
+from gpu.adapter_layers import PARAMETERS, write_adapter_layers
 from gpu.bundle import restore
 from gpu.models import GPT2_MEDIUM
 from gpu.stage import Stage, torch_lora_gpt2
@@ -25,7 +27,7 @@ def run(stage: Stage) -> dict:
     for dtype in ("float16", "float32"):
         sessions: dict = {}
         for batch, sequence in reversed(shapes):
-            candidates = _candidates(stage, dtype, batch, capture=batch == 1)
+            candidates = _candidates(stage, dtype, (batch, sequence), capture=batch < 32)
             shape = (batch, sequence, 0)
             vocabulary = 512 if stage.small else GPT2_MEDIUM.vocab
             runs, failed = candidate_runs(candidates, stage.provider, shape, vocabulary, sessions)
@@ -40,7 +42,8 @@ def run(stage: Stage) -> dict:
     return found
 
 
-def _candidates(stage: Stage, dtype: str, batch: int, *, capture: bool) -> list[Candidate]:
+def _candidates(stage: Stage, dtype: str, shape: tuple[int, int], *, capture: bool) -> list[Candidate]:
+    batch = shape[0]
     names = ("base", "merged", "attention", "all")
     folders = {name: restore(stage.bundle, f"gpt2-{name}-{dtype}", stage.work) for name in names}
     found = [
@@ -53,13 +56,23 @@ def _candidates(stage: Stage, dtype: str, batch: int, *, capture: bool) -> list[
         found.append(Candidate(f"{name}, one adapter", folders[name], 1, RANK))
         if batch > 1:
             found.append(Candidate(f"{name}, another in each row", folders[name], batch, RANK))
+    n_parameters = PARAMETERS.get(shape, 1000)
+    for kind in ("L", "H"):
+        out = stage.work / f"gpt2-adapter-{kind}-{n_parameters}-{dtype}"
+        write_adapter_layers(folders["base"], out, kind, n_parameters)
+        found.append(Candidate(f"Adapter-{kind}", out))
     if capture:
         found.append(Candidate("base, CUDA graph", folders["base"], cuda_graph=True))
         for name in ("attention", "all"):
             found.append(Candidate(f"{name}, one adapter, CUDA graph", folders[name], 1, RANK, cuda_graph=True))
+        found.append(
+            Candidate("Adapter-L, CUDA graph", stage.work / f"gpt2-adapter-L-{n_parameters}-{dtype}", cuda_graph=True)
+        )
     return found
 
 
 def _pairs(names: list[str]) -> list[tuple[str, str]]:
     pairs = [(name, "base") for name in names if name != "base"]
-    return pairs + [(name, "base, CUDA graph") for name in names if name.endswith("adapter, CUDA graph")]
+    return pairs + [
+        (name, "base, CUDA graph") for name in names if name.endswith(", CUDA graph") and name != "base, CUDA graph"
+    ]

@@ -30,10 +30,14 @@ Run = Callable[[], None]
 
 
 def adapter_arrays(contract: GraphContract, rows: int, rank: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random A and B for every module: `[rows, in, rank]` and `[rows, rank, out]`; rank 0 for no adapter."""
+    """Random A and B for every module: `[rows, in, rank]` and `[rows, rank, out]`; rank 0 for no adapter.
+
+    A pair that modules share has the rank of all of them.
+    """
     rng, found = np.random.default_rng(seed), {}
     for entry in contract.adapter_inputs:
-        dims = [size if isinstance(size, int) else rows if axis == 0 else rank for axis, size in enumerate(entry.dims)]
+        own = rank * len(entry.modules)
+        dims = [size if isinstance(size, int) else rows if axis == 0 else own for axis, size in enumerate(entry.dims)]
         found[entry.name] = (rng.standard_normal(dims, np.float32) * 0.02).astype(numpy_dtype(entry.dtype))
     return found
 
