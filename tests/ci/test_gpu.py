@@ -10,8 +10,10 @@ from pathlib import Path
 
 import gpu_tables
 import numpy as np
+import onnx_ir as ir
 import pytest
 from gpu import plan, swaps_stage
+from gpu.adapter_layers import write_adapter_layers
 from gpu.attention_stage import FORMS, _heads_first, _run
 from gpu.bundle import Writer, restore
 from gpu.provider_stage import answer_adapter_copies, answer_operand_rank, answer_rank_zero
@@ -19,6 +21,7 @@ from gpu.stage import Stage
 from gpu.timing import Candidate, candidate_runs, race, ratio_lines
 from readme_tables import table_in_readme
 
+from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.session import cuda_problem
 
 ROOT = Path(__file__).parents[2]
@@ -137,3 +140,17 @@ def test_cuda_is_refused_where_it_is_not_usable(bundle, tmp_path):
 
 def test_the_page_has_the_tables_of_the_results():
     assert gpu_tables.tables() == table_in_readme("gpu_tables")
+
+
+@pytest.mark.parametrize(("kind", "n_after"), [("L", 1), ("H", 2)])
+def test_adapter_layers_lie_behind_the_papers_modules(kind, n_after, exports, tmp_path):
+    """They change the result, cost what they should, and leave the base's weights where they are."""
+    base = exports["gpt2-merged"]
+    out = write_adapter_layers(base, tmp_path / kind, kind, 4000)
+    added = len(ir.load(out / "model.onnx").graph) - len(ir.load(base / "model.onnx").graph)
+    n_layers = 2
+    assert added == n_layers * n_after * (7 if kind == "L" else 6)
+    sessions = [AdapterSession(folder, "cpu") for folder in (base, out)]
+    ids = np.array([[3, 5, 7]])
+    found, other = (each.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"] for each in sessions)
+    assert found.shape == other.shape and np.abs(found - other).max() > 1e-4

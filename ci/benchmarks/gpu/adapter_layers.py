@@ -19,7 +19,7 @@ _AFTER = {"L": (".mlp.c_proj.weight",), "H": (".attn.c_proj.weight", ".mlp.c_pro
 
 def write_adapter_layers(base: Path, out: Path, kind: str, n_parameters: int) -> Path:
     """The graph of export `base` with adapter layers of `kind`, "L" or "H", as `out/model.onnx`; the weights in `out`
-    are links to those of `base`."""
+    are hard links to those of `base`."""
     if (out / "model.onnx").exists():
         return out
     model = ir.load(base / "model.onnx")
@@ -34,7 +34,7 @@ def write_adapter_layers(base: Path, out: Path, kind: str, n_parameters: int) ->
     out.mkdir(parents=True, exist_ok=True)
     for file in base.iterdir():
         if file.name != "model.onnx" and not (out / file.name).exists():
-            (out / file.name).symlink_to(file.resolve())
+            (out / file.name).hardlink_to(file)  # ONNX Runtime follows no symbolic link to weights
     ir.save(model, out / "model.onnx")
     return out
 

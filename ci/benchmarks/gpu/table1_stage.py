@@ -7,6 +7,8 @@ not. With a CUDA graph at the two smaller shapes.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from gpu.adapter_layers import PARAMETERS, write_adapter_layers
 from gpu.bundle import restore
 from gpu.models import GPT2_MEDIUM
@@ -56,23 +58,21 @@ def _candidates(stage: Stage, dtype: str, shape: tuple[int, int], *, capture: bo
         found.append(Candidate(f"{name}, one adapter", folders[name], 1, RANK))
         if batch > 1:
             found.append(Candidate(f"{name}, another in each row", folders[name], batch, RANK))
-    n_parameters = PARAMETERS.get(shape, 1000)
-    for kind in ("L", "H"):
-        out = stage.work / f"gpt2-adapter-{kind}-{n_parameters}-{dtype}"
-        write_adapter_layers(folders["base"], out, kind, n_parameters)
-        found.append(Candidate(f"Adapter-{kind}", out))
+    layers = {kind: _adapter_layers(stage, folders["base"], kind, shape) for kind in ("L", "H")}
+    found += [Candidate(f"Adapter-{kind}", folder) for kind, folder in layers.items()]
     if capture:
         found.append(Candidate("base, CUDA graph", folders["base"], cuda_graph=True))
         for name in ("attention", "all"):
             found.append(Candidate(f"{name}, one adapter, CUDA graph", folders[name], 1, RANK, cuda_graph=True))
-        found.append(
-            Candidate("Adapter-L, CUDA graph", stage.work / f"gpt2-adapter-L-{n_parameters}-{dtype}", cuda_graph=True)
-        )
+        found.append(Candidate("Adapter-L, CUDA graph", layers["L"], cuda_graph=True))
     return found
 
 
+def _adapter_layers(stage: Stage, base: Path, kind: str, shape: tuple[int, int]) -> Path:
+    n_parameters = 1000 if stage.small else PARAMETERS[shape]
+    return write_adapter_layers(base, stage.work / f"{base.name}-adapter-{kind}-{n_parameters}", kind, n_parameters)
+
+
 def _pairs(names: list[str]) -> list[tuple[str, str]]:
-    pairs = [(name, "base") for name in names if name != "base"]
-    return pairs + [
-        (name, "base, CUDA graph") for name in names if name.endswith(", CUDA graph") and name != "base, CUDA graph"
-    ]
+    captured = [name for name in names if name.endswith(", CUDA graph") and name != "base, CUDA graph"]
+    return [(name, "base") for name in names if name != "base"] + [(name, "base, CUDA graph") for name in captured]
