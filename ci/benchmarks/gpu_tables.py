@@ -41,7 +41,7 @@ def _where() -> str:
 
 def _parity() -> str:
     rows = []
-    for result in _all("parity", "parity-more"):
+    for result in _all("parity"):
         for name, check in result["checks"].items():
             report = check["report"]
             if report is None:
@@ -97,14 +97,16 @@ def _table1() -> list[str]:
         ("PEFT in PyTorch, attention", "PyTorch, attention, PEFT"),
         ("PyTorch, merged", "PyTorch, attention, merged"),
     ]
-    parts = [_races(title, columns, race["races"], label, "base") for race in _all("table1")]
+    columns += [(f"the paper's Adapter-{kind}", f"Adapter-{kind}") for kind in "LH"]
     captured = [
+        ("base", "base"),
         ("attention, one adapter", "attention, one adapter, CUDA graph"),
-        ("attention, another a row", "attention, another in each row, CUDA graph"),
         ("all linears, one adapter", "all, one adapter, CUDA graph"),
-        ("all linears, another a row", "all, another in each row, CUDA graph"),
+        ("the paper's Adapter-L", "Adapter-L, CUDA graph"),
     ]
-    for result in _all("table1-cuda-graph"):
+    parts = []
+    for result in _all("table1"):
+        parts.append(_races(title, columns, result["races"], label, "base"))
         parts.append(_races("With a CUDA graph:", captured, result["races"], label, "base, CUDA graph"))
     return parts
 
@@ -115,24 +117,36 @@ def _decode() -> list[str]:
         return f"{rows}, {race['new']} new on {race['past']}"
 
     columns = [
+        (shown, variant)
+        for variant, shown in [
+            ("base", "base"),
+            ("merged", "merged"),
+            ("one adapter", "one adapter"),
+            ("another in each row", "another in each row"),
+            ("base, CUDA graph", "base, CUDA graph"),
+            ("one adapter, CUDA graph", "one adapter, CUDA graph"),
+            ("builder, shared cache, CUDA graph", "GenAI's builder, CUDA graph"),
+            ("base, int4", "base, int4"),
+            ("one adapter, int4", "one adapter on int4"),
+            ("PyTorch, PEFT", "PEFT in PyTorch"),
+        ]
+    ]
+    title = (
+        "### A decoder's step: 1.24 B Llama shape, float16, all linears, r = 16\n\n"
+        "Ratios to the graph of GenAI's builder with a shared cache, without a CUDA graph:"
+    )
+    own = [
         ("merged", "merged"),
         ("no adapter", "no adapter"),
         ("one adapter", "one adapter"),
         ("another in each row", "another in each row"),
-        ("GenAI's builder, own cache", "builder, separate cache"),
-        ("GenAI's builder, shared cache", "builder, shared cache"),
-        ("PEFT in PyTorch", "PyTorch, PEFT"),
     ]
-    title = "### A decoder's step: 1.24 B Llama shape, float16, all linears, r = 16, ratios to the base"
-    parts = [_races(title, columns, result["races"], label, "base") for result in _all("decode")]
-    captured = [
-        ("base, CUDA graph", "base, CUDA graph"),
-        ("one adapter", "one adapter"),
-        ("one adapter, CUDA graph", "one adapter, CUDA graph"),
-        ("GenAI's builder, shared cache", "builder, shared cache"),
-    ]
-    for result in _all("decode-cuda-graph"):
-        parts.append(_races("With a CUDA graph, another run:", captured, result["races"], label, "base"))
+    captured = [("base", "base"), ("one adapter", "one adapter, CUDA graph")]
+    parts = []
+    for result in _all("decode"):
+        parts.append(_races(title, columns, result["races"], label, "builder, shared cache"))
+        parts.append(_races("Ratios to our own base:", own, result["races"], label, "base"))
+        parts.append(_races("With a CUDA graph:", captured, result["races"], label, "base, CUDA graph"))
     return parts
 
 

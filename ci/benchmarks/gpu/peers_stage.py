@@ -34,6 +34,7 @@ def run(stage: Stage) -> dict:
             runs, failed = candidate_runs(candidates, stage.provider, (batch, sequence, 0), 30522, sessions)
             runs["optimizer"] = encoder_run(session, stage.provider, batch, sequence)
             pairs = [(name, "optimizer") for name in runs if name != "optimizer"] + [("one adapter", "base")]
+            pairs.append(("one adapter, CUDA graph", "base, CUDA graph"))
             result = race(runs, pairs, stage.blocks)
             result |= {"dtype": dtype, "batch": batch, "sequence": sequence, "failed": failed}
             found["races"].append(result)

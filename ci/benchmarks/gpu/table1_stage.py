@@ -75,4 +75,5 @@ def _adapter_layers(stage: Stage, base: Path, kind: str, shape: tuple[int, int])
 
 def _pairs(names: list[str]) -> list[tuple[str, str]]:
     captured = [name for name in names if name.endswith(", CUDA graph") and name != "base, CUDA graph"]
-    return [(name, "base") for name in names if name != "base"] + [(name, "base, CUDA graph") for name in captured]
+    pairs = [(name, "base") for name in names if name != "base"]
+    return pairs + [(name, "base, CUDA graph") for name in ("base", *captured)]
