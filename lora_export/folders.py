@@ -10,6 +10,7 @@ import functools
 import glob
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,8 +177,15 @@ def own_temporary_folder() -> contextlib.AbstractContextManager[Path]:
 def workplace() -> Path:
     """A folder that is removed when the process ends, or by a later one if this one is killed."""
     until_the_end = contextlib.ExitStack()
-    atexit.register(until_the_end.close)
+    atexit.register(_closed_in_peace, until_the_end)
     return until_the_end.enter_context(own_temporary_folder())
+
+
+def _closed_in_peace(until_the_end: contextlib.ExitStack) -> None:
+    """The command has ended: Ctrl-C would only keep its folder there, with a traceback."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    until_the_end.close()
+    signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 
 def remove_own() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -209,3 +210,20 @@ def test_an_export_waits_until_an_adapter_is_added_to_the_one_it_replaces(tmp_pa
     _write(out, "new")
     assert ended.exists() and _contents(out) == {"new"} and not (out / "added").exists()
     os.waitpid(child, 0)
+
+
+_STRUCK = """
+import os, shutil, signal
+from lora_export import folders
+signal.signal(signal.SIGINT, signal.default_int_handler)
+place, remove = folders.workplace(), shutil.rmtree
+shutil.rmtree = lambda *given, **how: (os.kill(os.getpid(), signal.SIGINT), remove(*given, **how))
+print(place)
+"""
+
+
+def test_ctrl_c_while_the_process_ends_leaves_nothing(tmp_path):
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", _STRUCK], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
