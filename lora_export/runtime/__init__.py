@@ -21,6 +21,7 @@
     device_memory.py      buffers on the device, and rows picked from a table
     cache.py              a decoder's cache between runs
     batch.py              one batch: at once, or row by row
+    captured.py           one batch, captured in a CUDA graph and replayed
     adapter_file.py       an .onnx_adapter file
     invocation.py         where an activated LoRA is active
     sampling.py           how the next token is chosen

@@ -14,11 +14,12 @@ import numpy as np
 import onnxruntime as ort
 
 from lora_export.artifact import Manifest, read_manifest
-from lora_export.contract import SINGLE, data_file, graph_file, present_of
+from lora_export.contract import SINGLE, data_file, graph_file
 from lora_export.runtime.adapter_file import map_adapter, read_adapter, reader_of, require_fit, require_unchanged
 from lora_export.runtime.bank import Bank, RowAdapter, Shelf
-from lora_export.runtime.batch import mask_padded_classes, require_equal_rows, run_batch
-from lora_export.runtime.cache import Cache
+from lora_export.runtime.batch import BatchRun, mask_padded_classes, require_equal_rows, run_batch
+from lora_export.runtime.cache import Cache, output_names
+from lora_export.runtime.captured import CapturedRuns
 from lora_export.runtime.described import require_described
 from lora_export.runtime.host_inputs import completed_inputs
 from lora_export.runtime.inputs import Given, inputs_of
@@ -48,14 +49,14 @@ class AdapterSession:
         stop_spinning: Let the CPU's threads rest as soon as a run is over. By default they wait for the next one on
             the core for a while, which is best for one session and takes the cores from a second one.
         graph: Which graph of an export of several; `Seq2SeqSession` runs all of an encoder-decoder.
-        max_bytes: The most bytes of adapters in memory: those not used the longest are dropped, and read from their
-            files again when a run needs them. A `Residency` bounds several sessions together. None for no bound. On a
-            GPU, the bank that mixes are picked from has the same bound.
+        max_bytes: The most bytes of adapters in memory, and in a GPU's bank: those not used the longest are dropped,
+            and read from their files again when a run needs them. A `Residency` bounds several sessions together.
         map_adapters: Map the adapters' files, which then take no memory of their own. Others may take their place, but
             they must not be written into.
+        cuda_graph: Capture each shape of a batch in a CUDA graph and replay it: see `CapturedRuns`. One run at a time.
 
     Raises:
-        UsageProblem: The export has no such graph, or it has several and none is named.
+        UsageProblem: The export has no such graph, it has several and none is named, or it cannot be captured.
         InputRefused: The folder is no export, its manifest does not describe its graph, or an adapter file is not the
             one that was exported.
         EnvironmentUnusable: The provider is not usable.
@@ -71,6 +72,7 @@ class AdapterSession:
         graph: str | None = None,
         max_bytes: int | Residency | None = None,
         map_adapters: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
@@ -78,8 +80,9 @@ class AdapterSession:
         self.graph = graph or SINGLE
         choice = choose_provider(provider)
         self.provider, self.provider_reason = choice.name, choice.reason
-        path = self.folder / graph_file(self.graph)
-        self.session = open_session(path, self.provider, n_threads=n_threads, stop_spinning=stop_spinning)
+        how = {"n_threads": n_threads, "stop_spinning": stop_spinning, "cuda_graph": cuda_graph}
+        self.session = open_session(self.folder / graph_file(self.graph), self.provider, **how)
+        self._captured = CapturedRuns(self.session, self.contract, choice) if cuda_graph else None
         require_described(self.session, self.contract, self.folder, graph=self.graph)
         merged = tuple(record.name for record in self.manifest.adapters if not record.files)
         defaults = stored_defaults(self.folder / data_file(self.graph), self.contract)
@@ -194,12 +197,16 @@ class AdapterSession:
         bank = self.bank
         rows = bank.rows(adapters, len(next(iter(inputs.values()))))
         require_equal_rows(inputs, rows)
-        names = list(outputs or self._output_names(cache))
+        names = list(outputs or output_names(self.contract, cache))
         fed = bank.with_gate(inputs, rows, n_past=n_cached or 0)
         with told_if_too_long(fed, self.folder):
-            results = run_batch(self.session, bank, fed, rows=rows, names=names, cache=cache)
+            results = self.run_batch(bank, BatchRun(fed, rows, names, cache))
         mask_padded_classes(results, self.contract, bank.classes(rows))
         return results
+
+    def run_batch(self, bank: Bank, asked: BatchRun) -> dict[str, np.ndarray]:
+        """As `batch.run_batch`, captured and replayed if this session does so."""
+        return self._captured.run(bank, asked) if self._captured else run_batch(self.session, bank, asked)
 
     def generate(
         self,
@@ -215,11 +222,9 @@ class AdapterSession:
     ) -> list[Generated]:
         """Go on with prompts, each with its own adapter; a decoder only.
 
-        A text goes on with the adapters that are loaded when the call starts.
-
         Args:
             prompts: Texts, token ids, or messages for the chat template, also mixed. Ids need no tokenizer.
-            adapters: As in `run`.
+            adapters: As in `run`, of those that are loaded when the call starts.
             sampling: How tokens are chosen; greedily by default.
             stop: Texts that end a text, in which they are left out.
             eos_ids: Tokens that end a text; by default those of each row's own settings (`end_tokens_in`).
@@ -258,10 +263,6 @@ class AdapterSession:
             UsageProblem: The graph has no cache.
         """
         return Cache(self.contract, self.provider, batch, longest=longest)
-
-    def _output_names(self, cache: Cache | None) -> list[str]:
-        held = set() if cache is None else {present_of(spec.name) for spec in self.contract.past}
-        return [spec.name for spec in self.contract.outputs if spec.name not in held]
 
     def bind_adapters(self, binding: ort.IOBinding, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> None:
         """Bind the adapters of a batch to `binding`, for hosts that bind inputs and outputs themselves.

@@ -114,7 +114,12 @@ class Bank:
     def lent(self, rows: tuple[RowSpec, ...]) -> Iterator[Values]:
         """As `stacked`, on the device, for one run: they stay as they are until it is over."""
         with self.compositions.of(rows) as values:
-            yield {**self._on_device_defaults, **values} if self.contract.adapter_inputs_required else values
+            yield {**self.constant_inputs, **values} if self.contract.adapter_inputs_required else values
+
+    @property
+    def constant_inputs(self) -> Values:
+        """The adapter inputs that a run needs whatever it runs, at their defaults on the device."""
+        return self._on_device_defaults if self.contract.adapter_inputs_required else {}
 
     def values(self, rows: tuple[RowSpec, ...]) -> Values:
         """Every adapter input but the gate on the device, at its default too, in memory that nobody changes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
@@ -15,24 +16,29 @@ from lora_export.runtime.cache import Cache
 from lora_export.runtime.stacking import RowSpec
 
 
-def run_batch(
-    session: ort.InferenceSession,
-    bank: Bank,
-    inputs: Mapping[str, np.ndarray],
-    *,
-    rows: tuple[RowSpec, ...],
-    names: Sequence[str],
-    cache: Cache | None = None,
-) -> dict[str, np.ndarray]:
-    """The outputs `names` of a batch.
+@dataclass(frozen=True)
+class BatchRun:
+    """What is asked of a graph for one batch.
 
-    Args:
+    Attributes:
         inputs: All of the graph's inputs but its adapters', `[batch, …]`, and its past where `cache` holds that.
         rows: What each row runs; one entry serves every row.
+        names: The outputs that are asked for.
+        cache: The past of these rows, which the run adds its tokens to.
     """
+
+    inputs: Mapping[str, np.ndarray]
+    rows: tuple[RowSpec, ...]
+    names: Sequence[str]
+    cache: Cache | None = None
+
+
+def run_batch(session: ort.InferenceSession, bank: Bank, asked: BatchRun) -> dict[str, np.ndarray]:
+    """The outputs of a batch by name."""
+    inputs, rows, cache = asked.inputs, asked.rows, asked.cache
     n_rows = len(next(iter(inputs.values())))
     if n_rows == 1 or not _goes_on_with_several(inputs, bank.contract):
-        return _run(session, bank, inputs, rows=rows, names=names, cache=cache)
+        return _run(session, bank, asked)
     parts = [None] * n_rows if cache is None else cache.by_row()
     found = []
     for row, part in enumerate(parts):
@@ -40,10 +46,10 @@ def run_batch(
             name: array[row : row + 1] if array.ndim and len(array) == n_rows else array
             for name, array in inputs.items()
         }
-        found.append(_run(session, bank, own, rows=(rows[row % len(rows)],), names=names, cache=part))
+        found.append(_run(session, bank, BatchRun(own, (rows[row % len(rows)],), asked.names, part)))
     if cache is not None:
         cache.length = parts[0].length
-    return {name: np.concatenate([each[name] for each in found]) for name in names}
+    return {name: np.concatenate([each[name] for each in found]) for name in asked.names}
 
 
 def _goes_on_with_several(inputs: Mapping[str, np.ndarray], contract: GraphContract) -> bool:
@@ -53,22 +59,14 @@ def _goes_on_with_several(inputs: Mapping[str, np.ndarray], contract: GraphContr
     return inputs["attention_mask"].shape[1] > inputs["input_ids"].shape[1]
 
 
-def _run(
-    session: ort.InferenceSession,
-    bank: Bank,
-    inputs: Mapping[str, np.ndarray],
-    *,
-    rows: tuple[RowSpec, ...],
-    names: Sequence[str],
-    cache: Cache | None,
-) -> dict[str, np.ndarray]:
+def _run(session: ort.InferenceSession, bank: Bank, asked: BatchRun) -> dict[str, np.ndarray]:
     # Held until the run is over: on the CPU a binding reads the arrays' own memory.
-    given = {name: to_ort_value(array, bank.provider) for name, array in inputs.items()}
-    with bank.lent(rows) as lent:
+    given = {name: to_ort_value(array, bank.provider) for name, array in asked.inputs.items()}
+    with bank.lent(asked.rows) as lent:
         values = {**lent, **given}  # a host may feed an adapter input itself
-        if cache is None:
-            return run_values(session, values, names)
-        return cache.run(session, values, names, n_new=inputs["input_ids"].shape[1])
+        if asked.cache is None:
+            return run_values(session, values, asked.names)
+        return asked.cache.run(session, values, asked.names, n_new=asked.inputs["input_ids"].shape[1])
 
 
 def require_equal_rows(inputs: Mapping[str, np.ndarray], rows: Sequence[RowSpec]) -> None:

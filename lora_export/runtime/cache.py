@@ -36,6 +36,7 @@ class Cache:
         self._is_shared = contract.cache_layout is CacheLayout.TOKENS
         n_slots = longest if self._is_shared else 0
         self._values = {spec.name: _zeros(spec, batch, n_slots, provider=provider) for spec in contract.past}
+        self._addresses = tuple(value.data_ptr() for value in self._values.values()) if self._is_shared else ()
         # The rows of the values that this cache is of.
         self._first_row = 0
 
@@ -63,23 +64,40 @@ class Cache:
         Raises:
             UsageProblem: There is no room for them.
         """
-        if self.length + n_new > self.longest:
-            raise UsageProblem(
-                "The cache has no room for the new tokens",
-                expected=f"at most {self.longest} tokens a row, padding included",
-                found=f"{self.length} and {n_new} new ones",
-            )
+        self.require_room(n_new)
         binding = session.io_binding()
         for name in names:
             binding.bind_output(name)
-        for spec in self._past:
-            self._bind(binding, spec)
+        self.bind(binding)
         results = run_bound(session, binding, values, names=names)
         self.length += n_new
         if not self._is_shared:
             present = binding.get_outputs()[len(names) :]
             self._values = {spec.name: value for spec, value in zip(self._past, present, strict=True)}
         return results
+
+    def require_room(self, n_new: int) -> None:
+        """Refuse more new tokens a row than there is room for.
+
+        Raises:
+            UsageProblem: There is no room for them.
+        """
+        if self.length + n_new > self.longest:
+            raise UsageProblem(
+                "The cache has no room for the new tokens",
+                expected=f"at most {self.longest} tokens a row, padding included",
+                found=f"{self.length} and {n_new} new ones",
+            )
+
+    @property
+    def address(self) -> tuple[int, ...]:
+        """Where a shared buffer's rows lie: those at the same addresses are bound alike."""
+        return (*self._addresses, self._first_row, self.batch, self.longest)
+
+    def bind(self, binding: ort.IOBinding) -> None:
+        """Bind past and present of the next run."""
+        for spec in self._past:
+            self._bind(binding, spec)
 
     def _bind(self, binding: ort.IOBinding, spec: TensorSpec) -> None:
         value, present = self._values[spec.name], present_of(spec.name)
@@ -93,6 +111,12 @@ class Cache:
         where = (self._provider, 0, onnx_element_type(spec.dtype), shape, place)
         binding.bind_input(spec.name, *where)
         binding.bind_output(present, *where)
+
+
+def output_names(contract: GraphContract, cache: Cache | None) -> list[str]:
+    """The outputs of a run but those that `cache` keeps."""
+    held = set() if cache is None else {present_of(spec.name) for spec in contract.past}
+    return [spec.name for spec in contract.outputs if spec.name not in held]
 
 
 def with_room(inputs: Mapping[str, np.ndarray], contract: GraphContract) -> dict[str, np.ndarray]:

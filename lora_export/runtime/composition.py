@@ -103,16 +103,21 @@ class Compositions:
         """The inputs of `rows` in memory of their own, which no later composition changes."""
         if (one := _only_adapter(rows)) is not None:
             return self._as_held(one, rows[0])
-        stack = self._new_stack()
+        stack = self.new_stack()
         stack.write(rows)
         return stack.values
 
-    def _new_stack(self) -> Stack:
+    def new_stack(self, heads_on: str | None = None) -> Stack:
+        """A stack that nobody else has.
+
+        Args:
+            heads_on: The device of what is put together on the host; by default that of all else.
+        """
         if self._bank is None:
             return Stack([HostRows(self._contract, self._provider, self._defaults)])
         parts: list[HostRows | DeviceRows] = [DeviceRows(self._bank)]
         if any(map(is_head, self._contract.adapter_inputs)):
-            heads = HostRows(self._contract, self._provider, self._defaults, is_mine=is_head)
+            heads = HostRows(self._contract, heads_on or self._provider, self._defaults, is_mine=is_head)
             parts.insert(0, heads)  # what they refuse must not enter the bank
         return Stack(parts)
 
@@ -159,7 +164,7 @@ class Compositions:
         idle = [each for each in self._stacks if not each.n_users]
         best = max(idle, key=lambda each: each.n_common(rows), default=None)
         if best is None or (not best.n_common(rows) and len(idle) < _IDLE_STACKS):
-            best = self._new_stack()
+            best = self.new_stack()
         else:
             self._stacks.remove(best)
         self._stacks.append(best)

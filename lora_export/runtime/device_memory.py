@@ -30,6 +30,33 @@ def word_of(row_bytes: int) -> np.dtype:
     return next(word for word in _WORDS if row_bytes % word.itemsize == 0)
 
 
+# What gives a part of a buffer as a value, from its first byte, shape and ONNX Runtime's element type.
+Views = Callable[[int, Sequence[int], type | int], ort.OrtValue]
+
+
+def allocate(n_bytes: int, provider: str) -> ort.OrtValue:
+    """A buffer of `n_bytes`, more than 0, of any content, on `provider`'s device."""
+    return ort.OrtValue.ortvalue_from_shape_and_type([n_bytes], np.uint8, provider, 0)
+
+
+def views_of(memory: ort.OrtValue, provider: str, session: ort.InferenceSession) -> Views:
+    """Parts of `memory`, which keep it alive.
+
+    Args:
+        session: Any that runs on `provider`: ONNX Runtime makes a value of an address for a binding only.
+    """
+    binding, start = session.io_binding(), memory.data_ptr()
+    name = session.get_outputs()[0].name
+
+    def view(first_byte: int, shape: Sequence[int], element_type: type | int) -> ort.OrtValue:
+        binding.bind_output(name, provider, 0, element_type, shape, start + first_byte)
+        (value,) = binding.get_outputs()
+        value.memory = memory  # which the value itself does not own
+        return value
+
+    return view
+
+
 class DeviceMemory:
     """Buffers on `provider`'s device; not for several threads at a time."""
 
@@ -38,23 +65,12 @@ class DeviceMemory:
         self._sessions: dict[np.dtype, ort.InferenceSession] = {}
 
     def allocate(self, n_bytes: int) -> ort.OrtValue:
-        """A buffer of `n_bytes`, more than 0, of any content."""
-        return ort.OrtValue.ortvalue_from_shape_and_type([n_bytes], np.uint8, self._provider, 0)
+        """As `allocate`."""
+        return allocate(n_bytes, self._provider)
 
-    def views(self, memory: ort.OrtValue) -> Callable[[int, Sequence[int], type | int], ort.OrtValue]:
-        """What gives a part of `memory` as a value, from its first byte, shape and ONNX Runtime's element type.
-
-        The values keep `memory` alive.
-        """
-        binding, start = self._session(next(iter(_WORDS))).io_binding(), memory.data_ptr()
-
-        def view(first_byte: int, shape: Sequence[int], element_type: type | int) -> ort.OrtValue:
-            binding.bind_output("rows", self._provider, 0, element_type, shape, start + first_byte)
-            (value,) = binding.get_outputs()
-            value.memory = memory  # which the value itself does not own
-            return value
-
-        return view
+    def views(self, memory: ort.OrtValue) -> Views:
+        """As `views_of`."""
+        return views_of(memory, self._provider, self._session(next(iter(_WORDS))))
 
     def gather(
         self, *, table: ort.OrtValue, row_bytes: int, places: ort.OrtValue, n: int, target: int, first: int = 0

@@ -20,7 +20,7 @@ import numpy as np
 from lora_export.contract import GATE_INPUT, LOGITS_TO_KEEP, CacheLayout, GraphContract, present_of
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.arrays import numpy_dtype
-from lora_export.runtime.batch import mask_padded_classes, run_batch
+from lora_export.runtime.batch import BatchRun, mask_padded_classes
 from lora_export.runtime.cache import Cache
 from lora_export.runtime.host_inputs import completed_inputs, empty
 from lora_export.runtime.stacking import RowSpec
@@ -96,7 +96,7 @@ class RowCache(ABC):
         same = (rows[0],) if len(set(rows)) == 1 else tuple(rows)
         inputs = _inputs(session.contract, new, lengths, past=arrays)
         names = ["logits", *map(present_of, arrays)]
-        results = run_batch(session.session, bank, inputs, rows=same, names=names, cache=cache)
+        results = session.run_batch(bank, BatchRun(inputs, same, names, cache))
         mask_padded_classes(results, session.contract, bank.classes(same))
         return results
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from lora_export.errors import EnvironmentUnusable
+from lora_export.errors import EnvironmentUnusable, UsageProblem
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Operators whose place decides the latency; shape arithmetic belongs on the CPU and may stay there.
@@ -122,6 +122,7 @@ def open_session(
 
     Raises:
         EnvironmentUnusable: The session would not run on `provider`, or its compute would not.
+        UsageProblem: ONNX Runtime cannot capture the graph.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -146,6 +147,15 @@ def open_session(
             where=str(weights or graph),
             found=str(error),
             next_step="run it where it was fused for (--provider), or export with --dtype float32",
+        ) from error
+    except ort.capi.onnxruntime_pybind11_state.Fail as error:
+        if not cuda_graph or "graph capture" not in str(error):
+            raise
+        raise UsageProblem(
+            "ONNX Runtime cannot capture this graph in a CUDA graph",
+            where="cuda_graph",
+            found=str(error),
+            next_step="leave out cuda_graph",
         ) from error
     if provider == "cuda":
         _require_on_gpu(session)

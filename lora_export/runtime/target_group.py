@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lora_export.contract import DECODER, DECODER_WITH_PAST, ENCODER, PAST, PRESENT, present_of
-from lora_export.runtime.batch import mask_padded_classes, run_batch
+from lora_export.runtime.batch import BatchRun, mask_padded_classes, run_batch
 from lora_export.runtime.sampling import Sampler, require_finite
 from lora_export.runtime.scheduler import Finish, Request, Token
 from lora_export.runtime.seq2seq_session import Seq2SeqSession
@@ -140,7 +140,7 @@ class Group:
         bank, rows = session.bank, tuple(target.rows[graph] for target in self.targets)
         rows = rows[:1] if len(set(rows)) == 1 else rows
         names = [spec.name for spec in session.contract.outputs]
-        results = run_batch(session.session, bank, inputs, rows=rows, names=names)
+        results = run_batch(session.session, bank, BatchRun(inputs, rows, names))
         mask_padded_classes(results, session.contract, bank.classes(rows))
         return results
 

@@ -12,7 +12,7 @@ import gpu_tables
 import numpy as np
 import onnx_ir as ir
 import pytest
-from gpu import plan, swaps_stage
+from gpu import captured_stage, plan, swaps_stage
 from gpu.adapter_layers import write_adapter_layers
 from gpu.attention_stage import FORMS, _heads_first, _run
 from gpu.bundle import Writer, restore
@@ -110,6 +110,19 @@ def test_swaps_are_rehearsed(exported, tmp_path):
     found = swaps_stage.run(Stage("swaps", tmp_path / "bundle", tmp_path, tmp_path, "cpu", 6, small=True))
     assert found["inputs_that_differ"] == [] and found["median_us"]["a new composition of all rows"] > 0
     assert json.loads((tmp_path / "gpu-swaps.json").read_text())["median_us"]
+
+
+def test_captured_sessions_are_rehearsed(exported, exports, tmp_path):
+    """Both sessions without a CUDA graph here, so with the same outputs."""
+    writer = Writer(tmp_path / "bundle")
+    writer.add_export(exported[0], "llama-all-float16", real=False)
+    writer.add_export(exports["bert-dynamic"], "encoder-dynamic-float16", real=False)
+    writer.close()
+    found = captured_stage.run(Stage("captured", tmp_path / "bundle", tmp_path, tmp_path, "cpu", 6, small=True))
+    assert not found["failed"] and len(found["steps"]) == 2
+    for each in (*found["encoder"].values(), *found["steps"].values()):
+        assert each["largest difference"] < 1e-4
+    assert found["encoder"]["2 × 6"]["between the adapters"] > 1e-3
 
 
 def test_the_forms_of_attention_agree(tmp_path):

@@ -38,6 +38,7 @@ STAGES = (
     StageEntry("table1", 5, "the LoRA paper's table 1: GPT-2 medium, with PyTorch beside it"),
     StageEntry("decode", 4, "a step of the 1.24 B Llama shape, with GenAI's builder and PyTorch beside it"),
     StageEntry("swaps", 1, "a swap, and a new composition of 32 rows"),
+    StageEntry("captured", 2, "AdapterSession with a CUDA graph beside one without: outputs, swaps, steps"),
     StageEntry("peers", 2, "an encoder beside ONNX Runtime's own optimizer"),
     StageEntry("pairs", 2, "a linear with its pair in the forms that a graph could hold"),
     StageEntry("attention", 2, "one attention in five forms"),
