@@ -16,7 +16,7 @@ _NOTHING = "–"
 
 def tables() -> str:
     """All tables as Markdown; what has no result yet is said to be owed."""
-    parts = [_where(), _parity(), *_table1(), *_decode(), _encoders(), _swaps(), *_attention(), _pairs()]
+    parts = [_where(), _parity(), *_table1(), *_decode(), _encoders(), _swaps(), *_captured(), *_attention(), _pairs()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -169,6 +169,26 @@ def _swaps() -> str:
     each = f"{found['tensors']} tensors, {found['bytes_of_an_adapter'] / 1e6:.0f} MB"
     title = f"### Changing adapters of the Llama shape: {each} each, 32 rows"
     return f"{title}\n\n" + table(("", "ms"), rows)
+
+
+def _captured() -> list[str]:
+    """`AdapterSession.run` without and with `cuda_graph`, where a GPU has run it."""
+    parts = []
+    for found in _all("captured"):
+        ways = ("one adapter", "another adapter at every run", "an adapter for each row")
+        columns = [f"{way}, {how}" for way in ways for how in ("plain", "CUDA graph")]
+        rows = []
+        for name, result in found["encoder"].items():
+            times = [result.get(f"{how}, {way}, µs") for way in ways for how in ("plain", "CUDA graph")]
+            shown = [_NOTHING if us is None else f"{us / 1e3:.2f}" for us in times]
+            rows.append((name, *shown, f"{result['largest difference']:.2g}"))
+        title = "### AdapterSession with a CUDA graph: an encoder (MiniLM, float16), ms a run"
+        parts.append(f"{title}\n\n" + table(("", *columns, "largest difference"), rows))
+        keys = ("plain, a step, ms", "CUDA graph, a step, ms", "largest difference", "same tokens, share")
+        steps = [(name, *(f"{result[key]:.2g}" for key in keys)) for name, result in found["steps"].items()]
+        title = "AdapterSession with a CUDA graph: steps of the Llama shape, one adapter, swapped half way:"
+        parts.append(f"{title}\n\n" + table(("", "plain, ms", "CUDA graph, ms", *keys[2:]), steps))
+    return parts
 
 
 def _attention() -> list[str]:

@@ -112,7 +112,7 @@ def test_swaps_are_rehearsed(exported, tmp_path):
     assert json.loads((tmp_path / "gpu-swaps.json").read_text())["median_us"]
 
 
-def test_captured_sessions_are_rehearsed(exported, exports, tmp_path):
+def test_captured_sessions_are_rehearsed(exported, exports, tmp_path, monkeypatch):
     """Both sessions without a CUDA graph here, so with the same outputs."""
     writer = Writer(tmp_path / "bundle")
     writer.add_export(exported[0], "llama-all-float16", real=False)
@@ -123,6 +123,9 @@ def test_captured_sessions_are_rehearsed(exported, exports, tmp_path):
     for each in (*found["encoder"].values(), *found["steps"].values()):
         assert each["largest difference"] < 1e-4
     assert found["encoder"]["2 × 6"]["between the adapters"] > 1e-3
+    monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path)
+    encoders, steps = gpu_tables._captured()
+    assert "| 2 × 6 |" in encoders and "| 8 rows on 5 |" in steps
 
 
 def test_the_forms_of_attention_agree(tmp_path):

@@ -29,13 +29,13 @@ _RANKS = {"encoder-dynamic-float16": 8, "llama-all-float16": 16}
 def run(stage: Stage) -> dict:
     """Outputs' differences and times, by export and shape."""
     found: dict = {"encoder": {}, "steps": {}, "failed": {}}
-    plain, captured = _sessions(stage, "encoder-dynamic-float16")
-    for shape in ((2, 6),) if stage.small else _SHAPES:
-        name = "{} × {}".format(*shape)
-        with noted(found["failed"], f"encoder, {name}"):
+    with noted(found["failed"], "encoder"):
+        plain, captured = _sessions(stage, "encoder-dynamic-float16")
+        for shape in ((2, 6),) if stage.small else _SHAPES:
+            name = "{} × {}".format(*shape)
             found["encoder"][name] = _encoder(plain, captured, shape, 3 if stage.small else 200)
             stage.say(f"encoder, {name}", [f"  {key}: {value:.4g}" for key, value in found["encoder"][name].items()])
-        stage.save(found)
+            stage.save(found)
     with noted(found["failed"], "steps"):
         plain, captured = _sessions(stage, "llama-all-float16")
         for rows in _ROWS:
