@@ -76,7 +76,9 @@ def _load_with_peft(folder: AdapterFolder, base: torch.nn.Module) -> torch.nn.Mo
             # A start that changes the base needs its weights: repeated when the pair is folded or packed.
             config.init_lora_weights = True
         try:
-            model = PeftModel.from_pretrained(base, folder.path, config=config, low_cpu_mem_usage=True).eval()
+            # Where PyTorch has a GPU, PEFT would put the adapter there, and the base stays here.
+            options = {"low_cpu_mem_usage": True, "torch_device": "cpu"}
+            model = PeftModel.from_pretrained(base, folder.path, config=config, **options).eval()
         except RuntimeError as error:
             refuse_other_sizes(str(error), folder, _check_base(folder))
             raise

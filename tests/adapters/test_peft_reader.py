@@ -296,3 +296,11 @@ def test_a_pickle_beside_the_safetensors_is_ignored(adapters, own, llama):
     (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
     assert len(read(folder, llama).lora) == 4
     shutil.rmtree(folder)
+
+
+def test_an_adapter_is_read_on_the_cpu_where_there_is_a_gpu_too(adapters, llama, monkeypatch):
+    """PEFT puts what it reads onto the device that it finds; "meta" stands in for a GPU."""
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: "meta")
+    adapter = read(adapters["chat"], llama)
+    pairs = [tensor for pair in adapter.lora.values() for tensor in (pair.a, pair.b)]
+    assert pairs and {tensor.device.type for tensor in pairs} == {"cpu"}

@@ -12,6 +12,9 @@ import torch
 from lora_export.base.weightless import vocabulary_tables
 from lora_export.reading import read_json
 
+# PEFT would read a file onto a GPU where there is one; the reference's model goes where the check runs.
+_READ_ON = "cpu"
+
 
 @dataclass(frozen=True)
 class TrainedAdapter:
@@ -31,7 +34,7 @@ def with_one(model: torch.nn.Module, adapter: TrainedAdapter) -> torch.nn.Module
     config = PeftConfig.from_pretrained(adapter.path)
     if adapter.residual_base:
         config.init_lora_weights = True  # what its start takes off is off already
-    loaded = PeftModel.from_pretrained(model, adapter.path, config=config)
+    loaded = PeftModel.from_pretrained(model, adapter.path, config=config, torch_device=_READ_ON)
     if adapter.convert_rank is None:
         return loaded
     config, state = convert_to_lora(loaded, adapter.convert_rank)
@@ -46,9 +49,9 @@ def with_several(model: torch.nn.Module, adapters: Sequence[TrainedAdapter]) -> 
     from peft.tuners.lora import LoraLayer
 
     names = [f"a{index}" for index in range(len(adapters))]
-    loaded = PeftModel.from_pretrained(model, adapters[0].path, adapter_name=names[0])
+    loaded = PeftModel.from_pretrained(model, adapters[0].path, adapter_name=names[0], torch_device=_READ_ON)
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
-        loaded.load_adapter(adapter.path, adapter_name=name)
+        loaded.load_adapter(adapter.path, adapter_name=name, torch_device=_READ_ON)
     loaded.base_model.set_adapter(names)
     for layer in filter(lambda module: isinstance(module, LoraLayer), loaded.modules()):
         for name, adapter in zip(names, adapters, strict=True):
