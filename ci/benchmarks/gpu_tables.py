@@ -39,6 +39,12 @@ def _where() -> str:
     )
 
 
+def _made(result: dict) -> str:
+    """When a result was taken, and of which commit's exports."""
+    started, commit = result["environment"]["started_at"], result["bundle_commit"]
+    return f"\n\nTaken on {started[:10]}, of exports of commit {commit[:7]}."
+
+
 def _parity() -> str:
     rows = []
     for result in _all("parity"):
@@ -53,7 +59,8 @@ def _parity() -> str:
             rows.append((name, f"{report['verdict']}, {cases} cases", *shown))
     rows = list({row[0]: row for row in rows}.values())
     columns = ("`check` on CUDA", "verdict", "largest relative error", "largest ÷ PyTorch's rounding")
-    return "### Parity with unmerged PEFT\n\n" + table(columns, sorted(rows))
+    made = "".join(map(_made, _all("parity")))
+    return f"### Parity with unmerged PEFT{made}\n\n" + table(columns, sorted(rows))
 
 
 def _values(report: dict, measure: str) -> Iterator[float]:
@@ -99,14 +106,12 @@ def _table1() -> list[str]:
     ]
     columns += [(f"the paper's Adapter-{kind}", f"Adapter-{kind}") for kind in "LH"]
     captured = [
-        ("base", "base"),
         ("attention, one adapter", "attention, one adapter, CUDA graph"),
         ("all linears, one adapter", "all, one adapter, CUDA graph"),
         ("the paper's Adapter-L", "Adapter-L, CUDA graph"),
     ]
-    parts = []
-    for result in _all("table1"):
-        parts.append(_races(title, columns, result["races"], label, "base"))
+    parts = [_races(title + _made(result), columns, result["races"], label, "base") for result in _all("table1")]
+    for result in _all("table1", "table1-cuda-graph"):
         parts.append(_races("With a CUDA graph:", captured, result["races"], label, "base, CUDA graph"))
     return parts
 
@@ -132,7 +137,7 @@ def _decode() -> list[str]:
         ]
     ]
     title = (
-        "### A decoder's step: 1.24 B Llama shape, float16, all linears, r = 16\n\n"
+        "### A decoder's step: 1.24 B Llama shape, float16, all linears, r = 16{}\n\n"
         "Ratios to the graph of GenAI's builder with a shared cache, without a CUDA graph:"
     )
     own = [
@@ -144,7 +149,7 @@ def _decode() -> list[str]:
     captured = [("base", "base"), ("one adapter", "one adapter, CUDA graph")]
     parts = []
     for result in _all("decode"):
-        parts.append(_races(title, columns, result["races"], label, "builder, shared cache"))
+        parts.append(_races(title.format(_made(result)), columns, result["races"], label, "builder, shared cache"))
         parts.append(_races("Ratios to our own base:", own, result["races"], label, "base"))
         parts.append(_races("With a CUDA graph:", captured, result["races"], label, "base, CUDA graph"))
     return parts
@@ -159,15 +164,21 @@ def _encoders() -> str:
         ("one adapter, CUDA graph", "one adapter, CUDA graph"),
     ]
     title = "### An encoder beside ONNX Runtime's own optimizer: MiniLM, all linears, r = 8, ratios to that graph"
-    races = _read("peers")["races"]
-    return _races(title, columns, races, lambda r: f"{r['dtype']}, {r['batch']} × {r['sequence']}", "optimizer")
+    found = _read("peers")
+    return _races(
+        title + _made(found),
+        columns,
+        found["races"],
+        lambda r: f"{r['dtype']}, {r['batch']} × {r['sequence']}",
+        "optimizer",
+    )
 
 
 def _swaps() -> str:
     found = _read("swaps")
     rows = [(name, f"{us / 1e3:.2f}") for name, us in found["median_us"].items()]
     each = f"{found['tensors']} tensors, {found['bytes_of_an_adapter'] / 1e6:.0f} MB"
-    title = f"### Changing adapters of the Llama shape: {each} each, 32 rows"
+    title = f"### Changing adapters of the Llama shape: {each} each, 32 rows{_made(found)}"
     return f"{title}\n\n" + table(("", "ms"), rows)
 
 

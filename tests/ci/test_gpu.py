@@ -46,10 +46,26 @@ def test_every_stage_is_listed_with_its_module():
 
 def test_a_stage_is_owed_until_a_gpu_has_run_it(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "RESULTS", tmp_path)
-    assert plan.owed() == [stage.name for stage in plan.STAGES]
-    for name, provider in (("decode", "cuda"), ("swaps", "cpu")):
+    assert list(plan.owed()) == [stage.name for stage in plan.STAGES]
+    for name, provider in (("attention", "cuda"), ("swaps", "cpu")):
         (tmp_path / f"gpu-{name}.json").write_text(json.dumps({"environment": {"provider": provider}}))
-    assert "decode" not in plan.owed() and "swaps" in plan.owed()
+    assert "attention" not in plan.owed() and plan.owed()["swaps"] == "no result of a GPU"
+
+
+def test_a_stage_is_owed_again_when_the_graphs_changed(tmp_path, monkeypatch):
+    git = ["git", "log", "-2", "--format=%H", "--", "lora_export/graph"]
+    commits = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if len(commits) < 2:
+        pytest.skip("no history here")
+    monkeypatch.setattr(plan, "RESULTS", tmp_path)
+    made = {"decode": commits[0], "swaps": commits[1], "attention": commits[1], "peers": "0" * 40}
+    for name, commit in made.items():
+        result = {"environment": {"provider": "cuda"}, "bundle_commit": commit}
+        (tmp_path / f"gpu-{name}.json").write_text(json.dumps(result))
+    found = plan.owed()
+    assert "decode" not in found and "attention" not in found
+    assert found["swaps"] == "1 changes of the graphs since its exports were made"
+    assert found["peers"] == "its exports were made at 0000000, which this history lacks"
 
 
 @pytest.fixture(scope="module")

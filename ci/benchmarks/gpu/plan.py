@@ -25,11 +25,16 @@ _SECONDS = 480
 
 @dataclass(frozen=True)
 class StageEntry:
-    """A stage: its name, expected minutes on a data centre's GPU, and what it answers."""
+    """A stage: its name, expected minutes on a data centre's GPU, and what it answers.
+
+    Attributes:
+        of_exports: Whether it measures exports, and so is owed again when their graphs change.
+    """
 
     name: str
     minutes: float
     answers: str
+    of_exports: bool = True
 
 
 STAGES = (
@@ -40,20 +45,34 @@ STAGES = (
     StageEntry("swaps", 1, "a swap, and a new composition of 32 rows"),
     StageEntry("captured", 2, "AdapterSession with a CUDA graph beside one without: outputs, swaps, steps"),
     StageEntry("peers", 2, "an encoder beside ONNX Runtime's own optimizer"),
-    StageEntry("pairs", 2, "a linear with its pair in the forms that a graph could hold"),
-    StageEntry("attention", 2, "one attention in five forms"),
+    StageEntry("pairs", 2, "a linear with its pair in the forms that a graph could hold", of_exports=False),
+    StageEntry("attention", 2, "one attention in five forms", of_exports=False),
 )
 
 
-def owed() -> list[str]:
-    """The stages without a result of a CUDA device."""
-    found = []
+def owed() -> dict[str, str]:
+    """The stages without a result of a CUDA device, or with one of older graphs, and why."""
+    found = {}
     for stage in STAGES:
         path = RESULTS / f"gpu-{stage.name}.json"
         known = json.loads(path.read_text()) if path.exists() else {}
         if known.get("environment", {}).get("provider") != "cuda":
-            found.append(stage.name)
+            found[stage.name] = "no result of a GPU"
+        elif stage.of_exports and (why := _is_older(known.get("bundle_commit", ""))):
+            found[stage.name] = why
     return found
+
+
+def _is_older(commit: str) -> str:
+    """Why a result of exports made at `commit` is not one of today's graphs; empty where it is, or git is not there."""
+    command = ["git", "rev-list", "--count", f"{commit}..HEAD", "--", "lora_export/graph"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    if done.returncode:
+        return f"its exports were made at {commit[:7] or 'no commit'}, which this history lacks"
+    return f"{done.stdout.strip()} changes of the graphs since its exports were made" if int(done.stdout) else ""
 
 
 def run_stage(name: str, given: argparse.Namespace) -> int:
@@ -92,7 +111,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", choices=[*(stage.name for stage in STAGES), []])
     parser.add_argument("--list", action="store_true", help="the stages, their minutes, and what each answers")
-    parser.add_argument("--owed", action="store_true", help="the stages without a result of a GPU")
+    parser.add_argument(
+        "--owed", action="store_true", help="the stages without a result of a GPU, or of today's graphs"
+    )
     parser.add_argument("--bundle", type=Path, help="what `ci/gpu prepare` made")
     parser.add_argument("--work", type=Path, default=Path("/tmp/lora-export-gpu"))
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -107,7 +128,7 @@ def main() -> None:
             print(f"{stage.name:10} {stage.minutes:3g} min  {stage.answers}")
         return
     if given.owed:
-        print("\n".join(owed()) or "nothing")
+        print("\n".join(f"{name:10} {why}" for name, why in owed().items()) or "nothing")
         return
     if given.bundle is None:
         parser.error("--bundle is missing")
