@@ -187,7 +187,7 @@ class Manifest:
             )
 
     def to_json(self) -> str:
-        fields = asdict(self)
+        fields = asdict(self) | {"graphs": {name: contract.to_dict() for name, contract in self.graphs.items()}}
         if SINGLE in self.graphs:
             fields["contract"] = fields.pop("graphs")[SINGLE]
             for entry in fields["adapters"]:

@@ -1,7 +1,7 @@
 """Whether a JSON value follows a schema: of JSON Schema, the words that this package's published schemas use.
 
 `$ref` within the schema, `const`, `enum`, `type`, `minimum`, `pattern`, `required`, `properties`, `propertyNames`,
-`additionalProperties`, `items`, `oneOf`. A test compares it with a full implementation.
+`additionalProperties`, `items`, `minItems`, `oneOf`. A test compares it with a full implementation.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def violations(value: object, schema: Mapping, root: Mapping, *, path: str = "")
         yield f"{here} is {shown}, less than {schema['minimum']}"
     if isinstance(value, dict):
         yield from _of_object(value, schema, root, path=path)
+    if isinstance(value, list) and len(value) < schema.get("minItems", 0):
+        yield f"{here} is {shown}, of fewer than {schema['minItems']} items"
     if isinstance(value, list) and "items" in schema:
         for index, item in enumerate(value):
             yield from violations(item, schema["items"], root, path=f"{path}[{index}]")

@@ -30,3 +30,30 @@ def test_a_violation_says_where_and_what():
     wrong = GOLDEN | {"adapters": [3]}
     assert next(violations(wrong, SCHEMA, SCHEMA)) == "adapters[0] is 3, not of type object"
     assert next(violations({}, SCHEMA, SCHEMA)) == "the whole has no 'adapters'"
+
+
+def test_a_list_of_too_few_items_is_one():
+    schema = {"type": "array", "minItems": 2, "items": {"type": "integer"}}
+    assert list(violations([1], schema, schema)) == ["the whole is [1], of fewer than 2 items"]
+    assert not list(violations([1, 2], schema, schema))
+
+
+def test_it_knows_every_word_of_the_schema():
+    """A word that it does not know would let through what the published schema refuses."""
+    text = (ROOT / "lora_export/json_schema.py").read_text(encoding="utf-8")
+    words = {name for name in _words(SCHEMA) if not name.startswith("$") and name not in ("title", "description")}
+    assert words <= {name for name in words if f"`{name}`" in text}
+
+
+def _words(schema: object) -> set[str]:
+    """The keywords of a schema; what `properties` and `$defs` hold are names."""
+    if isinstance(schema, list):
+        return set().union(*map(_words, schema))
+    if not isinstance(schema, dict):
+        return set()
+    found = set(schema)
+    for name, inner in schema.items():
+        if name in ("enum", "const", "required"):
+            continue
+        found |= set().union(*map(_words, inner.values())) if name in ("properties", "$defs") else _words(inner)
+    return found
