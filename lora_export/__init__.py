@@ -21,10 +21,10 @@
 
     contract.py     the exported graph's contract: inputs, outputs, the table of adapter-input kinds, a decoder's
                     cache layouts
-    packed.py       an adapter input that several modules share
+    packed.py       what an adapter input of several modules says (who shares: graph/packed_pairs.py)
     site_choice.py  which modules get adapter inputs, of which kinds
     quantization.py how an export stores linear maps as integers (how a base does: base/quantized.py)
-    sentence.py     how a text's states become one embedding
+    sentence.py     the kinds of pooling: how a text's states become one embedding
     agreement.py    whether a contract, its cache layout included, is that of its graph
     other_tools.py  the ONNX file and the settings in another tool's folder
     named.py        what a user names: a path, or a hub id

@@ -8,7 +8,7 @@
     embedding_inputs.py      adapter inputs of embeddings
     convolution_inputs.py    adapter inputs of convolutions
     bias_inputs.py           adapter inputs of biases
-    packed_pairs.py          one pair for modules that share an input
+    packed_pairs.py          which modules share one pair, on CUDA: those that share an input
     linear_inputs.py         adapter inputs of linear modules
     unbound.py               initializers without a value
     attention_node.py        the standard attention, as it is traced
