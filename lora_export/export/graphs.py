@@ -251,7 +251,8 @@ def _may_pack(how: Quantization | None, recipe: Recipe) -> bool:
 
 
 def _has_attention_operator(plan: Plan) -> bool:
-    """Whether attention is traced to the standard operator. On CUDA, encoder-decoders have not been run with it."""
+    """Whether attention is traced to the standard operator. On CUDA, encoder-decoders have not been run
+    with it: Transformers' own fusions make their attention."""
     return plan.request.provider == "cpu" or len(graphs_of(plan.task)) == 1
 
 

@@ -11,7 +11,7 @@ and three.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -28,18 +28,29 @@ def sibling_groups(
 
     Modules are packed where they have one parent, read one value `[batch, tokens, in]`, are called once each, and take
     the same parts besides: a gate or none, no gain of DoRA. Where one module of a group is chosen, the others come
-    along: their products are packed into one, so a part of its own would cost more.
+    along: their products are packed into one, so a part of its own would cost more. Where chosen modules differ by
+    their gate, none comes along, as a module is in one group only.
     """
-    siblings = _siblings(graph, sites)
-    found: list[dict[str, Sequence[Site]]] = []
-    grouped: set[str] = set()
-    for module, own in sites.items():
-        if module in grouped:
-            continue
-        group = {other: siblings[other] for other in _beside(graph, siblings[module][0], siblings, choice=choice)}
-        found.append(group if len(group) > 1 else {module: own})
-        grouped |= set(group)
-    return found
+    together: dict[tuple, dict[str, Sequence[Site]]] = {}
+    for module, found in _siblings(graph, sites).items():
+        if len(found) == 1 and _has_only_a_pair(module, choice) and _is_by_row(graph, found[0].input):
+            key = (found[0].input, found[0].dtype, module.rpartition(".")[0])
+            together.setdefault(key, {})[module] = found
+    groups = [part for group in together.values() for part in _by_gate(group, sites, choice)]
+    group_of = {module: group for group in groups if len(group) > 1 for module in group}
+    found = [group_of.get(module, {module: own}) for module, own in sites.items()]
+    return list({tuple(group): group for group in found}.values())
+
+
+def _by_gate(
+    group: Mapping[str, Sequence[Site]], chosen: Collection[str], choice: SiteChoice
+) -> list[dict[str, Sequence[Site]]]:
+    """`group` as it is where its chosen modules all have a gate, or none; else these and those without the others."""
+    gated = {module for module in group if module in chosen and module in choice.gate_modules}
+    plain = {module for module in group if module in chosen} - gated
+    if not gated or not plain:
+        return [dict(group)]
+    return [{module: group[module] for module in group if module in part} for part in (gated, plain)]
 
 
 def _siblings(graph: ir.Graph, sites: Mapping[str, Sequence[Site]]) -> dict[str, list[Site]]:
@@ -48,22 +59,6 @@ def _siblings(graph: ir.Graph, sites: Mapping[str, Sequence[Site]]) -> dict[str,
     nodes = {node for value in read for node, index in value.uses() if index == 0}
     named = dict.fromkeys(module for node in graph.all_nodes() if node in nodes and (module := module_of(node)))
     return {module: found for module, found in sites_in(graph, named).items() if found}
-
-
-def _beside(graph: ir.Graph, first: Site, siblings: Mapping[str, Sequence[Site]], *, choice: SiteChoice) -> list[str]:
-    """The modules that are packed with that of `first`; none where it is packed with none."""
-    if not _is_by_row(graph, first.input) or not _has_only_a_pair(first.module, choice):
-        return []
-    is_gated, parent = first.module in choice.gate_modules, first.module.rpartition(".")[0]
-    return [
-        other
-        for other, found in siblings.items()
-        if len(found) == 1
-        and (found[0].input, found[0].dtype) == (first.input, first.dtype)
-        and other.rpartition(".")[0] == parent
-        and _has_only_a_pair(other, choice)
-        and (other not in choice.lora_modules or (other in choice.gate_modules) == is_gated)
-    ]
 
 
 def _has_only_a_pair(module: str, choice: SiteChoice) -> bool:
