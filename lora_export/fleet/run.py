@@ -115,7 +115,9 @@ def describe_fleet(source: Path, base: str, options: FleetOptions) -> dict:
 
 
 def _embedding_of(out: Path) -> SentenceEmbedding | None:
-    """What the fleet in `out` makes of a text, if there is one."""
+    """What the fleet in `out` makes of a text, if there is one; an address is looked at when it is fetched."""
+    if is_address(out):
+        return None
     return read_manifest(out).sentence_embedding if state.kept_graph(out) else None
 
 

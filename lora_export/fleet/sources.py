@@ -92,7 +92,7 @@ def _fetch(entry: Entry, target: Path) -> str:
         _fetch_files(system, path, target, kind=TRANSFORMER)
         for folder, kind in module_folders(target).items():
             if folder:
-                (target / folder).mkdir()
+                (target / folder).mkdir(parents=True, exist_ok=True)
                 with contextlib.suppress(FileNotFoundError):  # a module without settings; a store keeps no empty folder
                     _fetch_files(system, f"{path}/{folder}", target / folder, kind=kind)
     except Exception as error:  # each store has errors of its own

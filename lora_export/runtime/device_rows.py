@@ -44,12 +44,14 @@ class DeviceRows:
         self._layout: Layout | None = None
         self._generation = 0  # of the bank, whose tables the runs read
         self._n_rows = 0  # for which there is room
+        self._rows: ort.OrtValue | None = None
+        self._places: ort.OrtValue | None = None
         self._ready: dict[int, _Ready] = {}
 
     @property
     def n_bytes(self) -> int:
         """Of its buffers on the device."""
-        if not self._n_rows:
+        if self._rows is None or self._places is None:
             return 0
         return self._rows.tensor_size_in_bytes() + self._places.tensor_size_in_bytes()
 
@@ -68,13 +70,14 @@ class DeviceRows:
     def _ready_for(self, n: int) -> _Ready:
         bank = self._bank
         if self._layout is not bank.layout or n > self._n_rows:
-            self._layout, self._ready = bank.layout, {}
-            self._n_rows = max(n, self._n_rows * 3 // 2) if n > self._n_rows else self._n_rows
-            n_bytes = sum(_aligned(self._n_rows * group.slot_bytes) for group in self._layout.groups)
-            n_inputs = sum(len(group.entries) for group in self._layout.groups)
+            n_rows = max(n, self._n_rows * 3 // 2) if n > self._n_rows else self._n_rows
+            n_bytes = sum(_aligned(n_rows * group.slot_bytes) for group in bank.layout.groups)
+            n_inputs = sum(len(group.entries) for group in bank.layout.groups)
+            self._layout, self._ready = None, {}  # until both are there
             self._rows = self._places = None  # given back before others are asked for
             self._rows = bank.memory.allocate(n_bytes)
-            self._places = bank.memory.allocate(n_inputs * self._n_rows * PLACE_BYTES)
+            self._places = bank.memory.allocate(n_inputs * n_rows * PLACE_BYTES)
+            self._layout, self._n_rows = bank.layout, n_rows
         if self._generation != bank.generation or len(self._ready) >= _MOST_SIZES:
             self._generation, self._ready = bank.generation, {}
         if n not in self._ready:

@@ -232,6 +232,8 @@ def test_a_dry_run_reads_headers_and_writes_nothing(fleet, bases, tmp_path):
     found = json.loads(call("fleet", fleet[0], bases["llama"], "-o", tmp_path / "o", "--dry-run", "--json").stdout)
     assert (found["adapters"], found["kinds"]) == (6, 4) and found["bytes"] > 0
     assert list(tmp_path.iterdir()) == []
+    given = ("fleet", fleet[0], bases["llama"], "-o", "memory://store/o", "--dry-run", "--json")
+    assert json.loads(call(*given).stdout) == found | {"folder": "memory://store/o"}
 
 
 def test_what_cannot_be_begun(fleet, bases, tmp_path):

@@ -137,6 +137,20 @@ def test_a_failure_on_the_device_leaves_nothing_behind(monkeypatch):
     compose(compositions, *map(of, PAIRS[:2]))
 
 
+def test_a_failure_of_a_larger_batch_alone_leaves_nothing_behind(monkeypatch):
+    """The bank holds all of it; only the rows' own buffers are to grow."""
+    compositions = made()
+    compose(compositions, *map(of, PAIRS[:2]))
+    larger = (*map(of, PAIRS[:2]), *map(of, PAIRS[:2]))
+    with monkeypatch.context() as broken:
+        broken.setattr(DeviceMemory, "allocate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError), compositions.of(larger):
+            pass
+    assert min(compositions.device_bytes) >= 0
+    compose(compositions, *larger)
+    compose(compositions, *map(of, PAIRS[:2]))
+
+
 def test_more_than_can_be_addressed_is_refused(monkeypatch):
     monkeypatch.setattr(device_layout, "MOST_WORDS_OF_A_TABLE", 40)
     with pytest.raises(UsageProblem, match="more different adapters than ONNX Runtime can address"):
