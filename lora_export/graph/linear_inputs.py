@@ -35,9 +35,8 @@ def insert_pairs(inputs: DeclaredInputs, choice: SiteChoice) -> None:
     """
     gate, graph = inputs.value(AdapterInputKind.GATE, ""), inputs.graph
     chosen = find_sites(graph, choice.lora_modules)
-    for group in (
-        sibling_groups(graph, chosen, choice) if inputs.packs_siblings else ({m: s} for m, s in chosen.items())
-    ):
+    alone = [{module: sites} for module, sites in chosen.items()]
+    for group in sibling_groups(graph, chosen, choice) if inputs.packs_siblings else alone:
         own_gate = gate if any(module in choice.gate_modules for module in group) else None
         if len(group) > 1:
             sites = [site for found in group.values() for site in found]
@@ -89,7 +88,6 @@ def add_pair(
     Raises:
         InputRefused: The input has an unsupported layout, or a gate over the text's tokens has none to open for.
     """
-    a, b = pair
     if gain is not None:
         _take_bias_out(graph, site)
     output, users = site.output, tuple(site.output.uses())
@@ -103,10 +101,7 @@ def add_pair(
         x = with_row_axis(graph, tape, x, features=site.in_features, module=site.module)
     # The broadcast of `rows` against the batch is the batch, which shape inference cannot know.
     rows_and_tokens = [ROWS, x.shape[1]] if is_shared else list(x.shape[:2])
-    low = tape.op("MatMul", [x, a], [*rows_and_tokens, a.shape[2]], output.dtype or x.dtype)
-    if gate is not None:
-        low = tape.op("Mul", [low, gate], list(low.shape), low.dtype)
-    delta = tape.op("MatMul", [low, b], [*rows_and_tokens, site.out_features], x.dtype)
+    delta = _product(tape, x, pair, gate=gate, rows_and_tokens=rows_and_tokens)
     base = output
     if gain is not None:
         by_row = [*rows_and_tokens, site.out_features]
@@ -130,19 +125,25 @@ def add_packed_pair(
     Args:
         pair: A `[rows, in_features, rank]` and B `[rows, rank, Σ out_features]`.
     """
-    a, b = pair
     tape, x = Tape(graph, sites[0].node), sites[0].input
-    tokens, dtype = list(x.shape[:2]), x.dtype
-    low = tape.op("MatMul", [x, a], [*tokens, a.shape[2]], dtype)
-    if gate is not None:
-        low = tape.op("Mul", [low, gate], list(low.shape), dtype)
-    delta = tape.op("MatMul", [low, b], [*tokens, b.shape[2]], dtype)
+    delta = _product(tape, x, pair, gate=gate, rows_and_tokens=list(x.shape[:2]))
     parts = tape.split(delta, [site.out_features for site in sites])
     for site, part in zip(sites, parts, strict=True):
         users = tuple(site.output.uses())
         last = tape if site is sites[0] else Tape(graph, site.node)
-        total = last.op("Add", [site.output, part], list(part.shape), dtype)
+        total = last.op("Add", [site.output, part], list(part.shape), x.dtype)
         put_in_place_of(graph, site.output, total, users=users)
+
+
+def _product(
+    tape: Tape, x: ir.Value, pair: tuple[ir.Value, ir.Value], *, gate: ir.Value | None, rows_and_tokens: list
+) -> ir.Value:
+    """`(x A) B`, `[*rows_and_tokens, out]`; `gate` multiplies `x A`."""
+    a, b = pair
+    low = tape.op("MatMul", [x, a], [*rows_and_tokens, a.shape[2]], a.dtype)
+    if gate is not None:
+        low = tape.op("Mul", [low, gate], list(low.shape), low.dtype)
+    return tape.op("MatMul", [low, b], [*rows_and_tokens, b.shape[2]], x.dtype)
 
 
 def _take_bias_out(graph: ir.Graph, site: Site) -> None:

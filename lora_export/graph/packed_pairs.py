@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 import onnx_ir as ir
 
 from lora_export.graph.sites import Site, module_of, sites_in
-from lora_export.graph.tape import Tape, batch_input
+from lora_export.graph.tape import Tape, has_row_axis
 from lora_export.site_choice import SiteChoice
 
 
@@ -33,7 +33,7 @@ def sibling_groups(
     """
     together: dict[tuple, dict[str, Sequence[Site]]] = {}
     for module, found in _siblings(graph, sites).items():
-        if len(found) == 1 and _has_only_a_pair(module, choice) and _is_by_row(graph, found[0].input):
+        if len(found) == 1 and _has_only_a_pair(module, choice) and has_row_axis(graph, found[0].input):
             key = (found[0].input, found[0].dtype, module.rpartition(".")[0])
             together.setdefault(key, {})[module] = found
     groups = [part for group in together.values() for part in _by_gate(group, sites, choice)]
@@ -63,12 +63,6 @@ def _siblings(graph: ir.Graph, sites: Mapping[str, Sequence[Site]]) -> dict[str,
 
 def _has_only_a_pair(module: str, choice: SiteChoice) -> bool:
     return module not in (*choice.gain_modules, *choice.replaced_modules, *choice.bias_modules)
-
-
-def _is_by_row(graph: ir.Graph, value: ir.Value) -> bool:
-    """Whether `value` is `[batch, tokens, features]`."""
-    rows = batch_input(graph, value)
-    return value.shape is not None and len(value.shape) == 3 and value.shape[0] == rows.shape[0]
 
 
 def add_before_splitting(model: ir.Model) -> ir.Model:

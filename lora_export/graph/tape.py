@@ -82,6 +82,11 @@ def factors_of(value: ir.Value) -> frozenset[str]:
     return frozenset(_FACTORS.split(str(value.shape[0])))
 
 
+def has_row_axis(graph: ir.Graph, value: ir.Value) -> bool:
+    """Whether `value` is `[batch, tokens, features]`."""
+    return value.shape is not None and len(value.shape) == 3 and value.shape[0] == batch_input(graph, value).shape[0]
+
+
 def with_row_axis(graph: ir.Graph, tape: Tape, value: ir.Value, *, features: int, module: str) -> ir.Value:
     """`value`, a module's input or output of `features` numbers a token, as `[batch, tokens, features]`.
 
@@ -92,9 +97,9 @@ def with_row_axis(graph: ir.Graph, tape: Tape, value: ir.Value, *, features: int
 
     What all rows share has no such axis, see `shared_by_rows.py`.
     """
-    rows = batch_input(graph, value)
-    if value.shape is not None and len(value.shape) == 3 and value.shape[0] == rows.shape[0]:
+    if has_row_axis(graph, value):
         return value
+    rows = batch_input(graph, value)
     batch = str(getattr(rows.shape[0], "value", ""))
     if not batch or batch not in factors_of(value):
         raise InputRefused(

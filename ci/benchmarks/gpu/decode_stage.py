@@ -42,9 +42,8 @@ def run(stage: Stage) -> dict:
         shape = (batch, sequence, past)
         vocabulary = 512 if stage.small else LLAMA.vocab
         runs, failed = candidate_runs(candidates, stage.provider, shape, vocabulary, sessions)
-        for shared, capture in ((True, False), *[(True, True)] * is_step):
-            options = {"shared": shared, "cuda_graph": capture}
-            runs |= builder_run(stage, "llama-builder", shape, vocabulary, sessions, failed, **options)
+        for capture in (False, True) if is_step else (False,):
+            runs |= builder_run(stage, "llama-builder", shape, vocabulary, sessions, failed, cuda_graph=capture)
         if stage.torch_device and batch == 1:
             runs |= torch_lora_llama(stage, batch, sequence, past)
         references = ("base", "base, CUDA graph", "builder, shared cache")

@@ -34,14 +34,13 @@ def builder_run(
     sessions: dict,
     failed: dict[str, str],
     *,
-    shared: bool,
     cuda_graph: bool = False,
 ) -> dict[str, Run]:
-    """A run of the builder's graph, with a cache of its own for past and present or one that they share, as it is or in
-    a CUDA graph; nothing where the bundle has no such graph."""
+    """A run of the builder's graph, past and present in one buffer, as it is or in a CUDA graph; nothing where the
+    bundle has no such graph."""
     if not (stage.bundle / "exports" / name).exists():
         return {}
-    label = f"builder, {'shared cache' if shared else 'separate cache'}{', CUDA graph' if cuda_graph else ''}"
+    label = f"builder, shared cache{', CUDA graph' if cuda_graph else ''}"
     with noted(failed, label):
         folder = restore(stage.bundle, name, stage.work)
         key = (folder, (label, shape) if cuda_graph else None)
@@ -49,10 +48,9 @@ def builder_run(
             graph = folder / "model.onnx"
             sessions[key] = open_session(graph, stage.provider, stop_spinning=True, cuda_graph=cuda_graph)
         session = sessions[key]
-        slots = _SHARED_LENGTH if shared else None
         head_size = (LLAMA_SMALL if stage.small else LLAMA).head_dim
         device = Device(stage.provider)
-        run = decoder_run(session, device, shape, vocabulary, head_size=head_size, slots=slots)
+        run = decoder_run(session, device, shape, vocabulary, head_size=head_size, slots=_SHARED_LENGTH)
         run()
         return {label: run}
     return {}
