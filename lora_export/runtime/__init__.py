@@ -22,6 +22,7 @@
     cache.py              a decoder's cache between runs
     batch.py              one batch: at once, or row by row
     captured.py           one batch, captured in a CUDA graph and replayed
+    captured_places.py    where a captured batch reads its inputs and adapters
     adapter_file.py       an .onnx_adapter file
     invocation.py         where an activated LoRA is active
     sampling.py           how the next token is chosen

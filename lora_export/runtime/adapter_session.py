@@ -6,6 +6,7 @@ Needs onnxruntime and numpy only; torch, transformers and PEFT need not be insta
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from lora_export.artifact import Manifest, read_manifest
 from lora_export.contract import SINGLE, data_file, graph_file
 from lora_export.runtime.adapter_file import map_adapter, read_adapter, reader_of, require_fit, require_unchanged
 from lora_export.runtime.bank import Bank, RowAdapter, Shelf
-from lora_export.runtime.batch import BatchRun, mask_padded_classes, require_equal_rows, run_batch
+from lora_export.runtime.batch import BatchRun, Runs, mask_padded_classes, require_equal_rows
 from lora_export.runtime.cache import Cache, output_names
 from lora_export.runtime.captured import CapturedRuns
 from lora_export.runtime.described import require_described
@@ -82,7 +83,8 @@ class AdapterSession:
         self.provider, self.provider_reason = choice.name, choice.reason
         how = {"n_threads": n_threads, "stop_spinning": stop_spinning, "cuda_graph": cuda_graph}
         self.session = open_session(self.folder / graph_file(self.graph), self.provider, **how)
-        self._captured = CapturedRuns(self.session, self.contract, choice) if cuda_graph else None
+        runs = functools.partial(CapturedRuns, folder=self.folder) if cuda_graph else Runs
+        self.runs = runs(self.session, self.contract, choice)
         require_described(self.session, self.contract, self.folder, graph=self.graph)
         merged = tuple(record.name for record in self.manifest.adapters if not record.files)
         defaults = stored_defaults(self.folder / data_file(self.graph), self.contract)
@@ -200,13 +202,9 @@ class AdapterSession:
         names = list(outputs or output_names(self.contract, cache))
         fed = bank.with_gate(inputs, rows, n_past=n_cached or 0)
         with told_if_too_long(fed, self.folder):
-            results = self.run_batch(bank, BatchRun(fed, rows, names, cache))
+            results = self.runs.run(bank, BatchRun(fed, rows, names, cache))
         mask_padded_classes(results, self.contract, bank.classes(rows))
         return results
-
-    def run_batch(self, bank: Bank, asked: BatchRun) -> dict[str, np.ndarray]:
-        """As `batch.run_batch`, captured and replayed if this session does so."""
-        return self._captured.run(bank, asked) if self._captured else run_batch(self.session, bank, asked)
 
     def generate(
         self,
@@ -262,14 +260,16 @@ class AdapterSession:
         Raises:
             UsageProblem: The graph has no cache.
         """
-        return Cache(self.contract, self.provider, batch, longest=longest)
+        return self.runs.cache(batch, longest)
 
     def bind_adapters(self, binding: ort.IOBinding, adapters: Sequence[RowAdapter] | RowAdapter, batch: int) -> None:
         """Bind the adapters of a batch to `binding`, for hosts that bind inputs and outputs themselves.
 
         Every adapter input but the gate (see `gate`) is bound, so nothing is left of an adapter that was bound before.
         """
-        for name, value in (bank := self.bank).values(bank.rows(adapters, batch)).items():
+        with self.runs.alone:
+            values = (bank := self.bank).values(bank.rows(adapters, batch))
+        for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
 
     def gate(self, input_ids: np.ndarray, adapters: Sequence[RowAdapter] | RowAdapter) -> np.ndarray | None:

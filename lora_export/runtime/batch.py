@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from lora_export.errors import UsageProblem
 from lora_export.runtime.arrays import lowest, run_values, to_ort_value
 from lora_export.runtime.bank import Bank
 from lora_export.runtime.cache import Cache
+from lora_export.runtime.session import ProviderChoice
 from lora_export.runtime.stacking import RowSpec
 
 
@@ -50,6 +52,33 @@ def run_batch(session: ort.InferenceSession, bank: Bank, asked: BatchRun) -> dic
     if cache is not None:
         cache.length = parts[0].length
     return {name: np.concatenate([each[name] for each in found]) for name in asked.names}
+
+
+class Runs:
+    """The runs of a graph's session, as they come; any thread may ask.
+
+    Attributes:
+        alone: Held by whoever uses the device, where only one may.
+        are_captured: Whether a shape that ran once is fast, and another one slow.
+    """
+
+    are_captured = False
+
+    def __init__(self, session: ort.InferenceSession, contract: GraphContract, choice: ProviderChoice) -> None:
+        self._session, self._contract, self._provider = session, contract, choice.name
+        self.alone: contextlib.AbstractContextManager = contextlib.nullcontext()
+
+    def cache(self, batch: int, longest: int) -> Cache:
+        """An empty cache for `batch` rows of at most `longest` tokens, padding included.
+
+        Raises:
+            UsageProblem: The graph has no cache.
+        """
+        return Cache(self._contract, self._provider, batch, longest=longest)
+
+    def run(self, bank: Bank, asked: BatchRun) -> dict[str, np.ndarray]:
+        """As `run_batch`."""
+        return run_batch(self._session, bank, asked)
 
 
 def _goes_on_with_several(inputs: Mapping[str, np.ndarray], contract: GraphContract) -> bool:

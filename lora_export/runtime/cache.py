@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
@@ -12,6 +13,22 @@ import onnxruntime as ort
 from lora_export.contract import CacheLayout, GraphContract, TensorSpec, present_of
 from lora_export.errors import UsageProblem
 from lora_export.runtime.arrays import memory_of, numpy_dtype, onnx_element_type, run_bound
+
+
+@dataclass(frozen=True, eq=False)
+class Buffers:
+    """Keys and values where a session runs, `[batch, kv_heads, room, head_size]` by input name; zeros at first.
+
+    Who takes them on from another cache sees what that has written, which no mask of its own rows shows.
+    """
+
+    values: Mapping[str, ort.OrtValue]
+    batch: int
+    room: int
+
+    @classmethod
+    def of(cls, contract: GraphContract, provider: str, *, batch: int, room: int) -> Buffers:
+        return cls({spec.name: _zeros(spec, batch, room, provider=provider) for spec in contract.past}, batch, room)
 
 
 class Cache:
@@ -23,22 +40,28 @@ class Cache:
     Args:
         batch: The number of rows.
         longest: The most tokens that a row will have, padding included.
+        buffers: For `batch` rows of at least `longest` tokens, where past and present are one; None for new ones.
+
+    Attributes:
+        buffers: Where the rows lie.
+        first_row: The first of them there.
 
     Raises:
         UsageProblem: The graph has no cache.
     """
 
-    def __init__(self, contract: GraphContract, provider: str, batch: int, *, longest: int) -> None:
+    def __init__(
+        self, contract: GraphContract, provider: str, batch: int, *, longest: int, buffers: Buffers | None = None
+    ) -> None:
         if not contract.past:
             raise UsageProblem("The graph has no cache", expected="a decoder for text generation")
         self.batch, self.longest, self.length = batch, longest, 0
         self._provider, self._past = provider, contract.past
         self._is_shared = contract.cache_layout is CacheLayout.TOKENS
-        n_slots = longest if self._is_shared else 0
-        self._values = {spec.name: _zeros(spec, batch, n_slots, provider=provider) for spec in contract.past}
-        self._addresses = tuple(value.data_ptr() for value in self._values.values()) if self._is_shared else ()
-        # The rows of the values that this cache is of.
-        self._first_row = 0
+        self.buffers = buffers or Buffers.of(contract, provider, batch=batch, room=longest if self._is_shared else 0)
+        self._values = self.buffers.values
+        self.first_row = 0
+        self._whole: Cache | None = None  # which this is a part of
 
     def by_row(self) -> list[Cache]:
         """Each row's part of a shared buffer, as a cache that goes on in it."""
@@ -47,7 +70,8 @@ class Cache:
     def part(self, first_row: int, n_rows: int, length: int) -> Cache:
         """Some rows of a shared buffer, as a cache of `length` tokens that goes on in it."""
         part = copy.copy(self)
-        part.batch, part._first_row, part.length = n_rows, self._first_row + first_row, length
+        part.batch, part.first_row, part.length = n_rows, self.first_row + first_row, length
+        part._whole = self
         return part
 
     def copy_row(self, source: int, target: int, n_tokens: int) -> None:
@@ -89,11 +113,6 @@ class Cache:
                 found=f"{self.length} and {n_new} new ones",
             )
 
-    @property
-    def address(self) -> tuple[int, ...]:
-        """Where a shared buffer's rows lie: those at the same addresses are bound alike."""
-        return (*self._addresses, self._first_row, self.batch, self.longest)
-
     def bind(self, binding: ort.IOBinding) -> None:
         """Bind past and present of the next run."""
         for spec in self._past:
@@ -107,7 +126,7 @@ class Cache:
             return
         shape = [self.batch, *value.shape()[1:]]
         n_bytes = numpy_dtype(spec.dtype).itemsize * math.prod(shape[1:])
-        place = value.data_ptr() + self._first_row * n_bytes
+        place = value.data_ptr() + self.first_row * n_bytes
         where = (self._provider, 0, onnx_element_type(spec.dtype), shape, place)
         binding.bind_input(spec.name, *where)
         binding.bind_output(present, *where)

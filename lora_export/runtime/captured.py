@@ -7,38 +7,48 @@ copies the outputs.
 
 A capture is of a bucket, which is the shapes of the inputs and the outputs that are asked for, and of the places of the
 adapters, which are others when their largest rank is another. One run is under way at a time: captures share the memory
-of what lies between inputs and outputs.
+of what lies between inputs and outputs. ONNX Runtime has the captures of each thread for itself.
 
 Of a decoder whose cache is one buffer, steps of one new token a row are captured. A step's mask grows with its past,
 and the length of the mask is a number on the CPU, which a capture keeps. So the mask is given for the whole buffer:
 ones for what a row has, and a one in the last column for its new token. Where the ones of the past stand makes no
-difference (`graph/token_order.py` counts them). ONNX Runtime GenAI captures its steps in this way, too.
+difference (`graph/token_order.py` counts them). ONNX Runtime GenAI captures its steps in this way, too. The buckets of
+a cache live as long as its buffers, which go on to the next cache of their size: a text that follows another one
+replays what that has captured.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
+import warnings
+import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
 from lora_export.contract import CacheLayout, GraphContract
 from lora_export.errors import UsageProblem
-from lora_export.runtime.arrays import numpy_dtype, onnx_element_type, to_array, to_ort_value
+from lora_export.runtime.arrays import numpy_dtype, to_ort_value
 from lora_export.runtime.bank import Bank
-from lora_export.runtime.batch import BatchRun, run_batch
-from lora_export.runtime.cache import Cache
-from lora_export.runtime.composition import Stack, Values
-from lora_export.runtime.device_bank import is_head
-from lora_export.runtime.device_memory import allocate, views_of
+from lora_export.runtime.batch import BatchRun, Runs, run_batch
+from lora_export.runtime.cache import Buffers, Cache
+from lora_export.runtime.captured_places import AdapterPlaces, Place
+from lora_export.runtime.composition import Values
+from lora_export.runtime.device_memory import views_of
 from lora_export.runtime.host_inputs import MASK, TOKEN_IDS
+from lora_export.runtime.positions import n_positions
 from lora_export.runtime.session import ProviderChoice
-from lora_export.runtime.stacking import RowSpec
 
 # ONNX Runtime keeps a capture for as long as its session lives.
 MOST_CAPTURES = 64
+# A cache has room for a multiple of these tokens, so that texts of almost one length have captures in common.
+_TOKENS_AT_ONCE = 256
 # The run option that names a capture, and its value for a run that is not captured.
 GRAPH_ID, NOT_CAPTURED = "gpu_graph_id", "-1"
 
@@ -72,19 +82,6 @@ def step_mask(mask: np.ndarray, longest: int) -> np.ndarray:
     return whole
 
 
-class _Place:
-    """A place on the device for arrays of one shape and dtype."""
-
-    def __init__(self, array: np.ndarray, provider: str, session: ort.InferenceSession) -> None:
-        view = views_of(allocate(max(1, array.nbytes), provider), provider, session)
-        self.value = view(0, array.shape, onnx_element_type(array.dtype.name))
-        self._bytes = view(0, [array.nbytes], np.uint8) if array.nbytes else None
-
-    def write(self, array: np.ndarray) -> None:
-        if self._bytes is not None:
-            self._bytes.update_inplace(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-
-
 @dataclass
 class _Capture:
     """What a capture was bound to; its kernels write `outputs`."""
@@ -95,54 +92,67 @@ class _Capture:
 
 
 @dataclass
-class _Adapters:
-    """The adapters of a number of rows: their places on the device, and a number for these places."""
-
-    stack: Stack
-    values: Values
-    places: int
-
-
-@dataclass
 class _Bucket:
-    """Inputs of the same shapes: their places, and the captures by the places of adapters and cache."""
+    """Inputs of the same shapes: their places, and the captures by the places of adapters and the thread."""
 
-    inputs: Mapping[str, _Place]
+    inputs: Mapping[str, Place]
     constants: Values
-    captures: dict[tuple, _Capture] = field(default_factory=dict)
+    captures: dict[tuple[int, int], _Capture] = field(default_factory=dict)
 
 
-class CapturedRuns:
+class CapturedRuns(Runs):
     """The runs of `session`, which captures; any thread may ask.
 
     Args:
         session: Opened with `cuda_graph`, of the graph of `contract`.
+        folder: The export's.
 
     Attributes:
-        n_captures: How many there are.
+        n_captures: How many were made.
 
     Raises:
         UsageProblem: Its runs cannot be captured.
     """
 
-    def __init__(self, session: ort.InferenceSession, contract: GraphContract, choice: ProviderChoice) -> None:
+    are_captured = True
+
+    def __init__(
+        self, session: ort.InferenceSession, contract: GraphContract, choice: ProviderChoice, *, folder: Path
+    ) -> None:
         refuse_capture(contract, choice)
-        self._session, self._provider = session, choice.name
+        super().__init__(session, contract, choice)
+        self.alone = threading.Lock()
+        self._most_tokens = n_positions(folder)
         self._uncaptured = _Uncaptured(session)
-        self._running = threading.Lock()
-        self._buckets: dict[tuple, _Bucket] = {}
-        self._adapters: dict[int, _Adapters] = {}  # by the number of rows
-        self._heads: dict[tuple, _Place] = {}
-        self._places: dict[tuple, int] = {(): 0}
+        # By whose captures they are: a cache's buffers, or this.
+        self._buckets: weakref.WeakKeyDictionary[object, dict[tuple, _Bucket]] = weakref.WeakKeyDictionary()
+        self._adapters = AdapterPlaces(self._provider, session)
+        self._idle: deque[Buffers] = deque(maxlen=1)  # of the cache that went last
+        self._numbers = itertools.count(1)
         self.n_captures = 0
 
+    def cache(self, batch: int, longest: int) -> Cache:
+        """A cache for `batch` rows of at most `longest` tokens, in the buffers of one that is gone, if they fit."""
+        room = math.ceil(longest / _TOKENS_AT_ONCE) * _TOKENS_AT_ONCE
+        if self._most_tokens is not None:
+            room = max(longest, min(room, self._most_tokens))
+        with self.alone:
+            buffers = self._idle.pop() if self._idle else None
+            if buffers is not None and (buffers.batch, buffers.room) != (batch, room):
+                buffers = None  # given back before others are asked for
+            if buffers is None and self._contract.past:
+                buffers = Buffers.of(self._contract, self._provider, batch=batch, room=room)
+            cache = Cache(self._contract, self._provider, batch, longest=longest, buffers=buffers)
+        weakref.finalize(cache, self._idle.append, cache.buffers).atexit = False
+        return cache
+
     def run(self, bank: Bank, asked: BatchRun) -> dict[str, np.ndarray]:
-        """As `run_batch`.
+        """As `run_batch`, captured and replayed.
 
         Raises:
             UsageProblem: ONNX Runtime cannot capture the graph, or the cache has no room for the new tokens.
         """
-        with self._running:
+        with self.alone:
             cache = asked.cache
             is_step = cache is not None and asked.inputs[TOKEN_IDS].shape[1] == 1
             capture = self._written(bank, asked) if is_step or not bank.contract.past else None
@@ -151,66 +161,54 @@ class CapturedRuns:
             self._session.run_with_iobinding(capture.binding, capture.options)
             if cache is not None:
                 cache.length += 1
-            return self._copied(capture.outputs)
+            return copies(capture.outputs, self._provider, self._session)
 
     def _written(self, bank: Bank, asked: BatchRun) -> _Capture | None:
         """The capture for a run, all of whose inputs are in their places; None if there are enough others."""
-        inputs, names, cache = asked.inputs, asked.names, asked.cache
+        inputs, cache = asked.inputs, asked.cache
         if cache is not None:
             cache.require_room(1)
-            inputs = {**inputs, MASK: step_mask(inputs[MASK], cache.longest)}
-        is_full = self.n_captures >= MOST_CAPTURES
-        bucket = self._bucket_of(inputs, names, is_full=is_full)
+            inputs = {**inputs, MASK: step_mask(inputs[MASK], cache.buffers.room)}
+        buckets = self._buckets.setdefault(self if cache is None else cache.buffers, {})
+        key = _bucket_key(inputs, asked)
+        bucket = buckets.get(key)
         if bucket is None:
-            return None
-        for name, place in bucket.inputs.items():
-            place.write(inputs[name])
-        adapters, number = self._placed(bank, asked.rows)
-        key = (number, cache and cache.address)
-        if key not in bucket.captures:
-            if is_full:
+            if not self._may_capture():
+                return None
+            bucket = self._bucket(inputs)
+        else:
+            for name, place in bucket.inputs.items():
+                place.write(inputs[name])
+        adapters, number = self._adapters.write(bank, asked.rows)
+        capture = bucket.captures.get((number, threading.get_ident()))
+        if capture is None:
+            if not self._may_capture():
                 return None
             fed = {**adapters, **bucket.constants, **{name: place.value for name, place in bucket.inputs.items()}}
-            bucket.captures[key] = self._captured(fed, names, cache)
-        return bucket.captures[key]
+            capture = self._captured(fed, asked.names, cache)
+            # Kept once it is captured: a run that fails leaves nothing.
+            bucket.captures[number, threading.get_ident()] = capture
+            buckets[key] = bucket
+        return capture
 
-    def _bucket_of(self, inputs: Mapping[str, np.ndarray], names: Sequence[str], *, is_full: bool) -> _Bucket | None:
+    def _may_capture(self) -> bool:
+        if self.n_captures < MOST_CAPTURES:
+            return True
+        warnings.warn(
+            f"A session has {MOST_CAPTURES} CUDA graphs, which is the most: other shapes run without, and slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+
+    def _bucket(self, inputs: Mapping[str, np.ndarray]) -> _Bucket:
         # What has no axis is a number that shapes are made of, on the CPU: it is part of a capture.
-        numbers = {name: array for name, array in inputs.items() if not array.ndim}
+        numbers = {name: to_ort_value(array.copy(), "cpu") for name, array in inputs.items() if not array.ndim}
         tensors = {name: array for name, array in inputs.items() if array.ndim}
-        shapes = tuple((name, array.shape, array.dtype.name) for name, array in tensors.items())
-        key = (shapes, tuple((name, array.item()) for name, array in numbers.items()), tuple(names))
-        if key not in self._buckets and not is_full:
-            places = {name: _Place(array, self._provider, self._session) for name, array in tensors.items()}
-            constants = {name: to_ort_value(array.copy(), "cpu") for name, array in numbers.items()}
-            self._buckets[key] = _Bucket(places, constants)
-        return self._buckets.get(key)
-
-    def _placed(self, bank: Bank, rows: tuple[RowSpec, ...]) -> tuple[Values, int]:
-        """The adapters of `rows` in their places, and these places' number."""
-        if not any(rows):
-            return bank.constant_inputs, 0
-        found = self._adapters.get(len(rows))
-        if found is None:
-            found = self._adapters[len(rows)] = _Adapters(bank.compositions.new_stack(heads_on="cpu"), {}, 0)
-        if found.stack.rows != rows or not found.places:
-            found.places = 0  # until all is written
-            found.stack.write(rows)
-            heads = {entry.name for entry in bank.contract.adapter_inputs if is_head(entry)}
-            written = found.stack.values
-            values = {name: self._head(name, value) if name in heads else value for name, value in written.items()}
-            found.values = {**bank.constant_inputs, **values}
-            key = tuple((name, value.data_ptr(), *value.shape()) for name, value in values.items())
-            found.places = self._places.setdefault(key, len(self._places))
-        return found.values, found.places
-
-    def _head(self, name: str, value: ort.OrtValue) -> ort.OrtValue:
-        array = to_array(value)
-        key = (name, array.shape)
-        if key not in self._heads:
-            self._heads[key] = _Place(array, self._provider, self._session)
-        self._heads[key].write(array)
-        return self._heads[key].value
+        places = {name: Place(array, self._provider, self._session) for name, array in tensors.items()}
+        for name, place in places.items():
+            place.write(tensors[name])
+        return _Bucket(places, numbers)
 
     def _captured(self, fed: Values, names: Sequence[str], cache: Cache | None) -> _Capture:
         """A capture of a run of `fed`, which was run."""
@@ -226,30 +224,39 @@ class CapturedRuns:
         outputs = dict(zip(names, binding.get_outputs()[: len(names)], strict=True))
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, value)
-        self.n_captures += 1
-        options = _options(str(self.n_captures))
+        options = _options(str(next(self._numbers)))
         try:
             self._session.run_with_iobinding(binding, options)
-        except RuntimeError as error:
+        except RuntimeError as error:  # the same run has just worked uncaptured
             raise UsageProblem(
-                "ONNX Runtime cannot capture this graph in a CUDA graph",
+                "ONNX Runtime did not capture a run in a CUDA graph",
                 where="cuda_graph",
                 found=str(error).splitlines()[0],
-                next_step="leave out cuda_graph",
+                next_step="let nothing else use the GPU while a shape runs for the first time, or leave out cuda_graph",
             ) from error
+        self.n_captures += 1
         return _Capture(binding, outputs, options)
 
-    def _copied(self, outputs: Mapping[str, ort.OrtValue]) -> dict[str, np.ndarray]:
-        """Outputs as arrays that no later run changes."""
-        found = {}
-        for name, value in outputs.items():
-            if value.data_type() == "tensor(bfloat16)":
-                raw = views_of(value, self._provider, self._session)(0, value.shape(), np.int16).numpy()
-                array = raw.view(numpy_dtype("bfloat16"))
-            else:
-                array = value.numpy()
-            found[name] = array.copy() if self._provider == "cpu" else array
-        return found
+
+def copies(outputs: Values, provider: str, session: ort.InferenceSession) -> dict[str, np.ndarray]:
+    """Outputs on `provider`'s device as arrays that no later run changes; `session` is any that runs there."""
+    found = {}
+    for name, value in outputs.items():
+        if value.data_type() == "tensor(bfloat16)":
+            raw = views_of(value, provider, session)(0, value.shape(), np.int16).numpy()
+            array = raw.view(numpy_dtype("bfloat16"))
+        else:
+            array = value.numpy()
+        found[name] = array.copy() if provider == "cpu" else array
+    return found
+
+
+def _bucket_key(inputs: Mapping[str, np.ndarray], asked: BatchRun) -> tuple:
+    """What the runs of a bucket have in common: shapes, numbers on the CPU, outputs, and rows of the cache."""
+    shapes = tuple((name, array.shape, array.dtype.name) for name, array in inputs.items() if array.ndim)
+    numbers = tuple((name, array.item()) for name, array in inputs.items() if not array.ndim)
+    first_row = asked.cache.first_row if asked.cache is not None else 0
+    return shapes, numbers, tuple(asked.names), first_row
 
 
 class _Uncaptured:

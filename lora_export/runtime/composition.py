@@ -20,7 +20,7 @@ from lora_export.contract import GraphContract
 from lora_export.runtime.arrays import to_ort_value
 from lora_export.runtime.device_bank import DeviceBank, is_head
 from lora_export.runtime.device_rows import DeviceRows
-from lora_export.runtime.held_adapter import HeldAdapter, RowAdapters
+from lora_export.runtime.held_adapter import HeldAdapter, RowAdapters, RowKey, row_key
 from lora_export.runtime.host_rows import HostRows, value_of
 from lora_export.runtime.stacking import Tensors, default_of, fed_entries
 
@@ -32,18 +32,17 @@ _IDLE_STACKS = 2
 
 
 class Stack:
-    """The inputs of one batch.
+    """The inputs of one batch; it keeps no adapter alive.
 
     Attributes:
-        rows: Whose inputs `values` are.
         values: On the device.
         n_users: Runs that read it, or the one that writes it.
-        is_ready: Whether `values` are those of `rows`.
+        is_ready: Whether `values` are those of the rows that were written.
     """
 
     def __init__(self, parts: Sequence[HostRows | DeviceRows]) -> None:
         self.parts = parts
-        self.rows: tuple[RowAdapters, ...] = ()
+        self._keys: tuple[RowKey, ...] = ()
         self.values: Values = {}
         self.n_users, self.is_ready = 0, False
 
@@ -53,13 +52,18 @@ class Stack:
         Raises:
             UsageProblem: A blend mixes heads of different sizes.
         """
-        changed = [n for n, row in enumerate(rows) if n >= len(self.rows) or self.rows[n] != row]
-        self.rows, self.values = rows, {}  # no part of a buffer is kept that is given back
+        keys = tuple(map(row_key, rows))
+        changed = [n for n, key in enumerate(keys) if n >= len(self._keys) or self._keys[n] != key]
+        self._keys, self.values = keys, {}  # no part of a buffer is kept that is given back
         self.values = {name: value for part in self.parts for name, value in part.write(rows, changed).items()}
 
-    def n_common(self, rows: Sequence[RowAdapters]) -> int:
-        """How many of `rows` it holds in their places."""
-        return sum(a == b for a, b in zip(self.rows, rows, strict=False))
+    def holds(self, keys: tuple[RowKey, ...]) -> bool:
+        """Whether it was written for these rows, no more and no fewer."""
+        return self._keys == keys
+
+    def n_common(self, keys: tuple[RowKey, ...]) -> int:
+        """How many of these rows it holds in their places."""
+        return sum(a == b for a, b in zip(self._keys, keys, strict=False))
 
 
 class Compositions:
@@ -143,13 +147,14 @@ class Compositions:
         return adapter.on_device(make)
 
     def _take(self, rows: tuple[RowAdapters, ...]) -> Stack:
+        keys = tuple(map(row_key, rows))
         with self._changing:
-            stack = next((each for each in self._stacks if each.is_ready and each.rows == rows), None)
+            stack = next((each for each in self._stacks if each.is_ready and each.holds(keys)), None)
             if stack is not None:
                 stack.n_users += 1
                 self._stacks.append(self._stacks.pop(self._stacks.index(stack)))
                 return stack
-            stack = self._to_be_written(rows)
+            stack = self._to_be_written(keys)
             stack.n_users, stack.is_ready = 1, False
         try:
             stack.write(rows)
@@ -159,11 +164,11 @@ class Compositions:
         stack.is_ready = True
         return stack
 
-    def _to_be_written(self, rows: tuple[RowAdapters, ...]) -> Stack:
-        """A stack that no run reads: the one with the most of `rows`, or else the one not used the longest."""
+    def _to_be_written(self, keys: tuple[RowKey, ...]) -> Stack:
+        """A stack that no run reads: the one with the most of these rows, or else the one not used the longest."""
         idle = [each for each in self._stacks if not each.n_users]
-        best = max(idle, key=lambda each: each.n_common(rows), default=None)
-        if best is None or (not best.n_common(rows) and len(idle) < _IDLE_STACKS):
+        best = max(idle, key=lambda each: each.n_common(keys), default=None)
+        if best is None or (not best.n_common(keys) and len(idle) < _IDLE_STACKS):
             best = self.new_stack()
         else:
             self._stacks.remove(best)

@@ -14,7 +14,6 @@ A larger rank or another input lays the bank out anew, and so does a while in wh
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +25,10 @@ from lora_export.errors import UsageProblem
 from lora_export.runtime.arrays import numpy_dtype, to_ort_value
 from lora_export.runtime.device_layout import Group, Layout, layout_of
 from lora_export.runtime.device_memory import DeviceMemory
-from lora_export.runtime.held_adapter import HeldAdapter, RowAdapters
+from lora_export.runtime.held_adapter import RowAdapters, RowKey, row_key
 from lora_export.runtime.host_rows import PATIENCE, value_of, write_row
 from lora_export.runtime.stacking import Tensors, default_of, fed_entries, filler_of, is_task_vector
 
-# What a row runs, without keeping its adapters alive.
-_Key = tuple[tuple[weakref.ref[HeldAdapter], float], ...]
 # The inputs that a row's adapters bring, and their sizes where adapters differ in size.
 _Footprint = frozenset[tuple[str, int]]
 # Of mixes of ranks; each takes some kilobytes.
@@ -104,7 +101,7 @@ class DeviceBank:
         """
         for adapter in {adapter for row in rows for adapter, _ in row}:
             adapter.use()
-        keys = [tuple((weakref.ref(adapter), weight) for adapter, weight in row) for row in rows]
+        keys = [row_key(row) for row in rows]
         wanted = dict(zip(keys, rows, strict=True))
         made = {key: self._made(row) for key, row in wanted.items() if key not in self._held}
         footprints = {key: self._footprint(made[key]) if key in made else self._held[key].footprint for key in wanted}
@@ -175,12 +172,12 @@ class DeviceBank:
     def _lay_out(self, layout: Layout | None) -> None:
         """Go on without an entry."""
         self.layout, self.tables, self.generation = layout, (), self.generation + 1
-        self._held: OrderedDict[_Key, _Entry] = OrderedDict()  # the one that was used last at the end
+        self._held: OrderedDict[RowKey, _Entry] = OrderedDict()  # the one that was used last at the end
         self._free, self._n_slots = [], 0
         self._recent: dict[_Need, None] = {}  # since the sizes were looked at
         self._n_looks = 0
 
-    def _make_room(self, n: int, wanted: Collection[_Key]) -> None:
+    def _make_room(self, n: int, wanted: Collection[RowKey]) -> None:
         """Have `n` free slots, none of them of what is `wanted`."""
         bounds = [self.layout.most_slots]
         if self._max_bytes is not None and self.layout.slot_bytes:
@@ -195,7 +192,7 @@ class DeviceBank:
             self._give_back(others[: max(0, n - len(self._free))])
             self._grow(self._n_slots + n - len(self._free))
 
-    def _give_back(self, keys: Collection[_Key]) -> None:
+    def _give_back(self, keys: Collection[RowKey]) -> None:
         for key in keys:
             self._free.append(self._held.pop(key).slot)
 

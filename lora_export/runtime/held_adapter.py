@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -98,3 +99,10 @@ class HeldAdapter:
 
 # What one row runs: adapters with their weights, in a fixed order; empty for the base.
 RowAdapters = tuple[tuple[HeldAdapter, float], ...]
+# The same, without keeping its adapters alive. Those of adapters that are gone equal no others.
+RowKey = tuple[tuple[weakref.ref[HeldAdapter], float], ...]
+
+
+def row_key(row: RowAdapters) -> RowKey:
+    """What tells a row from rows that run something else."""
+    return tuple((weakref.ref(adapter), weight) for adapter, weight in row)

@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from lora_export.contract import AdapterInput, GraphContract
 from lora_export.runtime.arrays import numpy_dtype, to_ort_value
-from lora_export.runtime.held_adapter import RowAdapters
+from lora_export.runtime.held_adapter import RowAdapters, RowKey, row_key
 from lora_export.runtime.stacking import Tensors, blended, default_of, fed_entries, filler_of, is_task_vector
 
 # After as many writes that needed half of a buffer's rank or less, it takes the rank that is needed.
@@ -47,14 +47,14 @@ class HostRows:
         """
         brought = frozenset().union(*(adapter.names for adapter in {a for row in rows for a, _ in row}))
         before, self._given = self._given, frozenset()
-        values = {}
+        keys, values = list(map(row_key, rows)), {}
         entries = [entry for entry in fed_entries(self._contract, brought) if self._is_mine(entry)]
         for entry in entries:
             if entry.name not in self._buffers:
                 default = default_of(entry, self._defaults)
                 self._buffers[entry.name] = _Buffer(entry, self._provider, default)
             buffer = self._buffers[entry.name]
-            buffer.write(rows, changed if entry.name in before else range(len(rows)))
+            buffer.write(rows, keys, changed if entry.name in before else range(len(rows)))
             value = buffer.value(len(rows))
             if value is not None:  # rank 0 and no tokens are the default
                 values[entry.name] = value
@@ -64,6 +64,8 @@ class HostRows:
 
 class _Buffer:
     """The rows of one input, `[n, …]`, in memory that is kept; it holds the first rows of the last batch and more.
+
+    No adapter is kept alive.
 
     Args:
         default: What a row without the input's adapters is fed, `[1, …]`.
@@ -75,44 +77,41 @@ class _Buffer:
         self._memory = np.empty(0, numpy_dtype(entry.dtype))
         self._filler = filler_of(entry, self._memory.dtype)
         self._rows = self._memory  # as `[rows, …]`
-        self._held: list[RowAdapters | None] = []  # what each row was made of
+        self._held: list[RowKey | None] = []  # what each row was made of
         self._sizes: list[int] = []  # of what each row was made of, along the axis
         self._n_small = 0
         # A value on the CPU is the buffer itself; on another device it is a copy, made anew after every write.
         self._is_in_place = provider == "cpu"
         self._value: tuple[int, ort.OrtValue | None] | None = None
 
-    def write(self, rows: Sequence[RowAdapters], changed: Iterable[int]) -> None:
-        """Hold the input of `rows`; only those `changed` may be held otherwise."""
-        values: dict[int, tuple[RowAdapters, np.ndarray]] = {}
-
-        def make(row: int, made_of: RowAdapters) -> None:
-            values[row] = made_of, value_of(self._entry, made_of, self._default)
-
+    def write(self, rows: Sequence[RowAdapters], keys: Sequence[RowKey], changed: Iterable[int]) -> None:
+        """Hold the input of `rows`, whose keys are `keys`; only those `changed` may be held otherwise."""
+        made_of = [self._made_of(row) for row in rows]
+        own_keys = [key if made is row else row_key(made) for made, row, key in zip(made_of, rows, keys, strict=True)]
+        values: dict[int, np.ndarray] = {}
         for row in changed:
-            made_of = self._made_of(rows[row])
-            if row >= len(self._held) or self._held[row] != made_of:
-                make(row, made_of)
+            if row >= len(self._held) or self._held[row] != own_keys[row]:
+                values[row] = value_of(self._entry, made_of[row], self._default)
         shape = self._shape_for(values, len(rows))
         if shape != self._rows.shape[1:] or len(rows) > len(self._rows):
             self._allocate(shape, len(rows))
-            for row, adapters in enumerate(rows):
+            for row in range(len(rows)):
                 if row not in values:
-                    make(row, self._made_of(adapters))
-        for row, (made_of, value) in values.items():
-            self._write_row(row, made_of, value)
+                    values[row] = value_of(self._entry, made_of[row], self._default)
+        for row, value in values.items():
+            self._write_row(row, own_keys[row], value)
 
     def _made_of(self, row: RowAdapters) -> RowAdapters:
         if len(row) == 1:
             return row if self._name in row[0][0].names else ()
         return tuple(part for part in row if self._name in part[0].names)
 
-    def _shape_for(self, values: Mapping[int, tuple[RowAdapters, np.ndarray]], n: int) -> tuple[int, ...]:
+    def _shape_for(self, values: Mapping[int, np.ndarray], n: int) -> tuple[int, ...]:
         """The shape of every row of a batch; a rank that was larger stays for a while."""
-        own = next((value.shape[1:] for _, value in values.values()), self._rows.shape[1:])
+        own = next((value.shape[1:] for value in values.values()), self._rows.shape[1:])
         if self._axis is None:
             return own
-        sizes = [values[row][1].shape[self._axis] if row in values else self._sizes[row] for row in range(n)]
+        sizes = [values[row].shape[self._axis] if row in values else self._sizes[row] for row in range(n)]
         place, need = self._axis - 1, max(sizes)
         have = self._rows.shape[self._axis] if self._held else 0
         if have > need and not self._is_head:  # the size of a head is seen in the outputs
@@ -128,7 +127,7 @@ class _Buffer:
         self._rows = self._memory[: n_rows * n_elements].reshape(n_rows, *shape)
         self._held, self._sizes, self._value, self._n_small = [], [], None, 0
 
-    def _write_row(self, row: int, made_of: RowAdapters, value: np.ndarray) -> None:
+    def _write_row(self, row: int, key: RowKey, value: np.ndarray) -> None:
         while row >= len(self._held):
             self._held.append(None)
             self._sizes.append(0)
@@ -136,7 +135,7 @@ class _Buffer:
         self._held[row] = None  # until it is whole
         end = self._sizes[row] if is_known else None
         self._sizes[row] = write_row(target, value[0], self._axis, filler=self._filler, used=end)
-        self._held[row] = made_of
+        self._held[row] = key
         if not self._is_in_place:
             self._value = None
 

@@ -3,7 +3,8 @@
 Two ways, by where a graph keeps a token (`CacheLayout`):
 
 1. `SharedRows`, TOKENS: one buffer for all rows. A run takes rows that lie side by side, and writes into them. A row
-   between them that has no new token is run too, with a token that the row's next one writes over.
+   between them that has no new token is run too, with a token that the row's next one writes over. Steps that are
+   captured in CUDA graphs are of 1, 2, 4, 8, … rows from the first on, so that few captures serve.
 2. `LooseRows`, COLUMNS: a run returns the caches of its rows as new arrays. They are the past of the next run if that
    is of the same rows; else each row's part is copied to a new past, shorter rows filled up on the left.
 """
@@ -96,7 +97,7 @@ class RowCache(ABC):
         same = (rows[0],) if len(set(rows)) == 1 else tuple(rows)
         inputs = _inputs(session.contract, new, lengths, past=arrays)
         names = ["logits", *map(present_of, arrays)]
-        results = session.run_batch(bank, BatchRun(inputs, same, names, cache))
+        results = session.runs.run(bank, BatchRun(inputs, same, names, cache))
         mask_padded_classes(results, session.contract, bank.classes(same))
         return results
 
@@ -113,16 +114,25 @@ class SharedRows(RowCache):
 
     def run(self, new: Sequence[NewTokens]) -> np.ndarray:
         given = {each.row: each for each in new}
-        span = range(new[0].row, new[-1].row + 1)
+        span = self._span(new)
         for each in new:
             self._adapters[each.row] = each.adapters
         lengths = [self.lengths[row] for row in span]
         part = self._buffer.part(span[0], len(span), max(lengths))
-        adapters = [self._adapters[row] for row in span]
+        # A row that is free runs what another one does: it makes no mix of one adapter.
+        is_free = [row not in given and not self.lengths[row] for row in span]
+        adapters = [new[0].adapters if free else self._adapters[row] for row, free in zip(span, is_free, strict=True)]
         logits = self._scores([given.get(row) for row in span], lengths, adapters, cache=part)["logits"]
         for each in new:
             self.lengths[each.row] += len(each.ids)
         return logits[[each.row - span[0] for each in new], -1].astype(np.float32)
+
+    def _span(self, new: Sequence[NewTokens]) -> range:
+        """The rows to run: those from the first to the last, or a power of two of them where a step is captured."""
+        first, end = new[0].row, new[-1].row + 1
+        if self._session.runs.are_captured and all(len(each.ids) == 1 for each in new):
+            return range(min(self.n_rows, 1 << (end - 1).bit_length()))
+        return range(first, end)
 
     def move(self, source: int, target: int) -> None:
         self._buffer.copy_row(source, target, self.lengths[source])
