@@ -58,6 +58,7 @@ class Row:
         types: Of a pair of texts, which of the two each token is of; None for one text.
         signal: What the graph takes of an image, `[3, height, width]`, or of a sound; None for a text.
         gaps: None but for masked language models.
+        number: Its place among the rows of its request, from 0.
     """
 
     model: str
@@ -67,11 +68,14 @@ class Row:
     types: Sequence[int] | None = None
     signal: np.ndarray | None = None
     gaps: Gaps | None = None
+    number: int = 0
 
 
 @dataclass(eq=False)
 class Ticket:
     """A request in the queue; `future` has a result for each of its rows, or the problem of one.
+
+    Its rows know it, and it does not know them: what they hold goes with the last run of them.
 
     Attributes:
         deadline: In `time.monotonic`'s seconds.
@@ -80,7 +84,7 @@ class Ticket:
     deadline: float
     future: Future = field(default_factory=Future)
     results: dict[int, object] = field(default_factory=dict)
-    rows: tuple[Row, ...] = ()
+    n_rows: int = 1
 
     @property
     def is_over(self) -> bool:
@@ -92,9 +96,9 @@ class Ticket:
             if isinstance(result, BaseException):
                 self.future.set_exception(result)
                 return
-            self.results[id(row)] = result
-            if len(self.results) == len(self.rows):
-                self.future.set_result([self.results[id(each)] for each in self.rows])
+            self.results[row.number] = result
+            if len(self.results) == self.n_rows:
+                self.future.set_result([self.results[number] for number in range(self.n_rows)])
 
 
 class Watcher(Protocol):
@@ -161,9 +165,9 @@ class Batcher:
             raise Problem(
                 400, f"The request has {len(rows)} inputs; at most {self._limits.max_queue} are taken", param="input"
             )
-        ticket = Ticket(deadline)
+        ticket = Ticket(deadline, n_rows=len(rows))
         of_each = zip(rows, *(given or itertools.repeat(None) for given in (types, signals, gaps)), strict=False)
-        ticket.rows = tuple(Row(model, ids, ticket, target, *own) for ids, *own in of_each)
+        made = [Row(model, ids, ticket, target, *own, number) for number, (ids, *own) in enumerate(of_each)]
         with self._changed:
             if not self._is_open:
                 raise Problem(503, "The server is shutting down", code="draining", retry_after_s=LEAST_RETRY)
@@ -173,7 +177,7 @@ class Batcher:
                     retry_after_s=self._retry_after(),
                 )  # fmt: skip
             now = time.monotonic()
-            self._waiting.extend(ticket.rows)
+            self._waiting.extend(made)
             self._arrived.extend(itertools.repeat(now, len(rows)))
             self._changed.notify()
         return ticket
@@ -196,16 +200,24 @@ class Batcher:
         return min(MOST_RETRY, max(LEAST_RETRY, seconds))
 
     def _work(self) -> None:
-        while rows := self._next():
-            started = time.monotonic()
-            for row, result in self._results(rows):
-                row.ticket.settle(row, result)
-            seconds = time.monotonic() - started
-            self._watcher.ran(rows, seconds)
-            with self._changed:
-                self._running = ()
-                self._due = len(rows) + len(self._waiting)
-                self._seconds_a_row += 0.2 * (seconds / len(rows) - self._seconds_a_row)
+        while self._run_next():  # in a function of its own: rows that are answered are not kept until others come
+            pass
+
+    def _run_next(self) -> bool:
+        """Whether there was a run; none when the server ends."""
+        rows = self._next()
+        if not rows:
+            return False
+        started = time.monotonic()
+        for row, result in self._results(rows):
+            row.ticket.settle(row, result)
+        seconds = time.monotonic() - started
+        self._watcher.ran(rows, seconds)
+        with self._changed:
+            self._running = ()
+            self._due = len(rows) + len(self._waiting)
+            self._seconds_a_row += 0.2 * (seconds / len(rows) - self._seconds_a_row)
+        return True
 
     def _next(self) -> tuple[Row, ...]:
         """The rows of the next run; none when the server ends."""

@@ -35,7 +35,7 @@ def signals_of(urls: Sequence[object], steps: ImageSteps | Samples, held: Held) 
         if isinstance(steps, ImageSteps):
             image = read_image(io.BytesIO(_bytes_of(url, "image", "png")), "input", n_before=n_pixels)
             found.append(steps.pixels(image))
-            held.take(found[-1].nbytes)
+            held.take_array(found[-1])
             n_pixels += max(image.width * image.height, found[-1].size // 3)
         else:
             found.append(signal_of(_bytes_of(url, "audio", "wav"), steps, held, where="input"))
@@ -45,7 +45,7 @@ def signals_of(urls: Sequence[object], steps: ImageSteps | Samples, held: Held) 
 def signal_of(file: bytes, steps: Samples, held: Held, *, where: str) -> np.ndarray:
     """The same of a WAV file."""
     found = steps.features(read_wav(io.BytesIO(file), steps.rate, where=where))
-    held.take(found.nbytes)
+    held.take_array(found)
     return found
 
 

@@ -234,8 +234,11 @@ class Service:
         held = self.room.held()
         seen.at_end.append(held.give_back)
         held.take(seen.n_bytes)
-        answer = asyncio.get_running_loop().run_in_executor(self._preparing, make, held)
-        return await self.answered(request, answer, cancel=held.give_back)
+        waiting = [make]  # the executor keeps a job that was cancelled until its turn, but not what it works on
+        job = self._preparing.submit(lambda: waiting.pop()(held))
+        job.add_done_callback(lambda _: waiting.clear())
+        held.used_by(job)
+        return await self.answered(request, asyncio.wrap_future(job), cancel=held.give_back)
 
     def require_tokens(self, rows: Sequence[Sequence[int]], field: str) -> None:
         """Refuse token ids that the model does not know.

@@ -149,7 +149,7 @@ def _heard(body: SpeechBody | TranslationBody, file: bytes, voice: Voice, *, mod
             found=f"{features.shape[0]} bands, {features.shape[1]} frames",
         )
     source = features.astype(numpy_dtype(spec.dtype))
-    held.take(source.nbytes)
+    held.take_array(source)
     wish = Wish(
         (), Sampling(body.temperature or 0.0), models.longest - len(start), voice.eos_ids,
         source={spec.name: source}, rules=voice.rules, start=start,

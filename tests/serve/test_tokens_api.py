@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx2
 import numpy as np
@@ -172,7 +173,7 @@ def test_images_are_prepared_for_two_at_a_time_and_while_somebody_waits(vit, mon
 
 
 def test_images_that_wait_are_bounded_together(vit, monkeypatch):
-    """By their bodies and what is made of them; others find no room until the request before them is over."""
+    """By their bodies and what is made of them; others find no room until those before them are gone."""
     given = {"model": "vit", "input": [url(picture(0))] * 2}
     made, taken = [], []
 
@@ -210,6 +211,49 @@ def test_a_request_that_is_over_takes_no_more_and_gives_back_once():
     with pytest.raises(Problem, match="Nobody waits"):
         held.take(1)
     assert room.n_taken == 0
+
+
+def test_what_is_still_in_memory_is_still_counted():
+    """A job that runs on after its request, one that never starts, and an array that somebody has."""
+    room, array, running, waiting = Room(100), np.zeros(10, np.uint8), Future(), Future()
+    held = room.held()
+    held.take(30)
+    held.take_array(array)
+    running.set_running_or_notify_cancel()
+    for job in (running, waiting):
+        held.used_by(job)
+    waiting.cancel()
+    held.give_back()
+    assert room.n_taken == 40 and held.n_bytes == 40
+    running.set_result(None)
+    assert room.n_taken == 10
+    del array
+    assert room.n_taken == 0 and held.n_bytes == 0
+
+
+def test_a_request_that_left_the_queue_of_images_is_let_go(vit, monkeypatch):
+    """Others run; the executor keeps what was cancelled until its turn, but not its body."""
+    monkeypatch.setattr(vit.service, "room", room := Room(10**9))
+    begun, go_on = threading.Semaphore(0), threading.Event()
+
+    def slow(urls, steps, held):
+        begun.release()
+        assert go_on.wait(60)
+        return signals_of(urls, steps, held)
+
+    monkeypatch.setattr(api, "signals_of", slow)
+    given = {"model": "vit", "input": url(picture(0))}
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(vit.post, "/v1/classify", **given) for _ in range(2)]
+        for _ in running:
+            assert begun.acquire(timeout=60)
+        of_two = room.n_taken
+        with vit.http() as client, pytest.raises(httpx2.TimeoutException):
+            client.post("/v1/classify", json=given, timeout=0.3)
+        wait_until(lambda: room.n_taken == of_two)
+        go_on.set()
+        assert [each.result().status_code for each in running] == [200, 200]
+    wait_until(lambda: room.n_taken == 0)
 
 
 def test_an_export_that_cannot_be_served_says_why(exports, own):
