@@ -7,8 +7,8 @@ turn, on all linears. Every row of a batch of 16 has another of them.
 
 queries    the step beside the base's with adapters of queries and values only (as in the LoRA paper), ranks 2 to 16.
 decode     a step of 16 rows on 256 tokens each, as `AdapterSession.run` does it: with the adapters, without any, row by
-           row, with another adapter in one row at every step, and in every row. Samples are taken in turn, forwards and
-           backwards; ratios are of blocks.
+           row, with another adapter in one row at every step, and in every row, each of these on a session of its own.
+           Samples are taken in turn, forwards and backwards; ratios are of blocks.
 peft       the step beside PEFT's own `adapter_names` batch in PyTorch.
 compose    what putting a wholly new mix together takes, beside copying its bytes once into memory that is there.
 batching   64 texts with prompts of 4 to 32 tokens and 4 to 128 new tokens (geometric lengths): `Scheduler` beside
@@ -259,7 +259,10 @@ Part = tuple[object, list[Target]]
 
 
 def part_decode(work: Work) -> Part:
-    taken = paired({"base alone": work.base_step(), **work.steps(work.served)}, work.n_blocks)
+    steps = {"base alone": work.base_step(), **work.steps(work.served)}
+    for name in ("one row changes", "every row changes"):  # a session has what its own last step was put together of
+        steps[name] = work.steps(work.session("served"))[name]
+    taken = paired(steps, work.n_blocks)
     return taken, [
         target("16 adapters ÷ the base alone", ratio(taken, "mixed", "base alone"), 1.08),
         target("16 adapters in one batch ÷ row by row", ratio(taken, "mixed", "row by row"), 1 / 3),

@@ -28,6 +28,7 @@
     sampling.py           how the next token is chosen
     row_cache.py          the caches of rows that come and go one by one
     decoder_limits.py     what a decoder can be asked for
+    admission.py          when texts that wait are given free rows
     scheduler.py          many texts on one decoder, which join and leave between steps
     template_limits.py    how much a chat template may do
     chat_template.py      messages as a prompt

@@ -86,20 +86,29 @@ class _Buffer:
 
     def write(self, rows: Sequence[RowAdapters], keys: Sequence[RowKey], changed: Iterable[int]) -> None:
         """Hold the input of `rows`, whose keys are `keys`; only those `changed` may be held otherwise."""
-        made_of = [self._made_of(row) for row in rows]
-        own_keys = [key if made is row else row_key(made) for made, row, key in zip(made_of, rows, keys, strict=True)]
+        made_of: dict[int, RowKey] = {}
         values: dict[int, np.ndarray] = {}
+
+        def is_other(row: int) -> bool:
+            """Whether row `row` is not held as it is to be; notes what it is to be made of."""
+            parts = self._made_of(rows[row])
+            made_of[row] = keys[row] if parts is rows[row] else row_key(parts)
+            return row >= len(self._held) or self._held[row] != made_of[row]
+
+        def make(row: int) -> None:
+            values[row] = value_of(self._entry, self._made_of(rows[row]), self._default)
+
         for row in changed:
-            if row >= len(self._held) or self._held[row] != own_keys[row]:
-                values[row] = value_of(self._entry, made_of[row], self._default)
+            if is_other(row):
+                make(row)
         shape = self._shape_for(values, len(rows))
         if shape != self._rows.shape[1:] or len(rows) > len(self._rows):
             self._allocate(shape, len(rows))
             for row in range(len(rows)):
-                if row not in values:
-                    values[row] = value_of(self._entry, made_of[row], self._default)
+                if row not in values and is_other(row):
+                    make(row)
         for row, value in values.items():
-            self._write_row(row, own_keys[row], value)
+            self._write_row(row, made_of[row], value)
 
     def _made_of(self, row: RowAdapters) -> RowAdapters:
         if len(row) == 1:

@@ -1,8 +1,7 @@
 """`Scheduler`: many texts on one decoder, each with its own adapter, which join and leave between steps.
 
 Every step adds one token to each text that has its prompt behind it (continuous batching: Yu et al., Orca, OSDI 2022),
-after at most `prefill_chunk` tokens of prompts (chunked prefill: Agrawal et al., arXiv 2308.16369), so that a long
-prompt holds up the others for one chunk at a time. NumPy only.
+after at most `prefill_chunk` tokens of prompts (chunked prefill: Agrawal et al., arXiv 2308.16369).
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from enum import StrEnum
 import numpy as np
 
 from lora_export.runtime.adapter_session import AdapterSession
+from lora_export.runtime.admission import Admission
 from lora_export.runtime.bank import Bank, RowAdapter
 from lora_export.runtime.decoder_limits import DecoderLimits
 from lora_export.runtime.row_cache import NewTokens, rows_for
@@ -102,15 +102,14 @@ class _Text:
 class Scheduler:
     """Writes the texts of requests with one session.
 
-    `submit`, `cancel` and the counts may be called from any thread at any time; `step` from one thread at a time. A
-    text goes on with the adapters that it was begun with, whatever is loaded or unloaded meanwhile.
+    `submit`, `cancel` and the counts may be called from any thread, `step` from one thread at a time. A text goes on
+    with the adapters that it was begun with, whatever is loaded or unloaded meanwhile.
 
     Args:
         session: Of a decoder with a cache. Where past and present cannot be one buffer (`CacheLayout.COLUMNS`), every
             step copies the caches.
         max_rows: The most texts at a time.
-        max_length: The most tokens of a text, prompt included. The cache for `max_rows × max_length` tokens is
-            allocated at once, unless the graph copies it at every step.
+        max_length: The most tokens of a text. The cache for `max_rows × max_length` is allocated at once, or copied.
         prefill_chunk: The most tokens of prompts in a step.
 
     Raises:
@@ -127,6 +126,7 @@ class Scheduler:
         self._rows = rows_for(session, max_rows, max_length)
         self._texts: dict[int, _Text] = {}  # by row
         self._waiting: deque[_Text] = deque()
+        self._admission = Admission(max_rows, prefill_chunk)
         self._numbers = itertools.count()
         self._cancelled: set[Request] = set()
         self._changing, self._stepping = threading.Lock(), threading.Lock()
@@ -178,7 +178,7 @@ class Scheduler:
                 self._cancelled.add(request)
 
     def clear(self) -> None:
-        """Forget all texts at once, those that wait too: after a step that raised, which is of all of them."""
+        """Forget all texts, those that wait too: after a step that raised, which is of all of them."""
         with self._stepping, self._changing:
             self._waiting.clear()
             for row in list(self._texts):
@@ -213,10 +213,11 @@ class Scheduler:
         return [Token(request, None, Finish.CANCELLED) for request in gone]
 
     def _admit(self) -> None:
-        """Give free rows, the lowest first, to those who wait longest."""
+        """Give free rows, the lowest first, to those who wait longest; or let some more become free."""
         with self._changing:
-            for row in range(self._rows.n_rows):
-                if self._waiting and row not in self._texts:
+            free = [row for row in range(self._rows.n_rows) if row not in self._texts]
+            if self._admission.is_due(len(free), [text.request.prompt_ids for text in self._waiting]):
+                for row in free[: len(self._waiting)]:
                     self._texts[row] = self._waiting.popleft()
 
     def _next_prompts(self) -> list[int]:
