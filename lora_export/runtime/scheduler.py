@@ -126,7 +126,7 @@ class Scheduler:
         self._rows = rows_for(session, max_rows, max_length)
         self._texts: dict[int, _Text] = {}  # by row
         self._waiting: deque[_Text] = deque()
-        self._admission = Admission(max_rows, prefill_chunk)
+        self._admission = Admission(max_rows, prefill_chunk, session.provider)
         self._numbers = itertools.count()
         self._cancelled: set[Request] = set()
         self._changing, self._stepping = threading.Lock(), threading.Lock()
@@ -221,19 +221,19 @@ class Scheduler:
                     self._texts[row] = self._waiting.popleft()
 
     def _next_prompts(self) -> list[int]:
-        """The row of the oldest prompt that is not through; if it begins and fits the chunk, others beside it too."""
+        """The row of the oldest prompt that is not through; if it begins, others beside it that do not prolong it."""
         reading = {row: text for row, text in self._texts.items() if not text.is_writing}
         if not reading:
             return []
         rows = [min(reading, key=lambda row: reading[row].number)]
-        longest = len(reading[rows[0]].request.prompt_ids)
+        lengths = [len(reading[rows[0]].request.prompt_ids)]
         if reading[rows[0]].n_cached:
             return rows
         while (text := reading.get(rows[-1] + 1)) is not None and not text.n_cached:
-            longest = max(longest, len(text.request.prompt_ids))
-            if longest * (len(rows) + 1) > self._chunk:
+            if self._admission.saved(lengths, n_tokens := len(text.request.prompt_ids)) < 0:
                 break
             rows.append(rows[-1] + 1)
+            lengths.append(n_tokens)
         return rows
 
     def _run(self, rows: Sequence[int]) -> list[Token]:

@@ -9,31 +9,43 @@ from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.admission import Admission
 from lora_export.runtime.scheduler import Scheduler
 
-SHORT, LONG = [1] * 8, [1] * 200
+SHORT, LONG = [1] * 8, [1] * 90
 
 
 @pytest.mark.parametrize(
-    ("n_free", "waiting"),
+    ("provider", "n_free", "waiting"),
     [
-        (3, [SHORT]),  # all that wait have room
-        (3, [SHORT] * 3),
-        (16, [SHORT] * 30),  # nothing else runs
-        (2, [SHORT, LONG, SHORT]),  # the next two do not fit one run
-        (0, [SHORT] * 4),
+        ("cuda", 3, [SHORT]),  # all that wait have room
+        ("cuda", 3, [SHORT] * 3),
+        ("cuda", 16, [SHORT] * 30),  # nothing else runs
+        ("cuda", 2, [SHORT, LONG * 2, SHORT]),  # the next two do not fit one run
+        ("cpu", 2, [LONG, LONG, SHORT]),  # calculating takes the time
+        ("cpu", 2, [SHORT, LONG, SHORT]),
+        ("cuda", 0, [SHORT] * 4),
     ],
 )
-def test_nobody_is_held_back_for_nothing(n_free, waiting):
-    admission = Admission(16, 256)
+def test_nobody_is_held_back_for_nothing(provider, n_free, waiting):
+    admission = Admission(16, 256, provider)
     assert all(admission.is_due(n_free, waiting) for _ in range(20))
 
 
-def test_rows_are_filled_together_after_half_a_step_of_all_rows():
+@pytest.mark.parametrize(("provider", "prompt"), [("cpu", SHORT), ("cuda", SHORT), ("cuda", LONG)])
+def test_rows_are_filled_together_after_half_a_step_of_all_rows(provider, prompt):
     """One row is free for eight steps, or a second one joins it after four: 4 + 2 · 2 rows."""
-    admission, waiting = Admission(16, 256), [SHORT] * 9
+    admission, waiting = Admission(16, 256, provider), [prompt] * 9
     assert [admission.is_due(1, waiting) for _ in range(9)] == [False] * 7 + [True, False]
-    admission = Admission(16, 256)
+    admission = Admission(16, 256, provider)
     found = [admission.is_due(n_free, waiting) for n_free in (1, 1, 1, 1, 2, 2, 1)]
     assert found == [False] * 5 + [True, False]
+
+
+def test_a_prompt_joins_those_that_it_does_not_prolong():
+    cpu, cuda = Admission(16, 256, "cpu"), Admission(16, 256, "cuda")
+    assert cpu.saved([5], 5) == 16, "a run less, in which weights are read"
+    assert cpu.saved([40], 40) == 0, "calculating takes the time"
+    assert cpu.saved([40, 40], 20) == -20 and cpu.saved([8], 120) < 0, "padding is calculated with, too"
+    assert cuda.saved([8], 120) == 256
+    assert cuda.saved([130], 100) < 0, "more than the chunk"
 
 
 def test_a_full_scheduler_reads_prompts_together(exports, monkeypatch):
