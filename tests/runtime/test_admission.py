@@ -19,8 +19,7 @@ SHORT, LONG = [1] * 8, [1] * 90
         ("cuda", 3, [SHORT] * 3),
         ("cuda", 16, [SHORT] * 30),  # nothing else runs
         ("cuda", 2, [SHORT, LONG * 2, SHORT]),  # the next two do not fit one run
-        ("cpu", 2, [LONG, LONG, SHORT]),  # calculating takes the time
-        ("cpu", 2, [SHORT, LONG, SHORT]),
+        ("cpu", 2, [SHORT, LONG, SHORT]),  # padding would cost more than a run
         ("cuda", 0, [SHORT] * 4),
     ],
 )
@@ -29,7 +28,7 @@ def test_nobody_is_held_back_for_nothing(provider, n_free, waiting):
     assert all(admission.is_due(n_free, waiting) for _ in range(20))
 
 
-@pytest.mark.parametrize(("provider", "prompt"), [("cpu", SHORT), ("cuda", SHORT), ("cuda", LONG)])
+@pytest.mark.parametrize(("provider", "prompt"), [("cpu", SHORT), ("cpu", LONG), ("cuda", LONG)])
 def test_rows_are_filled_together_after_half_a_step_of_all_rows(provider, prompt):
     """One row is free for eight steps, or a second one joins it after four: 4 + 2 · 2 rows."""
     admission, waiting = Admission(16, 256, provider), [prompt] * 9
@@ -39,13 +38,12 @@ def test_rows_are_filled_together_after_half_a_step_of_all_rows(provider, prompt
     assert found == [False] * 5 + [True, False]
 
 
-def test_a_prompt_joins_those_that_it_does_not_prolong():
+def test_a_prompt_joins_others_where_padding_costs_less_than_a_run():
     cpu, cuda = Admission(16, 256, "cpu"), Admission(16, 256, "cuda")
-    assert cpu.saved([5], 5) == 16, "a run less, in which weights are read"
-    assert cpu.saved([40], 40) == 0, "calculating takes the time"
-    assert cpu.saved([40, 40], 20) == -20 and cpu.saved([8], 120) < 0, "padding is calculated with, too"
-    assert cuda.saved([8], 120) == 256
-    assert cuda.saved([130], 100) < 0, "more than the chunk"
+    assert cpu.saved([40], 40) == cpu.saved([5, 5], 5) == 24, "a run"
+    assert cpu.saved([40, 40], 20) == 4 and cpu.saved([20, 20], 40) == -16, "a run, but for the padding"
+    assert cuda.saved([20, 20], 40) == 216
+    assert cuda.saved([130], 120) < 0, "more than the chunk"
 
 
 def test_a_full_scheduler_reads_prompts_together(exports, monkeypatch):
