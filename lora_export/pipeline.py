@@ -294,6 +294,7 @@ def fleet(
         return export(request, ExportOptions(out, targets=targets), progress=progress)
 
     with placed(options.out, progress) as place:
-        report = run_fleet(source, base, replace(options, out=place.folder), export=made, progress=progress)
+        here = replace(options, out=place.folder)
+        report = run_fleet(source, base, here, place=place, export=made, progress=progress)
         report = replace(report, folder=str(options.out))
         return report, place.published(write_fleet_reports(report, place.folder / REPORTS))

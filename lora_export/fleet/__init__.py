@@ -17,7 +17,11 @@
     workbench.py    packs an adapter and compares it with PEFT
     worker.py       a worker's work
     run.py          the whole of it
-    remote.py       a fleet at an address
+    places.py       where it goes
+    remote.py       to an address, adapter by adapter
+    brought.py      what is there already
+    address_lock.py one fleet at a time there
+    store.py        an address as fsspec has it
 
 Imports adapters, artifact, base, carried, check, compat, environment, errors, export, folders, graph, integrity,
 progress, quiet, reading, runtime, sentence, staging, verdict.

@@ -46,6 +46,11 @@ class FleetGraph:
     facts: Mapping[str, object]
 
     @cached_property
+    def files(self) -> dict[str, str]:
+        """sha256 by name of what `source` has besides adapters."""
+        return files_without(self.manifest, self.manifest.adapters)
+
+    @cached_property
     def key(self) -> str:
         """Changes with the graph, its weights and the libraries."""
         return state.hash_of([*(self.manifest.files[name] for name in self.manifest.graph_files), versions()])

@@ -1,10 +1,10 @@
-"""A fleet at an address that fsspec writes: made in a folder of this machine, and brought there when it is whole.
+"""A fleet at an address that fsspec writes: made in a folder of this machine, from which it appears there.
 
-    fetch        what the address has, as far as the folder has not: by the manifest's hashes
-    published    files that are new, then those that changed, reports, the manifest; then what went is removed
+    fetch        the folder becomes what the address has, as far as it is not: by the manifest's hashes
+    appear       an adapter that is done is brought there at once, by threads beside the work
+    published    what replaces other files is moved to its place; reports; the manifest; then what went is removed
 
-A store of objects changes one at a time. While changed files come before their manifest, a reader that compares hashes
-sees that; a run that is killed then leaves it so until the next one on this machine, which uploads all anew.
+What `brought.py` keeps at the address is enough for a run on any machine to go on where one was stopped.
 """
 
 from __future__ import annotations
@@ -12,28 +12,31 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
-import os
 import shutil
-import socket
 import uuid
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from lora_export.artifact import MANIFEST, REPORTS, read_manifest, sha256_of
-from lora_export.errors import EnvironmentUnusable, InputRefused, LoraExportError, told
+from lora_export.errors import EnvironmentUnusable, InputRefused, LoraExportError
+from lora_export.export.lifecycle import files_without
+from lora_export.fleet.address_lock import LOCK, AddressLock
+from lora_export.fleet.brought import Brought
+from lora_export.fleet.places import Here, Place
 from lora_export.fleet.roster import is_address
 from lora_export.fleet.state import RECORDS
+from lora_export.fleet.store import PARTIAL, Store, errors_told
 from lora_export.graph.cache import cache_folder
 from lora_export.integrity.verify import verify
 from lora_export.progress import Progress
 from lora_export.reading import json_of
+from lora_export.staging import write_whole
 
-_LOCK = ".fleet.lock"
-# Of this process, at work.
-_runs: set[str] = set()
+# What waits for a store waits at the same time.
+_N_THREADS = 4
 
 
 @dataclass
@@ -41,65 +44,76 @@ class Mirror:
     """An address, and the folder that stands for it.
 
     Attributes:
-        system, root: fsspec's file system and the path in it.
-        known: sha256 by name of what the address surely has.
-        earlier: Names of what a fleet had there before.
-        is_whole: Whether the address has one fleet, and no part of another.
-        run: What the lock has of this run.
+        brought: What is there.
+        named: sha256 by name, of the manifest that was there when this run began.
+        pending: What threads bring.
+        is_publishing: Whether the folder has the new fleet.
     """
 
-    address: str
+    store: Store
     folder: Path
-    system: Any
-    root: str
+    lock: AddressLock
     progress: Progress
-    known: dict[str, str] = field(default_factory=dict)
-    earlier: set[str] = field(default_factory=set)
-    is_whole: bool = True
-    run: str = field(default_factory=lambda: uuid.uuid4().hex)
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_N_THREADS))
+    named: dict[str, str] = field(default_factory=dict)
+    pending: deque[Future] = field(default_factory=deque)
+    brought: Brought | None = None
+    is_publishing: bool = False
 
-    def at(self, name: str) -> str:
-        return f"{self.root}/{name}"
-
-    def fetch(self, *, was_left: bool) -> None:
-        """Make the folder what the address has.
-
-        Args:
-            was_left: Whether a run that was killed left its lock.
+    def fetch(self) -> None:
+        """Make the folder what the address has, unless it is the work of the run that was stopped there.
 
         Raises:
             InputRefused: It has something that is no fleet.
         """
-        there = self._there() - {_LOCK}
-        if there and not {MANIFEST, *RECORDS} <= there:
-            self.is_whole = not was_left
-            what, step = "something that is no fleet", "name another address with -o"
-            if was_left:
-                what, step = "part of a fleet, whose first upload was cut off", f"remove what is there, or {step}"
+        sizes = {name: size for name, size in self.store.sizes().items() if name != LOCK}
+        is_begun = any(name.startswith(f"{PARTIAL}/") for name in sizes)
+        if sizes and not is_begun and not {MANIFEST, *RECORDS} <= sizes.keys():
             raise InputRefused(
-                f"The output's address holds {what}",
-                where=self.address,
+                "The output's address holds something that is no fleet",
+                where=self.store.address,
                 expected="what `lora-export fleet` made there, or nothing",
-                next_step=step,
+                next_step="name another address with -o",
             )
-        files = self._files_there() if there else {}
-        self.earlier |= files.keys()
-        if not files:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
-        names = [*files, *RECORDS, MANIFEST]
-        sizes = self._sizes_there()
-        for name, done, total in _by_bytes(names, sizes):
+        self.named = self._named() if MANIFEST in sizes else {}
+        self.brought = Brought.read(self.store, sizes, self.named)
+        if not self._is_ahead():
+            if not (self.named and self._fetched()):
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self._run.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._run, uuid.uuid4().hex)
+        self.brought.begin(self._run.read_text(encoding="utf-8"))
+
+    @property
+    def _run(self) -> Path:
+        """Has what `begun` has at the address, while the folder is what a run brings there."""
+        return self.folder.parent / "begun"
+
+    def _is_ahead(self) -> bool:
+        """Whether the folder has the whole fleet of the run that was stopped at the address."""
+        is_same = self._run.is_file() and self._run.read_text(encoding="utf-8") == self.brought.begun
+        return is_same and (self.folder / MANIFEST).is_file() and verify(self.folder).passed
+
+    def _fetched(self) -> bool:
+        """Fetch what the manifest names; whether the folder has the graph then. Adapters may be missing."""
+        names, brought = [*self.named, *RECORDS, MANIFEST], self.brought
+        for name, done, total in _by_bytes(names, brought.sizes):
             self.progress("fetching", done, total)
-            place = self.folder / name
-            if name in there and (name not in files or not place.is_file() or sha256_of(place) != files[name]):
-                place.parent.mkdir(parents=True, exist_ok=True)
-                self.system.get_file(self.at(name), str(place))
+            place, wanted = self.folder / name, self.named.get(name)
+            if wanted and place.is_file() and sha256_of(place) == wanted:
+                continue
+            place.unlink(missing_ok=True)
+            if name in brought.sizes:
+                self.store.get(name, place)
+            if wanted and place.is_file() and (found := sha256_of(place)) != wanted:  # it was being replaced
+                brought.known[name] = found
+                place.unlink()
         self._remove_but({*names})
-        self.known = {name: digest for name, digest in files.items() if name in there}
-        if not verify(self.folder).passed:
-            self.known = {}
-            shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            manifest = read_manifest(self.folder)
+        except LoraExportError:
+            return False
+        return all((self.folder / name).is_file() for name in files_without(manifest, manifest.adapters))
 
     def _remove_but(self, names: set[str]) -> None:
         """Remove what the folder has and the address has not; reports are not fetched."""
@@ -108,74 +122,88 @@ class Mirror:
             if path.is_file() and name not in names and not name.startswith(f"{REPORTS}/"):
                 path.unlink()
 
-    def _there(self) -> set[str]:
-        return {path.removeprefix(f"{self.root}/") for path in map(str, self.system.find(self.root))}
-
-    def _sizes_there(self) -> dict[str, int]:
-        found = self.system.find(self.root, detail=True)
-        return {path.removeprefix(f"{self.root}/"): info.get("size") or 0 for path, info in found.items()}
-
-    def _files_there(self) -> dict[str, str]:
-        fields = json_of(self.system.cat_file(self.at(MANIFEST)))
+    def _named(self) -> dict[str, str]:
+        fields = json_of(self.store.read(MANIFEST))
         files = fields.get("files") if isinstance(fields, Mapping) else None
         names = [PurePosixPath(name) for name in files] if isinstance(files, Mapping) else [PurePosixPath("/")]
         if any(name.is_absolute() or ".." in name.parts for name in names):
             raise InputRefused(
-                "The manifest names files outside its folder, or none", where=f"{self.address}/{MANIFEST}"
+                "The manifest names files outside its folder, or none", where=f"{self.store.address}/{MANIFEST}"
             )
         return {str(name): str(digest) for name, digest in files.items()}
+
+    def appear(self, folder: Path, files: Mapping[str, str]) -> None:
+        with self.store.errors_told():
+            while self.pending and self.pending[0].done():
+                self.pending.popleft().result()
+            self.lock.look()
+            for name, sha256 in files.items():
+                self.pending.append(self.threads.submit(self.brought.bring, name, sha256, folder / name))
+
+    def arrived(self) -> None:
+        with self.store.errors_told():
+            n_before = len(self.pending)
+            while self.pending:
+                self.progress("uploading", n_before - len(self.pending), n_before)
+                self.pending.popleft().result()
 
     def published(self, files: Mapping[str, Path]) -> dict[str, str]:
         """Make the address what the folder is; where `files` of it are then.
 
         Raises:
-            EnvironmentUnusable: The store refuses.
+            EnvironmentUnusable: The store refuses, or another run has taken the address.
         """
-        with _store_errors_told(self.address):
-            if (holder := self.holder()) != self.lock:
-                _refuse_second(self, holder)
-            self._upload()
-        return {key: f"{self.address}/{path.relative_to(self.folder).as_posix()}" for key, path in files.items()}
+        with self.store.errors_told():
+            self.is_publishing = True
+            self.lock.require()
+            self._publish(dict(read_manifest(self.folder).files))
+        address = self.store.address
+        return {key: f"{address}/{path.relative_to(self.folder).as_posix()}" for key, path in files.items()}
 
-    def _upload(self) -> None:
-        files = dict(read_manifest(self.folder).files)
-        new = [name for name in files if name not in self.known]
-        changed = [name for name in files if name in self.known and self.known[name] != files[name]]
+    def _publish(self, files: Mapping[str, str]) -> None:
         reports = [path.relative_to(self.folder).as_posix() for path in sorted((self.folder / REPORTS).rglob("*"))
                    if path.is_file()]  # fmt: skip
-        names = [*new, *changed, *reports, MANIFEST]
-        self.is_whole = False
-        for name, done, total in _by_bytes(names, {name: (self.folder / name).stat().st_size for name in names}):
+        brought = self.brought
+        self._put({name: self.threads.submit(brought.bring, name, files[name], self.folder / name) for name in files})
+        gone = (self.named.keys() | brought.names) - files.keys() & brought.sizes.keys()
+        if gone:
+            brought.announce_gone(gone)
+        self.lock.require()
+        brought.replace(files, self.threads)
+        self._put({name: self.threads.submit(self.store.put, self.folder / name, name) for name in reports})
+        self.store.put(self.folder / MANIFEST, MANIFEST)
+        self.store.remove(gone)
+        brought.end()
+
+    def _put(self, futures: Mapping[str, Future]) -> None:
+        """Wait for files that are brought, and tell how many bytes of them are there."""
+        for name, done, total in _by_bytes([*futures], {name: (self.folder / name).stat().st_size for name in futures}):
             self.progress("uploading", done, total)
-            self.system.makedirs(self.at(name).rpartition("/")[0], exist_ok=True)
-            self.system.put_file(str(self.folder / name), self.at(name))
-        for name in (self.earlier - files.keys()) & self._there():
-            self.system.rm_file(self.at(name))
-        self.is_whole = True
+            futures[name].result()
 
-    @property
-    def lock(self) -> dict[str, object]:
-        """What the lock of this run says."""
-        return {"host": _host(), "process": os.getpid(), "run": self.run}
+    def withdraw(self) -> None:
+        """Remove what this run brought, where there will be no fleet of it."""
+        self._end_threads()
+        if not self.brought.was_resumed:
+            with self.store.errors_told():
+                self.store.remove(self.brought.marks.keys() - self.named.keys())
+                self.brought.end()
 
-    def holder(self) -> dict[str, object]:
-        """What the lock at the address says."""
-        return json_of(self.system.cat_file(self.at(_LOCK)))
+    def close(self) -> None:
+        """End what threads do, and give the address back. A run that brought nothing leaves nothing there."""
+        self._end_threads()
+        with contextlib.suppress(Exception):  # a store that is gone; the next run of this machine takes the lock over
+            is_nothing = self.brought is not None and self.brought.is_nothing and not self.is_publishing
+            if is_nothing and self.lock.is_held():
+                self.brought.end()
+        self.lock.release()
 
-
-@dataclass(frozen=True)
-class Here:
-    """A fleet's own folder."""
-
-    folder: Path
-
-    def published(self, files: Mapping[str, Path]) -> Mapping[str, Path]:
-        """Where `files` of it are: it is made in its place."""
-        return files
+    def _end_threads(self) -> None:
+        self.threads.shutdown(wait=True, cancel_futures=True)
 
 
-def placed(out: Path | str, progress: Progress) -> contextlib.AbstractContextManager[Mirror | Here]:
-    """Where the fleet of `out` is made: the folder, or, of an address, `mirrored`."""
+def placed(out: Path | str, progress: Progress) -> contextlib.AbstractContextManager[Place]:
+    """Where the fleet of `out` goes: the folder, or, of an address, `mirrored`."""
     return mirrored(out, cache_folder() / "fleets", progress) if is_address(out) else contextlib.nullcontext(Here(out))
 
 
@@ -187,46 +215,24 @@ def mirrored(address: str, cache: Path, progress: Progress) -> Iterator[Mirror]:
         EnvironmentUnusable: The address cannot be read or written, or another fleet is being made there.
         InputRefused: It has something that is no fleet.
     """
-    import fsspec
-
-    with _store_errors_told(address):
-        system, root = fsspec.core.url_to_fs(address)
-        folder = cache / hashlib.sha256(address.encode()).hexdigest()[:16] / "out"
-        mirror = Mirror(address, folder, system, root.rstrip("/"), progress)
-        was_left = _lock(mirror)
+    with errors_told(address):
+        store = Store.of(address)
+        lock = AddressLock(store)
+        lock.take()
+    folder = cache / hashlib.sha256(address.encode()).hexdigest()[:16] / "out"
+    mirror = Mirror(store, folder, lock, progress)
     try:
-        with _store_errors_told(address):
-            if was_left and (folder / MANIFEST).is_file() and verify(folder).passed:
-                mirror.earlier |= read_manifest(folder).files.keys()
-            else:
-                mirror.fetch(was_left=was_left)
-        yield mirror
+        with errors_told(address):
+            mirror.fetch()
+        try:
+            yield mirror
+        except EnvironmentUnusable:
+            raise
+        except LoraExportError:
+            mirror.withdraw()
+            raise
     finally:
-        _runs.discard(mirror.run)
-        if mirror.is_whole:  # else the next run takes the lock over, and uploads all anew
-            with contextlib.suppress(Exception):
-                if mirror.holder() == mirror.lock:
-                    system.rm_file(mirror.at(_LOCK))
-
-
-def _lock(mirror: Mirror) -> bool:
-    """Take the address for this process; whether one of this machine that was killed had it.
-
-    Raises:
-        EnvironmentUnusable: Another process has it.
-    """
-    place = mirror.at(_LOCK)
-    was_left = mirror.system.exists(place)
-    if was_left:
-        holder = mirror.holder()
-        if holder.get("host") != _host() or _is_at_work(holder):
-            _refuse_second(mirror, holder)
-    mirror.system.makedirs(mirror.root, exist_ok=True)
-    mirror.system.pipe_file(place, json.dumps(mirror.lock).encode())
-    if (holder := mirror.holder()) != mirror.lock:
-        _refuse_second(mirror, holder)
-    _runs.add(mirror.run)
-    return was_left
+        mirror.close()
 
 
 def _by_bytes(names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
@@ -234,51 +240,3 @@ def _by_bytes(names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[tuple[
     found = [sizes.get(name, 0) for name in names]
     before = itertools.accumulate(found, initial=0)
     return ((name, done, sum(found)) for name, done in zip(names, before, strict=False))
-
-
-def _host() -> str:
-    """This machine, since it started, and the space that process numbers are of: containers may share a name."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        parts += [
-            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            str(Path("/proc/self/ns/pid").readlink()),
-        ]
-    return " ".join(parts)
-
-
-def _refuse_second(mirror: Mirror, holder: Mapping) -> None:
-    raise EnvironmentUnusable(
-        "Another fleet is being made at this address",
-        where=mirror.address,
-        found=f"{_LOCK} of process {holder.get('process')} on {holder.get('host')}",
-        next_step=f"wait for it; if it was killed on a machine that is gone, remove {_LOCK}",
-    )
-
-
-def _is_at_work(holder: Mapping) -> bool:
-    """Whether the process of this machine that a lock names is there, and at that run if it is this one."""
-    if holder["process"] == os.getpid():
-        return holder["run"] in _runs
-    try:
-        os.kill(holder["process"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-@contextlib.contextmanager
-def _store_errors_told(address: str) -> Iterator[None]:
-    try:
-        yield
-    except LoraExportError:
-        raise
-    except Exception as error:  # each store has errors of its own
-        raise EnvironmentUnusable(
-            "The output's address cannot be read or written",
-            where=address,
-            found=told(error),
-            next_step="look at the address and its credentials; s3:// needs s3fs, gs:// gcsfs, az:// adlfs",
-        ) from error

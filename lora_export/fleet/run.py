@@ -12,14 +12,13 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lora_export.artifact import REPORTS, Manifest, read_manifest, record_from, sha256_of, write_manifest
 from lora_export.environment import environment, n_cores
 from lora_export.errors import InputRefused, some_of
-from lora_export.export.lifecycle import files_without
 from lora_export.export.plan import local_path
 from lora_export.export.pooling import task_for
 from lora_export.fleet import state
@@ -28,6 +27,7 @@ from lora_export.fleet.embedding import FleetEmbedding, settled
 from lora_export.fleet.graph import Export, FleetGraph, graph_for
 from lora_export.fleet.options import FleetOptions
 from lora_export.fleet.outcomes import AdapterOutcome, FleetReport, Outcome
+from lora_export.fleet.places import Place
 from lora_export.fleet.pool import Pool
 from lora_export.fleet.roster import is_address, read_roster
 from lora_export.fleet.sources import Opened, open_all
@@ -40,8 +40,10 @@ from lora_export.sentence import AUTO, SentenceEmbedding
 WORK = "lora_export.fleet.worker:work"
 
 
-def run_fleet(source: Path, base: str, options: FleetOptions, *, export: Export, progress: Progress) -> FleetReport:
-    """Make or renew the fleet of `source` in `options.out`.
+def run_fleet(
+    source: Path, base: str, options: FleetOptions, *, place: Place, export: Export, progress: Progress
+) -> FleetReport:
+    """Make or renew the fleet of `source` in `options.out`, the folder of `place`.
 
     Raises:
         LoraExportError: The list, the base or the machine cannot be used, or all adapters are refused. An earlier fleet
@@ -70,10 +72,16 @@ def run_fleet(source: Path, base: str, options: FleetOptions, *, export: Export,
                     graph.bare, local_path(base), options.provider,
                     n_rows=options.n_rows, n_threads=n_threads, limits=options.tolerances, embeds_as=embedding.root,
                 )  # fmt: skip
-                found = _outcomes(graph, job, opened, options=options, pool=pool, progress=progress)
+                found = {
+                    outcome.name: (outcome, folder)
+                    for outcome, folder in _appearing(
+                        _outcomes(graph, job, opened, options=options, pool=pool, progress=progress), graph, place
+                    )
+                }
                 seconds_packing = time.monotonic() - packing
         by_name = {outcome.name: (outcome, work) for outcome in refused} | found
         in_order = [by_name[entry.name] for entry in entries]
+        place.arrived()
         outcomes = tuple(outcome for outcome, _ in in_order if not (options.only_changed and outcome.reused))
         manifest = _publish(graph, options.out, in_order, embedding=embedding)
         return FleetReport(
@@ -150,12 +158,11 @@ def _outcomes(
     options: FleetOptions,
     pool: Pool,
     progress: Progress,
-) -> dict[str, tuple[AdapterOutcome, Path]]:
-    """What becomes of each adapter, by name, and where its files lie: kept from an earlier run, or from the workers."""
+) -> Iterator[tuple[AdapterOutcome, Path]]:
+    """What becomes of each adapter, and where its files lie: kept from an earlier run, or as the workers have it."""
     work = state.work_folder(options.out)
     places = ((options.out, state.kept_outcomes(options.out)), (work / "packed", state.kept_outcomes(work)))
     assignments: list[Packing] = []
-    found: dict[str, tuple[AdapterOutcome, Path]] = {}
     for each in opened:
         files = (dict(each.hashes), dict(each.carried), each.data_sha256)
         facts = [graph.key, *files, options.n_rows, dict(options.tolerances)]
@@ -163,15 +170,28 @@ def _outcomes(
         kept = ((old[name], folder) for folder, old in places if name in old and _still_holds(old[name], key, folder))
         outcome, folder = next(kept, (None, None))
         if outcome is not None:
-            found[name] = (replace(outcome, given=each.entry.given, reused=True), folder)
+            yield replace(outcome, given=each.entry.given, reused=True), folder
             continue
         what = (name, str(each.folder.path), each.entry.given, key, each.hashes, each.entry.data)
         assignments.append(Packing(job, *what, into=work / "packed"))
     for done, outcome in enumerate(pool.outcomes(assignments), 1):
         state.add_outcome(work, outcome)
-        found[outcome.name] = (outcome, work / "packed")
+        yield outcome, work / "packed"
         progress("packing and comparing", done, len(assignments))
-    return found
+
+
+def _appearing(
+    outcomes: Iterator[tuple[AdapterOutcome, Path]], graph: FleetGraph, place: Place
+) -> Iterator[tuple[AdapterOutcome, Path]]:
+    """The same; `place` takes up what is served, and the graph with the first."""
+    is_first = True
+    for outcome, folder in outcomes:
+        if outcome.outcome is Outcome.SERVED:
+            if is_first:
+                place.appear(graph.source, graph.files)
+            is_first = False
+            place.appear(folder, outcome.files)
+        yield outcome, folder
 
 
 def _still_holds(outcome: AdapterOutcome, key: str, folder: Path) -> bool:
@@ -196,7 +216,7 @@ def _publish(
     work = state.work_folder(out)
     served = [(outcome, folder) for outcome, folder in found if outcome.outcome is Outcome.SERVED]
     made_of_texts = embedding.recorded(graph.manifest.sentence_embedding, {outcome.name for outcome, _ in served})
-    files = files_without(graph.manifest, graph.manifest.adapters)
+    files = dict(graph.files)
     made = work / "next"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()

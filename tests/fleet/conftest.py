@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 
+import fsspec
 import pytest
 
 
@@ -17,3 +18,10 @@ def ray_folder() -> Iterator[str]:
         patch.setenv("RAY_TMPDIR", folder)
         yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def store():
+    system = fsspec.filesystem("memory")
+    yield system
+    system.rm("/store", recursive=True)

@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 import pytest
 from command_line import call, fails
+from mirrors import ADDRESS, as_if_whole, make_folder, silent, there, write_files
 
-from lora_export.errors import EnvironmentUnusable, InputRefused
+from lora_export.errors import EnvironmentUnusable
 from lora_export.fleet import remote
+from lora_export.fleet.address_lock import host
 from lora_export.fleet.remote import mirrored
+from lora_export.fleet.state import RECORDS
+from lora_export.fleet.store import PARTIAL, Store
 from lora_export.integrity.verify import verify
-
-ADDRESS = "memory://store/served"
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    pass
-
-
-def there(address: str) -> dict[str, bytes]:
-    system, root = fsspec.core.url_to_fs(address)
-    return {path.removeprefix(f"{root}/"): system.cat_file(path) for path in system.find(root)}
-
-
-@pytest.fixture
-def store():
-    system = fsspec.filesystem("memory")
-    yield system
-    system.rm("/store", recursive=True)
 
 
 def fleet(listed: Path, base: Path, address: str):
@@ -82,17 +65,10 @@ def test_what_is_uploaded_is_the_fleet_and_a_second_run_does_what_changed(
     assert verify(folder).passed
 
 
-def _put(folder: Path, files: dict[str, str]) -> str:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(content)
-    return f"file://{folder}"
-
-
 def test_what_is_no_fleet_is_not_touched(tmp_path, adapters, bases):
     for files in ({"notes.txt": "mine"}, {"lora_export.json": "{}"}):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        address = _put(tmp_path / "out", files)
+        address = write_files(tmp_path / "out", files)
         message = fails(3, "fleet", adapters["chat"].parent, bases["llama"], "-o", address)
         assert "The output's address holds something that is no fleet" in message
         assert {path.name for path in (tmp_path / "out").iterdir()} == set(files)
@@ -104,12 +80,12 @@ def test_a_store_that_cannot_be_reached(tmp_path, adapters, bases):
 
 
 def _held_by(process: int, host: str, folder: Path) -> str:
-    return _put(folder, {".fleet.lock": json.dumps({"host": host, "process": process, "run": "x"})})
+    return write_files(folder, {".fleet.lock": json.dumps({"host": host, "process": process, "run": "x"})})
 
 
 def test_one_fleet_at_a_time(tmp_path):
     with mirrored(f"file://{tmp_path / 'out'}", tmp_path / "cache", silent) as mirror:
-        assert mirror.known == {} and (tmp_path / "out/.fleet.lock").is_file()
+        assert mirror.brought.known == {} and (tmp_path / "out/.fleet.lock").is_file()
         with (
             pytest.raises(EnvironmentUnusable, match="Another fleet is being made at this address") as refused,
             mirrored(f"file://{tmp_path / 'out'}", tmp_path / "cache", silent),
@@ -122,11 +98,11 @@ def test_one_fleet_at_a_time(tmp_path):
 def test_the_lock_of_one_that_died_here_is_taken_over_and_another_machines_is_not(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    address = _held_by(ended.pid, remote._host(), tmp_path / "here")
+    address = _held_by(ended.pid, host(), tmp_path / "here")
     with mirrored(address, tmp_path / "cache", silent):
         pass
-    for host in ("elsewhere", socket.gethostname()):  # containers may have one name, and processes of their own
-        address = _held_by(ended.pid, host, tmp_path / "there")
+    for elsewhere in ("elsewhere", socket.gethostname()):  # containers may have one name, and processes of their own
+        address = _held_by(ended.pid, elsewhere, tmp_path / "there")
         with (
             pytest.raises(EnvironmentUnusable, match=r"remove \.fleet\.lock"),
             mirrored(address, tmp_path / "cache", silent),
@@ -143,19 +119,19 @@ def test_a_lock_that_another_took_is_not_removed_and_nothing_is_uploaded(tmp_pat
     ):
         _held_by(1, "elsewhere", tmp_path / "out")
         mirror.published({})
-    assert [path.name for path in lock.parent.iterdir()] == [lock.name]
+    assert {path.name for path in lock.parent.iterdir()} == {lock.name, PARTIAL}
     assert json.loads(lock.read_text())["host"] == "elsewhere"
 
 
 def test_what_is_gone_at_the_address_is_uploaded_again_and_what_is_not_of_the_fleet_stays(store, tmp_path, monkeypatch):
-    _as_if_whole(monkeypatch)
+    as_if_whole(monkeypatch)
     with mirrored(ADDRESS, tmp_path, silent) as mirror:
-        _made(mirror.folder, a="1", b="2", **dict.fromkeys(remote.RECORDS, "{}"))
+        make_folder(mirror.folder, a="1", b="2", **dict.fromkeys(RECORDS, "{}"))
         mirror.published({})
     store.rm_file("/store/served/a")
     store.pipe_file("/store/served/eu/model.onnx", b"another fleet's")
     with mirrored(ADDRESS, tmp_path, silent) as mirror:
-        assert "a" not in mirror.known and "b" in mirror.known
+        assert "a" not in mirror.brought.known and "b" in mirror.brought.known
         (mirror.folder / "b").unlink()
         manifest = json.loads((mirror.folder / "lora_export.json").read_text())
         del manifest["files"]["b"]
@@ -165,41 +141,23 @@ def test_what_is_gone_at_the_address_is_uploaded_again_and_what_is_not_of_the_fl
     assert files["a"] == b"1" and "b" not in files and files["eu/model.onnx"] == b"another fleet's"
 
 
-def test_a_first_upload_that_was_cut_off_and_whose_folder_is_gone_says_so(store, tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    lock = {"host": remote._host(), "process": ended.pid, "run": "x"}
-    store.pipe({"/store/served/.fleet.lock": json.dumps(lock).encode(), "/store/served/model.onnx": b"part"})
-    with pytest.raises(InputRefused, match="whose first upload was cut off"), mirrored(ADDRESS, tmp_path, silent):
-        pass
-    assert ".fleet.lock" in there(ADDRESS)
+def test_what_was_stopped_before_its_first_file_is_gone_on_with(store, tmp_path):
+    """Also on another machine, by which its lock was removed."""
+    store.pipe({f"/store/served/{PARTIAL}/begun": b"x", "/store/served/model.onnx": b"part"})
+    with mirrored(ADDRESS, tmp_path, silent) as mirror:
+        assert mirror.brought.known == {} and mirror.brought.sizes == {"model.onnx": 4}
 
 
 def test_files_outside_the_folder_are_refused(tmp_path):
-    address = _put(
-        tmp_path / "out", {name: json.dumps({"files": {"../x": ""}}) for name in (*remote.RECORDS, "lora_export.json")}
+    address = write_files(
+        tmp_path / "out", {name: json.dumps({"files": {"../x": ""}}) for name in (*RECORDS, "lora_export.json")}
     )
     with pytest.raises(Exception, match="names files outside its folder"), mirrored(address, tmp_path / "c", silent):
         pass
 
 
-def _made(folder: Path, **files: str) -> None:
-    """A manifest of `files` in `folder`, as far as an upload reads it."""
-    folder.mkdir(parents=True)
-    hashes = {name: hashlib.sha256(content.encode()).hexdigest() for name, content in files.items()}
-    _put(folder, {"lora_export.json": json.dumps({"files": hashes}), "reports/fleet.json": "{}", **files})
-
-
-def _as_if_whole(monkeypatch) -> None:
-    """Folders of `_made` are exports."""
-    monkeypatch.setattr(
-        remote, "read_manifest", lambda folder: Files(json.loads((folder / "lora_export.json").read_text())["files"])
-    )
-    monkeypatch.setattr(remote, "verify", lambda folder: Passed())
-
-
 def test_an_upload_that_failed_is_made_whole_by_the_next_run(store, tmp_path, monkeypatch):
-    _as_if_whole(monkeypatch)
+    as_if_whole(monkeypatch)
 
     def full(self, here, at, **how):
         raise OSError("no space in the store")
@@ -208,31 +166,22 @@ def test_an_upload_that_failed_is_made_whole_by_the_next_run(store, tmp_path, mo
         pytest.raises(EnvironmentUnusable, match="no space in the store"),
         mirrored(ADDRESS, tmp_path, silent) as mirror,
     ):
-        _made(mirror.folder, a="1", b="2")
+        make_folder(mirror.folder, a="1", b="2")
         with monkeypatch.context() as patch:
             patch.setattr(type(store), "put_file", full)
             mirror.published({})
-    assert set(there(ADDRESS)) == {".fleet.lock"}
+    assert {name.partition("/")[0] for name in there(ADDRESS)} == {PARTIAL}
     with mirrored(ADDRESS, tmp_path, silent) as mirror:
-        assert mirror.known == {} and (mirror.folder / "a").read_text() == "1"
+        assert mirror.brought.known == {} and (mirror.folder / "a").read_text() == "1"
         assert mirror.published({"json": mirror.folder / "reports/fleet.json"}) == {
             "json": f"{ADDRESS}/reports/fleet.json"
         }
     assert set(there(ADDRESS)) == {"a", "b", "lora_export.json", "reports/fleet.json"}
 
 
-@dataclass(frozen=True)
-class Files:
-    files: dict[str, str]
-
-
-class Passed:
-    passed = True
-
-
 def test_what_is_fetched_and_uploaded_is_told_in_bytes(store, tmp_path):
     store.pipe("/store/served/model.onnx.data", bytes(700))
-    sizes = remote.Mirror(ADDRESS, tmp_path, store, "/store/served", silent)._sizes_there()
+    sizes = Store.of(ADDRESS).sizes()
     assert sizes == {"model.onnx.data": 700}
     found = list(remote._by_bytes(["model.onnx.data", "model.onnx"], sizes | {"model.onnx": 30}))
     assert found == [("model.onnx.data", 0, 730), ("model.onnx", 700, 730)]
