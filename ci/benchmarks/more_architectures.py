@@ -96,6 +96,9 @@ MORE = {
         PAIR,
     ),
     "BioGPT": _decoder("BioGptConfig", TEXT, PAIR),
+    "BERT, decoder": _decoder("BertConfig", TEXT | {"is_decoder": True}, QUERY),
+    "RoBERTa, decoder": _decoder("RobertaConfig", TEXT | {"is_decoder": True, "type_vocab_size": 1}, QUERY),
+    "BERT without a cache": _decoder("BertConfig", TEXT, QUERY, refused="A bert base keeps no keys and values"),
     "CTRL": _decoder("CTRLConfig", GPT | {"dff": 128}, ["Wq"]),
     "DeepSeek V2": _decoder(
         "DeepseekV2Config",

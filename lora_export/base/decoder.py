@@ -63,7 +63,10 @@ def _longest(model: torch.nn.Module) -> int:
 
 
 def _takes_positions(model: torch.nn.Module) -> bool:
-    """Whether the model takes its tokens' positions; with ALiBi (BLOOM, MPT) they follow from the mask."""
+    """Whether the model takes its tokens' positions; with ALiBi (BLOOM, MPT) they follow from the mask, and RoBERTa,
+    whose first position is not 0, finds them itself."""
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        return False
     forwards = (part.forward for part in (model, getattr(model, "base_model", model)))
     return any("position_ids" in inspect.signature(forward).parameters for forward in forwards)
 
@@ -78,13 +81,16 @@ def cache_shapes(model: torch.nn.Module) -> tuple[Shapes, ...]:
     token = torch.ones(1, 1, dtype=torch.long)
     shapes_only = fake(allow_non_fake_inputs=True, shape_env=environment())
     with quiet(), torch.no_grad(), _any_dtype_for_experts(model), shapes_only:
-        model(input_ids=token, attention_mask=token, use_cache=True, **{cache_argument(model.forward): cache})
-    if not cache.layers:
+        found = model(input_ids=token, attention_mask=token, use_cache=True, **{cache_argument(model.forward): cache})
+    if not cache.layers or all(found.get(name) is None for name in ("cache", "past_key_values")):
+        config = model.config.get_text_config(decoder=True)
+        is_encoder = getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder
         raise InputRefused(
             f"A {model.config.model_type} base keeps no keys and values from one token to the next",
             where=f"config.json: model_type {model.config.model_type}",
             expected="a decoder with a cache",
-            next_step="serve it with Transformers and PEFT",
+            found="is_decoder is false: each token sees those after it" if is_encoder else None,
+            next_step="try another --task" if is_encoder else "serve it with Transformers and PEFT",
         )
     states = ((layer.keys, layer.values) for layer in cache.layers)
     return tuple(((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in states)

@@ -78,6 +78,18 @@ def test_positions_are_an_input_where_the_model_takes_them(bases):
     assert "position_ids" not in decoder_sample(alibi).inputs
     llama = build_weightless(Task.TEXT_GENERATION, transformers.AutoConfig.from_pretrained(bases["llama"]), "float32")
     assert "position_ids" in decoder_sample(llama).inputs
+    # RoBERTa's first position is not 0, and it counts from its tokens.
+    config = transformers.RobertaConfig(**SIZES, intermediate_size=24, is_decoder=True)
+    assert "position_ids" not in decoder_sample(build_weightless(Task.TEXT_GENERATION, config, "float32")).inputs
+
+
+@pytest.mark.parametrize("kind", ["BertConfig", "RobertaConfig"])
+def test_an_encoder_with_a_language_model_s_head_is_no_decoder(kind):
+    config = getattr(transformers, kind)(**SIZES, intermediate_size=24)
+    with pytest.raises(InputRefused, match="keeps no keys and values from one token to the next") as refused:
+        cache_shapes(build_weightless(Task.TEXT_GENERATION, config, "float32"))
+    assert refused.value.found == "is_decoder is false: each token sees those after it"
+    assert refused.value.next_step == "try another --task"
 
 
 LINEAR = {"layer_types": ["linear_attention", "full_attention"], "num_experts": 2, "num_experts_per_tok": 1,
