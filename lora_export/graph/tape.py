@@ -31,7 +31,7 @@ class Tape:
         domain: str = "",
         **attributes,
     ) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes=attributes, domain=domain, metadata_props=self._scopes)
+        node = ir.node(op_type, inputs, attributes=attributes, domain=domain, metadata_props=dict(self._scopes))
         node.outputs[0].shape = None if shape is None else ir.Shape(shape)
         node.outputs[0].dtype = dtype
         self._put(node)
@@ -41,7 +41,7 @@ class Tape:
         """`whole`, split along its last axis into parts of `sizes`."""
         node = ir.node(
             "Split", [whole, self.ints(list(sizes))], attributes={"axis": -1}, num_outputs=len(sizes),
-            metadata_props=self._scopes,
+            metadata_props=dict(self._scopes),
         )  # fmt: skip
         for part, size in zip(node.outputs, sizes, strict=True):
             part.dtype = whole.dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from lora_export.export import graphs
 from lora_export.export.plan import Request
 from lora_export.graph.derived import Derived
 from lora_export.graph.layer_names import LayerNames, derived_of_all, expanded, is_uniform, stand_ins
+from lora_export.graph.sites import NAME_SCOPES
 from lora_export.pipeline import ExportOptions, export
 from lora_export.site_choice import SiteChoice
 
@@ -94,7 +97,7 @@ def require_same(request: Request, folder: Path, monkeypatch: pytest.MonkeyPatch
     made, original = [], graphs._reattached
 
     def keep(model: ir.Model, resolved):
-        made.append(computed(model))
+        made.append((computed(model), modules_of_nodes(model)))
         return original(model, resolved)
 
     monkeypatch.setattr(graphs, "_reattached", keep)
@@ -110,6 +113,12 @@ def require_same(request: Request, folder: Path, monkeypatch: pytest.MonkeyPatch
         assert (found.inputs, found.outputs) == (contract.inputs, contract.outputs)
         assert [each.name for each in found.adapter_inputs] == [each.name for each in contract.adapter_inputs]
     return said, whole_said
+
+
+def modules_of_nodes(model: ir.Model) -> Counter:
+    """How many nodes of each operator say that they are of each module, by which `check` finds a module's output."""
+    scopes = [(node.op_type, node.metadata_props.get(NAME_SCOPES)) for node in model.graph.all_nodes()]
+    return Counter((kind, text and ast.literal_eval(text)[-2]) for kind, text in scopes if kind != "Constant")
 
 
 def deepened(fields: dict, n_layers: int = N_LAYERS) -> dict:
