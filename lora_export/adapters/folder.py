@@ -36,7 +36,7 @@ _TYPES = {
 # What some tuners keep beside their floats: which elements or rows they are for.
 _INDICES = ("I64", "I32", "BOOL")
 
-_BASE_FIRST = "this is a base: name the base first, then the adapters: lora-export merge BASE ADAPTER…"
+_BASE_FIRST = "this is a base: name the base first, then the adapters: BASE ADAPTER…"
 
 
 @dataclass(frozen=True)

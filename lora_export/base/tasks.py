@@ -74,6 +74,8 @@ _TABLE = {
     Task.FILL_MASK: _Entry("AutoModelForMaskedLM", "FOR_MASKED_LM"),
     Task.FEATURE_EXTRACTION: _Entry("AutoModel", "", "FEATURE_EXTRACTION"),
 }
+# Each row has one class.
+CLASSIFIED = (Task.TEXT_CLASSIFICATION, Task.IMAGE_CLASSIFICATION, Task.AUDIO_CLASSIFICATION)
 SEQ2SEQ = (Task.TEXT2TEXT_GENERATION, Task.SPEECH_RECOGNITION)
 # Those whose heads have as many outputs as the config has labels.
 CLASSIFICATION = (

@@ -232,7 +232,8 @@ def _dynamic_cases(check: Check, progress: Progress) -> None:
         del base  # what follows compares with what it gave
     else:
         examination.skipped.append(
-            "The base's own scores: its checkpoint has no head, so rows without an adapter score zero."
+            'The base\'s own scores: its checkpoint has no head, so rows without an adapter score zero. The row "base" '
+            "is its body, seen through the head of the first adapter."
         )
     context.let_go()
     row_cases(examination, alone)

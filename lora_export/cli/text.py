@@ -25,8 +25,8 @@ def export_text(value: dict) -> str:
         n_bytes = sum(n for file, n in sizes.items() if file in (graph, f"{graph}.data"))
         lines.append(f"  {value['path']}/{graph}  {_megabytes(n_bytes)}")
     for adapter in value["adapters"]:
-        ranks = ", ".join(map(str, adapter["ranks"])) or "no pair"
-        scales = ", ".join(f"{scale:.4g}" for scale in adapter["scales"])
+        ranks, scales = ", ".join(map(str, adapter["ranks"])), ", ".join(f"{scale:.4g}" for scale in adapter["scales"])
+        pairs = f"rank {ranks}, scale {scales}" if ranks else "no pairs of LoRA"
         extra = f", replaces {some_of(adapter['replaced'], 4)}" if adapter["replaced"] else ""
         extra += f", weight {adapter['weight']:g}" if adapter["weight"] != 1 else ""
         files = list(adapter["files"].values()) if "files" in adapter else [adapter["file"]] if adapter["file"] else []
@@ -35,7 +35,7 @@ def export_text(value: dict) -> str:
             lines.append(f"  {value['path']}/{file} {size}")
         if not files:
             lines.append(f"  folded in: {adapter['name']}")
-        lines.append(f"      rank {ranks}, scale {scales}, {adapter['targets']} modules{extra}")
+        lines.append(f"      {pairs}, {adapter['targets']} modules{extra}")
         if adapter["preprocessing"] is not None:
             place = value["path"] if adapter["preprocessing"] == "." else f"{value['path']}/{adapter['preprocessing']}"
             lines.append(f"      its own tokenizer or processor, other than the base's, is in {place}/")
@@ -116,8 +116,11 @@ def inspect_text(value: dict) -> str:
         return "\n".join(lines)
     if value["what"] == "base":
         kinds = ", ".join(f"{n:,} in {dtype}" for dtype, n in value["parameters_by_dtype"].items())
-        text = f"base {value['path']}: {', '.join(value['architectures'])}\n  {value['tensors']} tensors, {kinds}"
-        return text + (f"\n  quantized: {value['quantization']}; read as floats" if value["quantization"] else "")
+        lines = [f"base {value['path']}: {', '.join(value['architectures'])}", f"  {value['tensors']} tensors, {kinds}"]
+        lines += [f"  quantized: {value['quantization']}; read as floats"] if value["quantization"] else []
+        lines.append(f"  tasks of {value['model_type']}: {', '.join(value['tasks']) or 'none that is exported'}")
+        lines.append("  an export with --dry-run says what becomes of an adapter of it")
+        return "\n".join(lines)
     if "format" in value:
         return "\n".join(
             [

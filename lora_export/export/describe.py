@@ -14,6 +14,7 @@ from lora_export.artifact import MANIFEST, SIGNATURE, Manifest, read_manifest
 from lora_export.base.checkpoint import Checkpoint, locate
 from lora_export.base.gguf_file import GgufFiles
 from lora_export.base.stored import SAFETENSORS_DTYPES
+from lora_export.base.tasks import tasks_of
 from lora_export.contract import SINGLE
 from lora_export.errors import InputRefused, LoraExportError, some_of
 from lora_export.export.given_graph import given_graph
@@ -112,6 +113,7 @@ def _base_fields(checkpoint: Checkpoint) -> dict:
         "path": str(checkpoint.files.source if isinstance(checkpoint.files, GgufFiles) else checkpoint.path),
         "architectures": checkpoint.config.get("architectures") or [],
         "model_type": checkpoint.config.get("model_type"),
+        "tasks": list(tasks_of(checkpoint.config.get("model_type"))),
         "tensors": len(tensors),
         "parameters_by_dtype": by_dtype,
         "quantization": checkpoint.quantization,

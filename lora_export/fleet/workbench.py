@@ -15,11 +15,12 @@ from lora_export.base.sentence_folder import sentence_root
 from lora_export.base.tasks import Task
 from lora_export.carried import copy_carried
 from lora_export.check.context import run_export, run_reference
-from lora_export.check.inputs.examples import Batch, read_examples, spread
+from lora_export.check.inputs.examples import Batch, read_examples, require_classes, spread
 from lora_export.check.inputs.invoked import with_invocation
 from lora_export.check.inputs.prepared import BATCH_SIZE, Prepared, prepare
 from lora_export.check.judge.compare import Comparison, compare
 from lora_export.check.judge.tolerances import Tolerances, tolerances
+from lora_export.check.opened import classes_of
 from lora_export.check.reference.sentence import SentenceReference
 from lora_export.check.reference.trained import TrainedAdapter
 from lora_export.check.reference.unmerged import Reference
@@ -115,7 +116,7 @@ class Workbench:
         return plan, record, hashes_of([record], task.into) | copy_carried(plan.carried, task.into)
 
     def _compared(self, task: Packing, plan: Plan, record: AdapterRecord) -> ParityCase:
-        batches = [with_invocation(batch, record.invocation_tokens) for batch in self._batches(task)]
+        batches = [with_invocation(batch, record.invocation_tokens) for batch in self._batches(task, record)]
         reference = self._reference(plan, record)
         expected = run_reference(reference, batches)
         with reference.without_pairs() if record.replaced else reference.without_adapter():
@@ -127,10 +128,12 @@ class Workbench:
             self._session.unload(task.name)
         return compare(Comparison(task.name, "adapter", "PEFT, unmerged", expected, found, without), self._limits)
 
-    def _batches(self, task: Packing) -> Sequence[Batch]:
+    def _batches(self, task: Packing, record: AdapterRecord) -> Sequence[Batch]:
         if task.data is None:
             return self._usual_batches
-        return self._prepared.batcher.batches(read_examples(Path(task.data), self._job.n_rows), BATCH_SIZE)
+        examples = read_examples(Path(task.data), self._job.n_rows)
+        require_classes(examples, classes_of(self.manifest, record))
+        return self._prepared.batcher.batches(examples, BATCH_SIZE)
 
     def _reference(self, plan: Plan, record: AdapterRecord) -> Reference:
         folder = plan.folders[0]

@@ -131,6 +131,16 @@ def test_labelled_data_gives_accuracies(exports, own, tmp_path):
     assert any(str(data) in line for line in report.data)
 
 
+def test_a_label_beyond_an_adapter_s_classes_is_refused_before_any_work(exports, own, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "a", "label_id": 3}\n')
+    folder = own(exports["bert-dynamic"])
+    with pytest.raises(InputRefused, match="none of the head's classes"):
+        checked(folder, data={"topic": data})  # it has three
+    data.write_text('{"text": "a", "label_id": 4}\n')
+    assert checked(folder, data={"kind": data}).verdict is Verdict.PASS  # it has five
+
+
 def test_data_for_an_adapter_that_is_not_there_is_refused(exports, own, tmp_path):
     (tmp_path / "rows.txt").write_text("a\n")
     with pytest.raises(UsageProblem, match="has no adapter 'topics'"):

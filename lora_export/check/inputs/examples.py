@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, some_of
 from lora_export.reading import json_of
 
 SEED = 2106_09685
@@ -96,6 +96,26 @@ def read_examples(path: Path, limit: int) -> Examples:
     return Examples(chosen, f"{path} ({len(chosen)} of {len(rows)} rows)")
 
 
+def require_classes(examples: Examples, n_classes: int | None) -> None:
+    """Refuse a label that is none of a head's classes.
+
+    Args:
+        n_classes: How many there are; None where labels are not looked at.
+
+    Raises:
+        InputRefused: There is one.
+    """
+    labels = {row.label for row in examples.rows} - {None}
+    wrong = [label for label in sorted(labels) if n_classes is not None and not 0 <= label < n_classes]
+    if wrong:
+        raise InputRefused(
+            "A label of the data is none of the head's classes",
+            where=examples.description,
+            expected=f"label_id from 0 to {n_classes - 1}",
+            found=some_of(list(map(str, wrong)), 4),
+        )
+
+
 def spread(rows: Sequence[Example], most: int) -> tuple[Example, ...]:
     """At most so many of `rows`, evenly, since files are often sorted by class."""
     n_chosen = min(most, len(rows))
@@ -108,6 +128,14 @@ def _json_example(where: str, line: str) -> Example:
         text, label, pair = str(fields["text"]), fields.get("label_id"), fields.get("text_pair")
         if not isinstance(label, int | None) or not isinstance(pair, str | None):
             raise TypeError("a class is a number, and a second text a text")
+        other = next((name for name in ("label", "labels") if isinstance(fields.get(name), int)), None)
+        if label is None and other is not None:
+            raise InputRefused(
+                "A line of the data has its class under another name",
+                where=where,
+                expected="label_id",
+                found=other,
+            )
         return Example(text, label, pair)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputRefused(

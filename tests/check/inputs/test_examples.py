@@ -10,7 +10,7 @@ import pytest
 from lora_export.artifact import read_manifest
 from lora_export.base.tasks import Task
 from lora_export.check.inputs.batcher import Batcher
-from lora_export.check.inputs.examples import Example, built_in_examples, read_examples
+from lora_export.check.inputs.examples import Example, built_in_examples, read_examples, require_classes
 from lora_export.errors import InputRefused
 
 
@@ -21,6 +21,21 @@ def test_text_lines_and_json_lines(tmp_path):
     rows = tmp_path / "a.jsonl"
     rows.write_text('{"text": "one", "label_id": 2}\n{"text": "two"}\n')
     assert read_examples(rows, 9).rows == (Example("one", 2), Example("two", None))
+
+
+def test_a_class_under_another_name_and_one_that_no_head_has_are_refused(tmp_path):
+    rows = tmp_path / "a.jsonl"
+    rows.write_text('{"text": "one", "label_id": 2}\n{"text": "two", "label": "a word"}\n')
+    examples = read_examples(rows, 9)
+    for n_classes in (3, None):
+        require_classes(examples, n_classes)
+    with pytest.raises(InputRefused, match="none of the head's classes") as refused:
+        require_classes(examples, 2)
+    assert (refused.value.expected, refused.value.found) == ("label_id from 0 to 1", "2")
+    rows.write_text('{"text": "one", "label": 2}\n')
+    with pytest.raises(InputRefused, match="its class under another name") as refused:
+        read_examples(rows, 9)
+    assert (refused.value.expected, refused.value.found) == ("label_id", "label")
 
 
 def test_a_limit_takes_an_even_spread(tmp_path):
