@@ -38,6 +38,8 @@ def answer_to(assignment: object, work: Work) -> Answer:
         return work(assignment)
     except EnvironmentUnusable as error:
         return error
+    except OSError as error:
+        return Broken(f"the system refused it: {told(error)}")
     except Exception as error:
         return Broken(f"a defect: {told(error)}")
 

@@ -59,6 +59,11 @@ class AdapterOutcome:
     record: Mapping[str, object] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
 
+    def again(self, given: str) -> AdapterOutcome:
+        """The same of an adapter that an earlier run found, which lies at `given` now."""
+        record = self.record and {**self.record, "source": {**self.record["source"], "given": given}}
+        return replace(self, given=given, record=record, reused=True)
+
     def to_dict(self) -> dict:
         return asdict(self)
 

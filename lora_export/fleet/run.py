@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lora_export.artifact import REPORTS, Manifest, read_manifest, record_from, sha256_of, write_manifest
 from lora_export.environment import environment, n_cores
-from lora_export.errors import InputRefused, some_of
+from lora_export.errors import EnvironmentUnusable, InputRefused, some_of
 from lora_export.export.plan import local_path
 from lora_export.export.pooling import task_for
 from lora_export.fleet import state
@@ -143,6 +143,17 @@ def _refuse_others(out: Path) -> None:
 
 
 def _refuse_all(refused: Sequence[AdapterOutcome]) -> None:
+    """
+    Raises:
+        InputRefused: In their names.
+        EnvironmentUnusable: Likewise, where some could not be read.
+    """
+    if broken := [outcome for outcome in refused if outcome.outcome is Outcome.BROKEN]:
+        raise EnvironmentUnusable(
+            "No adapter of the list can be read",
+            where=some_of([f"{outcome.name}: {outcome.reason}" for outcome in broken], 3),
+            next_step="look at the disk or the network that they come from",
+        )
     raise InputRefused(
         "No adapter of the list can be exported",
         where=some_of([f"{outcome.name}: {outcome.reason}" for outcome in refused], 3),
@@ -170,7 +181,7 @@ def _outcomes(
         kept = ((old[name], folder) for folder, old in places if name in old and _still_holds(old[name], key, folder))
         outcome, folder = next(kept, (None, None))
         if outcome is not None:
-            yield replace(outcome, given=each.entry.given, reused=True), folder
+            yield outcome.again(each.entry.given), folder
             continue
         what = (name, str(each.folder.path), each.entry.given, key, each.hashes, each.entry.data)
         assignments.append(Packing(job, *what, into=work / "packed"))
@@ -220,8 +231,8 @@ def _publish(
     made = work / "next"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
-    if (out / REPORTS).is_dir():
-        shutil.copytree(out / REPORTS, made / REPORTS)
+    for path in filter(Path.is_file, (out / REPORTS).rglob("*")):
+        link(path, made / path.relative_to(out))
     for name in files:
         link(graph.source / name, made / name)
     for outcome, folder in served:

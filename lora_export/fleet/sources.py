@@ -6,7 +6,7 @@ import contextlib
 import errno
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from lora_export.adapters.foreign import peft_folder, source_hashes
 from lora_export.artifact import sha256_of
 from lora_export.base.sentence_folder import TRANSFORMER, is_setting_of, module_folders
 from lora_export.carried import carried_files, is_carried
-from lora_export.errors import InputRefused, LoraExportError
+from lora_export.errors import EnvironmentUnusable, InputRefused, LoraExportError, told
 from lora_export.fleet.outcomes import AdapterOutcome, Outcome
 from lora_export.fleet.roster import Entry
 from lora_export.fleet.survey import kind_of
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 _FETCHED = ("adapter_config.json", "adapter_model.safetensors", "config.json")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# What this machine is short of, whichever adapter is read.
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+_NO_PATH = (errno.ELOOP, errno.ENAMETOOLONG)
+# What a store says of the address; all else is of the store, and none of its adapters is refused for that.
+_NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,15 @@ class Opened:
 def open_all(
     entries: Sequence[Entry], base: str, task: str | None, *, fetched: Path, progress: Progress
 ) -> tuple[list[Opened], list[AdapterOutcome]]:
-    """Every adapter's headers and hashes, and the outcome of those that have none.
+    """Every adapter's headers and hashes, and the outcome of those that have none: refused, or broken where a disk
+    or the hub does not give them.
 
     Args:
         fetched: The folder for what lies at an address.
+
+    Raises:
+        EnvironmentUnusable: A store cannot be asked.
+        OSError: This machine is short of memory, disk or open files.
     """
     opened, refused = [], []
     for done, entry in enumerate(entries):
@@ -66,11 +76,16 @@ def open_all(
             carried = {file.name: sha256_of(file) for file in beside}
             opened.append(Opened(entry, folder, kind_of(folder), source_hashes(path), carried, data))
         except LoraExportError as error:
-            refused.append(refusal(entry.name, entry.given, error))
-        except OSError as error:
-            if error.errno in _FULL:
+            is_of_this_machine = isinstance(error, EnvironmentUnusable)
+            if is_of_this_machine and entry.is_address:
                 raise
-            refused.append(AdapterOutcome(entry.name, entry.given, Outcome.REFUSED, reason=f"{entry.where}: {error}"))
+            found = refusal(entry.name, entry.given, error)
+            refused.append(replace(found, outcome=Outcome.BROKEN) if is_of_this_machine else found)
+        except OSError as error:
+            if error.errno in (*_FULL, *_SHORT):
+                raise
+            outcome = Outcome.REFUSED if isinstance(error, _NOT_THERE) or error.errno in _NO_PATH else Outcome.BROKEN
+            refused.append(AdapterOutcome(entry.name, entry.given, outcome, reason=f"{entry.where}: {error}"))
     return opened, refused
 
 
@@ -98,8 +113,13 @@ def _fetch(entry: Entry, target: Path) -> str:
     except Exception as error:  # each store has errors of its own
         if isinstance(error, OSError) and error.errno in _FULL:
             raise
-        raise InputRefused(
-            "The adapter cannot be fetched", where=entry.given, found=f"{type(error).__name__}: {error}"
+        if isinstance(error, _NOT_THERE):
+            raise InputRefused("The adapter cannot be fetched", where=entry.given, found=told(error)) from error
+        raise EnvironmentUnusable(
+            "The store of an adapter cannot be asked",
+            where=entry.given,
+            found=told(error),
+            next_step="look at the network and your credentials; s3:// needs s3fs, gs:// gcsfs, az:// adlfs",
         ) from error
     return str(target)
 

@@ -70,7 +70,7 @@ def kept_graph(folder: Path) -> Mapping[str, object]:
     """What the graph in `folder` was made from; empty if that is not known."""
     try:
         return json.loads((folder / REPORTS / _KEPT / _GRAPH).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
 
 
@@ -82,7 +82,7 @@ def kept_outcomes(folder: Path) -> dict[str, AdapterOutcome]:
     """What is known of adapters, by name; a line that cannot be read is left out, so its adapter is done again."""
     try:
         lines = (folder / REPORTS / _KEPT / _OUTCOMES).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     found = {}
     for line in lines:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from lora_export.artifact import sha256_of
 from lora_export.fleet import remote
@@ -92,9 +93,9 @@ CALLS = ("pipe_file", "put_file", "cp_file", "rm_file", "rm")
 
 
 @contextlib.contextmanager
-def gone_after(n_calls: int):
-    """The store answers nothing more after so many calls that change it, as for a run that is killed; how many came."""
-    kind, counted = type(fsspec.filesystem("memory")), itertools.count(1)
+def gone_after(n_calls: int, kind: type = MemoryFileSystem, names: tuple[str, ...] = CALLS):
+    """A store answers none of these calls after so many, as for a run that is killed; how many came."""
+    counted = itertools.count(1)
     lock, n = threading.RLock(), [0]
 
     def counting(real):
@@ -108,6 +109,6 @@ def gone_after(n_calls: int):
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in CALLS:
+        for name in names:
             patch.setattr(kind, name, counting(getattr(kind, name)))
         yield n

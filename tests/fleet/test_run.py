@@ -164,7 +164,9 @@ def test_a_second_run_does_what_has_changed(fleet, bases, tmp_path, monkeypatch)
     result = call("fleet", listed, bases["llama"], "-o", out, "--provider", "cpu", "--workers", 1, "--rows", 4)
     assert given == ["code"], "what the stopped run found is not done again"
     assert result.exit_code == 1 and "5 adapters: 2 served, 2 refused, 1 failed. 5 were known" in result.output
-    assert [record.name for record in read_manifest(out).adapters] == ["chat", "code"]
+    assert {record.name: record.source.given for record in read_manifest(out).adapters} == {
+        name: str(listed / name) for name in ("chat", "code")
+    }, "where they are now, packed again or not"
     changed(listed / "code", lambda tensors: next(iter(tensors.values())).mul_(0.5))
     same = ("fleet", listed, bases["llama"], "-o", out, "--provider", "cpu", "--workers", 1, "--rows", 4)
     result = call(*same, "--only-changed")
@@ -279,39 +281,3 @@ def test_two_fleets_of_one_folder_are_refused(tmp_path):
     other.join()
     with locked(tmp_path / "out"):
         pass
-
-
-def test_an_address_is_fetched(fleet, adapters, tmp_path):
-    import fsspec
-
-    from lora_export.fleet.roster import Entry
-    from lora_export.fleet.sources import open_all
-
-    memory = fsspec.filesystem("memory")
-    for file in adapters["chat"].iterdir():
-        memory.pipe(f"/store/chat/{file.name}", file.read_bytes())
-    memory.pipe("/store/chat/chat_template.jinja", b"mine")
-    entries = [Entry("chat", "memory://store/chat", "here"), Entry("gone", "memory://store/gone", "here")]
-    opened, refused = open_all(entries, "base", None, fetched=tmp_path, progress=lambda *_: None)
-    assert [each.folder.shapes.keys() for each in opened] and opened[0].folder.path == tmp_path / "chat"
-    assert "chat_template.jinja" in opened[0].carried
-    assert [(outcome.name, outcome.reason) for outcome in refused] == [
-        ("gone", "The adapter cannot be fetched (memory://store/gone)")
-    ]
-
-
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json", "LICENSE", "generation_config.json"])
-def test_what_lies_beside_an_adapter_decides_with_it(name, adapters, tmp_path):
-    from lora_export.fleet.roster import Entry
-    from lora_export.fleet.sources import open_all
-
-    shutil.copytree(adapters["chat"], tmp_path / "chat")
-    found = []
-    for text in ("{}", '{"a": 1}'):
-        (tmp_path / "chat" / name).write_text(text)
-        (opened,), _ = open_all(
-            [Entry("chat", str(tmp_path / "chat"), "here")], "base", None, fetched=tmp_path, progress=lambda *_: None
-        )
-        found.append(opened)
-    assert found[0].hashes == found[1].hashes and found[0].kind == found[1].kind
-    assert found[0].carried[name] != found[1].carried[name]
