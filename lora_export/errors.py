@@ -102,6 +102,7 @@ def some_of(names: Sequence[str], most: int) -> str:
 
 
 _OF_THE_SYSTEM = re.compile(r"unable to .*file <(?P<file>[^>]*)>.*\((?P<torch>\d+)\)$|\(os error (?P<rust>\d+)\)")
+_NO_SUCH_FILE = re.compile(r"No such file or directory: \"?(?P<file>[^\"]+)\"?")
 # Python, ONNX Runtime and C++ (std::thread): the limit of threads is reached, or there is no memory for one's stack.
 _NO_THREAD = re.compile(r"can't start new thread|pthread_create failed|Resource temporarily unavailable")
 # What code raises that is called in a way it does not know: a library has changed, or an input has led there.
@@ -142,10 +143,14 @@ def of_the_system(error: BaseException) -> OSError | None:
     """The system's error that a library tells in words.
 
     torch: "unable to open file <…> in read-only mode: Too many open files (24)"; safetensors: "I/O error: No space left
-    on device (os error 28)"; Python: "can't start new thread".
+    on device (os error 28)"; Python: "can't start new thread". Of a file that is there and cannot be opened, whatever
+    the reason, safetensors says that there is none, without a number.
     """
     if isinstance(error, OSError):
-        return None
+        found = _NO_SUCH_FILE.fullmatch(str(error)) if error.errno is None else None
+        if found is None or not os.path.lexists(found["file"]):
+            return None
+        return OSError(errno.EIO, "It is there and could not be opened", found["file"])
     if isinstance(error, RuntimeError) and _NO_THREAD.search(str(error)):
         return OSError(errno.EAGAIN, str(error).strip())
     if (found := _OF_THE_SYSTEM.search(str(error))) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 
@@ -102,6 +103,15 @@ def test_a_thread_that_the_system_refuses_is_an_error_of_the_system(said, capsys
     told = capsys.readouterr().err
     assert ended.value.code == 4 and said in told and "ulimit -u" in told and "defect" not in told
     assert of_the_system(ValueError(said)) is None
+
+
+def test_a_file_that_is_there_and_that_safetensors_could_not_open_is_the_systems_error(tmp_path):
+    """It says of every such file that there is none."""
+    (tmp_path / "file").write_text("")
+    found = of_the_system(FileNotFoundError(f"No such file or directory: {tmp_path / 'file'}"))
+    assert (found.errno, found.filename) == (errno.EIO, str(tmp_path / "file"))
+    assert of_the_system(FileNotFoundError(f"No such file or directory: {tmp_path / 'none'}")) is None
+    assert of_the_system(FileNotFoundError(errno.ENOENT, "No such file or directory", str(tmp_path / "file"))) is None
 
 
 def test_an_error_without_a_number_is_none_of_the_system():

@@ -15,7 +15,7 @@ from lora_export.adapters.foreign import peft_folder, source_hashes
 from lora_export.artifact import sha256_of
 from lora_export.base.sentence_folder import TRANSFORMER, is_setting_of, module_folders
 from lora_export.carried import carried_files, is_carried
-from lora_export.errors import EnvironmentUnusable, InputRefused, LoraExportError, told
+from lora_export.errors import EnvironmentUnusable, InputRefused, LoraExportError, of_the_system, told
 from lora_export.fleet.outcomes import AdapterOutcome, Outcome
 from lora_export.fleet.roster import Entry
 from lora_export.fleet.survey import kind_of
@@ -81,9 +81,10 @@ def open_all(
                 raise
             found = refusal(entry.name, entry.given, error)
             refused.append(replace(found, outcome=Outcome.BROKEN) if is_of_this_machine else found)
-        except OSError as error:
+        except OSError as raised:
+            error = of_the_system(raised) or raised
             if error.errno in (*_FULL, *_SHORT):
-                raise
+                raise error from raised
             outcome = Outcome.REFUSED if isinstance(error, _NOT_THERE) or error.errno in _NO_PATH else Outcome.BROKEN
             refused.append(AdapterOutcome(entry.name, entry.given, outcome, reason=f"{entry.where}: {error}"))
     return opened, refused

@@ -46,7 +46,8 @@ def test_what_is_recorded_is_much(recorded):
         assert {"-9", "143", "130"} <= {code for tally in kill[name].values() for code in tally["ended"]}
         assert kill[name]["SIGKILL at a call"]["points"] >= 20
         assert sum(tally["points"] for way, tally in kill[name].items() if way.endswith("moment")) >= 50
-    for name in ("merge --overwrite", "add --replace", "remove"):
+    newest = ("fleet", "fleet, renewed", "add --sign-key", "dynamic", "merge", "add", "merge of kohya's")
+    for name in ("merge --overwrite", "add --replace", "remove", *newest):
         assert {"4"} <= {code for tally in errors[name].values() for code in tally["ended"]}
     assert kill["add --replace"]["SIGKILL at a call"]["old"] > 0 < kill["add --replace"]["SIGKILL at a call"]["new"]
 

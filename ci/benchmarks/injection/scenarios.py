@@ -28,6 +28,7 @@ class Scenario:
         done: Exit codes of `again` where the struck command had done its work, besides 0.
         cached: Whether its graphs are in the cache before.
         with_reports: Whether what lies in `reports/` is a part of what it makes; a fleet's come after it.
+        resumes: Whether it keeps what it has done, for the next run to take up.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Scenario:
     done: tuple[int, ...] = ()
     cached: bool = True
     with_reports: bool = True
+    resumes: bool = False
 
 
 def scenarios(world: World, key: Path) -> tuple[Scenario, ...]:
@@ -72,8 +74,8 @@ def scenarios(world: World, key: Path) -> tuple[Scenario, ...]:
         Scenario("remove", (dynamic(one, two),), ("remove", out, "one"), ("remove", out, "one"), (2,)),
         Scenario("extract", (), extract, (*extract, over)),
         Scenario("dynamic, nothing cached", (), dynamic(one), (*dynamic(one), over), cached=False),
-        Scenario("fleet", (), fleets[0], fleets[0], with_reports=False),
-        Scenario("fleet, renewed", (fleets[0],), fleets[1], fleets[1], with_reports=False),
+        Scenario("fleet", (), fleets[0], fleets[0], with_reports=False, resumes=True),
+        Scenario("fleet, renewed", (fleets[0],), fleets[1], fleets[1], with_reports=False, resumes=True),
     )
 
 
