@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import cached_property
 
 from lora_export.packed import PackedPart
 
@@ -244,7 +245,15 @@ class GraphContract:
 
     def of_module(self, module: str) -> dict[AdapterInputKind, AdapterInput]:
         """The adapter inputs of `module` by kind; empty if the graph has none there."""
-        return {entry.kind: entry for entry in self.adapter_inputs if module in (entry.module, *entry.modules)}
+        return dict(self._by_module.get(module, {}))
+
+    @cached_property
+    def _by_module(self) -> dict[str, dict[AdapterInputKind, AdapterInput]]:
+        found: dict[str, dict[AdapterInputKind, AdapterInput]] = {}
+        for entry in self.adapter_inputs:
+            for module in {entry.module, *entry.modules}:
+                found.setdefault(module, {})[entry.kind] = entry
+        return found
 
     @property
     def modules(self) -> tuple[str, ...]:

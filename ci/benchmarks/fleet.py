@@ -5,8 +5,8 @@
 1. `tiny`: 1,000 adapters of a two-layer Llama, packed and compared on four rows, by the command on all cores; peak
    memory beside that of a tenth of them.
 2. `again`: the same list with 10 of them changed.
-3. `large`: adapters of rank 16 on all linear maps of 8 layers of width 1024; what packing takes beside reading and
-   writing their bytes once.
+3. `large`: adapters of rank 16 on all linear maps of 8 layers of width 1024; what packing takes of the processor
+   beside reading and writing their bytes once.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ def fleet(listed: Path, base: Path, out: Path, *options: str) -> tuple[Usage, di
     return usage, report
 
 
-def seconds_to_copy(listed: Path, target: Path) -> float:
-    """Reading the adapters' bytes and writing them once."""
-    started = time.perf_counter()
+def seconds_to_copy(listed: Path, target: Path) -> tuple[float, float]:
+    """Reading the adapters' bytes and writing them once: by the clock, and of the processor."""
+    started, processor = time.perf_counter(), time.process_time()
     with target.open("wb") as file:
         for path in sorted(listed.glob("*/adapter_model.safetensors")):
             file.write(path.read_bytes())
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - processor
 
 
 def measured(work: Path) -> dict:
@@ -91,13 +91,18 @@ def measured(work: Path) -> dict:
     shutil.rmtree(work / "large/out", ignore_errors=True)
     copies = [seconds_to_copy(large, work / "large/copy") for _ in range(5)]
     of_large, found = fleet(large, large_base, work / "large/out", "--rows", "1", "--workers", "1")
-    packing = sorted(adapter["seconds_packing"] for adapter in found["adapters"])
+    packing, of_processor = (
+        sorted(adapter[field] for adapter in found["adapters"])
+        for field in ("seconds_packing", "processor_seconds_packing")
+    )
     return {
         "tiny": {"n": _N_TINY, "seconds": whole.seconds, "seconds_packing": report["seconds_packing"],
                  "peak_bytes": whole.peak_bytes, "few_peak_bytes": small.peak_bytes},
         "again": {"n_changed": _N_CHANGED, "n_redone": n_redone, "seconds": again.seconds},
         "large": {"n": _N_LARGE, "seconds": of_large.seconds, "n_bytes": sum(a["n_bytes"] for a in found["adapters"]),
-                  "seconds_packing_of_each": packing, "seconds_to_copy": copies,
+                  "seconds_packing_of_each": packing, "processor_seconds_packing_of_each": of_processor,
+                  "seconds_to_copy": [clock for clock, _ in copies],
+                  "processor_seconds_to_copy": [processor for _, processor in copies],
                   "seconds_of_each": sorted(adapter["seconds"] for adapter in found["adapters"])},
     }  # fmt: skip
 
@@ -106,16 +111,18 @@ def targets(figures: dict) -> list[Target]:
     """What was promised, and whether it holds."""
     tiny, again, large = figures["tiny"], figures["again"], figures["large"]
     memory = tiny["peak_bytes"] / tiny["few_peak_bytes"]
-    copy = statistics.median(large["seconds_to_copy"]) / large["n"]
-    packing = statistics.median(large["seconds_packing_of_each"])
+    copy = statistics.median(large["processor_seconds_to_copy"]) / large["n"]
+    packing = statistics.median(large["processor_seconds_packing_of_each"])
+    clock = statistics.median(large["seconds_packing_of_each"])
     beyond = packing - _MOST_COPIES * copy
     rows = [
         ("1,000 tiny adapters, seconds", tiny["seconds"], _MOST_SECONDS, f"{tiny['n']} packed and compared on 4 rows"),
         ("peak memory ÷ that of a tenth of them", memory, _MOST_MEMORY, f"{tiny['peak_bytes'] / 1e9:.2f} GB"),
         ("adapters done again", again["n_redone"], again["n_changed"], f"in {again['seconds']:.1f} s"),
         (
-            "packing a large adapter beyond 1.5 copies, seconds", beyond, _MOST_SECONDS_BEYOND,
-            f"median {packing:.3f} s; a copy of its {large['n_bytes'] / large['n'] / 1e6:.1f} MB {copy:.3f} s",
+            "packing a large adapter beyond 1.5 copies, seconds of processor", beyond, _MOST_SECONDS_BEYOND,
+            f"median {packing:.3f} s; a copy of its {large['n_bytes'] / large['n'] / 1e6:.1f} MB {copy:.3f} s; "
+            f"{clock:.3f} s by the clock",
         ),
     ]  # fmt: skip
     return [

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from lora_export.adapters.factors import Adapter
+from lora_export.adapters.folder import AdapterFolder
 from lora_export.adapters.peft_reader import read_trained_adapter
 from lora_export.base.checkpoint import checkpoint_names, stored_apart
 from lora_export.base.computed import computed_parameters
@@ -17,6 +18,9 @@ from lora_export.export.completion import completed
 from lora_export.export.plan import Plan
 from lora_export.export.weights import Parameters
 from lora_export.quantization import Quantization
+
+# An adapter's folder and a weightless base.
+Reader = Callable[[AdapterFolder, torch.nn.Module], Adapter]
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,14 @@ class Resolved:
         return replace(self, parameters=replace(self.parameters, quantization=how))
 
 
-def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
+def resolve(
+    plan: Plan, *, zeros_for_missing_head: bool = False, read_adapter: Reader = read_trained_adapter
+) -> Resolved:
     """Read the adapters on the weightless base and map the checkpoint's names.
 
     Args:
         zeros_for_missing_head: Give a head that the checkpoint lacks zeros instead of refusing (a benchmark's base).
+        read_adapter: Reads an adapter on a float32 base.
 
     Raises:
         InputRefused: An adapter does not fit the base, or holds numbers that are not finite.
@@ -50,7 +57,7 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
     model = plan.model
     if model is None or plan.dtype != "float32" or model.config.to_dict() != plan.config.to_dict():
         model = build_weightless(plan.task, plan.config, plan.dtype, most_parameters=plan.checkpoint.most_parameters)
-    read = _read_adapters(plan, model)
+    read = _read_adapters(plan, model, read_adapter)
     shapes = {path: tuple(tensor.shape) for path, tensor in model.state_dict().items()}
     head = head_parameters(read, model, plan.task, everything=zeros_for_missing_head)
     brought = {path for adapter in read for path in (*adapter.replaced, *adapter.base_copies)}
@@ -73,7 +80,7 @@ def resolve(plan: Plan, *, zeros_for_missing_head: bool = False) -> Resolved:
     return Resolved(adapters, replace(base, adapters=merged), model, type(model).__name__)
 
 
-def _read_adapters(plan: Plan, model) -> tuple[Adapter, ...]:
+def _read_adapters(plan: Plan, model, read_adapter: Reader) -> tuple[Adapter, ...]:
     """The adapters, each read on a float32 base of its own sizes: PEFT rounds an adapter to the dtype of the base that
     it is loaded onto. Bases of the same sizes are one."""
     bases = {} if plan.model is None else {_sizes_of(plan.model.config): plan.model}
@@ -84,7 +91,7 @@ def _read_adapters(plan: Plan, model) -> tuple[Adapter, ...]:
         sizes = _sizes_of(config)
         if sizes not in bases:
             bases[sizes] = build_weightless(plan.task, config, "float32")
-        found.append(read_trained_adapter(folder, bases[sizes]))
+        found.append(read_adapter(folder, bases[sizes]))
     return tuple(found)
 
 

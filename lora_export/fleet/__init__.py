@@ -14,6 +14,7 @@
     state.py        what an earlier run found, and the lock
     graph.py        the graph that serves all kinds
     bases.py        a base loaded once, for one adapter after another
+    kinds.py        PEFT's layers, for one adapter after another
     workbench.py    packs an adapter and compares it with PEFT
     worker.py       a worker's work
     run.py          the whole of it

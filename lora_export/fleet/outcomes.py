@@ -31,7 +31,8 @@ class AdapterOutcome:
         reason: Why it is not served, in one sentence; None if it is.
         detail: The whole message of a refusal, by field (`LoraExportError.to_dict`).
         attempts: How many workers tried it.
-        seconds: What the last took; `seconds_packing` until the file was written, before it was compared.
+        seconds: What the last took; `seconds_packing` until the file was written, before it was compared, and
+            `processor_seconds_packing` of all its threads until then.
         n_bytes: Of its packed file.
         n_rows: Rows that it was compared on.
         measures: What was measured, each with its limit.
@@ -50,6 +51,7 @@ class AdapterOutcome:
     attempts: int = 1
     seconds: float = 0.0
     seconds_packing: float = 0.0
+    processor_seconds_packing: float = 0.0
     n_bytes: int = 0
     n_rows: int = 0
     measures: tuple[Measured, ...] = ()

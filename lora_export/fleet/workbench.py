@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ from lora_export.export.records import Sources, adapter_records, hashes_of, requ
 from lora_export.export.resolve import resolve
 from lora_export.fleet.assignments import Job, Packing
 from lora_export.fleet.bases import SharedBases
+from lora_export.fleet.kinds import ReaderOfKinds
 from lora_export.fleet.outcomes import AdapterOutcome, Outcome
 from lora_export.fleet.sources import refusal
 from lora_export.runtime.adapter_session import AdapterSession
@@ -50,7 +52,7 @@ class Workbench:
         import torch
 
         torch.set_num_threads(job.n_threads)
-        self._job, self._bases = job, SharedBases()
+        self._job, self._bases, self._read = job, SharedBases(), ReaderOfKinds()
         self.manifest: Manifest = read_manifest(job.graph)
 
     @cached_property
@@ -75,18 +77,20 @@ class Workbench:
 
     def outcome(self, task: Packing) -> AdapterOutcome:
         """What becomes of an adapter; its file lies in `task.into` unless it is refused."""
-        started = time.monotonic()
+        started, processor = time.monotonic(), time.process_time()
         what = {"name": task.name, "given": task.given, "key": task.key}
         try:
-            plan, record, files = self._packed(task)
+            with self._one_thread():
+                plan, record, files = self._packed(task)
         except EnvironmentUnusable:
             raise
         except LoraExportError as error:
             return refusal(task.name, task.given, error, key=task.key, seconds=time.monotonic() - started)
-        seconds_packing = time.monotonic() - started
+        seconds_packing, processor_seconds = time.monotonic() - started, time.process_time() - processor
         case = self._compared(task, plan, record)
         packed = {
             "seconds_packing": seconds_packing,
+            "processor_seconds_packing": processor_seconds,
             "files": files,
             "record": asdict(record),
             "n_bytes": sum((task.into / file).stat().st_size for file in record.files.values()),
@@ -102,6 +106,17 @@ class Workbench:
         seconds = time.monotonic() - started
         return AdapterOutcome(**what, outcome=outcome, reason=reason, seconds=seconds, **packed, **judged)
 
+    @contextlib.contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        """On tensors as small as an adapter's, PyTorch's other threads only wait, and take the processors for that."""
+        import torch
+
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._job.n_threads)
+
     def _packed(self, task: Packing) -> tuple[Plan, AdapterRecord, dict[str, str]]:
         manifest = self.manifest
         how = (manifest.task, manifest.dtype, manifest.provider)
@@ -109,7 +124,7 @@ class Workbench:
         request = Request(self._job.base, adapters, "dynamic", *how, pad_token_id=pad, pooling=NONE)
         task.into.mkdir(parents=True, exist_ok=True)
         plan = make_plan(request, added_to=self._job.graph)
-        resolved = resolve(plan)
+        resolved = resolve(plan, read_adapter=self._read)
         require_gated(resolved.adapters[0], manifest)
         sources = Sources(manifest.base, (SourceRecord(task.given, None, dict(task.hashes)),))
         (record,) = adapter_records(plan, resolved, sources, graphs=manifest.graphs, folder=task.into)

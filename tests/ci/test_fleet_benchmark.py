@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import fleet
 import fleet_at_scale
+import fleet_nodes
 import pytest
 from readme_tables import table_in_readme
 
@@ -24,6 +25,15 @@ def test_the_simulation_is_that_of_the_recorded_rates():
     case = result["cases"][-1]
     workers = {"n": result["n"], "n_workers": case["nodes"] * case["cores"], "storage": case["storage"]}
     assert case == case | fleet_at_scale.simulated(rates, **workers)
+
+
+def test_a_cluster_whose_node_was_killed_lost_nothing_and_made_the_same_bytes():
+    result = json.loads(fleet_nodes.RESULT.read_text(encoding="utf-8"))
+    assert table_in_readme("fleet_nodes") == fleet_nodes.summary(result)
+    found = result["figures"]
+    assert (found["n_nodes"], found["n_workers"], found["n_killed"]) == (3, 3, 1)
+    assert found["n_lost"] == 0 and found["differ"] == [] and found["files"] > found["n_adapters"]
+    assert found["n_tried_again"] >= 1, "the node that was killed had an adapter"
 
 
 def test_a_simulation_of_one_thing_at_a_time_is_its_sum():
