@@ -98,6 +98,10 @@ MORE = {
     "BioGPT": _decoder("BioGptConfig", TEXT, PAIR),
     "BERT, decoder": _decoder("BertConfig", TEXT | {"is_decoder": True}, QUERY),
     "RoBERTa, decoder": _decoder("RobertaConfig", TEXT | {"is_decoder": True, "type_vocab_size": 1}, QUERY),
+    "RoFormer, decoder": _decoder("RoFormerConfig", TEXT | {"is_decoder": True, "embedding_size": 64}, QUERY),
+    "RoFormer without a cache": _decoder(
+        "RoFormerConfig", TEXT, QUERY, refused="A roformer base keeps no keys and values"
+    ),
     "BERT without a cache": _decoder("BertConfig", TEXT, QUERY, refused="A bert base keeps no keys and values"),
     "CTRL": _decoder("CTRLConfig", GPT | {"dff": 128}, ["Wq"]),
     "DeepSeek V2": _decoder(

@@ -82,9 +82,14 @@ def cache_shapes(model: torch.nn.Module) -> tuple[Shapes, ...]:
     shapes_only = fake(allow_non_fake_inputs=True, shape_env=environment())
     with quiet(), torch.no_grad(), _any_dtype_for_experts(model), shapes_only:
         found = model(input_ids=token, attention_mask=token, use_cache=True, **{cache_argument(model.forward): cache})
-    if not cache.layers or all(found.get(name) is None for name in ("cache", "past_key_values")):
-        config = model.config.get_text_config(decoder=True)
-        is_encoder = getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder
+    config = model.config.get_text_config(decoder=True)
+    has_none = not cache.layers or all(found.get(name) is None for name in ("cache", "past_key_values"))
+    # RoFormer's and its kin's layers return a cache that the model's own mask makes no sense of.
+    is_encoder = not config.is_encoder_decoder and (
+        (has_none and getattr(config, "is_decoder", True) is False)
+        or any(getattr(module, "is_decoder", None) is False for module in model.modules())
+    )
+    if has_none or is_encoder:
         raise InputRefused(
             f"A {model.config.model_type} base keeps no keys and values from one token to the next",
             where=f"config.json: model_type {model.config.model_type}",

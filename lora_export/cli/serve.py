@@ -43,7 +43,7 @@ _serve_options = options.as_flags(
         _count("--max-batch-tokens", _DEFAULT.max_batch_tokens, "Most tokens of one run, padding included."),
         _count("--max-queue", _DEFAULT.max_queue, "Most rows that wait; beyond it the answer is 429."),
         _count("--max-signal-bytes", _DEFAULT.max_signal_bytes,
-               "Most bytes of images and sounds that wait or run; beyond it the answer is 429."),
+               "Most bytes of images and sounds in memory; beyond it the answer is 429."),
         _count("--max-cache-bytes", _DEFAULT.max_cache_bytes, "Most bytes of the texts that are written at a time."),
         _count("--max-length", None, "Most tokens of a row.  [default: what the model takes]"),
         _seconds("--timeout-s", _DEFAULT.timeout_s, "Deadline of a request."),

@@ -268,9 +268,8 @@ class AdapterSession:
         Every adapter input but the gate (see `gate`) is bound, so nothing is left of an adapter that was bound before.
         """
         with self.runs.alone:
-            values = (bank := self.bank).values(bank.rows(adapters, batch))
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
+            for name, value in (bank := self.bank).values(bank.rows(adapters, batch)).items():
+                binding.bind_ortvalue_input(name, value)
 
     def gate(self, input_ids: np.ndarray, adapters: Sequence[RowAdapter] | RowAdapter) -> np.ndarray | None:
         """The `lora_gate` of a prompt, `[batch, sequence, 1]`; None where the graph has no such input.

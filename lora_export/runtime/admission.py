@@ -21,10 +21,15 @@ _PATIENCE = 0.5
 
 
 class Admission:
-    """Of a scheduler with `n_rows` rows on `provider`, whose runs have at most `chunk` tokens of prompts."""
+    """Of a scheduler with `n_rows` rows on `provider`, whose runs have at most `chunk` tokens of prompts.
 
-    def __init__(self, n_rows: int, chunk: int, provider: str) -> None:
+    Args:
+        has_gaps: Whether the rows that become free stay where they are, apart: then no run is of several.
+    """
+
+    def __init__(self, n_rows: int, chunk: int, provider: str, *, has_gaps: bool = False) -> None:
         self._n_rows, self._chunk, self._run_in_tokens = n_rows, chunk, _RUN_IN_TOKENS[provider]
+        self._has_gaps = has_gaps
         self._n_idle = 0  # free rows times steps, since rows were filled the last time
 
     def is_due(self, n_free: int, waiting: Sequence[Sequence[int]]) -> bool:
@@ -33,7 +38,8 @@ class Admission:
         Args:
             waiting: The prompts that wait, the next one first.
         """
-        if 0 < n_free < min(len(waiting), self._n_rows) and self.saved([len(waiting[0])], len(waiting[1])) > 0:
+        is_full = 0 < n_free < min(len(waiting), self._n_rows)
+        if is_full and not self._has_gaps and self.saved([len(waiting[0])], len(waiting[1])) > 0:
             self._n_idle += n_free
             if self._n_idle < _PATIENCE * self._n_rows:
                 return False

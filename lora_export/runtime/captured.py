@@ -97,7 +97,7 @@ class _Bucket:
 
     inputs: Mapping[str, Place]
     constants: Values
-    captures: dict[tuple[int, int], _Capture] = field(default_factory=dict)
+    captures: dict[tuple[int, object], _Capture] = field(default_factory=dict)
 
 
 class CapturedRuns(Runs):
@@ -128,17 +128,16 @@ class CapturedRuns(Runs):
         self._buckets: weakref.WeakKeyDictionary[object, dict[tuple, _Bucket]] = weakref.WeakKeyDictionary()
         self._adapters = AdapterPlaces(self._provider, session)
         self._idle: deque[Buffers] = deque(maxlen=1)  # of the cache that went last
-        self._numbers = itertools.count(1)
+        self._numbers, self._own, self._is_said = itertools.count(1), threading.local(), False
         self.n_captures = 0
 
     def cache(self, batch: int, longest: int) -> Cache:
-        """A cache for `batch` rows of at most `longest` tokens, in the buffers of one that is gone, if they fit."""
-        room = math.ceil(longest / _TOKENS_AT_ONCE) * _TOKENS_AT_ONCE
-        if self._most_tokens is not None:
-            room = max(longest, min(room, self._most_tokens))
+        """A cache for `batch` rows of at most `longest` tokens, in the buffers of one that is gone if these suffice."""
+        most = math.inf if self._most_tokens is None else self._most_tokens
+        room = int(max(longest, min(math.ceil(longest / _TOKENS_AT_ONCE) * _TOKENS_AT_ONCE, most)))
         with self.alone:
             buffers = self._idle.pop() if self._idle else None
-            if buffers is not None and (buffers.batch, buffers.room) != (batch, room):
+            if buffers is not None and (buffers.batch < batch or not room <= buffers.room <= max(room, most)):
                 buffers = None  # given back before others are asked for
             if buffers is None and self._contract.past:
                 buffers = Buffers.of(self._contract, self._provider, batch=batch, room=room)
@@ -180,26 +179,31 @@ class CapturedRuns(Runs):
             for name, place in bucket.inputs.items():
                 place.write(inputs[name])
         adapters, number = self._adapters.write(bank, asked.rows)
-        capture = bucket.captures.get((number, threading.get_ident()))
+        capture = bucket.captures.get((number, self._thread()))
         if capture is None:
             if not self._may_capture():
                 return None
             fed = {**adapters, **bucket.constants, **{name: place.value for name, place in bucket.inputs.items()}}
             capture = self._captured(fed, asked.names, cache)
             # Kept once it is captured: a run that fails leaves nothing.
-            bucket.captures[number, threading.get_ident()] = capture
+            bucket.captures[number, self._thread()] = capture
             buckets[key] = bucket
         return capture
 
     def _may_capture(self) -> bool:
         if self.n_captures < MOST_CAPTURES:
             return True
-        warnings.warn(
-            f"A session has {MOST_CAPTURES} CUDA graphs, which is the most: other shapes run without, and slower",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        if not self._is_said:
+            self._is_said = True
+            what = f"A session has {MOST_CAPTURES} CUDA graphs, which is the most: other shapes run without, and slower"
+            warnings.warn(what, RuntimeWarning, stacklevel=2)
         return False
+
+    def _thread(self) -> object:
+        """What stands for the thread that asks; the system's numbers of threads are used again."""
+        if not hasattr(self._own, "token"):
+            self._own.token = object()
+        return self._own.token
 
     def _bucket(self, inputs: Mapping[str, np.ndarray]) -> _Bucket:
         # What has no axis is a number that shapes are made of, on the CPU: it is part of a capture.

@@ -126,7 +126,7 @@ class Scheduler:
         self._rows = rows_for(session, max_rows, max_length)
         self._texts: dict[int, _Text] = {}  # by row
         self._waiting: deque[_Text] = deque()
-        self._admission = Admission(max_rows, prefill_chunk, session.provider)
+        self._admission = Admission(max_rows, prefill_chunk, session.provider, has_gaps=not self._rows.can_move)
         self._numbers = itertools.count()
         self._cancelled: set[Request] = set()
         self._changing, self._stepping = threading.Lock(), threading.Lock()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from lora_export.serve.logs import bare
 from lora_export.serve.problems import Problem
 
 if TYPE_CHECKING:
@@ -165,9 +166,10 @@ class Batcher:
             raise Problem(
                 400, f"The request has {len(rows)} inputs; at most {self._limits.max_queue} are taken", param="input"
             )
-        ticket = Ticket(deadline, n_rows=len(rows))
+        ticket = Ticket(deadline)
         of_each = zip(rows, *(given or itertools.repeat(None) for given in (types, signals, gaps)), strict=False)
         made = [Row(model, ids, ticket, target, *own, number) for number, (ids, *own) in enumerate(of_each)]
+        ticket.n_rows = len(made)
         with self._changed:
             if not self._is_open:
                 raise Problem(503, "The server is shutting down", code="draining", retry_after_s=LEAST_RETRY)
@@ -275,5 +277,5 @@ class Batcher:
             return list(zip(rows, self._run(rows), strict=True))
         except Exception as error:
             if len(rows) == 1:
-                return [(rows[0], error)]
+                return [(rows[0], bare(error))]
         return [result for row in rows for result in self._results([row])]

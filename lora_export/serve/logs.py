@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import traceback
 from datetime import UTC, datetime
 from typing import TextIO
 
@@ -41,5 +42,14 @@ def set_up(stream: TextIO) -> None:
 
 
 def log(event: str, *, level: int = logging.INFO, error: BaseException | None = None, **fields: object) -> None:
-    """One line of the server's log."""
+    """One line of the server's log; an `error` forgets the variables of where it came from."""
     logging.getLogger(NAME).log(level, event, exc_info=error, extra={"fields": fields})
+    if error is not None:
+        traceback.clear_frames(error.__traceback__)
+
+
+def bare(error: Exception) -> Exception:
+    """`error` without what it came from, which is a note of it: else it keeps the inputs of a run as long as itself."""
+    error.add_note("".join(traceback.format_tb(error.__traceback__)))
+    error.__context__ = None
+    return error.with_traceback(None)

@@ -29,7 +29,7 @@ class ServeOptions:
         max_wait_ms: How long a row waits for others that are due, while requests come side by side.
         max_batch_tokens: Most tokens of one run, padding included; a longer row runs alone.
         max_queue: Most rows that wait; beyond it, 429.
-        max_signal_bytes: Of the images and sounds of all requests that are not over, with their bodies; beyond it, 429.
+        max_signal_bytes: Of the images and sounds in memory, with the bodies of their requests; beyond it, 429.
         max_cache_bytes: Of the keys and values of texts that are written; it bounds their length.
         max_length: Most tokens of a row, prompt and answer; None for what the model takes.
         timeout_s: The deadline of a request, from its first byte.

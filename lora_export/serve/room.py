@@ -75,7 +75,7 @@ class Held:
         self._n_own += n_bytes
 
     def take_array(self, array: np.ndarray) -> None:
-        """Take an array's bytes, until nothing refers to it.
+        """Take the bytes of an array that owns its memory, until nothing refers to it.
 
         Raises:
             Problem: As `take`.

@@ -19,6 +19,7 @@ from lora_export.runtime.target_group import Source
 from lora_export.runtime.targets import Start, TargetRules
 from lora_export.serve.batching import LEAST_RETRY, MOST_RETRY
 from lora_export.serve.limits import most_texts
+from lora_export.serve.logs import bare
 from lora_export.serve.metrics import Metrics
 from lora_export.serve.models import Models, Target
 from lora_export.serve.options import ServeOptions
@@ -166,13 +167,19 @@ class Writer:
                 self._changed.wait_for(lambda: self._jobs or not self._is_open)
                 if not self._jobs:
                     return
-            started = time.monotonic()
-            try:
-                tokens = self._scheduler.step()
-            except Exception as error:  # of a run, which is of all texts: none of them goes on
-                self._fail(error)
-                continue
-            self._give(tokens, time.monotonic() - started)
+            self._step()
+
+    def _step(self) -> None:
+        started = time.monotonic()
+        try:
+            tokens = self._scheduler.step()
+        except Exception as error:  # of a run, which is of all texts: none of them goes on
+            self._fail(bare(error))
+            return
+        for token in tokens:
+            if token.error is not None:
+                bare(token.error)
+        self._give(tokens, time.monotonic() - started)
 
     def _give(self, tokens: Sequence[Token], seconds: float) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Token]]] = {}

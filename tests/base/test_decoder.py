@@ -83,7 +83,7 @@ def test_positions_are_an_input_where_the_model_takes_them(bases):
     assert "position_ids" not in decoder_sample(build_weightless(Task.TEXT_GENERATION, config, "float32")).inputs
 
 
-@pytest.mark.parametrize("kind", ["BertConfig", "RobertaConfig"])
+@pytest.mark.parametrize("kind", ["BertConfig", "RobertaConfig", "RoFormerConfig"])
 def test_an_encoder_with_a_language_model_s_head_is_no_decoder(kind):
     config = getattr(transformers, kind)(**SIZES, intermediate_size=24)
     with pytest.raises(InputRefused, match="keeps no keys and values from one token to the next") as refused:

@@ -38,6 +38,11 @@ def test_rows_are_filled_together_after_half_a_step_of_all_rows(provider, prompt
     assert found == [False] * 5 + [True, False]
 
 
+def test_rows_that_stay_apart_are_filled_at_once():
+    admission = Admission(16, 256, "cuda", has_gaps=True)
+    assert all(admission.is_due(1, [SHORT] * 9) for _ in range(9))
+
+
 def test_a_prompt_joins_others_where_padding_costs_less_than_a_run():
     cpu, cuda = Admission(16, 256, "cpu"), Admission(16, 256, "cuda")
     assert cpu.saved([40], 40) == cpu.saved([5, 5], 5) == 24, "a run"

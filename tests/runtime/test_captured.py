@@ -194,12 +194,33 @@ def test_a_text_replays_what_another_one_has_captured(opened):
         assert all(a.ids[:4] == b.ids[:4] for a, b in zip(first, again, strict=True))
     assert len(session.session.captures) == n_captures
     (buffers,) = session.runs._buckets
-    cache = session.cache(3, 20)  # another number of rows: the others' buffers and captures are let go
+    assert session.cache(1, 20).buffers is buffers, "larger ones do"
+    cache = session.cache(3, 20)  # more rows: the others' buffers and captures are let go
     assert cache.buffers is not buffers and cache.longest == 20
     gone = weakref.ref(buffers)
     del buffers
     gc.collect()
     assert gone() is None and not session.runs._buckets
+
+
+def test_texts_of_one_row_and_of_three_by_turns_use_up_no_captures(opened, exports):
+    session, plain = opened("llama-dynamic"), AdapterSession(exports["llama-dynamic"], "cpu")
+    prompts = [[5, 6, 7], [8], [9, 10]]
+    for turn in range(12):
+        some = prompts[: 1 + turn % 3]
+        expected, found = (each.generate(some, "chat", max_new_tokens=4) for each in (plain, session))
+        assert [text.ids for text in found] == [text.ids for text in expected]
+    assert len(session.session.captures) <= 6
+
+
+def test_each_thread_has_captures_of_its_own(opened):
+    """Also one that has the number of an earlier one."""
+    session, inputs = opened("bert-dynamic"), inputs_for("bert", 2, 7)
+    for _ in range(3):
+        thread = threading.Thread(target=session.run, args=(inputs, "topic"))
+        thread.start()
+        thread.join()
+    assert len(session.session.captures) == session.runs.n_captures == 3
 
 
 def test_rows_that_come_and_go_take_a_capture_for_each_power_of_two(opened, exports):

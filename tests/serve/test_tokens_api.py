@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
+import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -22,6 +24,7 @@ from lora_export import InputRefused
 from lora_export.runtime import images
 from lora_export.serve import api
 from lora_export.serve.data_urls import signals_of
+from lora_export.serve.logs import NAME, JsonLines
 from lora_export.serve.models import Models
 from lora_export.serve.options import ServeOptions
 from lora_export.serve.problems import Problem
@@ -254,6 +257,26 @@ def test_a_request_that_left_the_queue_of_images_is_let_go(vit, monkeypatch):
         go_on.set()
         assert [each.result().status_code for each in running] == [200, 200]
     wait_until(lambda: room.n_taken == 0)
+
+
+def test_a_run_that_fails_keeps_no_image(vit, monkeypatch):
+    """Its exception would, by the frames that it came through; no collection of cycles is waited for."""
+    monkeypatch.setattr(vit.service, "room", room := Room(10**9))
+    given = {"model": "vit", "input": [url(picture(0))] * 2}
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(JsonLines().format(record))
+    logging.getLogger(NAME).addHandler(handler)
+    gc.collect()
+    gc.disable()
+    try:
+        monkeypatch.setattr(vit.service.batcher, "_run", lambda rows: 1 / 0)
+        assert vit.post("/v1/classify", **given).status_code == 500
+        wait_until(lambda: room.n_taken == 0)
+    finally:
+        gc.enable()
+        logging.getLogger(NAME).removeHandler(handler)
+    (line,) = [line for line in said if "ZeroDivisionError" in line]
+    assert "in _results" in line, "where it failed is told all the same"
 
 
 def test_an_export_that_cannot_be_served_says_why(exports, own):
