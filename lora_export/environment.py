@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from lora_export.artifact import Manifest, versions
+from lora_export.artifact import ExportKind, Manifest, versions
 from lora_export.contract import SINGLE, graph_file
 from lora_export.runtime.session import device_name
 from lora_export.verdict import Environment, Subject
@@ -34,17 +34,31 @@ def environment(provider: str, reason: str, settings: dict[str, str]) -> Environ
     )
 
 
-# Of the weights' bytes: the export's session (1 ×), one that shows what is inside (1 ×, and once more while it packs
-# them), the reference at its dtype (1 ×), and that at a wider one (2 ×). At float32 both have the same weights, but for
-# T5, an encoder-decoder, which casts to the dtype of its weights.
-_MEMORY, _MEMORY_OF_A_PRECISE_REFERENCE = 4, 2
+# Of the weights' bytes. A session takes them once; while it packs them, twice. The reference takes them once at its
+# dtype, and twice more at a wider one: at float32 both have the same weights, but for T5, an encoder-decoder, which
+# casts to the dtype of its weights. PEFT's merges are summed up beside the base and one of them.
+_SESSION, _REFERENCE, _WIDER, _SUM = 2, 1, 2, 4
+# Beside all of that, where it is there at once: another session, and one that shows what is inside.
+_OTHERS = 1
+# Of a larger export's sides one is in memory at a time.
+_LARGE_BYTES = 1e8
+# The number of glibc's option, in malloc.h.
+_M_MMAP_THRESHOLD = -3
+
+
+def is_large(manifest: Manifest, folder: Path) -> bool:
+    """Whether a check of an export keeps one of its sides in memory at a time."""
+    return manifest.weights_bytes(folder) >= _LARGE_BYTES
 
 
 def memory_of_references(manifest: Manifest, folder: Path, *, precisely: bool) -> int:
     """Bytes that a check's session and references need, `precisely` with one at a wider dtype."""
     shares_weights = manifest.dtype == "float32" and manifest.quantization is None and SINGLE in manifest.graphs
-    copies = _MEMORY_OF_A_PRECISE_REFERENCE if precisely and not shares_weights else 0
-    return manifest.weights_bytes(folder) * (_MEMORY + copies)
+    reference = _REFERENCE + (_WIDER if precisely and not shares_weights else 0)
+    if manifest.kind is ExportKind.MERGED and len(manifest.adapters) > 1:
+        reference = max(reference, _SUM)
+    copies = max(_SESSION, reference) if is_large(manifest, folder) else _SESSION + _OTHERS + reference
+    return manifest.weights_bytes(folder) * copies
 
 
 def lack_of_memory(manifest: Manifest, folder: Path) -> str | None:
@@ -56,6 +70,17 @@ def lack_of_memory(manifest: Manifest, folder: Path) -> str | None:
         f"Rounding: PyTorch at a wider dtype beside the rest needs about {needed / 1e9:.1f} GB, "
         f"{free / 1e9:.1f} GB are free, so errors are not judged by what PyTorch itself loses at this dtype."
     )
+
+
+def return_large_arrays() -> None:
+    """Have the C library return each array of a megabyte or more to the system when it is freed, where it is glibc.
+
+    By default glibc keeps arrays of up to 32 MB for later ones, once one of them was freed, and between those that are
+    still in use they stay: an activation here and there keeps hundreds of megabytes.
+    """
+    tune = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if tune is not None:
+        tune(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def give_back_memory() -> None:

@@ -2,6 +2,7 @@
 
     opened.py              from `CheckOptions` to a check: sources found, examples read
     run.py                 the order of the cases
+    turns.py               which side is in memory: of a large export one at a time
     context.py             `CheckOptions`, and the two sides over the same batches
     results.py             what was found, as frozen values
     divergence_results.py  where the two sides part, as frozen values
@@ -11,6 +12,6 @@
     judge/                 how far apart, and how much is allowed
     locate/                where it went wrong
 
-Imports artifact, base, compat, contract, environment, errors, export, graph, integrity, progress, quantization,
-quiet, reading, runtime, sentence, verdict.
+Imports adapters, artifact, base, compat, contract, environment, errors, export, graph, integrity, progress,
+quantization, quiet, reading, runtime, sentence, verdict.
 """

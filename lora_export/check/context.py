@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,12 +19,12 @@ from lora_export.check.reference.on_integers import IntegerBase
 from lora_export.check.reference.sentence import SentenceReference
 from lora_export.check.reference.trained import TrainedAdapter
 from lora_export.check.reference.unmerged import Reference
+from lora_export.check.turns import AnySession, Turns, in_turn
 from lora_export.contract import graph_file
-from lora_export.environment import give_back_memory
 from lora_export.errors import InputRefused, LoraExportError
 from lora_export.graph.module_values import WrittenGraph
 from lora_export.graph.stored_integers import rounds_activations, stored_integers
-from lora_export.runtime.adapter_session import AdapterSession, RowAdapter
+from lora_export.runtime.adapter_session import RowAdapter
 from lora_export.runtime.generate import empty_cache
 from lora_export.runtime.seq2seq_session import Seq2SeqSession, open_export
 from lora_export.runtime.session import open_session
@@ -33,9 +32,6 @@ from lora_export.sentence import SENTENCE_EMBEDDING
 
 # Rounding is as large in so many batches as in all.
 _PRECISE_BATCHES = 8
-_WORTH_FREEING_BYTES = 1e8
-
-AnySession = AdapterSession | Seq2SeqSession
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,7 @@ class CheckContext:
         own: Batches by adapter name; the key None serves all others.
         mixed: One batch whose rows get another adapter each.
         integers: The quantized weights of the export; None where it has none.
+        turns: Whose it is to be in memory.
         as_it_is: The session of the file as it is, where that lets activations be rounded and `session` leaves them;
             else None.
     """
@@ -104,6 +101,7 @@ class CheckContext:
     mixed: Batch
     as_it_is: AnySession | None = None
     integers: IntegerBase | None = None
+    turns: Turns = field(default_factory=Turns)
 
     @property
     def deployed(self) -> AnySession:
@@ -123,34 +121,30 @@ class CheckContext:
 
     def reference_of(self, records: Sequence[AdapterRecord], n_labels: int | None) -> Reference:
         """Unmerged PEFT with the adapters of `records`, each with its weight."""
-        self.let_go()
+        how = {"with_precise": self.with_precise, "integers": self.integers, "merged": self.is_merged_integers}
+        return self._reference(records, n_labels, **how)
+
+    def float_reference(self, records: Sequence[AdapterRecord], *, merged: bool = False) -> Reference:
+        """As `reference_of` on the base's own floats, at the export's dtype alone; `merged`, PEFT's merge."""
+        return self._reference(records, next((r.n_labels for r in records if r.n_labels), None), merged=merged)
+
+    def _reference(self, records: Sequence[AdapterRecord], n_labels: int | None, **how: object) -> Reference:
         adapters = [
             TrainedAdapter(self.request.adapters[r.name], r.weight, r.convert_rank, r.residual_base) for r in records
         ]
         manifest = self.session.manifest
-        how = {"with_precise": self.with_precise, "pad_token_id": manifest.pad_token_id, "integers": self.integers}
-        how |= {"merged": self.is_merged_integers, "sentence": self.request.sentence}
-        return Reference(self.task, self.request.base, adapters, dtype=manifest.dtype, n_labels=n_labels, **how)
-
-    def let_go(self) -> None:
-        """Free the references that are used no longer: models are cycles, and garbage is seldom looked for."""
-        if self.session.manifest.weights_bytes(self.request.folder) >= _WORTH_FREEING_BYTES:
-            gc.collect()
-            give_back_memory()
-
-    def float_reference(self, records: Sequence[AdapterRecord], *, merged: bool = False) -> Reference:
-        """As `reference_of` on the base's own floats, at the export's dtype alone; `merged`, PEFT's merge."""
-        adapters = [
-            TrainedAdapter(self.request.adapters[r.name], r.weight, r.convert_rank, r.residual_base) for r in records
-        ]
-        manifest, n_labels = self.session.manifest, next((r.n_labels for r in records if r.n_labels), None)
-        how = {"pad_token_id": manifest.pad_token_id, "merged": merged, "sentence": self.request.sentence}
+        how |= {"pad_token_id": manifest.pad_token_id, "sentence": self.request.sentence, "turns": self.turns}
         return Reference(self.task, self.request.base, adapters, dtype=manifest.dtype, n_labels=n_labels, **how)
 
     def fresh_session(self) -> AnySession:
         """Another session that computes as `session` does."""
-        opened = open_export(self.request.folder, self.session.provider)
-        return opened if self.as_it_is is None else with_float_activations(opened)
+        opened = self.open(self.request.folder)
+        return opened if self.as_it_is is None else with_float_activations(opened, self.turns)
+
+    def open(self, folder: Path) -> AnySession:
+        """A session of the export in `folder`."""
+        self.turns.take_session()
+        return in_turn(open_export(folder, self.session.provider), self.turns)
 
 
 def integer_base(session: AnySession) -> IntegerBase | None:
@@ -174,15 +168,14 @@ def rounds(session: AnySession) -> bool:
     return session.provider == "cpu" and any(map(rounds_activations, graphs))
 
 
-def with_float_activations(session: AnySession) -> AnySession:
+def with_float_activations(session: AnySession, turns: Turns) -> AnySession:
     """The same adapters on the same graphs and weights, with products that round no activations."""
-    view = session.snapshot()
-    if isinstance(view, Seq2SeqSession):
-        view.sessions = {graph: with_float_activations(each) for graph, each in view.sessions.items()}
-        return view
-    model = WrittenGraph(session.folder / graph_file(session.graph), is_to_run=True).with_outputs(())
-    view.session = open_session(model, session.provider, weights=session.folder, prepack=True)
-    return view
+    return in_turn(session, turns, _open_with_float_activations)
+
+
+def _open_with_float_activations(graph: Path, provider: str) -> object:
+    model = WrittenGraph(graph, is_to_run=True).with_outputs(())
+    return open_session(model, provider, weights=graph.parent, prepack=True)
 
 
 @contextlib.contextmanager

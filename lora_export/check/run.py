@@ -14,6 +14,7 @@ from lora_export.check.cases.decoding import decoding_cases
 from lora_export.check.cases.examination import ON_IT, Examination, Examined
 from lora_export.check.cases.mixed_rows import (
     merged_against_dynamic,
+    own_rows,
     require_same_adapters,
     row_cases,
     sequence_case,
@@ -43,6 +44,7 @@ from lora_export.check.locate.probe import Probe
 from lora_export.check.locate.probes import with_feeds, worst_probes
 from lora_export.check.locate.where import Where
 from lora_export.check.results import CheckReport
+from lora_export.check.turns import Turns, in_turn
 from lora_export.contract import AdapterInputKind, has_own_head
 from lora_export.environment import environment, lack_of_memory, memory_of_references, subject
 from lora_export.errors import UsageProblem
@@ -131,6 +133,8 @@ def begin_check(request: CheckRequest) -> Check:
     started = time.monotonic()
     session = open_export(request.folder, request.provider)
     manifest = session.manifest
+    turns = Turns.of(session)
+    session = in_turn(session, turns)
     if manifest.kind is ExportKind.MERGED and request.merged is not None:
         raise UsageProblem(
             "--merged compares a merged export with a dynamic one, and this one is merged",
@@ -146,10 +150,10 @@ def begin_check(request: CheckRequest) -> Check:
     limits = limits if manifest.given_graph is None else of_another_tool(limits, request.tolerances)
     lack = lack_of_memory(manifest, request.folder)
     mixed = _mixed_batch(prepared.batcher, prepared.data, manifest)
-    exact = with_float_activations(session) if rounds(session) else session
+    exact = with_float_activations(session, turns) if rounds(session) else session
     context = CheckContext(
         request, exact, Task(manifest.task), limits, lack is None, prepared.batches, mixed,
-        as_it_is=session if exact is not session else None, integers=integers,
+        as_it_is=session if exact is not session else None, integers=integers, turns=turns,
     )  # fmt: skip
     where = Where(limits, request.folder)
     unknown = [
@@ -216,46 +220,42 @@ def _further_cases(check: Check, examined: Examined) -> None:
 
 def _dynamic_cases(check: Check, progress: Progress) -> None:
     examination, context = check.examination, check.examination.context
-    alone: dict[str | None, Outputs] = {}
+    alone: dict[int, Outputs] = {}
     records = context.session.manifest.adapters
     base_answers = has_own_head(context.session.manifest.adapter_inputs)
     for done, record in enumerate(records):
         progress(f"checking {record.name}", done, len(records) + 1)
-        alone[record.name] = _adapter_cases(check, record, with_body=not base_answers and done == 0)
+        alone |= _adapter_cases(check, record, with_body=not base_answers and done == 0)
     progress("checking the base and mixed rows", len(records), len(records) + 1)
     if base_answers:
         base = Examined("base", None, context.reference([], None))
-        expected = examination.judge_alone(base, context.own[None])
+        alone |= _judged_alone(examination, base, context.own[None])
         deployed_case(examination, base, context.own[None])
-        alone[None] = _mixed_of(context, base, context.own[None], expected=expected)
         side_output_cases(examination, base)
-        del base  # what follows compares with what it gave
     else:
         examination.skipped.append(
             'The base\'s own scores: its checkpoint has no head, so rows without an adapter score zero. The row "base" '
             "is its body, seen through the head of the first adapter."
         )
-    context.let_go()
     row_cases(examination, alone)
     sequence_case(examination)
     if context.integers is not None:
         weight_cases(examination)
         merged = context.request.merged
-        cost_cases(examination, merged=merged and open_export(merged, context.session.provider))
+        cost_cases(examination, merged=merged and context.open(merged))
     elif context.request.merged is not None:
         merged_against_dynamic(examination)
     else:
         examination.skipped.append("Merged against dynamic: no merged export was named (--merged).")
 
 
-def _adapter_cases(check: Check, record: AdapterRecord, *, with_body: bool) -> Outputs:
-    """One adapter's own cases; its reference, which is gone afterwards, over the mixed batch."""
+def _adapter_cases(check: Check, record: AdapterRecord, *, with_body: bool) -> dict[int, Outputs]:
+    """One adapter's own cases; its rows of the mixed batch, by its reference, which is gone afterwards."""
     examination, context = check.examination, check.examination.context
     examined = Examined(record.name, record.name, context.reference([record.name], record.n_labels), (record,))
     batches = context.own.get(record.name) or context.own[None]
     batches = [with_invocation(batch, record.invocation_tokens) for batch in batches]
-    expected = examination.judge_alone(examined, batches)
-    alone = _mixed_of(context, examined, batches, expected=expected)
+    alone = _judged_alone(examination, examined, batches)
     deployed_case(examination, examined, batches)
     _further_cases(check, examined)
     if with_body:
@@ -263,12 +263,14 @@ def _adapter_cases(check: Check, record: AdapterRecord, *, with_body: bool) -> O
     return alone
 
 
-def _mixed_of(context: CheckContext, examined: Examined, batches: Sequence[Batch], *, expected: Outputs) -> Outputs:
-    """The reference over the mixed batch: as `expected` has it where that is the first of `batches`."""
-    first, mixed = batches[0].inputs, context.mixed.inputs
-    if first.keys() == mixed.keys() and all(np.array_equal(first[name], mixed[name]) for name in first):
-        return expected.first()
-    return run_reference(examined.reference, [context.mixed], precisely=True)
+def _judged_alone(examination: Examination, examined: Examined, batches: Sequence[Batch]) -> dict[int, Outputs]:
+    """Judge one alone; its rows of the mixed batch, which is the first of `batches` or run for them."""
+    expected = examination.judge_alone(examined, batches)
+    context, first = examination.context, batches[0].inputs
+    mixed = context.mixed.inputs
+    is_first = first.keys() == mixed.keys() and all(np.array_equal(first[key], mixed[key]) for key in first)
+    whole = expected.first() if is_first else run_reference(examined.reference, [context.mixed], precisely=True)
+    return own_rows(context, examined.adapter, whole)
 
 
 def _body_case(examination: Examination, examined: Examined, record: AdapterRecord) -> None:

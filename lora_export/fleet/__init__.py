@@ -13,7 +13,6 @@
     assignments.py  what a worker is given
     state.py        what an earlier run found, and the lock
     graph.py        the graph that serves all kinds
-    bases.py        a base loaded once, for one adapter after another
     kinds.py        PEFT's layers, for one adapter after another
     workbench.py    packs an adapter and compares it with PEFT
     worker.py       a worker's work
@@ -24,6 +23,6 @@
     address_lock.py one fleet at a time there
     store.py        an address as fsspec has it
 
-Imports adapters, artifact, base, carried, check, compat, environment, errors, export, folders, graph, integrity,
+Imports adapters, artifact, base, carried, check, environment, errors, export, folders, graph, integrity,
 progress, quiet, reading, runtime, sentence, staging, verdict.
 """

@@ -22,6 +22,7 @@ from lora_export.check.inputs.prepared import BATCH_SIZE, Prepared, prepare
 from lora_export.check.judge.compare import Comparison, compare
 from lora_export.check.judge.tolerances import Tolerances, tolerances
 from lora_export.check.opened import classes_of
+from lora_export.check.reference.bases import SharedBases
 from lora_export.check.reference.sentence import SentenceReference
 from lora_export.check.reference.trained import TrainedAdapter
 from lora_export.check.reference.unmerged import Reference
@@ -31,7 +32,6 @@ from lora_export.export.plan import Plan, Request, make_plan
 from lora_export.export.records import Sources, adapter_records, hashes_of, require_gated
 from lora_export.export.resolve import resolve
 from lora_export.fleet.assignments import Job, Packing
-from lora_export.fleet.bases import SharedBases
 from lora_export.fleet.kinds import ReaderOfKinds
 from lora_export.fleet.outcomes import AdapterOutcome, Outcome
 from lora_export.fleet.sources import refusal

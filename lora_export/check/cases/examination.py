@@ -107,8 +107,9 @@ class Examination:
             The reference's outputs.
         """
         expected = run_reference(examined.reference, batches, precisely=True)
-        found = self.context.run(batches, examined.adapter)
         without = self.without(examined, batches) if examined.records and not examined.is_in_weights else None
+        found = self.context.run(batches, examined.adapter)
+        self.context.turns.take_session()  # the error by layer is looked for without it
         described = "PEFT, unmerged" if examined.records else "the base in PyTorch"
         if self.context.integers is not None:
             described = "PyTorch, its weights as the file has them" if examined.is_in_weights else described + ON_IT

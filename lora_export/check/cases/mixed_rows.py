@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +14,45 @@ from lora_export.check.context import CheckContext, run_export
 from lora_export.check.judge.compare import Comparison, Outputs
 from lora_export.check.locate.probe import Probe
 from lora_export.check.locate.probes import row_of, row_probes, whole_probe, worst_row
+from lora_export.contract import has_own_head
 from lora_export.errors import UsageProblem
-from lora_export.runtime.seq2seq_session import open_export
 
 
-def row_cases(examination: Examination, alone: Mapping[str | None, Outputs]) -> None:
-    """A batch with another adapter in each row, against each row alone, in PEFT and in ONNX Runtime."""
+def assigned(context: CheckContext) -> list[str | None]:
+    """Which adapter each row of the mixed batch runs with, None for the base, where that has scores of its own."""
+    manifest = context.session.manifest
+    names: list[str | None] = [record.name for record in manifest.adapters]
+    names += [None] if has_own_head(manifest.adapter_inputs) else []
+    return [names[row % len(names)] for row in range(len(context.mixed.labels))]
+
+
+def own_rows(context: CheckContext, name: str | None, whole: Outputs) -> dict[int, Outputs]:
+    """Of the reference's outputs for the `whole` mixed batch with one adapter, the rows that are that adapter's.
+
+    They are copies, so that the rest need not be kept: of all adapters together it is one batch.
+    """
+
+    def one(values: Sequence[np.ndarray], row: int) -> tuple[np.ndarray, ...]:
+        return tuple(each[row : row + 1].copy() for each in values)
+
+    rows = [row for row, of in enumerate(assigned(context)) if of == name]
+    return {row: replace(whole, values=one(whole.values, row), precise=one(whole.precise, row)) for row in rows}
+
+
+def row_cases(examination: Examination, alone: Mapping[int, Outputs]) -> None:
+    """A batch with another adapter in each row, against each row alone, in PEFT and in ONNX Runtime.
+
+    Args:
+        alone: The reference's, by row: `own_rows` of each adapter.
+    """
     context, batch = examination.context, examination.context.mixed
-    names = list(alone)
-    n_rows = len(batch.labels)
-    assigned = [names[row % len(names)] for row in range(n_rows)]
-    mixed = context.run([batch], assigned)
+    n_rows, names = len(batch.labels), assigned(context)
+    mixed = context.run([batch], names)
     expected, precise, found, single = [], [], [], []
-    for row, name in enumerate(assigned):
-        reference = alone[name].values[0][row : row + 1]
+    for row, name in enumerate(names):
+        reference = alone[row].values[0]
         expected.append(reference)
-        precise += [values[row : row + 1] for values in alone[name].precise]
+        precise += alone[row].precise
         found.append(mixed.values[0][row : row + 1, ..., : reference.shape[-1]])
         single.append(context.run([row_of(batch, row)], name).values[0])
     masks = [None if batch.real is None else batch.real[row : row + 1] for row in range(n_rows)]
@@ -38,16 +62,17 @@ def row_cases(examination: Examination, alone: Mapping[str | None, Outputs]) -> 
         flat = [Outputs(mixed.name, (v,), (m,)).positions().reshape(1, -1) for v, m in zip(values, masks, strict=True)]
         return np.concatenate(flat, axis=1)
 
-    label = f"{n_rows} mixed rows"
+    label, together = f"{n_rows} mixed rows", Outputs("rows", (rows(found),), (None,))
     n_positions = n_rows if mixed.values[0].ndim < 3 or batch.real is None else int(batch.real.sum())
     wider = (rows(precise),) if precise else ()
     peft = Outputs("rows", (rows(expected),), (None,), precise=wider, n_flattened=n_positions)
-    together, apart = (Outputs("rows", (rows(values),), (None,)) for values in (found, single))
     in_pytorch, exported = (Outputs(mixed.name, tuple(values), tuple(masks)) for values in (expected, found))
     examination.judge(
         Comparison(label, "rows", "PEFT, each row's adapter", peft, together, n_rows=n_rows),
-        lambda: _mixed_probes(context, assigned, in_pytorch, found=exported),
+        lambda: _mixed_probes(context, names, in_pytorch, found=exported),
     )
+    del peft, wider
+    apart = Outputs("rows", (rows(single),), (None,))
     examination.judge(
         Comparison(f"{label} alone", "rows", "ONNX Runtime, each row alone", apart, together, n_rows=n_rows),
         "Each row agrees with PEFT, and the batch differs from its rows alone by more than rounding: both are ONNX "
@@ -56,15 +81,15 @@ def row_cases(examination: Examination, alone: Mapping[str | None, Outputs]) -> 
 
 
 def _mixed_probes(
-    context: CheckContext, assigned: Sequence[str | None], expected: Outputs, *, found: Outputs
+    context: CheckContext, names: Sequence[str | None], expected: Outputs, *, found: Outputs
 ) -> Iterator[Probe]:
     """The row of the mixed batch with the largest error, against its own adapter in PEFT."""
     row, _ = worst_row(expected, found)
-    name = assigned[row]
+    name = names[row]
     n_labels = context.session.manifest.adapter(name).n_labels if name else None
     reference = context.reference([name] if name else [], n_labels)
-    described = f"row {row + 1} of {len(assigned)} mixed rows ({name or 'base'}), which has the largest error"
-    yield whole_probe(context.session, assigned, reference, batch=context.mixed, row=row, described=described)
+    described = f"row {row + 1} of {len(names)} mixed rows ({name or 'base'}), which has the largest error"
+    yield whole_probe(context.session, names, reference, batch=context.mixed, row=row, described=described)
 
 
 def sequence_case(examination: Examination) -> None:
@@ -82,7 +107,7 @@ def sequence_case(examination: Examination) -> None:
     pairs = list(zip(values, fresh, strict=True))
     pairs = [pair for pair in pairs if not np.array_equal(*pair)] or pairs[:1]
     values, fresh = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    context.let_go()
+    context.turns.take_session()
 
     def joined(parts: list[np.ndarray]) -> Outputs:
         return Outputs("rows", (np.concatenate(parts, axis=1),), (None,))
@@ -123,7 +148,7 @@ def require_same_adapters(manifest: Manifest, merged: Manifest, folder: Path) ->
 def merged_against_dynamic(examination: Examination) -> None:
     """A merged export of one adapter, or of a sum, against the same in the dynamic export."""
     context = examination.context
-    merged = open_export(context.request.merged, context.session.provider)
+    merged = context.open(context.request.merged)
     names = [record.name for record in merged.manifest.adapters]
     blend = {record.name: record.weight for record in merged.manifest.adapters}
     batches = context.own.get(names[0] if names else None) or context.own[None]

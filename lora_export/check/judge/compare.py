@@ -67,7 +67,7 @@ class Outputs:
         for value, mask in zip(values, self.real, strict=False):
             has_sequence = mask is not None and value.ndim == 3 and value.shape[1] == mask.shape[1]
             found.append(value[mask] if has_sequence else value.reshape(-1, value.shape[-1]))
-        return np.concatenate(found)
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,12 @@ def blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
         yield tuple(array[start : start + step].astype(np.float64) for array in arrays)
 
 
+def numbers(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """As `blocks`, for what is of each number by itself: also within a position that has more than a million."""
+    is_long = math.prod(arrays[0].shape[1:]) > _BLOCK
+    return blocks(*(array.reshape(-1) for array in arrays) if is_long else arrays)
+
+
 def largest(values: np.ndarray) -> float:
     """Largest absolute value; 0 of nothing."""
     return float(np.maximum(values.max(initial=0), -values.min(initial=0)))
@@ -43,7 +49,7 @@ def largest(values: np.ndarray) -> float:
 
 def largest_difference(one: np.ndarray, other: np.ndarray) -> float:
     """Largest absolute difference of two arrays of the same shape; 0 of nothing."""
-    return largest(np.array([largest(a - b) for a, b in blocks(one, other)]))
+    return largest(np.array([largest(a - b) for a, b in numbers(one, other)]))
 
 
 def is_few(values: np.ndarray) -> bool:
@@ -83,12 +89,12 @@ def typical_size(expected: np.ndarray) -> float:
 
 def rms(values: np.ndarray) -> float:
     """Root mean square; 0 of nothing."""
-    return math.sqrt(sum(float(np.square(part).sum()) for (part,) in blocks(values)) / max(1, values.size))
+    return math.sqrt(sum(float(np.square(part).sum()) for (part,) in numbers(values)) / max(1, values.size))
 
 
 def rms_difference(one: np.ndarray, other: np.ndarray) -> float:
     """Root mean square of the differences of two arrays of the same shape; 0 of nothing."""
-    return math.sqrt(sum(float(np.square(a - b).sum()) for a, b in blocks(one, other)) / max(1, one.size))
+    return math.sqrt(sum(float(np.square(a - b).sum()) for a, b in numbers(one, other)) / max(1, one.size))
 
 
 def scatter_of_ratio(n: int) -> float:

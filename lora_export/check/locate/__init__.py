@@ -7,6 +7,6 @@
     divergence.py    the first node that differs
     reproduction.py  a script that shows it
 
-Imports artifact, check.divergence_results, check.inputs, check.judge, check.reference, check.results, contract,
-graph, runtime.
+Imports artifact, check.divergence_results, check.inputs, check.judge, check.reference, check.results, check.turns,
+contract, graph, runtime.
 """

@@ -11,6 +11,7 @@ from lora_export.check.divergence_results import ComparedValue, LayerErrors
 from lora_export.check.locate.layers import BatchRow, Match, compare_value, compare_values, match
 from lora_export.check.reference.module_calls import WHOLE, ModuleCall, recorded
 from lora_export.check.reference.unmerged import Reference
+from lora_export.check.turns import Turns
 from lora_export.contract import graph_file
 from lora_export.graph.module_values import WrittenGraph
 from lora_export.runtime.adapter_session import AdapterSession
@@ -60,6 +61,7 @@ class SeenGraph:
     outputs: tuple[ComparedValue, ...]
     expected: Mapping[str, np.ndarray]
     found: Mapping[str, np.ndarray]
+    turns: Turns
 
     @property
     def stem(self) -> str:
@@ -69,6 +71,7 @@ class SeenGraph:
         """Further values of the same run."""
         session = self.run.session
         model = self.graph.with_outputs(names)
+        self.turns.take_session()
         return run_for_values(model, session.folder, session.provider, feeds=self.run.feeds, names=names)
 
 
@@ -110,17 +113,26 @@ def look(probe: Probe, limit: float) -> Seen:
     """
     with recorded(probe.reference.module) as recording:
         outputs = probe.reference.run(dict(probe.inputs))
-    graphs = tuple(_look(run, recording.calls, outputs, limit=limit) for run in probe.runs)
+    turns = probe.reference.turns
+    graphs = tuple(_look(run, recording.calls, outputs, limit=limit, turns=turns) for run in probe.runs)
     return Seen(probe, graphs, tuple(recording.calls), limit)
 
 
-def _look(run: GraphRun, calls: Sequence[ModuleCall], outputs: Mapping[str, np.ndarray], *, limit: float) -> SeenGraph:
+def _look(
+    run: GraphRun,
+    calls: Sequence[ModuleCall],
+    outputs: Mapping[str, np.ndarray],
+    *,
+    limit: float,
+    turns: Turns,
+) -> SeenGraph:
     session = run.session
     graph = WrittenGraph(session.folder / graph_file(session.graph))
     matches = match(graph.sites(), calls, graph.producers.keys() | graph.inputs)
     names = _ENCODED if "encoder" in session.graph else {}
     expected = {name: outputs[names.get(name, name)] for name in graph.outputs if names.get(name, name) in outputs}
     wanted = list(dict.fromkeys([*(v for p in matches for v in p.values if v in graph.producers), *expected]))
+    turns.take_session()
     values = run_for_values(graph.with_outputs(wanted), session.folder, session.provider, feeds=run.feeds, names=wanted)
     compared = compare_values(graph, session.graph, matches, values={**run.feeds, **values}, row=run.row, limit=limit)
     final = [
@@ -139,7 +151,7 @@ def _look(run: GraphRun, calls: Sequence[ModuleCall], outputs: Mapping[str, np.n
         for name, tensor in expected.items()
     ]
     found = {name: values[name] for name in expected}
-    return SeenGraph(run, graph, tuple(matches), tuple(compared), tuple(final), expected, found)
+    return SeenGraph(run, graph, tuple(matches), tuple(compared), tuple(final), expected, found, turns)
 
 
 def _terms_of(output: np.ndarray, calls: Sequence[ModuleCall]) -> float | None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+import enum
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lora_export.base.checkpoint import Checkpoint, Located
-from lora_export.base.tasks import Task, model_class
-from lora_export.base.weightless import TORCH_DTYPES, build_weightless
-from lora_export.check.reference.on_integers import IntegerBase, Switch
+from lora_export.base.tasks import Task
+from lora_export.base.weightless import TORCH_DTYPES
+from lora_export.check.reference.bases import SharedBases
+from lora_export.check.reference.models import Loader, ModelSource, inner_of
+from lora_export.check.reference.on_integers import IntegerBase
 from lora_export.check.reference.sentence import SentenceReference
-from lora_export.check.reference.trained import TrainedAdapter, adds_up, untied, vocabulary_of, with_one, with_several
-from lora_export.check.reference.widened import Narrowed, is_lazy, share_weights, wholly_widened, widened
+from lora_export.check.reference.trained import TrainedAdapter
+from lora_export.check.reference.widened import Narrowed, is_lazy, share_weights, wholly_widened
+from lora_export.check.turns import Turns
 from lora_export.export.weights import as_numpy
-from lora_export.quiet import quiet
 from lora_export.sentence import SENTENCE_EMBEDDING
 
 # What rounding at a dtype is told from.
@@ -28,6 +30,14 @@ _OUTPUTS = (
     "logits", "start_logits", "end_logits", "predicted_depth", "logits_per_image", "logits_per_text", "text_embeds",
     "image_embeds", SENTENCE_EMBEDDING, "last_hidden_state", "pooler_output", "encoder_last_hidden_state",
 )  # fmt: skip
+
+
+class Off(enum.Enum):
+    """What of an adapter a run leaves out."""
+
+    NOTHING = "nothing"
+    PAIRS = "its pairs"
+    ADAPTER = "all of it"
 
 
 class Reference:
@@ -47,6 +57,7 @@ class Reference:
         sentence: What makes an embedding of hidden states; None for none.
         shared: Called with a key and what loads the base of that key, for a caller that keeps loaded bases. The
             adapters' start must not change the base.
+        turns: Whose it is to be in memory: the model is let go when it is another's, and made again when it is needed.
 
     Attributes:
         precise: The same at the wider dtype, whose distance from this one is PyTorch's rounding; None without.
@@ -65,118 +76,75 @@ class Reference:
         integers: IntegerBase | None = None,
         merged: bool = False,
         sentence: SentenceReference | None = None,
-        shared: Callable[[object, Callable[[], torch.nn.Module]], torch.nn.Module] | None = None,
+        shared: Loader | None = None,
+        turns: Turns | None = None,
     ) -> None:
-        self._integers, self._shared, self._sentence = integers, shared, sentence
-        self._task, self._base, self._n_labels = task, base, n_labels
-        self._dtype, self._pad_token_id = _DTYPES[dtype], pad_token_id
-        with quiet():
-            if merged:
-                model = self._folded(adapters)
-            elif not adapters:
-                model = self._load(self._dtype)
-            elif len(adapters) == 1 and adapters[0].weight == 1:
-                model = with_one(self._load_for(adapters[0], self._dtype), adapters[0])
-            elif all(map(adds_up, adapters)):
-                model = with_several(self._load(self._dtype), adapters)
-            else:
-                model = self._summed(adapters)
-        if self._dtype is torch.float64:
-            model = widened(model)
-        self._model = model.eval().requires_grad_(False)
-        self.precise = None
+        self._task, self._dtype, self._sentence = task, _DTYPES[dtype], sentence
+        self._source = ModelSource(
+            task, base, adapters, self._dtype, n_labels=n_labels, pad_token_id=pad_token_id, integers=integers,
+            is_merged=merged,
+        )  # fmt: skip
+        self._integers, self._rounds, self._off = integers, False, Off.NOTHING
+        self._shared, self.turns = shared, turns or Turns()
+        self._owner: Reference = self
+        self._bases = SharedBases()
+        self._built: torch.nn.Module | None = None
+        self.precise: Reference | None = None
         if with_precise:
-            self.precise = Reference(
-                task, base, adapters, dtype=WIDER[dtype], n_labels=n_labels, pad_token_id=pad_token_id,
-                integers=integers and replace(integers, switch=Switch()), merged=merged, sentence=sentence,
-            )  # fmt: skip
-            share_weights(self.precise._model, self._model)
+            how = {"n_labels": n_labels, "pad_token_id": pad_token_id, "integers": integers, "merged": merged}
+            self.precise = Reference(task, base, adapters, dtype=WIDER[dtype], sentence=sentence, turns=turns, **how)
+            self.precise._owner = self
 
-    def _load(self, dtype: torch.dtype) -> torch.nn.Module:
-        if self._shared is None:
-            return self._loaded(dtype)
-        return self._shared((self._base, dtype, self._n_labels), lambda: self._loaded(dtype))
+    def let_go(self) -> None:
+        """Keep no model; the next run makes it again."""
+        for each in filter(None, (self, self.precise)):
+            each._built, each._bases = None, SharedBases()
 
-    def _loaded(self, dtype: torch.dtype) -> torch.nn.Module:
-        from transformers import AutoConfig
+    @property
+    def _model(self) -> torch.nn.Module:
+        """The model, made if it is not there; with its adapters on, whatever a run leaves out."""
+        self.turns.take(self._owner)
+        if self._built is None:
+            self._built = self._source.model(self._loader)
+            self._owner._share()
+        return self._built
 
-        options = {} if self._n_labels is None else {"num_labels": self._n_labels, "ignore_mismatched_sizes": True}
-        if dtype is torch.float64:
-            options["experts_implementation"] = "eager"  # the grouped product of a mixture has no float64
-            dtype = torch.float32  # starts that change the base (PiSSA) want it so; made float64 once that is done
-        checkpoint = Checkpoint.open(Located(self._base, str(self._base)))
-        if checkpoint.quantization is None:
-            config = AutoConfig.from_pretrained(self._base, trust_remote_code=False, local_files_only=True)
-            model = model_class(self._task, config).from_pretrained(
-                self._base, dtype=dtype, trust_remote_code=False, local_files_only=True, **options
-            )
-        else:
-            state = {name: checkpoint.files.read(name) for name in checkpoint.files.tensors}
-            config = checkpoint.load_config(**{name: n for name, n in options.items() if name == "num_labels"})
-            options.pop("num_labels", None)
-            kind = type(build_weightless(self._task, config, "float32"))  # an auto class wants a folder
-            model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
-        if self._pad_token_id is not None:
-            model.config.get_text_config().pad_token_id = self._pad_token_id
-        is_of_base = self._integers is not None and not self._integers.is_merged
-        return self._integers.put_in(model) if is_of_base else model
+    @property
+    def _loader(self) -> Loader | None:
+        """What has the base loaded: this one's and the precise one's once, where both are of the same numbers."""
+        owner = self._owner
+        is_shared = owner.precise is not None and owner._dtype is torch.float32 and self._source.leaves_base
+        return owner._bases.model if is_shared else self._shared
 
-    def _load_for(self, adapter: TrainedAdapter, dtype: torch.dtype) -> torch.nn.Module:
-        """The base as the adapter was trained on it: with the vocabulary that its file has."""
-        model = self._load(dtype)
-        n_tokens = vocabulary_of(adapter.path, model)
-        if n_tokens is not None:
-            model.resize_token_embeddings(n_tokens, mean_resizing=False)
-        return model
-
-    def _folded(self, adapters: Sequence[TrainedAdapter]) -> torch.nn.Module:
-        """The adapters in the weights, as PEFT merges them; then, where they are quantized, those of the export."""
-        if len(adapters) == 1 and adapters[0].weight == 1:
-            model = untied(self._load_for(adapters[0], torch.float32))
-            model = with_one(model, adapters[0]).merge_and_unload().to(self._dtype)
-        elif adapters:
-            model = self._summed(adapters)
-        else:
-            model = self._load(self._dtype)
-        return model if self._integers is None else self._integers.put_in(model)
+    def _share(self) -> None:
+        if self.precise is not None and self.precise._built is not None and self._built is not None:
+            share_weights(self.precise._built, self._built)
 
     @contextlib.contextmanager
     def rounding_activations(self) -> Iterator[None]:
         """Quantized products round what they multiply by to 8-bit integers, as the graph lets them."""
-        self._integers.switch.is_on = True
+        self._rounds = True
         try:
             yield
         finally:
-            self._integers.switch.is_on = False
-
-    def _summed(self, adapters: Sequence[TrainedAdapter]) -> torch.nn.Module:
-        model = untied(self._load(torch.float32))
-        base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        total = {name: tensor.clone() for name, tensor in base.items()}
-        for adapter in adapters:
-            merged = with_one(untied(self._load(torch.float32)), adapter).merge_and_unload().state_dict()
-            for name, tensor in total.items():
-                if tensor.is_floating_point():
-                    tensor += adapter.weight * (merged[name] - base[name])
-        model.load_state_dict(total)
-        return model.to(self._dtype)
+            self._rounds = False
 
     @property
     def module(self) -> torch.nn.Module:
         """What a run calls."""
-        return self._callable()
+        return self._callable(self._asked._model)
 
     @property
     def inner(self) -> torch.nn.Module:
         """The base's own model, whose modules go by the base's paths."""
-        return self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
+        return inner_of(self._asked._model)
 
     @contextlib.contextmanager
     def eager_attention(self) -> Iterator[None]:
         """Attention operation by operation, so that what is inside can be seen."""
         from transformers import PreTrainedModel
 
-        inner = next(m for m in self._model.modules() if isinstance(m, PreTrainedModel))
+        inner = next(m for m in self._asked._model.modules() if isinstance(m, PreTrainedModel))
         before = inner.config._attn_implementation
         inner.set_attn_implementation("eager")
         try:
@@ -184,10 +152,9 @@ class Reference:
         finally:
             inner.set_attn_implementation(before)
 
-    def _callable(self) -> torch.nn.Module:
+    def _callable(self, model: torch.nn.Module) -> torch.nn.Module:
         # PEFT's own forward for this task type names text inputs; the pairs are in the base's modules all the same.
-        is_wrapped = hasattr(self._model, "get_base_model")
-        return self._model.get_base_model() if is_wrapped and self._task is Task.SPEECH_RECOGNITION else self._model
+        return inner_of(model) if self._task is Task.SPEECH_RECOGNITION else model
 
     def run(self, inputs: dict[str, np.ndarray], *, n_generated: int = 0) -> dict[str, np.ndarray]:
         """Outputs (`logits`, `last_hidden_state`, …) in float32 or float64, `[batch, …]`, without a cache.
@@ -196,75 +163,99 @@ class Reference:
             n_generated: How many of the last tokens were generated: an activated LoRA looks for its invocation in what
                 came before them.
         """
+        if self._asked is not self:
+            return self._asked.run(inputs, n_generated=n_generated)
+        model = self._model
+        if self._integers is not None:
+            self._integers.switch.is_on = self._rounds
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
         tensors = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        with torch.no_grad(), self._default_dtype():
+        with torch.no_grad(), self._default_dtype(model), self._left_out(model):
+            offsets = _offsets(model, tensors, n_generated)
             try:
-                found = self._callable()(**tensors, **self._offsets(tensors, n_generated))
+                found = self._callable(model)(**tensors, **offsets)
             except (Narrowed, RuntimeError):  # the latter of products of two dtypes
-                if not is_lazy(self._model):
+                if not is_lazy(model):
                     raise
-                self._model = wholly_widened(self._model)
-                found = self._callable()(**tensors, **self._offsets(tensors, n_generated))
+                found = self._callable(wholly_widened(model))(**tensors, **offsets)
             if self._sentence is not None:
                 found[SENTENCE_EMBEDDING] = self._sentence(found["last_hidden_state"], tensors["attention_mask"])
         names = [name for name in _OUTPUTS if found.get(name) is not None]
         shown = torch.promote_types(self._dtype, torch.float32)
         return {name: as_numpy(found[name].to(shown)) for name in names}
 
-    def _default_dtype(self) -> contextlib.AbstractContextManager[None]:
+    def _default_dtype(self, model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
         """The dtype of numbers that a model makes on its way: the least float64 (XGLM's mask) is none of float32.
 
         PEFT's other tuners make theirs on their way too, and keep their parameters in float32 (FourierFT).
         """
         from peft import PeftType  # which an export that checks nothing need not import
 
-        tuners = getattr(self._model, "peft_config", {}).values()
+        tuners = getattr(model, "peft_config", {}).values()
         if any(config.peft_type != PeftType.LORA for config in tuners):
             return contextlib.nullcontext()
         return _default_dtype(torch.promote_types(self._dtype, torch.float32))
 
-    def _offsets(self, tensors: dict[str, torch.Tensor], n_generated: int) -> dict[str, list[int | None]]:
-        """Where an activated LoRA begins, counted from the end, as PEFT finds it; nothing for other adapters."""
-        from peft.tuners.lora.variants import calculate_alora_offsets, is_alora_relevant_in_batch
+    @contextlib.contextmanager
+    def _left_out(self, model: torch.nn.Module) -> Iterator[None]:
+        """What of the adapters is off, off in `model`."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
-        if not hasattr(self._model, "peft_config") or not is_alora_relevant_in_batch(self._model):
-            return {}
-        ids = tensors["input_ids"]
-        prompt = ids[:, : ids.shape[1] - n_generated]
-        found = calculate_alora_offsets(self._model.peft_config, self._model.active_adapter, prompt)
-        return {"alora_offsets": [None if offset is None else offset + n_generated for offset in found]}
+        with contextlib.ExitStack() as stack:
+            if self._off is Off.ADAPTER and self._source.adapters:
+                stack.enter_context(model.disable_adapter())
+            elif self._off is Off.PAIRS:
+                for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+                    layer.enable_adapters(False)
+                    stack.callback(layer.enable_adapters, True)
+            yield
+
+    @property
+    def _asked(self) -> Reference:
+        """What computes what is asked for now: where adapters are in the weights and off, the base."""
+        if self._off is Off.NOTHING or self._source.is_unmerged or not self._source.adapters:
+            return self
+        return self._alone
+
+    @cached_property
+    def _alone(self) -> Reference:
+        source, dtype = self._source, str(self._dtype).removeprefix("torch.")
+        how = {"n_labels": source.n_labels, "pad_token_id": source.pad_token_id, "integers": source.integers}
+        return Reference(self._task, source.base, [], dtype=dtype, sentence=self._sentence, turns=self.turns, **how)
 
     @contextlib.contextmanager
     def without_pairs(self) -> Iterator[None]:
         """The same model with its adapted layers off, replaced modules (heads) staying."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         with contextlib.ExitStack() as stack:
-            if self.precise is not None:
-                stack.enter_context(self.precise.without_pairs())
-            layers = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
-            if not layers:  # summed as weights
-                stack.enter_context(self.without_adapter())
-            for layer in layers:
-                layer.enable_adapters(False)
-                stack.callback(layer.enable_adapters, True)
+            for each in filter(None, (self, self.precise)):
+                stack.enter_context(each._leaving_out(Off.PAIRS))
             yield
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:
         """The base alone, its own head included."""
-        if hasattr(self._model, "disable_adapter"):
-            with self._model.disable_adapter():
-                yield
-            return
-        base = self._load(self._dtype)
-        base = widened(base) if self._dtype is torch.float64 else base.to(self._dtype)
-        changed, self._model = self._model, base.eval().requires_grad_(False)
+        with self._leaving_out(Off.ADAPTER):
+            yield
+
+    @contextlib.contextmanager
+    def _leaving_out(self, off: Off) -> Iterator[None]:
+        before, self._off = self._off, off
         try:
             yield
         finally:
-            self._model = changed
+            self._off = before
+
+
+def _offsets(model: torch.nn.Module, tensors: dict[str, torch.Tensor], n_generated: int) -> dict[str, list[int | None]]:
+    """Where an activated LoRA begins, counted from the end, as PEFT finds it; nothing for other adapters."""
+    from peft.tuners.lora.variants import calculate_alora_offsets, is_alora_relevant_in_batch
+
+    if not hasattr(model, "peft_config") or not is_alora_relevant_in_batch(model):
+        return {}
+    ids = tensors["input_ids"]
+    prompt = ids[:, : ids.shape[1] - n_generated]
+    found = calculate_alora_offsets(model.peft_config, model.active_adapter, prompt)
+    return {"alora_offsets": [None if offset is None else offset + n_generated for offset in found]}
 
 
 @contextlib.contextmanager

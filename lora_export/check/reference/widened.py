@@ -58,6 +58,8 @@ def share_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:
         if not _computes_lazily(module) or type(twin) is not type(module):
             continue
         theirs = twin.weight
+        if theirs.data_ptr() == module.weight.data_ptr():
+            continue
         if theirs.dtype is module.weight.dtype and torch.equal(theirs, module.weight):
             # A parameter of its own on the same memory: `wholly_widened` must not reach the other's.
             own = shared.setdefault(id(theirs), torch.nn.Parameter(theirs.detach(), requires_grad=False))

@@ -33,6 +33,7 @@ def test_it_computes_as_a_whole_copy_does(base, adapter, task, is_narrowed, base
         monkeypatch.setattr(room, "_LARGE", large)
         monkeypatch.setattr(room, "_PART", 1000)
         made[large] = Reference(kind, bases[base], [TrainedAdapter(adapters[adapter])], dtype="float64", n_labels=None)
+        made[large].module  # noqa: B018 made now
     assert kept(made[2**62]) == 0 and kept(made[1]) > 10_000
     expected, found = (made[large].run(inputs)["logits"] for large in (2**62, 1))
     assert found.dtype == np.float64

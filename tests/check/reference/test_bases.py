@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_export.fleet.bases import SharedBases
+from lora_export.check.reference.bases import SharedBases
 
 
 def loaded() -> torch.nn.Module:
