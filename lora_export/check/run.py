@@ -133,8 +133,7 @@ def begin_check(request: CheckRequest) -> Check:
     started = time.monotonic()
     session = open_export(request.folder, request.provider)
     manifest = session.manifest
-    turns = Turns.of(session)
-    session = in_turn(session, turns)
+    session = in_turn(session, turns := Turns.of(session))
     if manifest.kind is ExportKind.MERGED and request.merged is not None:
         raise UsageProblem(
             "--merged compares a merged export with a dynamic one, and this one is merged",
