@@ -73,7 +73,7 @@ class _Slowed:
 def open_slowed(folder: Path, share: float) -> AdapterSession:
     """A session of the export whose runs take `share` longer."""
     opened = AdapterSession(folder, "cpu", stop_spinning=True)
-    opened.session = _Slowed(opened.session, share)
+    opened.runs = opened.runs.on(_Slowed(opened.session, share))
     return opened
 
 

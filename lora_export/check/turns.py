@@ -111,7 +111,7 @@ def in_turn(session: AnySession, turns: Turns, opens: Opener | None = None) -> A
         if opens is None:
             sessions.opened[one.graph] = one.session
         view = one.snapshot()
-        view.session = _SessionInTurn(sessions, one.graph)
+        view.runs = one.runs.on(_SessionInTurn(sessions, one.graph))
         return view
 
     if isinstance(session, AdapterSession):

@@ -6,7 +6,6 @@ Needs onnxruntime and numpy only; torch, transformers and PEFT need not be insta
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,9 +81,8 @@ class AdapterSession:
         choice = choose_provider(provider)
         self.provider, self.provider_reason = choice.name, choice.reason
         how = {"n_threads": n_threads, "stop_spinning": stop_spinning, "cuda_graph": cuda_graph}
-        self.session = open_session(self.folder / graph_file(self.graph), self.provider, **how)
-        runs = functools.partial(CapturedRuns, folder=self.folder) if cuda_graph else Runs
-        self.runs = runs(self.session, self.contract, choice)
+        session = open_session(self.folder / graph_file(self.graph), self.provider, **how)
+        self.runs = (CapturedRuns if cuda_graph else Runs)(session, self.contract, choice, folder=self.folder)
         require_described(self.session, self.contract, self.folder, graph=self.graph)
         merged = tuple(record.name for record in self.manifest.adapters if not record.files)
         defaults = stored_defaults(self.folder / data_file(self.graph), self.contract)
@@ -102,6 +100,11 @@ class AdapterSession:
                 self.hold(record.name, {})
 
     @property
+    def session(self) -> ort.InferenceSession:
+        """ONNX Runtime's own, which `runs` run on."""
+        return self.runs.session
+
+    @property
     def bank(self) -> Bank:
         """The adapters as they are now: a value that no later `load` or `unload` changes."""
         return self.banks[self.graph]
@@ -117,10 +120,7 @@ class AdapterSession:
         return tuple(self.bank.adapters)
 
     def snapshot(self) -> AdapterSession:
-        """This session with the adapters of now, whatever is loaded or unloaded later.
-
-        Both run on the same ONNX Runtime session. What is loaded into the snapshot is in the snapshot only.
-        """
+        """This ONNX Runtime session with the adapters of now; what is loaded or unloaded later is in one of them."""
         return self.with_shelf(Shelf({self.graph: self.bank}))
 
     def with_shelf(self, shelf: Shelf) -> AdapterSession:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -58,15 +59,24 @@ class Runs:
     """The runs of a graph's session, as they come; any thread may ask.
 
     Attributes:
+        session: ONNX Runtime's.
+        folder: The export's.
         alone: Held by whoever uses the device, where only one may.
         are_captured: Whether a shape that ran once is fast, and another one slow.
     """
 
     are_captured = False
 
-    def __init__(self, session: ort.InferenceSession, contract: GraphContract, choice: ProviderChoice) -> None:
-        self._session, self._contract, self._provider = session, contract, choice.name
+    def __init__(
+        self, session: ort.InferenceSession, contract: GraphContract, choice: ProviderChoice, *, folder: Path
+    ) -> None:
+        self.session, self.folder = session, folder
+        self._contract, self._provider = contract, choice.name
         self.alone: contextlib.AbstractContextManager = contextlib.nullcontext()
+
+    def on(self, session: ort.InferenceSession) -> Runs:
+        """The same on another session of the graph."""
+        return Runs(session, self._contract, ProviderChoice(self._provider, ""), folder=self.folder)
 
     def cache(self, batch: int, longest: int) -> Cache:
         """An empty cache for `batch` rows of at most `longest` tokens, padding included.
@@ -78,7 +88,7 @@ class Runs:
 
     def run(self, bank: Bank, asked: BatchRun) -> dict[str, np.ndarray]:
         """As `run_batch`."""
-        return run_batch(self._session, bank, asked)
+        return run_batch(self.session, bank, asked)
 
 
 def _goes_on_with_several(inputs: Mapping[str, np.ndarray], contract: GraphContract) -> bool:

@@ -120,7 +120,7 @@ class CapturedRuns(Runs):
         self, session: ort.InferenceSession, contract: GraphContract, choice: ProviderChoice, *, folder: Path
     ) -> None:
         refuse_capture(contract, choice)
-        super().__init__(session, contract, choice)
+        super().__init__(session, contract, choice, folder=folder)
         self.alone = threading.Lock()
         self._most_tokens = n_positions(folder)
         self._uncaptured = _Uncaptured(session)
@@ -157,10 +157,10 @@ class CapturedRuns(Runs):
             capture = self._written(bank, asked) if is_step or not bank.contract.past else None
             if capture is None:
                 return run_batch(self._uncaptured, bank, asked)
-            self._session.run_with_iobinding(capture.binding, capture.options)
+            self.session.run_with_iobinding(capture.binding, capture.options)
             if cache is not None:
                 cache.length += 1
-            return copies(capture.outputs, self._provider, self._session)
+            return copies(capture.outputs, self._provider, self.session)
 
     def _written(self, bank: Bank, asked: BatchRun) -> _Capture | None:
         """The capture for a run, all of whose inputs are in their places; None if there are enough others."""
@@ -209,14 +209,14 @@ class CapturedRuns(Runs):
         # What has no axis is a number that shapes are made of, on the CPU: it is part of a capture.
         numbers = {name: to_ort_value(array.copy(), "cpu") for name, array in inputs.items() if not array.ndim}
         tensors = {name: array for name, array in inputs.items() if array.ndim}
-        places = {name: Place(array, self._provider, self._session) for name, array in tensors.items()}
+        places = {name: Place(array, self._provider, self.session) for name, array in tensors.items()}
         for name, place in places.items():
             place.write(tensors[name])
         return _Bucket(places, numbers)
 
     def _captured(self, fed: Values, names: Sequence[str], cache: Cache | None) -> _Capture:
         """A capture of a run of `fed`, which was run."""
-        binding = self._session.io_binding()
+        binding = self.session.io_binding()
         for name, value in fed.items():
             binding.bind_ortvalue_input(name, value)
         for name in names:
@@ -230,7 +230,7 @@ class CapturedRuns(Runs):
             binding.bind_ortvalue_output(name, value)
         options = _options(str(next(self._numbers)))
         try:
-            self._session.run_with_iobinding(binding, options)
+            self.session.run_with_iobinding(binding, options)
         except RuntimeError as error:  # the same run has just worked uncaptured
             raise UsageProblem(
                 "ONNX Runtime did not capture a run in a CUDA graph",

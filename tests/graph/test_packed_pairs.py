@@ -157,6 +157,6 @@ def test_no_sum_of_a_decoder_is_over_nothing(name, exports):
     session = AdapterSession(folder, "cpu")
     feeds = {"input_ids": np.array([[3, 5]]), "attention_mask": np.array([[1, 1]])}
     graph = WrittenGraph(folder / "model.onnx").with_outputs(value.name for value in summed)
-    session.session = open_session(graph, "cpu", weights=folder)
+    session.runs = session.runs.on(open_session(graph, "cpu", weights=folder))
     found = session.run(feeds, outputs=[value.name for value in summed])
     assert all(array.size for array in found.values()), {name: array.shape for name, array in found.items()}

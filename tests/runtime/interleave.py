@@ -66,7 +66,7 @@ def calling_at(session: AdapterSession, nth: int, act: Callable[[], None]) -> No
         if next(n_runs) == nth:
             act()
 
-    session.session = session.runs._session = Runner(session.session, counted)
+    session.runs = session.runs.on(Runner(session.session, counted))
 
 
 def under_load(run: Callable, changes: Sequence[Callable[[], object]], n_runs: int = 20, n_rounds: int = 20) -> list:
