@@ -49,7 +49,7 @@ def choose_provider(requested: str | None) -> ProviderChoice:
         raise EnvironmentUnusable(
             "The CUDA provider was asked for and is not usable here",
             found=problem,
-            next_step="install what is missing (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use the CPU provider",
+            next_step="install what is missing (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use --provider cpu (in Python, provider='cpu')",
         )
     return ProviderChoice("cpu", f"CUDA is not usable here: {problem}")
 
