@@ -49,7 +49,8 @@ def choose_provider(requested: str | None) -> ProviderChoice:
         raise EnvironmentUnusable(
             "The CUDA provider was asked for and is not usable here",
             found=problem,
-            next_step="install what is missing (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use --provider cpu (in Python, provider='cpu')",
+            next_step="install what is missing (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use --provider cpu "
+            "(in Python, provider='cpu')",
         )
     return ProviderChoice("cpu", f"CUDA is not usable here: {problem}")
 
