@@ -82,7 +82,8 @@ class AdapterSession:
         self.provider, self.provider_reason = choice.name, choice.reason
         how = {"n_threads": n_threads, "stop_spinning": stop_spinning, "cuda_graph": cuda_graph}
         session = open_session(self.folder / graph_file(self.graph), self.provider, **how)
-        self.runs = (CapturedRuns if cuda_graph else Runs)(session, self.contract, choice, folder=self.folder)
+        given = session, self.contract, choice
+        self.runs = CapturedRuns(*given, folder=self.folder) if cuda_graph else Runs(*given)
         require_described(self.session, self.contract, self.folder, graph=self.graph)
         merged = tuple(record.name for record in self.manifest.adapters if not record.files)
         defaults = stored_defaults(self.folder / data_file(self.graph), self.contract)

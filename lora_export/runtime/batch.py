@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -60,23 +59,20 @@ class Runs:
 
     Attributes:
         session: ONNX Runtime's.
-        folder: The export's.
         alone: Held by whoever uses the device, where only one may.
         are_captured: Whether a shape that ran once is fast, and another one slow.
     """
 
     are_captured = False
 
-    def __init__(
-        self, session: ort.InferenceSession, contract: GraphContract, choice: ProviderChoice, *, folder: Path
-    ) -> None:
-        self.session, self.folder = session, folder
-        self._contract, self._provider = contract, choice.name
+    def __init__(self, session: ort.InferenceSession, contract: GraphContract, choice: ProviderChoice) -> None:
+        self.session = session
+        self._contract, self._choice, self._provider = contract, choice, choice.name
         self.alone: contextlib.AbstractContextManager = contextlib.nullcontext()
 
     def on(self, session: ort.InferenceSession) -> Runs:
         """The same on another session of the graph."""
-        return Runs(session, self._contract, ProviderChoice(self._provider, ""), folder=self.folder)
+        return Runs(session, self._contract, self._choice)
 
     def cache(self, batch: int, longest: int) -> Cache:
         """An empty cache for `batch` rows of at most `longest` tokens, padding included.

@@ -61,7 +61,7 @@ class Cache:
         self.buffers = buffers or Buffers.of(contract, provider, batch=batch, room=longest if self._is_shared else 0)
         self._values = self.buffers.values
         self.first_row = 0
-        self._whole: Cache | None = None  # which this is a part of
+        self._whole: Cache | None = None  # which this is a part of: while there is one, its buffers serve no other
 
     def by_row(self) -> list[Cache]:
         """Each row's part of a shared buffer, as a cache that goes on in it."""

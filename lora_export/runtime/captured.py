@@ -120,7 +120,7 @@ class CapturedRuns(Runs):
         self, session: ort.InferenceSession, contract: GraphContract, choice: ProviderChoice, *, folder: Path
     ) -> None:
         refuse_capture(contract, choice)
-        super().__init__(session, contract, choice, folder=folder)
+        super().__init__(session, contract, choice)
         self.alone = threading.Lock()
         self._most_tokens = n_positions(folder)
         self._uncaptured = _Uncaptured(session)

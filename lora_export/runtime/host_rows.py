@@ -86,41 +86,36 @@ class _Buffer:
 
     def write(self, rows: Sequence[RowAdapters], keys: Sequence[RowKey], changed: Iterable[int]) -> None:
         """Hold the input of `rows`, whose keys are `keys`; only those `changed` may be held otherwise."""
-        made_of: dict[int, RowKey] = {}
-        values: dict[int, np.ndarray] = {}
+        values: dict[int, tuple[RowKey, np.ndarray]] = {}
 
-        def is_other(row: int) -> bool:
-            """Whether row `row` is not held as it is to be; notes what it is to be made of."""
+        def take(row: int, *, if_other: bool) -> None:
             parts = self._made_of(rows[row])
-            made_of[row] = keys[row] if parts is rows[row] else row_key(parts)
-            return row >= len(self._held) or self._held[row] != made_of[row]
-
-        def make(row: int) -> None:
-            values[row] = value_of(self._entry, self._made_of(rows[row]), self._default)
+            key = keys[row] if parts is rows[row] else row_key(parts)
+            if not if_other or row >= len(self._held) or self._held[row] != key:
+                values[row] = key, value_of(self._entry, parts, self._default)
 
         for row in changed:
-            if is_other(row):
-                make(row)
+            take(row, if_other=True)
         shape = self._shape_for(values, len(rows))
         if shape != self._rows.shape[1:] or len(rows) > len(self._rows):
             self._allocate(shape, len(rows))
             for row in range(len(rows)):
-                if row not in values and is_other(row):
-                    make(row)
-        for row, value in values.items():
-            self._write_row(row, made_of[row], value)
+                if row not in values:
+                    take(row, if_other=False)
+        for row, (key, value) in values.items():
+            self._write_row(row, key, value)
 
     def _made_of(self, row: RowAdapters) -> RowAdapters:
         if len(row) == 1:
             return row if self._name in row[0][0].names else ()
         return tuple(part for part in row if self._name in part[0].names)
 
-    def _shape_for(self, values: Mapping[int, np.ndarray], n: int) -> tuple[int, ...]:
+    def _shape_for(self, values: Mapping[int, tuple[RowKey, np.ndarray]], n: int) -> tuple[int, ...]:
         """The shape of every row of a batch; a rank that was larger stays for a while."""
-        own = next((value.shape[1:] for value in values.values()), self._rows.shape[1:])
+        own = next((value.shape[1:] for _, value in values.values()), self._rows.shape[1:])
         if self._axis is None:
             return own
-        sizes = [values[row].shape[self._axis] if row in values else self._sizes[row] for row in range(n)]
+        sizes = [values[row][1].shape[self._axis] if row in values else self._sizes[row] for row in range(n)]
         place, need = self._axis - 1, max(sizes)
         have = self._rows.shape[self._axis] if self._held else 0
         if have > need and not self._is_head:  # the size of a head is seen in the outputs
