@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,12 +142,22 @@ def open_session(
     wanted: list = [PROVIDERS["cpu"]]
     if provider == "cuda":
         wanted.insert(0, (PROVIDERS["cuda"], {"use_tf32": "0", "enable_cuda_graph": "1" if cuda_graph else "0"}))
-    try:
+    with _refusals_told(str(weights or graph), provider, cuda_graph=cuda_graph):
         session = ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=wanted)
+    if provider == "cuda":
+        _require_on_gpu(session)
+    return session
+
+
+@contextlib.contextmanager
+def _refusals_told(where: str, provider: str, *, cuda_graph: bool) -> Iterator[None]:
+    """Why ONNX Runtime refuses a graph, in the words of `open_session`'s errors; all else is raised as it is."""
+    try:
+        yield
     except ort.capi.onnxruntime_pybind11_state.NotImplemented as error:
         raise EnvironmentUnusable(
             f"The {provider} provider has no kernel for an operator of this graph in its dtype",
-            where=str(weights or graph),
+            where=where,
             found=str(error),
             next_step="run it where it was fused for (--provider), or export with --dtype float32",
         ) from error
@@ -158,9 +170,6 @@ def open_session(
             found=str(error),
             next_step="leave out cuda_graph",
         ) from error
-    if provider == "cuda":
-        _require_on_gpu(session)
-    return session
 
 
 def placement(session: ort.InferenceSession) -> dict[str, Counter[str]]:
