@@ -104,7 +104,7 @@ def _build(
     progress("reading adapters", 0, 1)
     zeros = options.zeros_for_missing_head
     resolved = resolve(plan, zeros_for_missing_head=zeros) if earlier is None else earlier.resolved
-    require_possible(plan.request.quantization, resolved.model)
+    require_possible(plan, resolved)
     targets = target_modules(options.targets, resolved.model)
     choice = choose_sites(resolved.adapters if plan.request.mode == "dynamic" else (), targets)
     n_bytes = planned_bytes(plan, resolved, choice)
@@ -124,7 +124,7 @@ def _write(
     plan, resolved, required = built.plan, built.resolved, options.required_inputs
     models = {name: graph.model for name, graph in built.graphs.items()}
     inputs = {name: graph.adapter_inputs for name, graph in built.graphs.items()}
-    meter, maker = Meter(progress, built.n_bytes), Maker(resolved.parameters.make_weight)
+    meter, maker = Meter(progress, built.n_bytes), Maker(resolved.parameters)
     written = write_graphs(models, folder, maker, adapter_inputs=inputs, on_weight=meter, required=required)
     contracts = {
         name: contract_of(model, written.adapter_inputs[name], required=required) for name, model in models.items()

@@ -1,6 +1,7 @@
 """A base checkpoint: reading, tasks, the weightless model, its trace. The only room that calls torch.onnx.
 
     stored.py      JSON and safetensors of a folder
+    groups.py      weights that are integers with a scale and a zero a group
     restored.py    weights of quantized checkpoints, in floats
     quantized.py   which method a base's weights are quantized by; what restored.py cannot read is refused by name
     gguf_file.py   a GGUF file as a base, by Transformers' reader

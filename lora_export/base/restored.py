@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lora_export.base.groups import Groups, InGroups, Read
 from lora_export.base.stored import SafetensorsFiles, TensorInfo
 from lora_export.errors import InputRefused
 
-Read = Callable[[str], torch.Tensor]
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _STATE = ".weight.quant_state.bitsandbytes__"
@@ -42,11 +42,14 @@ class Restored:
     Attributes:
         info: As if it were stored in floats.
         sources: The stored tensors.
+        make: Reads them and makes the weight.
+        in_groups: The same as integers in groups; None where its numbers are no even steps.
     """
 
     info: TensorInfo
     sources: tuple[str, ...]
     make: Callable[[Read], torch.Tensor]
+    in_groups: InGroups | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,13 @@ class RestoredFiles(SafetensorsFiles):
         if tuple(value.shape) != restored.info.shape:
             _refuse(self.stored, name, f"{list(restored.info.shape)}", found=f"{list(value.shape)}")
         return value.to(_TORCH[restored.info.dtype])
+
+    def groups(self, name: str) -> Groups | None:
+        in_groups = self.restored[name].in_groups if name in self.restored else None
+        return None if in_groups is None else in_groups.groups(self.stored.read)
+
+    def integers(self, name: str) -> torch.Tensor:
+        return self.restored[name].in_groups.integers(self.stored.read)
 
 
 def restored_files(files: SafetensorsFiles, quantization: Mapping, dtype: str | None) -> RestoredFiles | None:
@@ -167,7 +177,15 @@ def _bitsandbytes_8bit(files: SafetensorsFiles, prefix: str, quantization: Mappi
     def make(read: Read) -> torch.Tensor:
         return read(weight).float() * read(scale).float()[:, None] * _INT8_STEP
 
-    return Restored(TensorInfo(info.file, "F32", info.shape), sources, make)
+    in_groups = InGroups(
+        lambda read: Groups(8, read(scale).float()[:, None] * _INT8_STEP), lambda read: _unsigned(read(weight))
+    )
+    return Restored(TensorInfo(info.file, "F32", info.shape), sources, make, in_groups)
+
+
+def _unsigned(integers: torch.Tensor) -> torch.Tensor:
+    """8-bit integers whose zero is 0 as those whose zero is 128."""
+    return (integers.to(torch.int16) + 128).to(torch.uint8)
 
 
 def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -193,26 +211,24 @@ def _gptq_or_awq(files: SafetensorsFiles, prefix: str, quantization: Mapping, *,
         _refuse(files, scale, f"[groups, {n_out}]", found=f"{list(files.tensors[scale].shape)}")
     # GPTQ's first format stores a zero less one.
     less = 1 if method == "gptq" and quantization.get("checkpoint_format", "gptq") == "gptq" else 0
+    is_gptq = method == "gptq"
 
-    def make(read: Read) -> torch.Tensor:
-        scales = read(scale)
-        if method == "gptq":
-            integers = _unpacked(read(packed).T.contiguous(), bits).T
-            zero = (_unpacked(read(zeros), bits) + less) & ((1 << bits) - 1)
-        else:
-            integers, zero = (_awq_order(_unpacked(read(name), bits)) for name in (packed, zeros))
-        size = -(-n_in // groups)
-        group = read(index[0]).long() if index and method == "gptq" else torch.arange(n_in) // size
-        return ((integers - zero[group]).to(scales.dtype) * scales[group]).T.contiguous()
+    def groups_of(read: Read) -> Groups:
+        zero = (_unpacked(read(zeros), bits) + less) & ((1 << bits) - 1) if is_gptq else _awq(read(zeros))
+        of_column = read(index[0]) if index and is_gptq else None
+        return Groups(bits, read(scale).T.contiguous(), zero.T.contiguous(), of_column)
 
-    element = files.tensors[scale].dtype
-    return Restored(
-        TensorInfo(files.tensors[packed].file, element, (n_out, n_in)), (packed, zeros, scale, *index), make
-    )
+    def integers(read: Read) -> torch.Tensor:
+        words = read(packed)
+        return _unpacked(words.T.contiguous(), bits) if is_gptq else _awq(words).T.contiguous()
+
+    info = TensorInfo(files.tensors[packed].file, files.tensors[scale].dtype, (n_out, n_in))
+    in_groups = InGroups(groups_of, integers)
+    return Restored(info, (packed, zeros, scale, *index), in_groups.values, in_groups)
 
 
-def _awq_order(numbers: torch.Tensor) -> torch.Tensor:
-    return numbers.unflatten(-1, (-1, 8))[..., list(_AWQ_ORDER)].flatten(-2)
+def _awq(words: torch.Tensor) -> torch.Tensor:
+    return _unpacked(words, 4).unflatten(-1, (-1, 8))[..., list(_AWQ_ORDER)].flatten(-2)
 
 
 def _compressed_integers(files: SafetensorsFiles, prefix: str, quantization: Mapping, *, dtype: str | None) -> Restored:
@@ -225,22 +241,16 @@ def _compressed_integers(files: SafetensorsFiles, prefix: str, quantization: Map
         _refuse(files, packed, "4 or 8 bits a number, groups in order", found=f"{list(words)} words for {list(shape)}")
     groups = files.tensors[scale].shape[-1]
 
-    def make(read: Read) -> torch.Tensor:
-        half = 1 << (bits - 1)
-        integers = _unpacked(read(packed), bits)[:, : shape[1]] - half
-        scales = read(scale).reshape(shape[0], groups)
-        if others:
-            zero = _unpacked(read(others[0]).T.contiguous(), bits)[:, : shape[0]].T - half
-            integers = integers - _wide(zero, shape[1])
-        return integers.to(scales.dtype) * _wide(scales, shape[1])
+    def groups_of(read: Read) -> Groups:
+        zeros = _unpacked(read(others[0]).T.contiguous(), bits)[:, : shape[0]].T if others else None
+        return Groups(bits, read(scale).reshape(shape[0], groups), zeros)
+
+    def integers(read: Read) -> torch.Tensor:
+        return _unpacked(read(packed), bits)[:, : shape[1]]
 
     info = TensorInfo(files.tensors[packed].file, files.tensors[scale].dtype, shape)
-    return Restored(info, (packed, scale, shape_name, *others), make)
-
-
-def _wide(of_groups: torch.Tensor, n_in: int) -> torch.Tensor:
-    """`[out, groups]` as `[out, in]`."""
-    return of_groups.repeat_interleave(-(-n_in // of_groups.shape[1]), dim=1)[:, :n_in]
+    in_groups = InGroups(groups_of, integers)
+    return Restored(info, (packed, scale, shape_name, *others), in_groups.values, in_groups)
 
 
 def _scaled(files: SafetensorsFiles, prefix: str, quantization: Mapping, *, dtype: str | None) -> Restored:
@@ -269,7 +279,11 @@ def _scaled(files: SafetensorsFiles, prefix: str, quantization: Mapping, *, dtyp
         wide = read(scale).float().reshape(shape).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
         return read(weight).float() * wide
 
-    return Restored(TensorInfo(info.file, element, info.shape), sources, make)
+    def groups_of(read: Read) -> Groups:
+        return Groups(8, read(scale).reshape(shape).repeat_interleave(info.shape[0] // shape[0], 0))
+
+    in_groups = InGroups(groups_of, lambda read: _unsigned(read(weight))) if info.dtype == "I8" else None
+    return Restored(TensorInfo(info.file, element, info.shape), sources, make, in_groups)
 
 
 def _ends(name: str, ending: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import safetensors
 import torch
 
+from lora_export.base.groups import Groups
 from lora_export.errors import InputRefused, some_of
 from lora_export.folders import OWN_FOLDER
 from lora_export.reading import is_file, read_json
@@ -74,6 +75,14 @@ class SafetensorsFiles:
         """The tensor `name` as stored (dtype and shape of its header), backed by the mapped file."""
         info = self.tensors[name]
         return self._open[info.file].get_tensor(name)
+
+    def groups(self, name: str) -> Groups | None:
+        """What turns the integers of the weight `name` into its numbers; None where it is not stored so."""
+        return None
+
+    def integers(self, name: str) -> torch.Tensor:
+        """The unsigned integers `[out, in]` of a weight that has `groups`."""
+        raise KeyError(name)
 
 
 def stands_for_gguf(folder: Path) -> bool:

@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -177,3 +178,12 @@ def vocabulary_tables(model: torch.nn.Module) -> tuple[str, ...]:
 def is_conv1d(module: torch.nn.Module) -> bool:
     """Whether `module` is Transformers' Conv1D: a linear map whose weight is stored `[in, out]` (GPT-2)."""
     return type(module).__name__ == "Conv1D"
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """`tensor` as an array sharing its memory; bfloat16 as ml_dtypes' type, which onnx-ir and safetensors know."""
+    if tensor.dtype is torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

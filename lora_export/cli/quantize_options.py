@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import click
 
 from lora_export.errors import UsageProblem
-from lora_export.quantization import ACCURACY_LEVELS, BLOCK_SIZES, INT8_ACTIVATIONS, Method, Quantization
+from lora_export.quantization import ACCURACY_LEVELS, AS_STORED, BLOCK_SIZES, INT8_ACTIVATIONS, Method, Quantization
 
 quantize = click.option(
     "--quantize",
-    type=click.Choice(("int4", "int8")),
-    help="Store the base's linear maps as integers (MatMulNBits); adapters stay floats.  [default: floats]",
+    type=click.Choice(("int4", "int8", AS_STORED)),
+    help="Store the base's linear maps as integers (MatMulNBits), a quantized base's as they are with as-stored; "
+    "adapters stay floats.  [default: floats]",
 )
 quantize_method = click.option(
     "--quantize-method",
@@ -54,6 +56,8 @@ def quantization_of(flags: Flags, provider: str) -> Quantization | None:
         if lone := [name for name, value in given.items() if value]:
             raise UsageProblem(f"{lone[0]} says how to quantize", next_step="add --quantize int4 or --quantize int8")
         return None
+    if flags.quantize == AS_STORED:
+        return _as_stored(flags, given, provider)
     method = Method(flags.quantize_method or Method.RTN)
     if method is Method.HQQ and int(flags.accuracy_level or 0):
         raise UsageProblem(
@@ -61,12 +65,28 @@ def quantization_of(flags: Flags, provider: str) -> Quantization | None:
             found=f"--accuracy-level {flags.accuracy_level}",
             next_step="leave --accuracy-level out, or choose --quantize-method k_quant",
         )
-    default = INT8_ACTIVATIONS if provider == "cpu" else 0
     return Quantization(
         bits=int(flags.quantize.removeprefix("int")),
         block_size=int(flags.block_size or 32),
         symmetric=not flags.asymmetric,
-        accuracy_level=default if flags.accuracy_level is None else int(flags.accuracy_level),
+        accuracy_level=_accuracy_level(flags, provider),
         method=method,
         keep=tuple(flags.keep),
+    )
+
+
+def _accuracy_level(flags: Flags, provider: str) -> int:
+    default = INT8_ACTIVATIONS if provider == "cpu" else 0
+    return default if flags.accuracy_level is None else int(flags.accuracy_level)
+
+
+def _as_stored(flags: Flags, given: Mapping[str, object], provider: str) -> Quantization:
+    choices = ("--quantize-method", "--block-size", "--asymmetric")
+    if chosen := [name for name in choices if given[name]]:
+        raise UsageProblem(
+            f"--quantize {AS_STORED} takes the base's own integers, of which {chosen[0]} chooses nothing",
+            next_step=f"leave {chosen[0]} out, or add --quantize int4 or --quantize int8 instead",
+        )
+    return Quantization(
+        accuracy_level=_accuracy_level(flags, provider), method=Method.AS_STORED, keep=tuple(flags.keep)
     )

@@ -11,6 +11,7 @@
     resolve.py     the adapters, read, and the source of every parameter
     weights.py     the numbers: checkpoint tensors with adapters folded in, one at a time
     integers.py    the numbers as small integers, by ONNX Runtime's quantizers
+    as_stored.py   a quantized checkpoint's own integers, as they are
     completion.py  what an adapter needs of the base, and what of it a mode cannot export
     targets.py     modules that are named to be served
     given_graph.py adapters on a graph that another tool made

@@ -79,7 +79,7 @@ def _with_head_rows_as_pairs(adapter: Adapter, base: Parameters, model: torch.nn
         if not isinstance(model.get_submodule(module), torch.nn.Linear):
             kept[path] = rows
             continue
-        if base.quantization is not None and not base.quantization.keeps(path):
+        if base.grid_of(path) is not None:
             refuse(HEAD_ROWS, adapter.name, path)
         weight = base.base(path)
         change = rows.rows.float() - weight[rows.indices].float()

@@ -50,7 +50,7 @@ def describe_plan(request: Request, out: Path, targets: tuple[str, ...] = (), *,
     signed = sign_key is not None and bool(signer_with(sign_key))
     plan = make_plan(request)
     resolved, said = resolve(plan), list(plan.remarks)
-    require_possible(request.quantization, resolved.model)
+    require_possible(plan, resolved)
     served = resolved.adapters if request.mode == "dynamic" else ()
     sites = choose_sites(served, target_modules(targets, resolved.model))
     item = 4 if plan.dtype == "float32" else 2

@@ -14,12 +14,12 @@ import onnx_ir as ir
 import torch
 
 from lora_export.adapters.merging import change_of
-from lora_export.base.weightless import TORCH_DTYPES, is_conv1d
+from lora_export.base.weightless import TORCH_DTYPES, as_numpy, is_conv1d
 from lora_export.contract import AdapterInput
 from lora_export.errors import InputRefused, refused_if_it_fails, some_of
 from lora_export.export.given_files import GivenGraph
 from lora_export.export.resolve import Resolved
-from lora_export.export.weights import Parameters, as_numpy
+from lora_export.export.weights import Parameters
 from lora_export.graph.adapter_inputs import add_adapter_inputs, attach_defaults
 from lora_export.graph.given import normalized, order_tokens, without_unused
 from lora_export.graph.given_names import name_biases, name_weights, rename

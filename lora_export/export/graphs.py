@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 from lora_export.artifact import versions
 from lora_export.base.layers import Stack, alike_stacks, deep_paths, repeats_one, shortened
-from lora_export.base.recipe import Recipe
 from lora_export.base.tasks import Task, graphs_of
 from lora_export.base.trace import longest_texts, sliding_windows, trace
 from lora_export.contract import SINGLE, AdapterInput, GraphContract
@@ -35,7 +34,6 @@ from lora_export.graph.sites import find_sites, refuse_unlinked, sites_in
 from lora_export.graph.stamp import holds, stamp
 from lora_export.graph.unbound import bind_small, rename_weight, untie
 from lora_export.progress import Remark
-from lora_export.quantization import Quantization
 from lora_export.site_choice import SiteChoice
 
 _ADAPTER_INPUTS = "lora_export.adapter_inputs"
@@ -151,9 +149,9 @@ def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, *, graph: str) ->
     if plan.request.quantization is not None and plan.task is not Task.TEXT_GENERATION:
         finished_from["holds_weights"] = False
     kept: tuple[str, ...] = ()
-    if plan.request.quantization is not None and plan.request.quantization.keep:
-        finished_from["not_packed"] = plan.request.quantization.keep
-        kept = tuple(filter(plan.request.quantization.keeps, resolved.parameters.shapes))
+    if plan.request.quantization is not None and not resolved.parameters.may_pack(resolved.parameters.shapes):
+        kept = tuple(path for path in resolved.parameters.shapes if not resolved.parameters.may_pack((path,)))
+        finished_from["not_packed"] = kept
     return _Facts(graph, choice, traced_from, finished_from, small, untied, kept)
 
 
@@ -238,16 +236,12 @@ def _trace_and_fuse(
             sliding_windows(plan.config),
             longest=longest_texts(plan.config),
             holds_weights=plan.request.quantization is None,
-            may_pack=functools.partial(_may_pack, plan.request.quantization),
+            may_pack=lambda recipe: resolved.parameters.may_pack(recipe.parameters),
         )
     if plan.task is Task.TEXT_GENERATION:
         model = keep_last_logits(model)
     refuse_bfloat16(model, plan.request.provider)
     return model, inputs, derived
-
-
-def _may_pack(how: Quantization | None, recipe: Recipe) -> bool:
-    return how is None or not any(map(how.keeps, recipe.parameters))
 
 
 def _has_attention_operator(plan: Plan) -> bool:

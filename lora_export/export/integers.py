@@ -8,8 +8,9 @@ the whole weight no longer falls, so it has to see all of it, in float32 and som
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def _by_k_quant(chunk: np.ndarray, how: Quantized, n_in: int) -> tuple[np.ndarra
     with quiet():  # a block whose numbers are all alike divides by zero, and keeps its first scale
         found = borrow("quant_tensor_k_quant_cpu")(chunk.T, how.bits, how.block_size)
     integers, scales, zeros = (each.reshape(chunk.shape[1], len(chunk) // how.block_size, -1) for each in found)
-    packed = _packed(integers.astype(np.uint8), how.bits), _packed(zeros[..., 0], how.bits)
+    packed = in_bytes(integers.astype(np.uint8), how.bits), in_bytes(zeros[..., 0], how.bits)
     return packed[0], scales[..., 0].astype(chunk.dtype), packed[1]
 
 
@@ -77,7 +78,7 @@ def _by_hqq(weight: np.ndarray, how: Quantized) -> dict[Part, np.ndarray]:
         given = torch.from_numpy(weight.astype(_element(how), copy=False)).T
         numbers, scales, zeros = quantizer.quantize_internal(given, bits=how.bits, group_size=how.block_size)
     numbers = numbers.numpy().astype(np.uint8).reshape(n_out, blocks, -1)
-    parts = {Part.INTEGERS: _packed(numbers, how.bits)}
+    parts = {Part.INTEGERS: in_bytes(numbers, how.bits)}
     of_blocks = {Part.SCALES: scales, Part.ZEROS: zeros}
     return parts | {part: each.numpy().reshape(n_out, blocks).astype(weight.dtype) for part, each in of_blocks.items()}
 
@@ -105,7 +106,7 @@ def dequantized(parts: Mapping[Part, np.ndarray], how: Quantized, n_in: int) -> 
     return np.ascontiguousarray(values.reshape(len(scales), -1)[:, :n_in].T)
 
 
-def _packed(numbers: np.ndarray, bits: int) -> np.ndarray:
+def in_bytes(numbers: np.ndarray, bits: int) -> np.ndarray:
     """The last axis of integers as one of bytes, the first of two in the low four bits."""
     if bits == 8:
         return numbers
@@ -121,21 +122,29 @@ def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
+class Source(Protocol):
+    """See `weights.Parameters`."""
+
+    def make_weight(self, recipe: Recipe, dtype: str) -> np.ndarray: ...
+
+    def own_integers(self, path: str, how: Quantized) -> Mapping[Part, np.ndarray]: ...
+
+
 @dataclass
 class Maker:
     """Makes stored weights, quantized ones too; the parts of the last of these are kept, as they are asked for in turn.
 
     Attributes:
-        make: Makes a weight in floats.
+        source: Of weights in floats, and of a checkpoint's own integers.
     """
 
-    make: Callable[[Recipe, str], np.ndarray]
+    source: Source
     _last: Recipe | None = None
     _parts: Mapping[Part, np.ndarray] | None = None
 
     def __call__(self, recipe: Recipe, dtype: str) -> np.ndarray:
         if recipe.quantized is None:
-            return self.make(recipe, dtype)
+            return self.source.make_weight(recipe, dtype)
         if self._last != recipe.before:
             self._last, self._parts = recipe.before, None
             self._parts = self._quantized(recipe.before, recipe.quantized)
@@ -143,8 +152,11 @@ class Maker:
 
     def _quantized(self, recipe: Recipe, how: Quantized) -> Mapping[Part, np.ndarray]:
         """Projections that are packed side by side are quantized one by one, as HQQ looks at a whole weight."""
-        alone = [replace(recipe, parameters=(path,)) for path in recipe.parameters]
-        found = [quantized(self.make(each, how.dtype), how) for each in alone]
+        if how.method is Method.AS_STORED:
+            found = [self.source.own_integers(path, how) for path in recipe.parameters]
+        else:
+            alone = [replace(recipe, parameters=(path,)) for path in recipe.parameters]
+            found = [quantized(self.source.make_weight(each, how.dtype), how) for each in alone]
         return {part: np.concatenate([parts[part] for parts in found]) for part in found[0]}
 
 

@@ -27,7 +27,7 @@ from lora_export.export.origin import another_base, locate_base, quantized_train
 from lora_export.export.padding import choose_padding, reads_last_token, with_padding
 from lora_export.export.pooling import choose_head, task_for
 from lora_export.export.task_choice import choose_task
-from lora_export.quantization import Quantization
+from lora_export.quantization import AS_STORED, Method, Quantization
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
         require_supported(folder.config, request.mode, folder.name, convert_rank=request.convert_rank)
         if request.quantization is not None:
             require_taken(folder.config, request.mode, folder.name)
+    _refuse_folded(request)
     checkpoint = Checkpoint.open(locate_base(request.base, folders))
     chosen = choose_task(task_for(request.task, request.pooling), checkpoint, folders)
     task, model = chosen.task, chosen.model
@@ -176,6 +177,18 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     remarks += _remarks_on_training(folders, checkpoint)
     found = (request, checkpoint, folders, task, dtype, config, adapter_configs, carried, pad_token_id)
     return Plan(*found, model, others, remarks, given, head)
+
+
+def _refuse_folded(request: Request) -> None:
+    """Refuse to fold adapters into integers that are to stay as they are stored."""
+    how = request.quantization
+    if how is not None and how.method is Method.AS_STORED and request.mode == "merge" and request.adapters:
+        raise UsageProblem(
+            "Adapters cannot be folded into the base's own integers",
+            where=f"merge --quantize {AS_STORED}",
+            next_step="use dynamic, which keeps the integers and adds adapters beside them; or --quantize int4, which "
+            "folds into floats and rounds the sums",
+        )
 
 
 def _refuse_padding(found: str) -> None:

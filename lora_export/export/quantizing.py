@@ -15,6 +15,7 @@ from lora_export.contract import SINGLE
 from lora_export.errors import InputRefused, UsageProblem, some_of
 from lora_export.export.plan import Plan
 from lora_export.export.resolve import Resolved
+from lora_export.export.weights import Parameters
 from lora_export.graph.pack import pack_siblings
 from lora_export.graph.quantize import quantize_weights
 from lora_export.graph.unbound import unbound
@@ -29,15 +30,25 @@ _K_QUANT_LEAST_BLOCK = 32
 _HQQ_BITS = 4
 
 
-def require_possible(how: Quantization | None, model: torch.nn.Module) -> None:
-    """Refuse a name to keep that names nothing, and blocks that a method spoils.
+def require_possible(plan: Plan, resolved: Resolved) -> None:
+    """Refuse a name to keep that names nothing, blocks that a method spoils, and integers that are not there.
 
     Raises:
         UsageProblem: A name to keep names no linear module; K-quant in blocks so small that some have one sign; HQQ in
             8 bits.
+        InputRefused: The base's own integers were asked for, and none can be taken as they are.
     """
+    how = plan.request.quantization
     if how is None:
         return
+    if how.method is Method.AS_STORED and not resolved.parameters.own.grids:
+        raise InputRefused(
+            "None of the base's weights can be taken as it is stored",
+            where=str(plan.checkpoint.path),
+            expected="GPTQ without desc_act, AWQ, or integers of compressed-tensors or bitsandbytes 8-bit",
+            found=f"{plan.checkpoint.quantization or 'floats'}: {resolved.parameters.own.reason}",
+            next_step=_instead(resolved.parameters.own.reason),
+        )
     if how.method is Method.HQQ and how.bits != _HQQ_BITS:
         raise UsageProblem(
             "ONNX Runtime multiplies by numbers whose zeros are floats, as hqq makes them, in 4 bits only",
@@ -51,13 +62,18 @@ def require_possible(how: Quantization | None, model: torch.nn.Module) -> None:
             expected=f"blocks of at least {_K_QUANT_LEAST_BLOCK}",
             next_step="leave --block-size out, or choose --quantize-method rtn or hqq",
         )
-    linear = linear_weights(model)
+    linear = linear_weights(resolved.model)
     unknown = [name for name in how.keep if not any(replace(how, keep=(name,)).keeps(path) for path in linear)]
     if unknown:
         raise UsageProblem(
             f"--keep {unknown[0]!r} names no linear module of the base",
             expected="one of " + ", ".join(sorted({path.split(".")[-2] for path in linear})),
         )
+
+
+def _instead(reason: str) -> str:
+    wider = "add --dtype float32; or " if "scales exactly" in reason else ""
+    return f"{wider}choose --quantize int4 or int8, which round the base's floats to integers of ONNX Runtime's own"
 
 
 def linear_weights(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
@@ -76,11 +92,9 @@ def planned_sizes(plan: Plan, resolved: Resolved, choice: SiteChoice) -> dict[st
     how, item = plan.request.quantization, 4 if plan.dtype == "float32" else 2
     if how is None:
         return {}
-    return {
-        path: how.n_bytes(*sizes, item)
-        for path, sizes in linear_weights(resolved.model).items()
-        if not how.keeps(path) and path not in choice.parameters
-    }
+    linear = linear_weights(resolved.model)
+    grids = {path: resolved.parameters.grid_of(path) for path in linear if path not in choice.parameters}
+    return {path: how.on(grid).n_bytes(*linear[path], item) for path, grid in grids.items() if grid is not None}
 
 
 def quantize_graphs(
@@ -91,15 +105,17 @@ def quantize_graphs(
     Raises:
         InputRefused: No weight of the graphs is a linear map's.
     """
-    how = plan.request.quantization
+    parameters = resolved.parameters
+    how = parameters.quantization
     if plan.given_graph is not None:
         return _as_given(models[SINGLE])
     if how is None:
         return None
     if plan.task is Task.TEXT_GENERATION and plan.request.provider == "cpu":  # for CUDA they are packed already
         for model in models.values():
-            pack_siblings(model, lambda recipe: not any(map(how.keeps, recipe.parameters)))
-    weights = dict.fromkeys(path for model in models.values() for path in quantize_weights(model, how))
+            pack_siblings(model, lambda recipe: parameters.may_pack(recipe.parameters))
+    found = (path for model in models.values() for path in quantize_weights(model, how, parameters.grid_of))
+    weights = dict.fromkeys(found)
     if not weights:
         raise InputRefused(
             f"The graph has no linear map to quantize to {how.name}",
@@ -110,9 +126,10 @@ def quantize_graphs(
         remark(f"adapters are folded into the floats first; the sums are quantized to {how.name} after")
     if how.has_float_zeros and plan.request.provider == "cpu":
         remark("hqq's zeros are floats, for which ONNX Runtime has no fast kernel on a CPU: slower there than floats")
-    for sentence in _left(models, how, resolved.parameters.aliases, weights=weights):
+    for sentence in (*_left(models, how, parameters.aliases, weights=weights), *_left_by_reason(parameters, weights)):
         remark(sentence)
-    quantizer = f"onnxruntime {_onnxruntime_version()}"
+    is_own = how.method is Method.AS_STORED
+    quantizer = plan.checkpoint.quantization if is_own else f"onnxruntime {_onnxruntime_version()}"
     return replace(how, weights=tuple(weights), quantizer=quantizer)
 
 
@@ -154,7 +171,21 @@ def _left(
     if not left:
         return []
     shown = some_of([f"{name} ({n / 1e6:,.1f} MB)" for name, n in left.items()], 4)
+    if how.method is Method.AS_STORED:
+        return [f"in floats, as the base does not store them as integers of linear maps, or to be kept: {shown}"]
     return [f"not quantized to {how.name}, as they are no linear maps or were to be kept: {shown}"]
+
+
+def _left_by_reason(parameters: Parameters, weights: Collection[str]) -> list[str]:
+    """What the base stores as integers and the graph has in floats, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in parameters.own.reasons.items():
+        if path not in weights and not parameters.quantization.keeps(path):
+            by_reason.setdefault(reason, []).append(path)
+    return [
+        f"in floats, though the base stores integers: {some_of(paths, 2)}: {reason}"
+        for reason, paths in by_reason.items()
+    ]
 
 
 def _onnxruntime_version() -> str:

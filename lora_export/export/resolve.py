@@ -14,10 +14,11 @@ from lora_export.base.checkpoint import checkpoint_names, stored_apart
 from lora_export.base.computed import computed_parameters
 from lora_export.base.tasks import HEADED, Task
 from lora_export.base.weightless import build_weightless, is_conv1d, parameter_aliases, untie
+from lora_export.export.as_stored import stored_grids
 from lora_export.export.completion import completed
 from lora_export.export.plan import Plan
 from lora_export.export.weights import Parameters
-from lora_export.quantization import Quantization
+from lora_export.quantization import Method, Quantization
 
 # An adapter's folder and a weightless base.
 Reader = Callable[[AdapterFolder, torch.nn.Module], Adapter]
@@ -70,6 +71,10 @@ def resolve(
     in_out = frozenset(f"{name}.weight" for name, module in modules.items() if is_conv1d(module))
     tables = frozenset(f"{name}.weight" for name, each in modules.items() if isinstance(each, torch.nn.Embedding))
     stored = {"quantization": plan.request.quantization, "dtype": plan.dtype}
+    if plan.request.quantization is not None and plan.request.quantization.method is Method.AS_STORED:
+        own = stored_grids(plan.checkpoint.files, names, shapes, dtype=plan.dtype)
+        how = plan.request.quantization
+        stored |= {"own": own, "quantization": how if own.most is None else how.on(own.most)}
     stored |= {"zeros_for": head, "computed": computed, "in_out": in_out, "embeddings": tables}
     base = Parameters(plan.checkpoint, names, aliases, shapes, **stored)
     adapters = tuple(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NoReturn
 
@@ -16,10 +16,11 @@ from lora_export.adapters.merging import apply_changes, change_of
 from lora_export.base.checkpoint import Checkpoint
 from lora_export.base.conversion import Converted
 from lora_export.base.recipe import Part, Quantized, Recipe
-from lora_export.base.weightless import TORCH_DTYPES
+from lora_export.base.weightless import TORCH_DTYPES, as_numpy
 from lora_export.errors import InputRefused
+from lora_export.export.as_stored import StoredGrids, as_stored
 from lora_export.export.integers import as_served
-from lora_export.quantization import Method, Quantization
+from lora_export.quantization import Grid, Method, Quantization
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Parameters:
         in_out: Paths of the linear maps that are stored `[in, out]` (`Conv1D` of GPT-2).
         embeddings: Paths of the tables of embeddings.
         quantization: How a dynamic graph stores linear maps, and which; None for floats.
+        own: What can be taken as the checkpoint stores it, where that was asked for.
         dtype: Of the graph.
     """
 
@@ -49,6 +51,7 @@ class Parameters:
     in_out: frozenset[str] = frozenset()
     embeddings: frozenset[str] = frozenset()
     quantization: Quantization | None = None
+    own: StoredGrids = field(default_factory=StoredGrids)
     dtype: str = "float32"
 
     def stored_name(self, path: str) -> str | Converted | None:
@@ -98,6 +101,22 @@ class Parameters:
             next_step="export the task the checkpoint was saved for (--task), or add the adapter with the head",
         )
 
+    def grid_of(self, path: str) -> Grid | None:
+        """How the integers of a linear map's weight lie; None for one that stays in floats."""
+        grid = None if self.quantization is None else self.quantization.grid_of(path)
+        if grid is None or self.quantization.method is not Method.AS_STORED:
+            return grid
+        return next((self.own.grids[each] for each in self.aliases.get(path, (path,)) if each in self.own.grids), None)
+
+    def may_pack(self, paths: Iterable[str]) -> bool:
+        """Whether weights may lie side by side in one that is quantized: those of the one grid that most have."""
+        return self.quantization is None or all(self.grid_of(path) == self.quantization.grid for path in paths)
+
+    def own_integers(self, path: str, how: Quantized) -> dict[Part, np.ndarray]:
+        """The parameter at `path` as the checkpoint stores it, as `MatMulNBits` reads it."""
+        name = self.stored_name(path)
+        return as_stored(self.checkpoint.files.groups(name), self.checkpoint.files.integers(name), how)
+
     def served(self, path: str) -> torch.Tensor:
         """The base's parameter at `path` as the graph multiplies by it: where it is quantized, with its rounding.
 
@@ -108,6 +127,10 @@ class Parameters:
             return self.base(path)
         if self.quantization.method is Method.GIVEN:
             return self.base(path)  # nothing that is packed depends on it: see `given_graph._require_served`
+        if self.quantization.method is Method.AS_STORED:
+            files, name = self.checkpoint.files, self.stored_name(path)
+            groups = files.groups(name)
+            return replace(groups, scales=groups.scales.float()).values(files.integers(name))
         how = Quantized.of(self.quantization, Part.INTEGERS, self.dtype)
         weight = self.base(path).to(TORCH_DTYPES[self.dtype])
         is_in_out = path in self.in_out
@@ -164,12 +187,3 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
         state.update(name.encode())
         state.update(array.tobytes())
     return state.hexdigest()
-
-
-def as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """`tensor` as an array sharing its memory; bfloat16 as ml_dtypes' type, which onnx-ir and safetensors know."""
-    if tensor.dtype is torch.bfloat16:
-        import ml_dtypes
-
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()

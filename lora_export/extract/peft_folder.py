@@ -12,8 +12,8 @@ import torch
 
 from lora_export.adapters import peft_writer
 from lora_export.adapters.peft_writer import PREFIX, WEIGHTS
+from lora_export.base.weightless import as_numpy
 from lora_export.errors import LoraExportError
-from lora_export.export.weights import as_numpy
 from lora_export.extract.placement import PairPlan, Placement
 
 _DTYPES = {

@@ -7,12 +7,14 @@ Nothing is read here: each weight's recipe becomes those of its parts. Quantized
    keeps its floats, and the head gets integers of its own;
 3. `Gemm(x, W, b)`, of either layout, factors aside.
 
-A weight that anything else multiplies stays as it is: an adapter input's default, one that a packed `Attention` holds,
+Of a checkpoint's own integers, only weights whose grid is known; of several side by side, only if it is one. A weight
+that anything else multiplies stays as it is: an adapter input's default, one that a packed `Attention` holds,
 experts in three axes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -22,7 +24,7 @@ from onnx_ir.passes import common as common_passes
 from lora_export.base.recipe import Part, Quantized, Recipe
 from lora_export.graph.sites import module_of
 from lora_export.graph.unbound import recipe_of, set_recipe
-from lora_export.quantization import Quantization
+from lora_export.quantization import Grid, Quantization
 
 # As ONNX Runtime's quantizer names them: `<weight>_Q4`, `<weight>_scales`, `<weight>_zero_points`.
 _SCALES, _ZEROS = "_scales", "_zero_points"
@@ -36,25 +38,31 @@ class _Stored:
     parameters: tuple[str, ...]
 
 
-def quantize_weights(model: ir.Model, how: Quantization) -> tuple[str, ...]:
-    """Rewrite `model` (changed in place) and return the parameters of the base that it stores as integers."""
+def quantize_weights(model: ir.Model, how: Quantization, grid_of: Callable[[str], Grid | None]) -> tuple[str, ...]:
+    """Rewrite `model` (changed in place) and return the parameters of the base that it stores as integers.
+
+    Args:
+        grid_of: How the integers of a parameter lie; None for one that stays in floats.
+    """
     graph, done = model.graph, {}
     for node in list(graph):
         weight = _weight_of(node)
         recipe = None if weight is None else recipe_of(weight)
         parameters = () if recipe is None else _parameters(node, weight, recipe)
-        if not parameters or any(map(how.keeps, parameters)):
+        grids = set(map(grid_of, parameters))
+        if len(grids) != 1 or None in grids:
             continue
+        (grid,) = grids
         is_out_in = bool(node.attributes.get_int("transB", 0))
         key = (parameters, is_out_in)
         if key not in done:
-            parts = _parts(graph, weight, recipe, name="+".join(parameters), is_out_in=is_out_in, how=how)
+            parts = _parts(graph, weight, recipe, name="+".join(parameters), is_out_in=is_out_in, how=how.on(grid))
             done[key] = _Stored(parts, parameters)
         _replace(
             graph,
             node,
             done[key].parts,
-            how=how,
+            how=how.on(grid),
             shape=list(reversed(weight.shape)) if is_out_in else list(weight.shape),
         )
     common_passes.RemoveUnusedNodesPass()(model)

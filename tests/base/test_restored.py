@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors import NaiveQuantizationCompressor, PackedQuantizationCompressor
+from quantized_bases import AWQ_ORDER, words
 from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -105,16 +106,6 @@ def test_fp8_in_blocks(weight, tmp_path):
     assert found.dtype is torch.bfloat16 and torch.equal(found, expected)
 
 
-def words(numbers: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
-    """The first axis packed into 32-bit words, number by number: number `order[i]` of a word in place `i`."""
-    per_word = 32 // bits
-    packed = np.zeros((len(numbers) // per_word, *numbers.shape[1:]), np.uint32)
-    for index, row in enumerate(numbers):
-        place = index % per_word if order is None else order.index(index % per_word)
-        packed[index // per_word] |= row.astype(np.uint32) << np.uint32(bits * place)
-    return torch.from_numpy(packed.view(np.int32))
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("fmt", ["gptq", "gptq_v2"])
 def test_gptq_as_its_format_is_specified(bits, fmt, tmp_path):
@@ -136,7 +127,7 @@ def test_gptq_as_its_format_is_specified(bits, fmt, tmp_path):
 
 def test_awq_as_its_format_is_specified(tmp_path):
     """Of eight columns, a word has 0, 2, 4, 6, 1, 3, 5 and 7, from its lowest bits on."""
-    rng, groups, order = np.random.default_rng(1), 4, (0, 2, 4, 6, 1, 3, 5, 7)
+    rng, groups, order = np.random.default_rng(1), 4, AWQ_ORDER
     q, zero = rng.integers(0, 16, (N_IN, N_OUT)), rng.integers(0, 16, (groups, N_OUT))
     scale = rng.uniform(0.01, 0.1, (groups, N_OUT)).astype(np.float16)
     expected = np.zeros((N_OUT, N_IN), np.float16)

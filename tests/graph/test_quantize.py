@@ -169,15 +169,16 @@ def test_every_form_of_a_linear_map_computes_the_product(bits, choice, tmp_path)
         node.outputs[0].name, node.outputs[0].dtype = f"y{index}", ir.DataType.FLOAT
         graph.outputs.append(node.outputs[0])
     model = ir.Model(graph, ir_version=10)
-    assert quantize_weights(model, how) == ("a.weight", "b.weight", "head.weight")
+    assert quantize_weights(model, how, how.grid_of) == ("a.weight", "b.weight", "head.weight")
     rng = np.random.default_rng(bits)
     arrays = {name: rng.standard_normal(dims).astype(np.float32) for name, dims in shapes.items()}
 
-    def make(recipe: Recipe, dtype: str) -> np.ndarray:
-        array = arrays[recipe.parameters[0]]
-        return np.ascontiguousarray(array.T if recipe.transposed else array)
+    class Arrays:
+        def make_weight(self, recipe: Recipe, dtype: str) -> np.ndarray:
+            array = arrays[recipe.parameters[0]]
+            return np.ascontiguousarray(array.T if recipe.transposed else array)
 
-    write_graphs({"model": model}, tmp_path, Maker(make), adapter_inputs={"model": ()})
+    write_graphs({"model": model}, tmp_path, Maker(Arrays()), adapter_inputs={"model": ()})
     fed = {"x": rng.standard_normal((4, n_in)).astype(np.float32), "ids": np.array([3, 0])}
     path = tmp_path / "model.onnx"
     found = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, fed)
@@ -209,5 +210,5 @@ def test_a_float_weight_that_is_read_otherwise_stays_one():
     )  # fmt: skip
     graph.outputs.extend(node.outputs[0] for node in graph)
     model = ir.Model(graph, ir_version=10)
-    assert quantize_weights(model, Quantization()) == ()
+    assert quantize_weights(model, Quantization(), Quantization().grid_of) == ()
     assert [node.op_type for node in model.graph] == ["MatMul", "MatMul", "Gemm"]

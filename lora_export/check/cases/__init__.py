@@ -8,5 +8,5 @@
     side_outputs.py  what a graph gives beside its main output
 
 Imports artifact, base, check.context, check.inputs, check.judge, check.locate, check.reference, check.results,
-contract, errors, runtime.
+contract, errors, quantization, runtime.
 """

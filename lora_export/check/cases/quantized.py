@@ -25,6 +25,7 @@ from lora_export.check.judge.weights import WeightErrors, weights_case
 from lora_export.check.reference.on_integers import linear_weight
 from lora_export.check.results import COST
 from lora_export.contract import has_own_head
+from lora_export.quantization import Method
 from lora_export.runtime.adapter_session import RowAdapter
 
 _AS_DEPLOYED = (
@@ -52,9 +53,10 @@ def weight_cases(examination: Examination) -> None:
         (path,) = stored.parameters
         errors.take(path, stored, linear_weight(reference.inner, path).float().numpy())
     against = "PEFT's merge" if records else "the base"
+    rounded = ", as it is stored" if errors.method is Method.AS_STORED else ", rounded to the grid of each block"
     if context.session.manifest.given_graph is not None:
         examination.skipped.append(_OF_ANOTHER_TOOL)
-    case = weights_case(errors, context.limits, f"{against}, rounded to the grid of each block")
+    case = weights_case(errors, context.limits, against + rounded)
     examination.cases.append(case)
     examination.where.cannot(case, _OF_WEIGHTS)
 

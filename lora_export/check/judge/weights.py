@@ -16,6 +16,10 @@ measures over all blocks of all weights:
 A method that chooses grids near the block's own range may leave a number out. Its *scales* are what is beyond its
 choice, the range being that of the numbers alone; its *clipping* is what is beyond two steps of the plain grid, which
 has the block's range with zero in it. HQQ's steps are no finer than 1/20000.
+
+Of a checkpoint's own integers nothing was chosen. *weights* is then how far `s (q − z)`, rounded to the dtype that the
+checkpoint gives, is from `w`, over the grid's range: 0 where integers, scales and zeros are the checkpoint's. Nothing
+else is measured.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import ml_dtypes
 import numpy as np
 
 from lora_export.check.judge.tolerances import Limit, Tolerances
@@ -50,6 +55,8 @@ class _Choice:
 # K-quant tries 14/15 to 16/15 of the range, and least squares move it: by up to 0.13 as seen on drawn weights.
 _CHOICES = {Method.K_QUANT: _Choice(0.25), Method.HQQ: _Choice(0.0, finest=1 / 2e4)}
 _CHOSEN_STEPS = 2.0
+# In which a checkpoint's method may give a weight.
+_GIVEN_DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 class Stored(Protocol):
@@ -86,18 +93,34 @@ class WeightErrors:
 
     def take(self, name: str, stored: Stored, expected: np.ndarray) -> None:
         """Compare `stored` with the floats `expected` `[out, in]`."""
-        expected = expected.astype(np.float64)
-        choice = _CHOICES.get(self.method)
-        found = (_off(stored, expected), _range_error(stored, expected, choice), _clipped(stored, expected, choice))
+        if self.method is Method.AS_STORED:
+            found = (_unlike(stored, expected), 0.0, 0.0)
+        else:
+            found = self._of_rounding(stored, expected.astype(np.float64))
         before = (self.off, self.range_error, self.clipped)
         if not all(new <= old for new, old in zip(found, before, strict=True)):
             self.worst = name
         self.off, self.range_error, self.clipped = map(_worse, before, found)
         self.n_weights += 1
 
+    def _of_rounding(self, stored: Stored, expected: np.ndarray) -> tuple[float, float, float]:
+        choice = _CHOICES.get(self.method)
+        return _off(stored, expected), _range_error(stored, expected, choice), _clipped(stored, expected, choice)
+
 
 def _worse(one: float, other: float) -> float:
     return math.inf if math.isnan(other) else max(one, other)
+
+
+def _unlike(stored: Stored, expected: np.ndarray) -> float:
+    """The measure *weights* of integers that nobody rounded, in the dtype in which it is the least."""
+    scales = stored.by_element(stored.scales)
+    values = scales * (stored.integers - stored.by_element(stored.zeros))
+    reach = np.maximum(np.abs(scales) * (1 << stored.bits), _TINY)
+    with np.errstate(over="ignore", invalid="ignore"):
+        given = [values.astype(dtype).astype(np.float64) for dtype in _GIVEN_DTYPES]
+        errors = [float((np.abs(each - expected) / reach).max(initial=0)) for each in given]
+    return min(_worse(0.0, error) for error in errors)
 
 
 def _off(stored: Stored, expected: np.ndarray) -> float:
@@ -158,10 +181,11 @@ def of_another_tool(limits: Tolerances, asked: Collection[str]) -> Tolerances:
 
 def weights_case(errors: WeightErrors, limits: Tolerances, against: str) -> ParityCase:
     """What was seen, as a case."""
-    measured = (
-        Measured.of("weights", errors.off, limits.weights),
-        Measured.of("scales", errors.range_error, limits.scales),
-        Measured.of("clipping", errors.clipped, limits.clipping),
-    )
+    measured = (Measured.of("weights", errors.off, limits.weights),)
+    if errors.method is not Method.AS_STORED:
+        measured += (
+            Measured.of("scales", errors.range_error, limits.scales),
+            Measured.of("clipping", errors.clipped, limits.clipping),
+        )
     failures = tuple(f"{each.failure} ({errors.worst})" for each in measured if each.failed)
     return ParityCase("quantized weights", "weights", against, errors.n_weights, measured, failures)

@@ -9,5 +9,5 @@
     trained.py       adapters as PEFT runs them
     module_calls.py  what every module is given and gives in one run
 
-Imports adapters, base, check.judge, check.turns, compat, errors, export, graph, quiet, reading, sentence.
+Imports adapters, base, check.judge, check.turns, compat, errors, graph, quiet, reading, sentence.
 """

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from lora_export.base.weightless import is_conv1d
+from lora_export.base.weightless import as_numpy, is_conv1d
 from lora_export.check.judge.measures import ENOUGH
 from lora_export.compat import borrow
-from lora_export.export.weights import as_numpy
 
 WHOLE, BASE, LORA_A, LORA_B = "output", "base", "lora_A", "lora_B"
 _PREFIX = "base_model.model."

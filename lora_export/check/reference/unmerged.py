@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lora_export.base.tasks import Task
-from lora_export.base.weightless import TORCH_DTYPES
+from lora_export.base.weightless import TORCH_DTYPES, as_numpy
 from lora_export.check.reference.bases import SharedBases
 from lora_export.check.reference.models import Loader, ModelSource, inner_of
 from lora_export.check.reference.on_integers import IntegerBase
@@ -20,7 +20,6 @@ from lora_export.check.reference.sentence import SentenceReference
 from lora_export.check.reference.trained import TrainedAdapter
 from lora_export.check.reference.widened import Narrowed, is_lazy, share_weights, wholly_widened
 from lora_export.check.turns import Turns
-from lora_export.export.weights import as_numpy
 from lora_export.sentence import SENTENCE_EMBEDDING
 
 # What rounding at a dtype is told from.
