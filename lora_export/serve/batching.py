@@ -211,13 +211,15 @@ class Batcher:
         if not rows:
             return False
         started = time.monotonic()
-        for row, result in self._results(rows):
-            row.ticket.settle(row, result)
+        results = self._results(rows)
         seconds = time.monotonic() - started
+        with self._changed:  # before the answers: a client alone that asks again at once is not a second client
+            self._due = len(rows) + len(self._waiting)
+        for row, result in results:
+            row.ticket.settle(row, result)
         self._watcher.ran(rows, seconds)
         with self._changed:
             self._running = ()
-            self._due = len(rows) + len(self._waiting)
             self._seconds_a_row += 0.2 * (seconds / len(rows) - self._seconds_a_row)
         return True
 

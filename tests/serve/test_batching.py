@@ -104,6 +104,18 @@ def test_a_row_waits_for_as_many_as_came_before_and_not_for_long(start):
     assert time.monotonic() - began < 0.25
 
 
+def test_a_client_alone_that_asks_again_at_once_waits_for_nobody(start):
+    batcher = start(runs := Runs(), max_wait_s=WAIT_S)
+    again = []
+    first = batcher.submit("a", [[1]], soon())
+    first.future.add_done_callback(lambda _: again.append(batcher.submit("a", [[2]], soon())))
+    began = time.monotonic()
+    assert first.future.result(WAIT_S) == [("a", 1)]
+    wait_until(lambda: again)
+    assert again[0].future.result(WAIT_S) == [("a", 2)]
+    assert time.monotonic() - began < WAIT_S / 4 and runs.seen == [["a"], ["a"]]
+
+
 def test_a_full_queue_turns_away_with_a_time_to_come_back(start):
     runs = Runs(waits=True)
     batcher = start(runs, max_queue=2)
