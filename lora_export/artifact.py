@@ -23,6 +23,7 @@ from lora_export.contract import (
 )
 from lora_export.errors import InputRefused, UsageProblem, nearest
 from lora_export.json_schema import violations
+from lora_export.named import holds_no
 from lora_export.own_hash import KEY, with_own_hash
 from lora_export.quantization import Quantization
 from lora_export.reading import json_of
@@ -225,13 +226,9 @@ def read_manifest(folder: Path) -> Manifest:
             )
         _require_schema(fields, path)
         return _manifest_from(fields)
-    except FileNotFoundError as error:
-        raise InputRefused(
-            "The folder holds no export",
-            where=str(folder),
-            expected=f"{MANIFEST}, as `lora-export merge` and `lora-export dynamic` write it",
-            next_step="give the folder named with -o when exporting",
-        ) from error
+    except (FileNotFoundError, NotADirectoryError):
+        writers = "as `lora-export merge` and `lora-export dynamic` write it"
+        raise holds_no("export", folder, MANIFEST, expected=f"{MANIFEST}, {writers}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise _damaged(path, repr(error)[:400]) from error
 

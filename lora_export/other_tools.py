@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_export.errors import InputRefused, some_of
-from lora_export.reading import is_file, read_json_if_there
+from lora_export.named import no_such
+from lora_export.reading import is_file, is_folder, read_json_if_there
 
 GENAI_CONFIG = "genai_config.json"
 _MODEL = "model.onnx"
@@ -29,6 +30,8 @@ def find_graph(path: Path, *, or_else: str = "") -> Path:
     for name in (named, _MODEL):
         if isinstance(name, str) and is_file(path / name):
             return path / name
+    if not is_folder(path):
+        raise no_such("graph", path, expected=f"a folder with {or_else}{_MODEL}, or a file that ends in .onnx")
     found = sorted(path.glob("*.onnx"))
     if len(found) == 1:
         return found[0]
@@ -36,7 +39,7 @@ def find_graph(path: Path, *, or_else: str = "") -> Path:
         "The folder holds more than one graph" if found else "There is no graph in the folder",
         where=str(path),
         expected=f"{or_else}{_MODEL}, or one file that ends in .onnx",
-        found=some_of([file.name for file in found], _SHOWN) or ("none" if path.is_dir() else "no such folder or file"),
+        found=some_of([file.name for file in found], _SHOWN) or "none",
         next_step="name the .onnx file itself" if found else "give the folder or the file that the other tool wrote",
     )
 

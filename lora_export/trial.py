@@ -25,7 +25,8 @@ from lora_export.check.inputs.examples import Batch, Example
 from lora_export.check.inputs.tokenizers import load_tokenizer
 from lora_export.contract import has_own_head
 from lora_export.errors import InputRefused, UsageProblem, some_of
-from lora_export.reading import CONFIG, model_settings, read_json
+from lora_export.named import no_such
+from lora_export.reading import CONFIG, is_file, model_settings, read_json
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.generate import Generated, Piece
 from lora_export.runtime.scheduler import Finish
@@ -112,8 +113,8 @@ class _Answers:
 
     def one_by_one(self, task: Task, inputs: Sequence[str]) -> list[dict]:
         """An answer for each text, image or sound."""
-        if self.batcher.takes_images and (missing := [name for name in inputs if not Path(name).is_file()]):
-            raise InputRefused("There is no such image file", where=missing[0])
+        if self.batcher.takes_images and (missing := [name for name in inputs if not is_file(Path(name))]):
+            raise no_such("image file", missing[0])
         if self.batcher.takes_sounds:  # sounds of different lengths are no batch
             return [
                 self._answer(task, self._run(_sound(self.place, name, self.session)), None, row=0) for name in inputs

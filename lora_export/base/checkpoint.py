@@ -15,7 +15,7 @@ from lora_export.base.quantized import in_floats, refuse_other_dtypes, refuse_qu
 from lora_export.base.sentence_folder import transformer_in
 from lora_export.base.stored import SAFETENSORS_DTYPES, SafetensorsFiles, weight_files
 from lora_export.errors import EnvironmentUnusable, InputRefused
-from lora_export.named import is_hub_id, near, refuse_no_folder
+from lora_export.named import hub_out_of_reach, is_hub_id, near, refuse_no_folder
 from lora_export.reading import read_json
 
 # What a base folder contributes to an export: weights, configuration, tokenizer, processor, licences.
@@ -55,13 +55,16 @@ def locate(given: str, *, kind: str) -> Located:
     except (LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, HfHubHTTPError):
             raise InputRefused(
-                f"The hub has no such {kind}, or it needs a login", where=given, found=str(error)
+                f"The hub has no such {kind}, or it needs a login",
+                where=given,
+                found=str(error),
+                next_step=near(given) or "check the id; `hf auth login` opens those that need a login",
             ) from error
         raise EnvironmentUnusable(
             f"The {kind} is not a folder here and the hub cannot be reached",
             where=given,
-            found=str(error).splitlines()[0],
-            next_step=near(given) or "give a folder, or set HF_HOME to a cache that holds it",
+            found=f"nothing at this path, and from the hub: {str(error).splitlines()[0]}",
+            next_step=hub_out_of_reach(given),
         ) from error
     except HFValidationError as error:
         raise InputRefused(f"The {kind} is neither a folder nor a hub id", where=given, found=str(error)) from error

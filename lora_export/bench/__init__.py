@@ -18,6 +18,6 @@
     memory_job.py    the process that is watched
     results.py       what was found, as frozen values
 
-Imports artifact, base, contract, environment, errors, other_tools, progress, quantization, reading, runtime, sentence,
-verdict.
+Imports artifact, base, contract, environment, errors, named, other_tools, progress, quantization, reading, runtime,
+sentence, verdict.
 """

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from lora_export.bench.shapes import Shape, parse_shape
 from lora_export.errors import InputRefused
+from lora_export.named import no_such
 
 AGAINST = "against"
 CHANGING = "changing rows"
@@ -73,6 +74,8 @@ def read_budget(path: Path, max_ratio: float | None = None) -> Budget:
     """
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise no_such("budget", path, expected="a TOML file") from None
     except OSError as error:
         raise InputRefused("The budget cannot be read", where=str(path), found=error.strerror) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -12,6 +12,6 @@
     judge/                 how far apart, and how much is allowed
     locate/                where it went wrong
 
-Imports adapters, artifact, base, compat, contract, environment, errors, graph, integrity, progress,
+Imports adapters, artifact, base, compat, contract, environment, errors, graph, integrity, named, progress,
 quantization, quiet, reading, runtime, sentence, verdict.
 """

@@ -10,6 +10,7 @@ from lora_export.bench.shapes import Shape
 from lora_export.cli import options
 from lora_export.cli.names import moved
 from lora_export.cli.output import Display, conclude, guarded
+from lora_export.named import require_there
 
 
 @click.command()
@@ -67,6 +68,8 @@ def bench(
     display = Display(as_json=flags.as_json, quiet=flags.quiet)
     with guarded(display):
         adapters = moved(out, flags.adapters)
+        require_there("budget", budget)
+        require_there("graph", against)
         display.start("lora-export bench")
         from lora_export import pipeline
         from lora_export.bench.plan import BenchOptions

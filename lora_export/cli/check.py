@@ -9,6 +9,7 @@ import click
 from lora_export.cli import options
 from lora_export.cli.names import moved
 from lora_export.cli.output import Display, conclude, guarded
+from lora_export.named import require_there
 
 
 @click.command()
@@ -52,6 +53,9 @@ def check(
     display = Display(as_json=flags.as_json, quiet=flags.quiet)
     with guarded(display):
         adapters = moved(out, flags.adapters, data)
+        for path in data.values():
+            require_there("data file", path)
+        require_there("export", merged)
         display.start("lora-export check")
         from lora_export import pipeline
         from lora_export.check.context import CheckOptions

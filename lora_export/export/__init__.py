@@ -28,5 +28,5 @@
     describe.py    inspect and --dry-run, as values
 
 Imports adapters, agreement, artifact, base, carried, changing, compat, contract, errors, folders, graph, integrity,
-other_tools, progress, quantization, quiet, reading, runtime, sentence, site_choice, staging.
+named, other_tools, progress, quantization, quiet, reading, runtime, sentence, site_choice, staging.
 """

@@ -6,6 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
+from lora_export.adapters.folder import CONFIG as ADAPTER_CONFIG
 from lora_export.adapters.folder import AdapterFolder, open_adapter
 from lora_export.adapters.foreign import ForeignAdapter, locate_adapter, name_of, read_foreign
 from lora_export.adapters.pack import choose_sites
@@ -16,7 +17,7 @@ from lora_export.base.gguf_file import GgufFiles
 from lora_export.base.stored import SAFETENSORS_DTYPES
 from lora_export.base.tasks import tasks_of
 from lora_export.contract import SINGLE
-from lora_export.errors import InputRefused, LoraExportError, some_of
+from lora_export.errors import InputRefused, LoraExportError
 from lora_export.export.given_graph import given_graph
 from lora_export.export.origin import quantized_training
 from lora_export.export.outputs import planned_bytes, planned_files
@@ -25,9 +26,13 @@ from lora_export.export.quantizing import require_possible
 from lora_export.export.resolve import resolve
 from lora_export.export.targets import target_modules
 from lora_export.integrity.signature import signer_with
+from lora_export.named import ANY, holds_no
+from lora_export.reading import CONFIG
 from lora_export.runtime.session import choose_provider
 from lora_export.staging import refuse_existing
 
+# One of these is in every folder that `inspect` takes.
+_MARKS = (MANIFEST, ADAPTER_CONFIG, CONFIG)
 # Peak memory besides the largest tensor: libraries, the traced graph.
 _FIXED_MEMORY_BYTES = 700_000_000
 
@@ -185,21 +190,16 @@ def inspect_path(given: str) -> dict:
     is_file = Path(given).expanduser().is_file()
     if is_file and Path(given).suffix.lower() == ".gguf":
         return _base_fields(Checkpoint.open(locate(given, kind="base")))
-    path = locate_adapter(given) if is_file else locate(given, kind="export, adapter or base").path
+    path = locate_adapter(given) if is_file else locate(given, kind=ANY).path
     if (path / MANIFEST).is_file():
         return describe_export(path, read_manifest(path))
     if (foreign := read_foreign(path)) is not None:
         return _foreign_fields(foreign, path)
-    if (path / "adapter_config.json").is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         return _adapter_fields(open_adapter(path, given))
-    if (path / "config.json").is_file():
+    if (path / CONFIG).is_file():
         return _base_fields(Checkpoint.open(locate(given, kind="base")))
-    raise InputRefused(
-        "The folder is neither an export nor an adapter nor a base",
-        where=str(path),
-        expected=f"{MANIFEST}, adapter_config.json or config.json in it",
-        found=some_of(sorted(p.name for p in path.iterdir()), 8) or "an empty folder",
-    )
+    raise holds_no(ANY, path, *_MARKS, expected=f"{', '.join(_MARKS[:-1])} or {_MARKS[-1]} in it")
 
 
 def describe_export(folder: Path, manifest: Manifest) -> dict:

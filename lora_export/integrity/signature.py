@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from lora_export.artifact import REPORTS, SIGNATURE, sha256_of
 from lora_export.errors import EnvironmentUnusable, InputRefused
+from lora_export.named import no_such
 from lora_export.reading import json_of, read_json
 
 if TYPE_CHECKING:
@@ -124,6 +125,8 @@ def _needed_by(option: str) -> Iterator[None]:
 
 
 def _no_key(path: Path, kind: str, error: Exception) -> InputRefused:
-    found = error.strerror if isinstance(error, OSError) else str(error)
     expected = f"{_KEYS}, {kind}" + (" and not encrypted" if kind == "private" else "")
+    if isinstance(error, FileNotFoundError):
+        return no_such(f"{kind} key", path, expected=expected)
+    found = error.strerror if isinstance(error, OSError) else str(error)
     return InputRefused(f"The {kind} key cannot be used", where=str(path), expected=expected, found=found)

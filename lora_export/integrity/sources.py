@@ -11,6 +11,7 @@ from lora_export.adapters.renamed import folder_with_todays_names
 from lora_export.artifact import Manifest, SourceRecord, sha256_of
 from lora_export.base.checkpoint import locate
 from lora_export.errors import InputRefused
+from lora_export.named import near
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ def locate_source(source: SourceRecord, override: str | None, kind: str, *, hint
         path = locate_adapter(given) if kind == "adapter" else locate(given, kind=kind).path
     except InputRefused as error:
         raise InputRefused(
-            f"The export's {kind} is not where it was", where=given, next_step=f"say where it is now with {hint}"
+            f"The export's {kind} is not where it was",
+            where=given,
+            next_step=(near(given) if override else None) or f"say where it is now with {hint}",
         ) from error
     folder = path.parent if path.is_file() else path
     if any(name.startswith(f"{path.name}/") for name in source.files):  # below a folder of sentence-transformers

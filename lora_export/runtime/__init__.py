@@ -43,5 +43,5 @@
     arrays.py             NumPy arrays to ONNX Runtime values
     intermediates.py      values inside a graph
 
-Imports agreement, artifact, contract, errors, reading.
+Imports agreement, artifact, contract, errors, named, reading.
 """

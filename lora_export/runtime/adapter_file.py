@@ -12,6 +12,7 @@ import onnxruntime as ort
 from lora_export.artifact import sha256_of
 from lora_export.contract import ROWS, GraphContract
 from lora_export.errors import InputRefused, of_the_system
+from lora_export.named import no_such
 from lora_export.runtime.arrays import memory_of, to_array
 
 # How much of a tensor is looked at for a number that is not 0, and at how many places of a file it may begin.
@@ -96,10 +97,8 @@ def _of_values(
     path: Path, make: Callable[[Mapping[str, ort.OrtValue]], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     if not path.is_file():
-        raise InputRefused(
-            "There is no such adapter file",
-            where=str(path),
-            expected="an .onnx_adapter file; a PEFT folder becomes one with `lora-export add`",
+        raise no_such(
+            "adapter file", path, expected="an .onnx_adapter file; a PEFT folder becomes one with `lora-export add`"
         )
     try:
         adapter = ort.AdapterFormat.read_adapter(str(path))

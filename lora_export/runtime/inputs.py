@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_export.contract import ENCODER, GraphContract
-from lora_export.errors import InputRefused, UsageProblem
-from lora_export.reading import model_settings
+from lora_export.errors import UsageProblem
+from lora_export.named import no_such
+from lora_export.reading import is_file, model_settings
 from lora_export.runtime.arrays import numpy_dtype
 from lora_export.runtime.images import open_image_steps, read_image
 from lora_export.runtime.sound import open_log_mel, open_samples, read_wav
@@ -88,8 +89,8 @@ def _pixels(place: Path, export: Path) -> Callable[[Given], np.ndarray]:
     steps = open_image_steps(place, export)
 
     def seen(row: Given) -> np.ndarray:
-        if not isinstance(row, str | Path) or not Path(row).is_file():
-            raise InputRefused("There is no such image file", where=str(row)[:200])
+        if not isinstance(row, str | Path) or not is_file(Path(row)):
+            raise no_such("image file", str(row))
         return steps.pixels(read_image(str(row)))
 
     return seen

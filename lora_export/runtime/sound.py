@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from lora_export.errors import InputRefused
+from lora_export.named import no_such
 from lora_export.reading import CONFIG, first_settings, model_settings, size_in
 
 _SETTINGS = "preprocessor_config.json"
@@ -206,6 +207,8 @@ def read_wav(file: Path | BinaryIO, sampling_rate: int, *, where: str) -> np.nda
             rate, width, n_channels = opened.getframerate(), opened.getsampwidth(), opened.getnchannels()
             n_said = opened.getnframes() * width * n_channels
             raw = opened.readframes(opened.getnframes())
+    except FileNotFoundError:
+        raise no_such("WAV file", where) from None
     # Of a chunk that says a wrong size, the module raises errors that are not its own.
     except (OSError, EOFError, wave.Error, RuntimeError, ValueError) as error:
         found = str(error) or "it ends too early"

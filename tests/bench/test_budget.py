@@ -84,5 +84,8 @@ def test_what_means_nothing_is_refused(text, what, words, tmp_path):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(InputRefused, match="cannot be read"):
+    with pytest.raises(InputRefused, match="There is no such budget") as refused:
         read_budget(tmp_path / "none.toml")
+    assert refused.value.expected == "a TOML file"
+    with pytest.raises(InputRefused, match="cannot be read"):
+        read_budget(tmp_path)

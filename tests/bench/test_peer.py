@@ -146,7 +146,7 @@ def test_folders_that_hold_no_one_graph_are_refused(exports, tmp_path):
             planned(of, path)
         return str(caught.value)
 
-    assert "no graph in the folder" in refused(tmp_path) and "no such folder" in refused(tmp_path / "gone")
+    assert "no graph in the folder" in refused(tmp_path) and "There is no such graph" in refused(tmp_path / "gone")
     graph_with(TEXT, tmp_path / "model_optimized.onnx")
     assert planned(export, tmp_path).against.graph.name == "model_optimized.onnx"
     graph_with(TEXT, tmp_path / "model_quantized.onnx")

@@ -118,7 +118,7 @@ def test_inputs_that_are_refused(adapters, bases, exports, own, tmp_path):
         "The folder holds no PEFT adapter": ["merge", bases["bert"], bases["llama"], "-o", out],
         "The output folder exists": ["merge", bases["classifier"], "-o", exports["bert-merged"]],
         "The folder holds no export": ["check", tmp_path],
-        "neither an export nor an adapter nor a base": ["inspect", tmp_path],
+        "The folder holds no export, adapter or base": ["inspect", tmp_path],
         "A merged export holds one task": ["add", exports["bert-merged"], adapters["topic"]],
     }
     for message, arguments in cases.items():
@@ -133,9 +133,15 @@ def test_inputs_that_are_refused(adapters, bases, exports, own, tmp_path):
         (["run", "{export}", "hi", "--adapter", "tpoic"], "did you mean 'topic'?"),
         (["check", "{export}", "--data", "tpoic=x"], "did you mean 'topic'?"),
         (["bench", "{export}", "--adapter", "tpoic=x"], "did you mean 'topic'?"),
-        (["dynamic", "{base}", "{adapter}x", "-o", "{out}"], "did you mean 'topic'?"),
-        (["merge", "{base}x", "-o", "{out}"], "did you mean 'bert'?"),
-        (["add", "{export}", "{adapter}x"], "did you mean 'topic'?"),
+        (["dynamic", "{base}", "{adapter}x", "-o", "{out}"], "did you mean '{adapter}'?"),
+        (["merge", "{base}x", "-o", "{out}"], "did you mean '{base}'?"),
+        (["add", "{export}", "{adapter}x"], "did you mean '{adapter}'?"),
+        (["check", "{export}x"], "did you mean '{export}'?"),
+        (["check", "{export}", "--data", "{base}/cofig.json"], "did you mean '{base}/config.json'?"),
+        (["check", "{export}", "--data", "topic={base}/cofig.json"], "did you mean '{base}/config.json'?"),
+        (["check", "{export}", "--merged", "{export}x"], "did you mean '{export}'?"),
+        (["bench", "{export}", "--budget", "{base}/cofig.json"], "did you mean '{base}/config.json'?"),
+        (["bench", "{export}", "--against", "{export}/model.onx"], "did you mean '{export}/model.onnx'?"),
     ],
 )
 def test_a_misspelled_name_is_answered_before_anything_is_loaded(arguments, said, exports, adapters, bases, tmp_path):
@@ -155,7 +161,7 @@ except SystemExit as done:
     sys.exit(f"loaded {{heavy}}" if heavy or done.code not in (2, 3) else 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and said in done.stderr, done.stderr
+    assert done.returncode == 0 and said.format(**names) in done.stderr, done.stderr
 
 
 def test_an_unsupported_adapter_is_refused_with_its_reasons(adapters, own, bases, tmp_path):
@@ -465,7 +471,7 @@ def test_encoder_decoders_are_described_and_run(exports, bases, adapters, tmp_pa
     found = json.loads(call("run", path, "one text", "another", "--adapter", "t5-all", *options).stdout)
     assert [len(result["tokens"]) <= 3 for result in found["results"]] == [True, True]
     assert all(isinstance(result["text"], str) for result in found["results"])
-    assert "The input is no WAV file" in fails(3, "run", exports["whisper-dynamic"], "nowhere.wav", *options)
+    assert "There is no such WAV file" in fails(3, "run", exports["whisper-dynamic"], "nowhere.wav", *options)
 
 
 def test_the_installed_command_prints_errors_on_stderr_and_results_on_stdout(adapters, tmp_path):
@@ -475,7 +481,7 @@ def test_the_installed_command_prints_errors_on_stderr_and_results_on_stdout(ada
     )
     assert done.returncode == 0 and done.stdout.startswith("adapter topic") and done.stderr == ""
     done = subprocess.run([SCRIPT, "inspect", tmp_path], capture_output=True, text=True, timeout=60, env=environment)
-    assert done.returncode == 3 and done.stdout == "" and done.stderr.startswith("error: The folder is neither")
+    assert done.returncode == 3 and done.stdout == "" and done.stderr.startswith("error: The folder holds no export")
 
 
 def test_without_click_the_command_says_what_it_needs(monkeypatch, capsys):

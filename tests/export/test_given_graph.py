@@ -282,7 +282,7 @@ def test_what_is_no_graph_is_refused_by_what_it_is(bases, adapters, bert_graph, 
     def said(graph: Path, kind=InputRefused, **options) -> str:
         return refused(kind, request(base, adapter, graph, task="feature-extraction", **options), out)
 
-    assert "no such folder or file" in said(tmp_path / "gone")
+    assert "There is no such graph" in said(tmp_path / "gone")
     (tmp_path / "text.onnx").write_text("no graph")
     assert "is no ONNX file" in said(tmp_path / "text.onnx")
     alone = tmp_path / "alone" / "bert.onnx"

@@ -10,5 +10,5 @@
     ragged.py            rows of different lengths
     invoked.py           text that invokes an activated LoRA
 
-Imports artifact, base, contract, errors, reading, runtime.
+Imports artifact, base, contract, errors, named, reading, runtime.
 """

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_export.errors import InputRefused, some_of
+from lora_export.named import no_such
 from lora_export.reading import json_of
 
 SEED = 2106_09685
@@ -83,7 +84,7 @@ def read_examples(path: Path, limit: int) -> Examples:
         parse = _json_example if path.suffix == ".jsonl" else lambda where, line: Example(line)
         rows = tuple(parse(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip())
     else:
-        raise InputRefused("There is no such data file", where=str(path))
+        raise no_such("data file", path)
     if not rows:
         raise InputRefused("The data holds no examples", where=str(path))
     if len({row.text_pair is None for row in rows}) > 1:

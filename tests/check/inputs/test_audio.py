@@ -45,8 +45,8 @@ def test_what_is_no_such_file_is_refused(exports, own, tmp_path):
     folder = own(exports["whisper-merged"])
     manifest = read_manifest(folder)
     (tmp_path / "text.wav").write_text("no sound")
-    for name in ("text.wav", "absent.wav"):
-        with pytest.raises(InputRefused, match="The input is no WAV file"):
+    for name, what in (("text.wav", "The input is no WAV file"), ("absent.wav", "There is no such WAV file")):
+        with pytest.raises(InputRefused, match=what):
             read_features(folder, [str(tmp_path / name)], manifest)
     slow = write_wav(tmp_path / "slow.wav", tone()[:, None], rate=8000)
     with pytest.raises(InputRefused, match="not sampled as the model takes it") as refused:
