@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn, assert_never
 import click
 
 from lora_export.cli.mapped_files import told_if_unreadable
-from lora_export.cli.pace import SLOW_SECONDS, Pace
+from lora_export.cli.pace import SLOW_SECONDS, Pace, time_shown
 from lora_export.compat import untested
 from lora_export.errors import Defect, EnvironmentUnusable, LoraExportError, issue_tracker, of_the_system
 
@@ -124,7 +124,7 @@ class Display:
                 so_far = f"{done:,} of {total:,}" if total < _MOST_COUNTED else f"{done / total:.0%}"
                 of_total = "" if is_first and not left else f", {so_far}{left}"
                 self._line_written = now
-                print_to_reader(f"{now - self._started:6.1f} s  {stage}{of_total}", err=True)
+                print_to_reader(f"after {time_shown(now - self._started)}: {stage}{of_total}", err=True)
             return
         if now - self._started < SLOW_SECONDS:
             return

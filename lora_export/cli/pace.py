@@ -17,9 +17,16 @@ def time_left(n_done: int, n_left: int, seconds: float) -> str:
     """
     if n_done <= 0 or n_left <= 0 or seconds < SLOW_SECONDS:
         return ""
-    rate, left = n_done / seconds, round(n_left * seconds / n_done)
-    shown = f"{left} s" if left < 60 else f"{left // 60} min {left % 60} s" if left < 3600 else f"{left / 3600:.1f} h"
-    return f"{'' if rate >= 1000 else f', {rate:.3g} a second'}, {shown} left"
+    rate = n_done / seconds
+    return f"{'' if rate >= 1000 else f', {rate:.3g} a second'}, {time_shown(n_left * seconds / n_done)} left"
+
+
+def time_shown(seconds: float) -> str:
+    """Seconds to be read at a glance: 12 s, 4 min 10 s, 13.9 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole / 3600:.1f} h"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@
     extract_text.py    an extract on a terminal
     fleet.py           the report of a fleet, and its files
     scatter.py         points on logarithmic axes
+    widths.py          ratios of a bench that are too uncertain to tell
     format.py          numbers and names as text
 
 Imports bench, check, contract, extract, fleet, staging, verdict.

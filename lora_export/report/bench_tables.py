@@ -9,6 +9,7 @@ from lora_export.contract import SINGLE
 from lora_export.report import format as fmt
 from lora_export.report.allowances import SWAP_NAMES, difference_name, memory_name, ratio_name
 from lora_export.report.tables import Cell, Column, Table, TableRow, fraction, verdict_cell
+from lora_export.report.widths import is_wide
 from lora_export.verdict import Verdict
 
 _SHOWN_KINDS = 4
@@ -61,7 +62,7 @@ def ratio_table(report: BenchReport) -> Table:
 def _ratio_cells(ratio: Ratio) -> tuple[Cell, ...]:
     texts = (
         fmt.ratio(ratio.median),
-        fmt.interval(ratio.low, ratio.high),
+        ("wide: " if is_wide(ratio) else "") + fmt.interval(ratio.low, ratio.high),
         fmt.share(ratio.confidence),
         fmt.ratio(ratio.allowance),
         str(len(ratio.block_ratios)),

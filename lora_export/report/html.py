@@ -96,7 +96,7 @@ def _common(report: Report) -> dict[str, object]:
     return {
         "report": report,
         "verdict": report.verdict,
-        "partial": summary.partial_sentence(report),
+        "labels": summary.labels(report),
         "subject_facts": subject_facts(report.subject),
         "environment_facts": environment_facts(report.environment),
         "sizes": size_table(report.subject),

@@ -75,8 +75,7 @@ def _escaped(text: str) -> str:
 
 
 def _opening(report: Report, headline: str, sentence: str) -> str:
-    labels = (summary.partial_sentence(report), report.scope)
-    quoted = "".join(f"\n\n> **{_escaped(label)}**" for label in labels if label)
+    quoted = "".join(f"\n\n> **{_escaped(label)}**" for label in summary.labels(report))
     verdict = report.verdict
     return f"## {MARKS[verdict]} {headline}\n\n**{str(verdict).capitalize()}.** {_escaped(sentence)}{quoted}"
 

@@ -12,6 +12,7 @@ from lora_export.report import format as fmt
 from lora_export.report.allowances import SWAP_NAMES, limited_figures
 from lora_export.report.layer_tables import where_sentences
 from lora_export.report.measure_words import WORDS, measures_by_title, must_be_large
+from lora_export.report.widths import wide_sentence
 from lora_export.verdict import Verdict
 
 # Shown beside the word, so that no verdict is told by colour alone.
@@ -78,6 +79,12 @@ def partial_sentence(report: CheckReport | BenchReport) -> str:
     return (
         f"Partial report: stopped by {fmt.plain(report.stopped)}. What was measured before follows; the rest was not."
     )
+
+
+def labels(report: CheckReport | BenchReport) -> tuple[str, ...]:
+    """What limits the whole report, for its top: it is partial, of one device only, or too noisy to tell."""
+    wide = wide_sentence(report) if isinstance(report, BenchReport) else ""
+    return tuple(filter(None, (partial_sentence(report), report.scope, wide)))
 
 
 def check_figures(report: CheckReport) -> tuple[tuple[str, str], ...]:

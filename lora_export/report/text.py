@@ -76,8 +76,7 @@ def _joined(blocks: list[str]) -> str:
 
 
 def _opening(report: Report, headline: str, sentence: str) -> str:
-    partial = summary.partial_sentence(report)
-    labels = [line for label in (partial, report.scope) if label for line in _wrapped(f"! {label}")]
+    labels = [line for label in summary.labels(report) for line in _wrapped(f"! {label}")]
     return "\n".join([f"{MARKS[report.verdict]} {report.verdict.upper()}: {headline}", *_wrapped(sentence), *labels])
 
 

@@ -53,13 +53,13 @@ def test_parts_of_one_work_have_names_of_their_own_and_a_rest_in_common(monkeypa
         now += 35
         display.progress("writing weights", done, 1_000_000)
     assert capsys.readouterr().err.splitlines() == [
-        "   0.0 s  checking 0",
-        "  10.0 s  checking 1",
-        "  20.0 s  checking 2, 2 of 4, 0.1 a second, 20 s left",
-        "  30.0 s  checking 3, 3 of 4, 0.1 a second, 10 s left",
-        "  65.0 s  writing weights",
-        " 100.0 s  writing weights, 40%",
-        " 135.0 s  writing weights, 50%, 1 min 10 s left",
+        "after 0 s: checking 0",
+        "after 10 s: checking 1",
+        "after 20 s: checking 2, 2 of 4, 0.1 a second, 20 s left",
+        "after 30 s: checking 3, 3 of 4, 0.1 a second, 10 s left",
+        "after 1 min 5 s: writing weights",
+        "after 1 min 40 s: writing weights, 40%",
+        "after 2 min 15 s: writing weights, 50%, 1 min 10 s left",
     ]
 
 
@@ -73,11 +73,11 @@ def test_without_a_terminal_a_long_stage_says_how_far_it_is(monkeypatch, capsys)
     now += 1
     display.progress("writing", 0, 3)
     assert capsys.readouterr().err.splitlines() == [
-        "   5.0 s  packing",
-        "  35.0 s  packing, 300 of 1,000, 10 a second, 1 min 10 s left",
-        "  65.0 s  packing, 600 of 1,000, 10 a second, 40 s left",
-        "  95.0 s  packing, 900 of 1,000, 10 a second, 10 s left",
-        " 105.9 s  writing",
+        "after 5 s: packing",
+        "after 35 s: packing, 300 of 1,000, 10 a second, 1 min 10 s left",
+        "after 1 min 5 s: packing, 600 of 1,000, 10 a second, 40 s left",
+        "after 1 min 35 s: packing, 900 of 1,000, 10 a second, 10 s left",
+        "after 1 min 46 s: writing",
     ]
     quiet = Display(as_json=True, quiet=False)
     quiet.progress("packing", 0, 1)
