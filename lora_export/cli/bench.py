@@ -13,7 +13,7 @@ from lora_export.cli.output import Display, conclude, guarded
 from lora_export.named import require_there
 
 
-@click.command()
+@click.command(short_help="time base, merged and dynamic (exit 1 if too slow, 5 if undecided)")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--shape",

@@ -12,7 +12,7 @@ from lora_export.cli.output import Display, conclude, guarded
 from lora_export.named import require_there
 
 
-@click.command()
+@click.command(short_help="compare an export with unmerged PEFT (exit 1 if it differs)")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--data",

@@ -9,7 +9,7 @@ from lora_export.cli.output import Display, guarded
 from lora_export.errors import UsageProblem
 
 
-@click.command()
+@click.command(short_help="make an adapter of a full fine-tune")
 @click.argument("base")
 @click.argument("fine_tuned", metavar="FINETUNED")
 @click.option("--rank", type=click.IntRange(min=1), help="Rank of every pair.")

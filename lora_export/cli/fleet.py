@@ -67,7 +67,7 @@ _options = options.as_flags(
 )
 
 
-@click.command()
+@click.command(short_help="pack, check and record many adapters for one dynamic export")
 @click.argument("source", metavar="LIST", type=click.Path(path_type=Path))
 @click.argument("base")
 @click.option("-o", "--out", required=True, help="The export to make or to renew: a folder, or an address (s3://…).")

@@ -30,27 +30,22 @@ from lora_export.quiet import leave_quantized_layers_out
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-@click.group(context_settings=_CONTEXT, no_args_is_help=True)
+class _InOrder(click.Group):
+    """Commands as they are added, which is the order of the work, and not by letter."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings=_CONTEXT, no_args_is_help=True)
 @click.version_option(__version__, prog_name="lora-export")
 def main() -> None:
     """Take LoRA adapters from PyTorch to ONNX Runtime, with proof.
 
-    \b
-    merge     fold adapters into one static graph        (one task)
-    dynamic   one graph whose adapters are inputs        (many tasks, mixed in a batch)
-    add       one more adapter for a dynamic export
-    remove    an adapter of a dynamic export that goes
-    check     compare an export with unmerged PEFT       (exit 1 if it differs)
-    bench     latency of base, merged, dynamic, mixed    (exit 1 if too slow, 5 if undecided)
-    verify    compare an export with its manifest        (exit 1 if a file differs)
-    extract   a full fine-tune of a base as an adapter
-    fleet     many adapters, each packed, checked, recorded
-    inspect   what an adapter, base or export holds
-    run       try an export
-    serve     an export over HTTP                        (needs the extra "serve")
+    BASE and ADAPTER are folders or hub ids. OUT is an export: the folder that merge (a merged export) or dynamic (a
+    dynamic export) writes.
 
-    BASE and ADAPTER are folders or hub ids. Exit codes: 0 done, 1 a gate failed, 2 usage, 3 input refused,
-    4 environment, 5 latency undecided, 6 a defect.
+    Exit codes: 0 done, 1 a gate failed, 2 usage, 3 input refused, 4 environment, 5 latency undecided, 6 a defect.
     """
     # Nothing here needs a network once its inputs are on disk.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -124,7 +119,7 @@ class ExportHow:
     inputs: str = options.OPTIONAL
 
 
-@main.command()
+@main.command(short_help="fold adapters into one static graph (one task)")
 @click.argument("paths", nargs=-1, required=True, metavar="[BASE] [ADAPTER]...")
 @click.option(
     "--weight", "weights", multiple=True, type=float, help="Weight of an adapter's delta, in their order.  [default: 1]"
@@ -144,7 +139,7 @@ def merge(paths: tuple[str, ...], weights: tuple[float, ...], flags: options.Exp
     _export("merge", paths, flags, how=ExportHow(weights=weights))
 
 
-@main.command()
+@main.command(short_help="write one graph whose adapters are inputs (many tasks in one batch)")
 @click.argument("paths", nargs=-1, required=True, metavar="[BASE] [ADAPTER]...")
 @click.option(
     "--targets",
@@ -173,7 +168,7 @@ def dynamic(
     _export("dynamic", paths, flags, how=ExportHow(targets=targets, convert_rank=convert_rank, inputs=inputs))
 
 
-@main.command()
+@main.command(short_help="pack one more adapter for a dynamic export")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("paths", nargs=-1, required=True, metavar="ADAPTER...")
 @options.add_options
@@ -208,7 +203,7 @@ def add(out: Path, paths: tuple[str, ...], flags: options.AddFlags) -> None:
         display.result(describe.describe_export(out, manifest), text.export_text)
 
 
-@main.command()
+@main.command(short_help="take an adapter out of a dynamic export")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @options.sign_key
@@ -239,9 +234,11 @@ def remove(out: Path, names: tuple[str, ...], sign_key: Path | None, as_json: bo
 main.add_command(check)
 main.add_command(bench)
 main.add_command(verify_command)
+main.add_command(extract)
+main.add_command(fleet)
 
 
-@main.command(name="inspect")
+@main.command(name="inspect", short_help="say what an adapter, a base or an export holds")
 @click.argument("path")
 @options.as_json
 def inspect_command(path: str, as_json: bool) -> None:
@@ -260,8 +257,6 @@ def inspect_command(path: str, as_json: bool) -> None:
 
 main.add_command(run)
 main.add_command(serve_command)
-main.add_command(extract)
-main.add_command(fleet)
 
 
 if __name__ == "__main__":

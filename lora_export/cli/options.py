@@ -41,12 +41,12 @@ def parse_shapes(context: click.Context, parameter: click.Parameter, values: tup
 
 
 out = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-overwrite = click.option("--overwrite", is_flag=True, help="Replace an earlier export in that folder.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote in that folder.")
 dtype = click.option("--dtype", type=click.Choice(_DTYPES), help="Dtype of the export.  [default: the checkpoint's]")
 task = click.option(
     "--task",
     type=click.Choice(tuple(map(str, Task))),
-    help="Task to export.  [default: the adapters' task_type, else the base's architecture]",
+    help="Task of the model.  [default: the adapters' task_type, else the architecture's]",
 )
 fuse_for = click.option(
     "--provider",
@@ -63,9 +63,7 @@ names = click.option(
 )
 no_cache = click.option("--no-cache", is_flag=True, help="Build the graph anew and keep nothing of it.")
 graph = click.option("--graph", metavar="PATH", help="Put the adapters onto this graph, which another tool wrote.")
-dry_run = click.option(
-    "--dry-run", is_flag=True, help="Say what would be read, folded, served and written; write nothing."
-)
+dry_run = click.option("--dry-run", is_flag=True, help="Say what would be read, done and written; write nothing.")
 sign_key = click.option(
     "--sign-key",
     type=click.Path(path_type=Path),

@@ -11,7 +11,7 @@ from lora_export.cli import options, text
 from lora_export.cli.output import Display, guarded
 
 
-@click.command()
+@click.command(short_help="try an export on a text, an image or a sound")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, required=True, metavar="TEXT...")
 @click.option(

@@ -68,7 +68,7 @@ _serve_options = options.as_flags(
 )  # fmt: skip
 
 
-@click.command(name="serve")
+@click.command(name="serve", short_help="serve an export over HTTP (needs lora-export[serve])")
 @click.argument("out", type=click.Path(path_type=Path))
 @_serve_options
 def serve_command(out: Path, flags: ServeOptions) -> None:

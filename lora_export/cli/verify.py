@@ -12,7 +12,7 @@ from lora_export.cli.names import moved
 from lora_export.cli.output import Display, guarded
 
 
-@click.command(name="verify")
+@click.command(name="verify", short_help="compare an export with its manifest (exit 1 if a file differs)")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--sources", is_flag=True, help="Also compare the base and the adapters with their recorded hashes.")
 @options.base
