@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import lora_export
 from lora_export import compat
@@ -106,6 +107,9 @@ def test_without_what_only_saves_time_the_graph_is_the_same(bases, monkeypatch):
 
 
 def test_a_release_that_was_not_tested_is_said_in_a_line(monkeypatch):
+    asked = map(Requirement, importlib.metadata.requires("lora-export"))
+    floors = {of.name: each.version for of in asked for each in of.specifier if each.operator == ">="}
+    monkeypatch.setattr(importlib.metadata, "version", floors.__getitem__)  # `ci/newest` has newer ones installed
     assert list(untested()) == []
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "99.0" if name == "transformers" else "0")
     said = [line for line in untested() if "transformers" in line]
