@@ -2,12 +2,12 @@
 
     python ci/benchmarks/serving.py --work /tmp/serving --minilm .demo/minilm
 
-Two exports with 16 adapters of ranks 2 to 16: MiniLM for embeddings, and a random Llama shape that writes texts. The
-stages, each with OpenAI's client against the command in a process of its own:
+Three exports with 16 adapters of ranks 2 to 16: MiniLM for embeddings, and random shapes of Llama and of T5 that write
+texts. The stages, each with OpenAI's client against the command in a process of its own:
 
 1. `mixed`: 64 clients at once over all adapters. Every answer is compared with what its adapter says alone.
-2. `churn`: the same, while adapters are loaded and unloaded, clients die, a poisoned adapter is offered, and names that
-   are not served are asked.
+2. `churn`, not of T5: the same, while adapters are loaded and unloaded, clients die, a poisoned adapter is offered, and
+   names that are not served are asked.
 3. `memory`: adapters are loaded, asked and unloaded, again and again.
 4. `clients`: eight clients at once beside one.
 5. `overhead`: one row over HTTP beside the same row on a session, in turns.
@@ -34,12 +34,13 @@ import onnxruntime as ort
 from readme_tables import write_into_readme
 from results import RESULTS, Target, heading, host_kind, provenance, table, target_table, write_json
 from serving_clients import TOLERANCE, Outcome, Process, churning, cycle, dies, mixed, serving
-from serving_models import Served, decoder, encoder, nearest_of_others
+from serving_models import Served, decoder, encoder, encoder_decoder, nearest_of_others
 
 from lora_export.artifact import MANIFEST
 from lora_export.runtime.adapter_file import read_adapter
 from lora_export.runtime.adapter_session import AdapterSession
 
+_SUBJECTS = ("encoder", "decoder", "encoder-decoder")
 _STAGES = ("mixed", "churn", "memory", "clients", "overhead")
 _N_CLIENTS = 64
 # Of allocated memory, from a tenth of the cycles to their end.
@@ -71,7 +72,8 @@ def store_of(served: Served, work: Path) -> Path:
 def under_load(served: Served, work: Path, seconds: float, *, churn: bool) -> dict:
     """Stages `mixed` and `churn`."""
     load = churning if churn else mixed
-    with serving(served.folder, "--allow-runtime-adapters", str(store_of(served, work))) as process:
+    options = ("--allow-runtime-adapters", str(store_of(served, work))) if churn else ()
+    with serving(served.folder, *options) as process:
         asyncio.run(mixed(process, served, n_clients=4, seconds=2))
         outcome, elapsed = asyncio.run(load(process, served, n_clients=_N_CLIENTS, seconds=seconds))
         n_runs, n_rows = (process.metric(f"lora_export_batch_rows_{name}") for name in ("count", "sum"))
@@ -221,7 +223,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cycles", type=int, default=10_000, help="of the stage `memory`")
     parser.add_argument("--blocks", type=int, default=30, help="of the stage `overhead`")
     parser.add_argument("--only", choices=_STAGES, nargs="*", default=_STAGES, help="these stages; others are kept")
-    parser.add_argument("--subject", choices=("encoder", "decoder"), nargs="*", default=("encoder", "decoder"))
+    parser.add_argument("--subject", choices=_SUBJECTS, nargs="*", default=_SUBJECTS)
     parser.add_argument("--out", type=Path, default=RESULTS / f"serving-{host_kind()}.json")
     return parser.parse_args()
 
@@ -230,9 +232,10 @@ def stages(args: argparse.Namespace, served: Served) -> dict[str, Callable[[], d
     """The stages of a subject by name."""
     found: dict[str, Callable[[], dict]] = {
         "mixed": lambda: under_load(served, args.work, args.seconds, churn=False),
-        "churn": lambda: under_load(served, args.work, args.seconds, churn=True),
         "clients": lambda: clients(served, args.seconds),
     }
+    if served.name != "encoder-decoder":
+        found["churn"] = lambda: under_load(served, args.work, args.seconds, churn=True)
     if served.name == "encoder":
         found["memory"] = lambda: memory(served, args.work, args.cycles)
         found["overhead"] = lambda: overhead(served, args.blocks)
@@ -246,6 +249,7 @@ def main() -> int:
     before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     results = before.get("results", {})
     makers = {"encoder": lambda: encoder(args.minilm.resolve(), args.work), "decoder": lambda: decoder(args.work)}
+    makers["encoder-decoder"] = lambda: encoder_decoder(args.work)
     for subject in args.subject:
         served = makers[subject]()
         for stage, run in stages(args, served).items():

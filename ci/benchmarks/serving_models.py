@@ -1,10 +1,10 @@
-"""The two exports that ci/benchmarks/serving.py serves, and what each adapter of them answers alone."""
+"""The exports that ci/benchmarks/serving.py serves, and what each adapter of them answers alone."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from lora_export.export.plan import Request
 from lora_export.pipeline import ExportOptions, export
 from lora_export.runtime.adapter_session import AdapterSession
 from lora_export.runtime.generate import generate
+from lora_export.runtime.seq2seq_session import Seq2SeqSession
 
 N_ADAPTERS = 16
 _RANKS = (2, 4, 8, 16)
@@ -21,6 +22,7 @@ _RANKS = (2, 4, 8, 16)
 _STRENGTH = 4.0
 _SHAPE = LlamaShape(4, 1024, 2816, heads=16, kv_heads=16, head_dim=64, vocab=32000, dtype="float32")
 N_TOKENS = 16
+_OF_T5_DECODER = ("SelfAttention", "EncDecAttention")
 _TEXTS = (
     "Open a socket, bind it to an address and listen for connections.",
     "A lock is released when its owner ends.",
@@ -67,6 +69,36 @@ def decoder(work: Path) -> Served:
     return _with_texts(Served("decoder", folder, _names(), _PROMPTS))
 
 
+def encoder_decoder(work: Path) -> Served:
+    """T5's small shape with random weights; ranks 2 to 16 on query and value. Its tokens are words that are numbers."""
+    base = work / "encoder-decoder" / "base"
+    if not (base / "model.safetensors").exists():
+        import torch
+        import transformers
+
+        torch.manual_seed(0)
+        sizes = {"d_model": 512, "d_ff": 2048, "d_kv": 64, "num_layers": 6, "num_heads": 8}
+        config = transformers.T5Config(vocab_size=_SHAPE.vocab, decoder_start_token_id=0, **sizes)
+        transformers.T5ForConditionalGeneration(config).save_pretrained(base)
+    _write_tokenizer(base)
+    attention = [("encoder", layer, 0, "SelfAttention") for layer in range(6)]
+    attention += [("decoder", layer, at, name) for layer in range(6) for at, name in enumerate(_OF_T5_DECODER)]
+    linears = {
+        f"{stack}.block.{layer}.layer.{at}.{name}.{projection}": (512, 512)
+        for stack, layer, at, name in attention
+        for projection in ("q", "v")
+    }
+    folder = _exported(base, work / "encoder-decoder", linears, "SEQ_2_SEQ_LM", "text2text-generation")
+    served = Served("encoder-decoder", folder, _names(), _PROMPTS)
+    session, answers = Seq2SeqSession(folder, "cpu"), {}
+    for index, prompt in enumerate(served.questions):
+        ids = np.array([prompt])
+        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        for name in served.adapters:
+            answers[name, index] = session.generate(inputs, name, max_new_tokens=N_TOKENS, eos_ids=())[0]
+    return replace(served, answers=answers)
+
+
 def _names() -> tuple[str, ...]:
     return tuple(f"task{index:02}" for index in range(N_ADAPTERS))
 
@@ -107,7 +139,7 @@ def _with_embeddings(served: Served) -> Served:
         for name in served.adapters:
             mean = session.run(inputs, name)["last_hidden_state"][0].mean(axis=0)
             answers[name, index] = mean / np.linalg.norm(mean)
-    return Served(served.name, served.folder, served.adapters, served.questions, answers)
+    return replace(served, answers=answers)
 
 
 def _with_texts(served: Served) -> Served:
@@ -117,7 +149,7 @@ def _with_texts(served: Served) -> Served:
         for index, prompt in enumerate(served.questions)
         for name in served.adapters
     }
-    return Served(served.name, served.folder, served.adapters, served.questions, answers)
+    return replace(served, answers=answers)
 
 
 def nearest_of_others(served: Served) -> float:
