@@ -77,7 +77,7 @@ def choose_head(
             found="; ".join(f"{head.embedding.source}: {head.embedding.described}" for head in found),
             next_step="export each to its own folder, or name the pooling with --pooling",
         )
-    return found[0], (f"embeddings by {found[0].embedding.described}", *_settings(found[0]))
+    return found[0], (f"embeddings by {found[0].embedding.described}", *remarks_on_texts(found[0].root))
 
 
 def _of_folder(root: Path, base: Path | None, own: dict[str, Path]) -> SentenceHead:
@@ -86,18 +86,23 @@ def _of_folder(root: Path, base: Path | None, own: dict[str, Path]) -> SentenceH
     return read_head(root.resolve(), next((name for name, path in named.items() if path == root.resolve()), None))
 
 
-def _settings(head: SentenceHead) -> tuple[str, ...]:
-    """What a host must do to a text before the graph gets its tokens."""
-    settings, prompts = transformer_settings(head.root), read_json_if_there(head.root / _PROMPTS)
+def remarks_on_texts(root: Path, adapter: str | None = None) -> tuple[str, ...]:
+    """What a host must do to a text before the graph gets its tokens, as the sentence-transformers folder `root` says.
+
+    Args:
+        adapter: Whose texts they are; None for all.
+    """
+    settings, prompts = transformer_settings(root), read_json_if_there(root / _PROMPTS)
     named, found = prompts.get("default_prompt_name"), []
     if settings.get("do_lower_case") is True:
-        found.append("its texts are made lower case before the tokenizer gets them, which hosts must do")
+        found.append("are made lower case before the tokenizer gets them, which hosts must do")
     if isinstance(settings.get("max_seq_length"), int):
-        found.append(f"its texts are cut to {settings['max_seq_length']} tokens, which hosts must do")
+        found.append(f"are cut to {settings['max_seq_length']} tokens, which hosts must do")
     by_name = prompts.get("prompts")
     if isinstance(named, str) and isinstance(by_name, dict) and by_name.get(named):
-        found.append(f"its texts begin with the prompt {by_name[named]!r}, which hosts must put before them")
-    return tuple(found)
+        found.append(f"begin with the prompt {by_name[named]!r}, which hosts must put before them")
+    whose = "its texts" if adapter is None else f"the texts of adapter {adapter!r}"
+    return tuple(f"{whose} {each}" for each in found)
 
 
 def pooling_again(embedding: SentenceEmbedding | None, base: Path, adapters: Mapping[str, Path]) -> str | None:

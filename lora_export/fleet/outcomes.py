@@ -38,6 +38,7 @@ class AdapterOutcome:
         measures: What was measured, each with its limit.
         largest_error, largest_effect: As in `ParityCase`.
         reused: Whether an earlier run found it.
+        remarks: What `dynamic` would say of it: another base than it records, its own tokenizer, and the like.
         record: Its entry of the manifest, as JSON; empty unless it was packed.
         files: sha256 of its files by path in the export.
     """
@@ -58,6 +59,7 @@ class AdapterOutcome:
     largest_error: float | None = None
     largest_effect: float | None = None
     reused: bool = False
+    remarks: tuple[str, ...] = ()
     record: Mapping[str, object] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
 
@@ -72,7 +74,8 @@ class AdapterOutcome:
     @classmethod
     def from_dict(cls, fields: Mapping) -> AdapterOutcome:
         measures = tuple(Measured(**each) for each in fields["measures"])
-        return replace(cls(**fields), outcome=Outcome(fields["outcome"]), measures=measures)
+        remarks = tuple(fields.get("remarks", ()))  # none in what earlier versions kept
+        return replace(cls(**fields), outcome=Outcome(fields["outcome"]), measures=measures, remarks=remarks)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_export.artifact import REPORTS, Manifest, read_manifest, record_from, sha256_of, write_manifest
+from lora_export.base.checkpoint import locate
 from lora_export.environment import environment, n_cores
 from lora_export.errors import EnvironmentUnusable, InputRefused, some_of
+from lora_export.export.origin import another_base
 from lora_export.export.plan import local_path
 from lora_export.export.pooling import task_for
 from lora_export.fleet import state
@@ -173,10 +175,11 @@ def _outcomes(
     """What becomes of each adapter, and where its files lie: kept from an earlier run, or as the workers have it."""
     work = state.work_folder(options.out)
     places = ((options.out, state.kept_outcomes(options.out)), (work / "packed", state.kept_outcomes(work)))
+    used = locate(job.base, kind="base")
     assignments: list[Packing] = []
     for each in opened:
         files = (dict(each.hashes), dict(each.carried), each.data_sha256)
-        facts = [graph.key, *files, options.n_rows, dict(options.tolerances)]
+        facts = [graph.key, *files, options.n_rows, dict(options.tolerances), another_base(each.folder, used)]
         key, name = state.hash_of(facts), each.entry.name
         kept = ((old[name], folder) for folder, old in places if name in old and _still_holds(old[name], key, folder))
         outcome, folder = next(kept, (None, None))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_export.adapters.initialization import changes_base
 from lora_export.artifact import AdapterRecord, Manifest, SourceRecord, read_manifest
-from lora_export.base.sentence_folder import sentence_root
+from lora_export.base.sentence_folder import MODULES, sentence_root
 from lora_export.base.tasks import Task
 from lora_export.carried import copy_carried
 from lora_export.check.context import run_export, run_reference
@@ -29,6 +29,7 @@ from lora_export.check.reference.unmerged import Reference
 from lora_export.check.results import ParityCase
 from lora_export.errors import EnvironmentUnusable, LoraExportError
 from lora_export.export.plan import Plan, Request, make_plan
+from lora_export.export.pooling import remarks_on_texts
 from lora_export.export.records import Sources, adapter_records, hashes_of, require_gated
 from lora_export.export.resolve import resolve
 from lora_export.fleet.assignments import Job, Packing
@@ -82,6 +83,7 @@ class Workbench:
         try:
             with self._one_thread():
                 plan, record, files = self._packed(task)
+                remarks = plan.remarks + _on_texts(plan, task)
         except EnvironmentUnusable:
             raise
         except LoraExportError as error:
@@ -89,6 +91,7 @@ class Workbench:
         seconds_packing, processor_seconds = time.monotonic() - started, time.process_time() - processor
         case = self._compared(task, plan, record)
         packed = {
+            "remarks": remarks,
             "seconds_packing": seconds_packing,
             "processor_seconds_packing": processor_seconds,
             "files": files,
@@ -169,3 +172,9 @@ class Workbench:
         if embedding is None:
             return None
         return SentenceReference.of_folder(embedding, self._job.embeds_as or sentence_root(plan.checkpoint.path))
+
+
+def _on_texts(plan: Plan, task: Packing) -> tuple[str, ...]:
+    """What hosts must do to the adapter's texts, where its folder's way to embed them is the graph's."""
+    root = sentence_root(plan.folders[0].path) if MODULES in task.hashes else None
+    return () if root is None else remarks_on_texts(root, task.name)

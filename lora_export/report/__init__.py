@@ -28,5 +28,5 @@
     widths.py          ratios of a bench that are too uncertain to tell
     format.py          numbers and names as text
 
-Imports bench, check, contract, extract, fleet, staging, verdict.
+Imports artifact, bench, check, contract, extract, fleet, staging, verdict.
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from lora_export.artifact import ADAPTERS
 from lora_export.fleet.outcomes import AdapterOutcome, FleetReport, Outcome
 from lora_export.report import format as fmt
 from lora_export.report.as_json import render_json
@@ -29,6 +30,8 @@ _VERDICTS = {
     Outcome.FAILED: Verdict.FAIL,
     Outcome.BROKEN: Verdict.FAIL,
 }
+# On a terminal; the page has all.
+_MOST_REMARKS = 6
 # What needs a look first.
 _ORDER = (Outcome.FAILED, Outcome.BROKEN, Outcome.REFUSED, Outcome.SERVED)
 # Shows the rows whose name holds what is typed; the page's only script, allowed by its hash.
@@ -47,6 +50,7 @@ _DESCRIPTION = (
 _FIELDS = {
     "name": str, "outcome": str, "reason": str, "given": str, "largest_error": float, "largest_effect": float,
     "n_rows": int, "n_bytes": int, "seconds": float, "attempts": int, "reused": bool,
+    "remarks": str,
 }  # fmt: skip
 
 
@@ -80,6 +84,26 @@ def _why(adapter: AdapterOutcome) -> str:
     return str(adapter.detail.get("what") or adapter.reason).replace(f"Adapter {adapter.name!r}", "An adapter")
 
 
+def remark_table(report: FleetReport) -> Table:
+    """How often each remark was made on adapters that are not refused."""
+    columns = (Column("Remark", numeric=False), Column("Adapters"))
+    rows = tuple(TableRow((Cell(said), Cell(str(len(names))))) for said, names in _remarked(report))
+    return Table("Remarks", columns, rows)
+
+
+def _remarked(report: FleetReport) -> list[tuple[str, list[str]]]:
+    """Each remark without its adapter's name, as others have it too, and whom it is of; the most frequent first."""
+    found: dict[str, list[str]] = {}
+    for adapter in report.adapters:
+        for remark in adapter.remarks:
+            found.setdefault(_of_any(adapter.name, remark), []).append(adapter.name)
+    return sorted(found.items(), key=lambda entry: -len(entry[1]))
+
+
+def _of_any(name: str, remark: str) -> str:
+    return remark.replace(f"adapter {name!r}", "an adapter").replace(f"{ADAPTERS}/{name}/", f"{ADAPTERS}/NAME/")
+
+
 def adapter_table(report: FleetReport) -> Table:
     """Every adapter, what needs a look first."""
     columns = (
@@ -90,7 +114,7 @@ def adapter_table(report: FleetReport) -> Table:
         Column("Rows", wide=True),
         Column("Size"),
         Column("Time", wide=True),
-        Column("Reason", numeric=False),
+        Column("Reason and remarks", numeric=False),
     )
     ordered = sorted(report.adapters, key=lambda adapter: (_ORDER.index(adapter.outcome), adapter.name))
     return Table("All adapters", columns, tuple(TableRow(_cells(adapter)) for adapter in ordered))
@@ -105,7 +129,7 @@ def _cells(adapter: AdapterOutcome) -> tuple[Cell, ...]:
         Cell(str(adapter.n_rows) if adapter.n_rows else fmt.MISSING),
         Cell(fmt.byte_size(adapter.n_bytes) if adapter.n_bytes else fmt.MISSING),
         Cell(fmt.duration(adapter.seconds)),
-        Cell(adapter.reason or ""),
+        Cell(adapter.reason or "", "; ".join(adapter.remarks)),
     )
 
 
@@ -153,6 +177,7 @@ def render_fleet_html(report: FleetReport) -> str:
         environment_facts=environment_facts(report.environment),
         plot=Markup(effect_plot(report)),
         reasons=reason_table(report),
+        remarks=remark_table(report),
         adapters=adapter_table(report),
         versions=pair_table("Versions", "Distribution", report.environment.versions),
         script=Markup(_FILTER),
@@ -165,8 +190,12 @@ def render_fleet_csv(report: FleetReport) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_FIELDS)
-    writer.writerows([getattr(adapter, name) for name in _FIELDS] for adapter in report.adapters)
+    writer.writerows(_row(adapter).values() for adapter in report.adapters)
     return text.getvalue()
+
+
+def _row(adapter: AdapterOutcome) -> dict[str, object]:
+    return {name: getattr(adapter, name) for name in _FIELDS} | {"remarks": "; ".join(adapter.remarks) or None}
 
 
 def render_fleet_parquet(report: FleetReport) -> bytes | None:
@@ -178,7 +207,7 @@ def render_fleet_parquet(report: FleetReport) -> bytes | None:
         return None
     types = {float: pyarrow.float64(), int: pyarrow.int64(), bool: pyarrow.bool_(), str: pyarrow.string()}
     schema = pyarrow.schema([(name, types[kind]) for name, kind in _FIELDS.items()])
-    rows = [{name: getattr(adapter, name) for name in _FIELDS} for adapter in report.adapters]
+    rows = [_row(adapter) for adapter in report.adapters]
     file = io.BytesIO()
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema), file)
     return file.getvalue()
@@ -216,6 +245,12 @@ def render_fleet_text(report: FleetReport) -> str:
     lines += [f"  {adapter.outcome:<8}{adapter.name}: {fmt.plain(adapter.reason or '')}" for adapter in shown[:20]]
     if len(shown) > 20:
         lines.append(f"  and {len(shown) - 20} more: see the report")
+    remarks = _remarked(report)
+    for said, names in remarks[:_MOST_REMARKS]:
+        whom = names[0] if len(names) == 1 else fmt.counted(len(names), "adapter")
+        lines.append(f"  remark  {fmt.plain(whom)}: {fmt.plain(said)}")
+    if len(remarks) > _MOST_REMARKS:
+        lines.append(f"  and {len(remarks) - _MOST_REMARKS} other remarks: see the report")
     return "\n".join(lines) + "\n"
 
 

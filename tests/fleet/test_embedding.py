@@ -41,6 +41,7 @@ def listed(tmp_path_factory, adapters, bases) -> Path:
     for name in ("a-cls", "mean", "other", "plain"):
         shutil.copytree(adapters["features"], folder / name)
     write_head(folder / "a-cls", pooling={"pooling_mode": "cls"})
+    (folder / "mean/sentence_bert_config.json").write_text('{"max_seq_length": 64}')
     for name, scale in (("mean", 1.0), ("other", -1.0)):
         root = write_head(folder / name, "Normalize")
         dense = {"idx": 2, "name": "2", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
@@ -63,6 +64,7 @@ def served(listed, bases, tmp_path_factory) -> Path:
     result = call("fleet", listed, bases["bert"], "-o", out, *HOW, "auto")
     assert result.exit_code == 0, result.output
     assert "4 adapters: 3 served, 1 refused." in result.output
+    assert "remark  mean: the texts of an adapter are cut to 64 tokens, which hosts must do" in result.output
     return out
 
 

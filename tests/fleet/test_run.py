@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ from pyarrow import parquet
 from lora_export import pipeline
 from lora_export.artifact import read_manifest
 from lora_export.errors import EnvironmentUnusable
+from lora_export.export.plan import Request, make_plan
 from lora_export.fleet import run as fleet_run
 from lora_export.fleet.options import FleetOptions
 from lora_export.fleet.outcomes import FLEET_SCHEMA, AdapterOutcome, FleetReport, Outcome
@@ -37,6 +39,11 @@ def changed(folder: Path, change) -> None:
     tensors = safetensors.torch.load_file(file)
     change(tensors)
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+
+
+def configured(folder: Path, **options: object) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
 
 
 def silenced(tensors) -> None:
@@ -60,11 +67,17 @@ def fleet(tmp_path_factory, adapters, bases) -> tuple[Path, Path]:
         shutil.copytree(adapters["chat"], listed / name)
         changed(listed / name, change)
     shutil.copytree(adapters["chat"], listed / "odd")
-    config = json.loads((listed / "odd/adapter_config.json").read_text())
-    (listed / "odd/adapter_config.json").write_text(json.dumps(config | {"layer_replication": [[0, 1]]}))
+    configured(listed / "odd", layer_replication=[[0, 1]])
+    for name in ("chat", "idle"):
+        configured(listed / name, base_model_name_or_path="some/other-base")
     result = call("fleet", listed, bases["llama"], "-o", out, "--provider", "cpu", "--workers", 1, "--rows", 4)
     assert result.exit_code == 1, result.output
     assert "6 adapters: 3 served, 2 refused, 1 failed." in result.output
+    assert (
+        f"remark  2 adapters: an adapter records another base, some/other-base; it is exported on {bases['llama']}"
+        in (result.output)
+    )
+    assert "remark  code: an adapter keeps its own tokenizer" in result.output
     return listed, out
 
 
@@ -143,6 +156,20 @@ def test_reports_name_all_and_filter_by_a_script_of_their_own(fleet):
     assert found[3]["largest_error"] is None and "not finite" in found[3]["reason"]
 
 
+def test_what_dynamic_would_remark_on_an_adapter_is_in_every_report(fleet, bases):
+    plan = make_plan(Request(str(bases["llama"]), ((str(fleet[0] / "chat"), "chat"),), "dynamic", provider="cpu"))
+    reports = fleet[1] / "reports"
+    by_name = {entry["name"]: entry for entry in json.loads((reports / "fleet.json").read_text())["adapters"]}
+    assert by_name["chat"]["remarks"] == list(plan.remarks) and len(plan.remarks) == 1
+    assert "keeps its own tokenizer" in by_name["code"]["remarks"][0] and by_name["speak"]["remarks"] == []
+    rows = {row["name"]: row["remarks"] for row in csv.DictReader((reports / "fleet.csv").read_text().splitlines())}
+    assert rows["chat"] == plan.remarks[0] and rows["speak"] == ""
+    kept = {row["name"]: row["remarks"] for row in parquet.read_table(reports / "fleet.parquet").to_pylist()}
+    assert kept["chat"] == plan.remarks[0] and kept["speak"] is None
+    page = (reports / "fleet.html").read_text()
+    assert "an adapter records another base" in page and "adapters/NAME/" in page and "adapters/code/" in page
+
+
 def interrupt(*arguments: object) -> None:
     raise KeyboardInterrupt
 
@@ -179,7 +206,9 @@ def test_a_second_run_does_what_has_changed(fleet, bases, tmp_path, monkeypatch)
     assert (out / "adapters/chat.onnx_adapter").read_bytes() == (fleet[1] / "adapters/chat.onnx_adapter").read_bytes()
     assert (out / "adapters/code/chat_template.jinja").read_text() == "second"
     assert not work_folder(out).exists()
-    assert kept_outcomes(out)["code"].outcome is Outcome.SERVED
+    kept = kept_outcomes(out)
+    assert kept["code"].outcome is Outcome.SERVED
+    assert "records another base" in kept["chat"].remarks[0], "also of what is not packed again"
 
 
 def actors_at_work(ray_folder: str) -> list[int]:
