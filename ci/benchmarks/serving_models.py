@@ -19,7 +19,7 @@ from lora_export.runtime.seq2seq_session import Seq2SeqSession
 N_ADAPTERS = 16
 _RANKS = (2, 4, 8, 16)
 # So that every adapter says something else.
-_STRENGTH = 4.0
+_STRENGTH, _STRENGTH_ON_T5 = 4.0, 40.0
 _SHAPE = LlamaShape(4, 1024, 2816, heads=16, kv_heads=16, head_dim=64, vocab=32000, dtype="float32")
 N_TOKENS = 16
 _OF_T5_DECODER = ("SelfAttention", "EncDecAttention")
@@ -79,7 +79,9 @@ def encoder_decoder(work: Path) -> Served:
         torch.manual_seed(0)
         sizes = {"d_model": 512, "d_ff": 2048, "d_kv": 64, "num_layers": 6, "num_heads": 8}
         config = transformers.T5Config(vocab_size=_SHAPE.vocab, decoder_start_token_id=0, **sizes)
-        transformers.T5ForConditionalGeneration(config).save_pretrained(base)
+        model = transformers.T5ForConditionalGeneration(config)
+        model.shared.weight.data.mul_(0.02)  # its head is tied to it: else the last token is said again and again
+        model.save_pretrained(base)
     _write_tokenizer(base)
     attention = [("encoder", layer, 0, "SelfAttention") for layer in range(6)]
     attention += [("decoder", layer, at, name) for layer in range(6) for at, name in enumerate(_OF_T5_DECODER)]
@@ -88,7 +90,7 @@ def encoder_decoder(work: Path) -> Served:
         for stack, layer, at, name in attention
         for projection in ("q", "v")
     }
-    folder = _exported(base, work / "encoder-decoder", linears, "SEQ_2_SEQ_LM", "text2text-generation")
+    folder = _exported(base, work / "encoder-decoder", linears, "SEQ_2_SEQ_LM", "text2text-generation", _STRENGTH_ON_T5)
     served = Served("encoder-decoder", folder, _names(), _PROMPTS)
     session, answers = Seq2SeqSession(folder, "cpu"), {}
     for index, prompt in enumerate(served.questions):
@@ -103,10 +105,17 @@ def _names() -> tuple[str, ...]:
     return tuple(f"task{index:02}" for index in range(N_ADAPTERS))
 
 
-def _exported(base: Path, work: Path, linears: Mapping[str, tuple[int, int]], peft_type: str, task: str) -> Path:
+def _exported(
+    base: Path,
+    work: Path,
+    linears: Mapping[str, tuple[int, int]],
+    peft_type: str,
+    task: str,
+    strength: float = _STRENGTH,
+) -> Path:
     adapters = [
         write_adapter(
-            work / name, linears, rank=_RANKS[index % 4], base=base, task_type=peft_type, seed=index, strength=_STRENGTH
+            work / name, linears, rank=_RANKS[index % 4], base=base, task_type=peft_type, seed=index, strength=strength
         )
         for index, name in enumerate(_names())
     ]
