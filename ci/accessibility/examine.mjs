@@ -1,5 +1,6 @@
-// Opens report pages in headless Chromium as people see them (desktop, phone of 360 px, light, dark, print) and prints,
-// as JSON lines, every axe-core violation and every page that scrolls sideways. Exit 0 none, 1 some.
+// Opens report pages in headless Chromium as people see them (desktops of 1024 to 1600 px, a phone of 360 px, light, dark,
+// print) and prints, as JSON lines, every axe-core violation, every page that scrolls sideways and every table that a desktop
+// cuts. Exit 0 none, 1 some.
 //
 //   node examine.mjs CHROMIUM [--screenshots FOLDER] PAGE.html...
 import { mkdirSync, readFileSync } from "node:fs";
@@ -12,6 +13,8 @@ const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.mi
 // A4 without its margins of 12 mm, at 96 dots an inch.
 const views = [
   { name: "desktop", width: 1280, scheme: "light", media: "screen" },
+  { name: "narrow-desktop", width: 1024, scheme: "light", media: "screen" },
+  { name: "wide-desktop", width: 1600, scheme: "light", media: "screen" },
   { name: "desktop-dark", width: 1280, scheme: "dark", media: "screen" },
   { name: "phone", width: 360, scheme: "light", media: "screen" },
   { name: "phone-dark", width: 360, scheme: "dark", media: "screen" },
@@ -29,6 +32,9 @@ async function examine(page, file, view) {
   // Not window.innerWidth, which a phone widens to what it has to show.
   const sideways = (await page.evaluate(() => document.scrollingElement.scrollWidth)) - view.width;
   if (sideways > 0) found.push({ rule: "reflow", help: `the page is ${sideways} px wider than the screen`, at: ["html"] });
+  // A desktop has room for every table; a phone's may scroll by themselves.
+  const clipped = await page.$$eval(".scroll", (all) => all.filter((e) => e.scrollWidth > e.clientWidth).map((e) => e.getAttribute("aria-labelledby")));
+  if (clipped.length && view.width >= 1000) found.push({ rule: "clipped", help: "a table is wider than its place", at: clipped });
   if (passes.length < 10) found.push({ rule: "axe", help: `only ${passes.length} rules applied`, at: ["html"] });
   return found;
 }

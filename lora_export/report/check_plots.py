@@ -33,7 +33,8 @@ def parity_plot(report: CheckReport) -> str:
         title,
         _DESCRIPTION,
         axis=axis,
-        axis_title="measure ÷ its limit (what is missing ÷ what may be, of shares)",
+        axis_title="measure ÷ its limit",
+        axis_detail="(what is missing ÷ what may be, of shares)",
     )
     for group, cases in cases_by_group(report).items():
         plot.heading(group)

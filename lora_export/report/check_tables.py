@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lora_export.check.judge.tolerances import MEASURES
 from lora_export.check.results import COST, CheckReport, Measured, ParityCase
 from lora_export.report import format as fmt
@@ -37,7 +39,7 @@ def cases_by_group(report: CheckReport) -> dict[str, list[ParityCase]]:
     return found
 
 
-def case_table(report: CheckReport, *, with_accuracy: bool = True) -> Table:
+def case_table(report: CheckReport) -> Table:
     """Every comparison: the measure that takes the most of its limit, then all measures, each with its limit."""
     columns = (
         Column("Case", numeric=False),
@@ -52,9 +54,20 @@ def case_table(report: CheckReport, *, with_accuracy: bool = True) -> Table:
     )
     groups = cases_by_group(report).items()
     rows = tuple(TableRow(_case_cells(case), group) for group, cases in groups for case in cases)
-    table = Table("All comparisons", columns, rows)
-    wanted = [i for i, column in enumerate(columns) if with_accuracy or column.title != "Accuracy"]
-    return table.keep(wanted).filled()
+    return Table("All comparisons", columns, rows).filled()
+
+
+def case_tables(report: CheckReport) -> tuple[Table, Table]:
+    """The same as two tables for a page, which cuts one of fifteen columns: what decides each case, and its measures.
+
+    The accuracies have a table of their own there.
+    """
+    table = case_table(report)
+    titles = [column.title for column in table.columns]
+    measures = [i for i, title in enumerate(titles) if title in measures_by_title()]
+    decides = [i for i, title in enumerate(titles) if i not in measures and title != "Accuracy"]
+    with_limits = replace(table.keep([0, *measures] if measures else []), caption="Every measure and its limit")
+    return table.keep(decides), with_limits if measures else replace(with_limits, rows=())
 
 
 def _case_cells(case: ParityCase) -> tuple[Cell, ...]:

@@ -10,6 +10,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lora_export.report.svg import picture
+
 _LEFT, _RIGHT, _TOP, _HEIGHT, _AXIS_HEIGHT = 8.0, 98.0, 26, 320, 52
 _MOST_DECADES = 8
 _MOST_COUNTS = 10
@@ -45,10 +47,7 @@ def curve_plot(
     right = max(2.0, *(x for x, _ in points))
     low = 10.0 ** math.floor(math.log10(min(y for _, y in points)))
     high = 10.0 ** math.ceil(math.log10(max(max(y for _, y in points), 10 * low)) - 1e-9)
-    attributes = {"class": "plot", "role": "img", "aria-labelledby": f"{key}-title", "aria-describedby": f"{key}-desc"}
-    root = ET.Element("svg", attributes | {"height": str(_TOP + _HEIGHT + _AXIS_HEIGHT)})
-    ET.SubElement(root, "title", {"id": f"{key}-title"}).text = title
-    ET.SubElement(root, "desc", {"id": f"{key}-desc"}).text = description
+    root = picture(key, title, description, height=_TOP + _HEIGHT + _AXIS_HEIGHT, style="plot framed")
 
     def across(x: float) -> float:
         return math.log(x) / math.log(right) if log_x else (x - 1) / (right - 1)

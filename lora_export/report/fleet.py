@@ -64,9 +64,9 @@ def fleet_summary(report: FleetReport) -> str:
     counts = {outcome: n for outcome, n in report.counted().items() if n}
     said = ", ".join(f"{n} {outcome}" for outcome, n in counts.items())
     reused = sum(adapter.reused for adapter in report.adapters)
-    kept = f" {reused} were known from an earlier run." if reused else ""
+    kept = f" {reused} {'was' if reused == 1 else 'were'} known from an earlier run." if reused else ""
     if report.n_unchanged:
-        kept = f" {report.n_unchanged} more are as they were."
+        kept = f" {report.n_unchanged} more {'is as it was' if report.n_unchanged == 1 else 'are as they were'}."
     return f"{fmt.counted(len(report.adapters), 'adapter')}: {said or 'nothing to do'}.{kept}"
 
 

@@ -21,7 +21,7 @@ from lora_export.report.bench_tables import (
 from lora_export.report.check_plots import parity_plot
 from lora_export.report.check_tables import (
     accuracy_table,
-    case_table,
+    case_tables,
     cost_table,
     limit_table,
     perplexity_table,
@@ -39,6 +39,7 @@ from lora_export.report.provenance import (
 
 def render_check_html(report: CheckReport) -> str:
     """The check as a page."""
+    cases, measures = case_tables(report)
     return page(
         "check.html",
         **_common(report),
@@ -47,7 +48,8 @@ def render_check_html(report: CheckReport) -> str:
         figures=summary.check_figures(report),
         findings=summary.check_findings(report),
         plot=Markup(parity_plot(report)),
-        cases=case_table(report, with_accuracy=False),
+        cases=cases,
+        measures=measures,
         accuracy=accuracy_table(report),
         perplexity=perplexity_table(report),
         cost=cost_table(report),

@@ -7,6 +7,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lora_export.report.svg import picture
+
 _LEFT, _RIGHT, _TOP, _HEIGHT, _AXIS_HEIGHT = 9.0, 98.0, 10, 300, 52
 _MOST_TICKS = 8
 
@@ -27,10 +29,7 @@ def scatter_plot(key: str, title: str, description: str, *, points: Sequence[Poi
         return ""
     across = _scale([point.x for point in points])
     down = _scale([point.y for point in points])
-    attributes = {"class": "plot", "role": "img", "aria-labelledby": f"{key}-title", "aria-describedby": f"{key}-desc"}
-    root = ET.Element("svg", attributes | {"height": str(_TOP + _HEIGHT + _AXIS_HEIGHT)})
-    ET.SubElement(root, "title", {"id": f"{key}-title"}).text = title
-    ET.SubElement(root, "desc", {"id": f"{key}-desc"}).text = description
+    root = picture(key, title, description, height=_TOP + _HEIGHT + _AXIS_HEIGHT, style="plot framed")
 
     def x_of(value: float) -> str:
         return f"{_LEFT + (_RIGHT - _LEFT) * _share(value, across):.2f}%"

@@ -57,12 +57,28 @@ def _log(value: float) -> float:
     return math.log10(value) if value > 0 else -math.inf
 
 
-class Plot:
-    """An SVG image of labelled rows, one below the other, over one axis; `key` must be unique within the page."""
+def picture(key: str, title: str, description: str, *, height: int, style: str) -> ET.Element:
+    """An SVG image of the page's width, without content, that readers of a screen have in words."""
+    attributes = {"class": style, "role": "img", "aria-labelledby": f"{key}-title", "aria-describedby": f"{key}-desc"}
+    root = ET.Element("svg", attributes | {"height": str(height)})
+    ET.SubElement(root, "title", {"id": f"{key}-title"}).text = title
+    ET.SubElement(root, "desc", {"id": f"{key}-desc"}).text = description
+    return root
 
-    def __init__(self, key: str, title: str, description: str, *, axis: Axis, axis_title: str) -> None:
+
+class Plot:
+    """An SVG image of labelled rows, one below the other, over one axis; `key` must be unique within the page.
+
+    Args:
+        axis_detail: Goes on with the axis' title where there is width for it.
+    """
+
+    def __init__(
+        self, key: str, title: str, description: str, *, axis: Axis, axis_title: str, axis_detail: str = ""
+    ) -> None:
         self.axis = axis
-        self._key, self._title, self._description, self._axis_title = key, title, description, axis_title
+        self._key, self._title, self._description = key, title, description
+        self._axis_title, self._axis_detail = axis_title, axis_detail
         self._references: list[tuple[float, str]] = []
         self._body: list[ET.Element] = []
         self._height = 0
@@ -124,16 +140,8 @@ class Plot:
         self._references.append((self.axis.percent(value), style))
 
     def markup(self) -> str:
-        key, height = self._key, self._height
-        attributes = {
-            "class": "plot",
-            "role": "img",
-            "aria-labelledby": f"{key}-title",
-            "aria-describedby": f"{key}-desc",
-        }
-        root = ET.Element("svg", attributes | {"height": str(height + _AXIS_HEIGHT)})
-        ET.SubElement(root, "title", {"id": f"{key}-title"}).text = self._title
-        ET.SubElement(root, "desc", {"id": f"{key}-desc"}).text = self._description
+        height = self._height
+        root = picture(self._key, self._title, self._description, height=height + _AXIS_HEIGHT, style="plot")
         # The grid lies below the marks, but its height is known only after them.
         marks, self._body = self._body, []
         ticks = [(self.axis.percent(value), text) for value, text in self.axis.ticks()]
@@ -142,7 +150,9 @@ class Plot:
         for percent, text in filter(lambda tick: tick[1], ticks):
             anchor = "start" if percent < 6 else "end" if percent > 94 else "middle"
             self._text(text, f"{percent}%", height + 20, style=f"tick {anchor}")
-        self._text(self._axis_title, "50%", height + _AXIS_HEIGHT - 8, style="axis middle")
+        below = self._text(self._axis_title, "50%", height + _AXIS_HEIGHT - 8, style="axis middle")
+        if self._axis_detail:
+            ET.SubElement(below, "tspan", {"class": "wide"}).text = f" {self._axis_detail}"
         root.extend([*self._body, *marks])
         self._body = marks
         return ET.tostring(root, encoding="unicode")

@@ -74,7 +74,7 @@ def test_the_page_is_self_contained_and_shows_every_module(bases, tuned, tmp_pat
     assert "default-src 'none'" in page and not re.search(r"(?:src|href)=\"(?!data:)", page) and "<script" not in page
     for module in report["modules"]:
         assert module["module"] in page
-    plot = ET.fromstring(re.search(r"<svg class=\"plot\".*</svg>", page)[0].split("\n")[0])
+    plot = ET.fromstring(re.search(r"<svg class=\"plot framed\".*</svg>", page)[0].split("\n")[0])
     curves = [element for element in plot.iter() if element.tag.endswith("polyline")]
     assert len(curves) == len(report["modules"]) + 2
     worst = next(curve for curve in curves if "worst" in curve.get("class"))

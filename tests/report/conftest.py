@@ -22,6 +22,8 @@ from lora_export.bench.results import (
 from lora_export.check.divergence_results import ComparedValue, Divergence, LayerErrors, Reproduction
 from lora_export.check.judge.tolerances import tolerances
 from lora_export.check.results import BothSides, CheckReport, Measured, ParityCase, Rounding
+from lora_export.extract.results import ExtractReport, LeftOut, ModuleResult, WholeResult
+from lora_export.fleet.outcomes import AdapterOutcome, FleetReport, Outcome
 from lora_export.verdict import Environment, Subject, Verdict
 
 LIMITS = tolerances("float32", "cpu", {"kl": 1e-6}).recorded
@@ -226,6 +228,13 @@ def gated_bench(subject: Subject, environment: Environment) -> BenchReport:
 
 
 @pytest.fixture
+def noisy_bench(gated_bench: BenchReport) -> BenchReport:
+    """Ratios whose intervals are wide."""
+    ratio = replace(_ratio("dynamic", 0.96, 1.002, 1.085, None, Verdict.NOT_GATED), block_ratios=(1.002,) * 8)
+    return replace(gated_bench, workloads=(replace(gated_bench.workloads[0], ratios=(ratio, ratio)),))
+
+
+@pytest.fixture
 def compared_bench(gated_bench: BenchReport, subject: Subject) -> BenchReport:
     """Another export beside it, with a ratio that fails; a swap that fails and a memory that fails."""
     workload = gated_bench.workloads[0]
@@ -251,3 +260,39 @@ def ungated_bench(subject: Subject, environment: Environment) -> BenchReport:
     none = Variant("none", "never ran", (), (), math.nan, math.nan)
     workload = Workload(4, 0, 0, (_variant("merged", 25.0, 12, 7), none), ())
     return BenchReport(subject, environment, (workload,), (), (), (), (), seconds=5.0)
+
+
+@pytest.fixture
+def mixed_fleet(environment: Environment) -> FleetReport:
+    """An adapter of each outcome, one of them known from an earlier run, with reasons as long as they come."""
+    served = AdapterOutcome(
+        "topic", "customers/topic", Outcome.SERVED, seconds=1.3, n_bytes=1_204_224, n_rows=8, largest_error=3.1e-6,
+        largest_effect=1.5,
+    )  # fmt: skip
+    why = "Adapter 'kind' was trained on a base of other sizes: encoder.layer.11.attention.self.query.weight"
+    refused = AdapterOutcome(HOSTILE, "customers/kind", Outcome.REFUSED, reason=why, detail={"what": why}, seconds=0.2)
+    failed = replace(served, name="language", outcome=Outcome.FAILED, reason="1 of 8 rows differs", largest_error=0.4)
+    broken = AdapterOutcome("a-name-without-a-space" * 6, "x", Outcome.BROKEN, reason="killed by signal 9", attempts=2)
+    return FleetReport(
+        source="customers.csv", folder="served", base="all-MiniLM-L6-v2", task="text-classification", n_workers=2,
+        n_kinds=3, adapters=(served, replace(served, name="again", reused=True), refused, failed, broken),
+        environment=environment, seconds=83.5, seconds_packing=4.1,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def extraction() -> ExtractReport:
+    """Two pairs, a module saved whole, a parameter left out."""
+    curve = (1.0, 0.6, 0.3, 0.1, 0.05)
+    path = "encoder.layer.{}.attention.self.query"
+    modules = tuple(
+        ModuleResult(path.format(n), "linear", (384, 384), 4, 384, 2.0 + n, 0.05, curve, n == 0) for n in range(2)
+    )
+    hashes = {which: {"model.safetensors": "9f2c" * 16} for which in ("base", "fine-tune")}
+    return ExtractReport(
+        folder="adapters/mine", asked="rank 4", task="text-classification", base="all-MiniLM-L6-v2", tuned=HOSTILE,
+        sha256=hashes, modules=modules, wholes=(WholeResult("classifier", "classification head", 1155),),
+        left_out=(LeftOut("embeddings.word_embeddings.weight", "embeddings", 0.01),), notes=("A note.",), biases=True,
+        n_equal=90, n_tensors=103, n_parameters=6144, n_parameters_tuned=22_713_216, n_bytes=24_576,
+        n_bytes_tuned=90_852_864, versions={"torch": "2.8.0+cpu"}, started_at="2025-11-23T18:40:12Z", seconds=12.5,
+    )  # fmt: skip

@@ -13,20 +13,26 @@ from pathlib import Path
 
 import pytest
 
+from lora_export.report.extract_html import render_extract_html
+from lora_export.report.fleet import render_fleet_html
 from lora_export.report.html import render_bench_html, render_check_html
 
 ROOT = Path(__file__).parents[2]
 EXAMINE = ROOT / "ci/accessibility/examine.mjs"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-REPORTS = (
-    "passing_check",
-    "failing_check",
-    "empty_check",
-    "gpu_check",
-    "gated_bench",
-    "ungated_bench",
-    "compared_bench",
-)
+REPORTS = {
+    "passing_check": render_check_html,
+    "failing_check": render_check_html,
+    "empty_check": render_check_html,
+    "gpu_check": render_check_html,
+    "stopped_check": render_check_html,
+    "gated_bench": render_bench_html,
+    "ungated_bench": render_bench_html,
+    "compared_bench": render_bench_html,
+    "noisy_bench": render_bench_html,
+    "mixed_fleet": render_fleet_html,
+    "extraction": render_extract_html,
+}
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
@@ -41,17 +47,15 @@ pytestmark = [
 def examine(*pages: Path) -> tuple[int, list[dict]]:
     """Exit code and violations."""
     done = subprocess.run(["node", EXAMINE, CHROMIUM, *pages], capture_output=True, text=True, timeout=300)
-    assert f"{len(pages)} pages in 5 views" in done.stderr, done.stderr
+    assert f"{len(pages)} pages in 7 views" in done.stderr, done.stderr
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_no_violation(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     pages = []
-    for name in REPORTS:
-        report = request.getfixturevalue(name)
-        text = render_check_html(report) if "check" in name else render_bench_html(report)
+    for name, render in REPORTS.items():
         pages.append(tmp_path / f"{name}.html")
-        pages[-1].write_text(text, encoding="utf-8")
+        pages[-1].write_text(render(request.getfixturevalue(name)), encoding="utf-8")
     assert examine(*pages) == (0, [])
 
 
