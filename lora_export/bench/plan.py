@@ -141,9 +141,9 @@ def foldable(manifest: Manifest) -> str | None:
     """The first adapter of a dynamic export that `merge` takes; None if it takes none.
 
     It takes no adapter that is active for some tokens only, and none that adds a bias to a module without one. A graph
-    that another tool quantized takes none.
+    that another tool quantized takes none, and none with the integers of a quantized base.
     """
-    if manifest.quantization is not None and manifest.quantization.method is Method.GIVEN:
+    if manifest.quantization is not None and manifest.quantization.method in (Method.GIVEN, Method.AS_STORED):
         return None
     biases = [entry for entry in manifest.adapter_inputs if entry.kind is AdapterInputKind.BIAS]
     bare = {entry.module for entry in biases if not entry.base_has_default}

@@ -16,6 +16,7 @@ from lora_export.bench.plan import BenchOptions, BenchPlan, candidates, foldable
 from lora_export.cli.main import main
 from lora_export.contract import AdapterInputKind
 from lora_export.errors import InputRefused, UsageProblem
+from lora_export.quantization import Method, Quantization
 
 
 def plan_of(folder: Path, tmp_path: Path, budget: str = "", **options) -> BenchPlan:
@@ -143,6 +144,8 @@ def test_the_merged_form_is_of_an_adapter_that_merge_takes(exports):
     bare = replace(manifest, graphs=graphs)
     assert pair.module in first.targets and pair.module in second.targets and foldable(bare) is None
     assert [each.name for each in candidates(bare, 1)] == ["base", "dynamic, no adapter", "dynamic"]
+    own = replace(manifest, quantization=Quantization(method=Method.AS_STORED))
+    assert [each.name for each in candidates(own, 1)] == ["base", "dynamic, no adapter", "dynamic"]
 
 
 def test_what_is_run_row_by_row_is_not_timed(exports):
