@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -22,12 +24,14 @@ from lora_export import AdapterSession
 from lora_export.artifact import read_manifest, write_manifest
 from lora_export.bench.plan import BenchOptions, plan_bench
 from lora_export.bench.run import _notes
+from lora_export.carried import is_carried
 from lora_export.check.context import CheckOptions
 from lora_export.cli.main import main
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.export.plan import Request, make_plan
 from lora_export.export.pooling import pooling_again, without_source
-from lora_export.integrity.sources import SourceOverrides
+from lora_export.export.records import hashed_sources
+from lora_export.integrity.sources import SourceOverrides, locate_sources
 from lora_export.integrity.verify import verify
 from lora_export.pipeline import AddOptions, ExportOptions, add_adapter, bench, check, export, remove_adapters
 from lora_export.sentence import Dense, Pooling
@@ -171,6 +175,72 @@ def test_an_adapters_own_folder_says_how_and_its_linear_layer_comes_along(merged
     assert "2_Dense/model.safetensors" in manifest.adapters[0].source.files
 
 
+@pytest.fixture
+def opened_files(monkeypatch) -> list[Path]:
+    """The files that Python opens."""
+    found = []
+
+    def spied(file, *arguments, **options):
+        if isinstance(file, str | Path):
+            found.append(Path(file).resolve())
+        return plain(file, *arguments, **options)
+
+    plain = io.open
+    monkeypatch.setattr(io, "open", spied)
+    monkeypatch.setattr(builtins, "open", spied)
+    return found
+
+
+@pytest.mark.parametrize("pooling", ["auto", "none"])
+@pytest.mark.parametrize("place", ["", "0_Transformer"])
+def test_every_file_that_a_plan_reads_is_in_the_record_of_its_source(
+    pooling, place, bases, adapters, tmp_path, opened_files
+):
+    folders = {"base": bases["bert"], "own": adapters["features"], "other": adapters["features"]}
+    for name, source in folders.items():
+        root = write_head(tmp_path / name, "Normalize", "Dense", place=place, dense={"bias": False})
+        (root / "2_Normalize").mkdir()
+        (root / "2_Normalize/config.json").write_text("{}")
+        shutil.copytree(source, root / place, dirs_exist_ok=True)
+        (root / place / "sentence_bert_config.json").write_text('{"max_seq_length": 64}')
+        (root / "config_sentence_transformers.json").write_text("{}")
+        if name != "base":
+            (root / place / "config.json").write_text('{"id2label": {"0": "a"}}')
+    of_base = [] if pooling == "none" else [[]]
+    for given in (["own", "other"], *of_base):
+        opened_files.clear()
+        asked = tuple((str(tmp_path / name), name) for name in given)
+        plan = make_plan(Request(str(tmp_path / "base"), asked, "dynamic", "feature-extraction", pooling=pooling))
+        of_sources = [path for path in opened_files if path.is_relative_to(tmp_path) and path.name != "README.md"]
+        read = {path for path in of_sources if not is_carried(path.name)}  # what is carried is among the export's files
+        with hashed_sources(plan) as hashed:
+            sources = hashed()
+        files = dict(
+            zip(("base", *given), (sources.base.files, *(each.files for each in sources.adapters)), strict=True)
+        )
+        recorded = {tmp_path / name / file for name, each in files.items() for file in each}
+        assert read - recorded == set() and len(read) >= len(files)
+        if pooling == "auto":
+            assert {"modules.json", "1_Pooling/config.json", "3_Dense/model.safetensors", "2_Normalize/config.json",
+                    "config_sentence_transformers.json"} <= files["own" if given else "base"].keys()  # fmt: skip
+
+
+def test_an_adapter_that_is_added_has_its_folders_settings_in_its_record(served, adapters, tmp_path):
+    copy, root = tmp_path / "out", write_head(tmp_path / "b", "Normalize")
+    shutil.copytree(served[1], copy)
+    shutil.copytree(adapters["features"], root, dirs_exist_ok=True)
+    (root / "sentence_bert_config.json").write_text('{"max_seq_length": 64}')
+    said = []
+    add_adapter(copy, ((str(root), "b"),), remark=said.append)
+    assert "the texts of adapter 'b' are cut to 64 tokens, which hosts must do" in said
+    files = read_manifest(copy).adapter("b").source.files
+    assert {"modules.json", "1_Pooling/config.json", "sentence_bert_config.json"} <= files.keys()
+    assert verify(copy, SourceOverrides()).passed
+    (root / "1_Pooling/config.json").write_text("{}")
+    with pytest.raises(InputRefused, match="This adapter is not the one that was exported"):
+        locate_sources(read_manifest(copy), SourceOverrides())
+
+
 def test_an_adapter_of_another_embedding_is_not_added(served, merged, tmp_path):
     copy = tmp_path / "out"
     shutil.copytree(served[1], copy)
@@ -190,6 +260,10 @@ def test_the_adapter_whose_folder_says_how_stays_or_another_takes_its_place(serv
         add_adapter(copy, ((str(adapters["features"]), "a"),), options=AddOptions(replace=True))
     (own,), embedding = manifest.adapters, replace(manifest.sentence_embedding, source="a")
     says = replace(own, name="b", source=replace(own.source, files=own.source.files | {"modules.json": ""}))
+    with pytest.raises(InputRefused, match="The folder of adapter 'a' says"):
+        without_source(embedding, ["a"], [own, says])  # it says where its Transformer lies, and no more
+    files = says.source.files | {"1_Pooling/config.json": ""}
+    says = replace(says, source=replace(own.source, files=files))
     assert without_source(embedding, ["a"], [own, says]).source == "b"
     assert without_source(embedding, ["b"], [own]) == embedding
     assert without_source(replace(embedding, layers=()), ["a"], []).source is None

@@ -80,10 +80,15 @@ def name_of(path: Path) -> str:
 
 
 def source_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of the user's own files, of which `folder` was made, or of the PEFT files in it."""
+    """sha256 of the user's own files, of which `folder` was made, or of the PEFT files and the model config in it."""
     if (folder / SOURCE).is_file():
         return read_json(folder / SOURCE)
-    return {name: sha256_of(folder / name) for name in _PEFT_FILES}
+    return {name: sha256_of(folder / name) for name in (*_PEFT_FILES, *_labels_in(folder))}
+
+
+def _labels_in(folder: Path) -> list[str]:
+    """The config of an adapter's model beside it, which says its labels and its padding token, if there is one."""
+    return [path.name for path in folder.glob("config.json")]
 
 
 def read_foreign(path: Path) -> ForeignAdapter | None:
@@ -164,6 +169,7 @@ def _carry(path: Path, adapter: ForeignAdapter, folder: Path) -> None:
     source = path.parent if path.is_file() else path
     files = [adapter.file] + ([source / _PEFT_FILES[0]] if adapter.dialect is Dialect.MLX else [])
     if path.is_dir():
+        files += [path / name for name in _labels_in(path)]
         extra = [*carried_files(path), *path.glob("config.json")]
         for file in extra:
             shutil.copyfile(file, folder / file.name)

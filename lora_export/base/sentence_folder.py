@@ -8,7 +8,7 @@ was written as a flag for each way before it was one name.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +21,7 @@ from lora_export.errors import InputRefused
 from lora_export.reading import is_folder, json_of, read_json
 from lora_export.sentence import Activation, Dense, Pooling, SentenceEmbedding
 
-MODULES = "modules.json"
+MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
 _PACKAGE = "sentence_transformers."
 TRANSFORMER, _POOLING, _DENSE, _NORMALIZE, _DROPOUT = "Transformer", "Pooling", "Dense", "Normalize", "Dropout"
 # What a module reads and writes, where its config does not say so.
@@ -46,7 +46,7 @@ class SentenceHead:
 
     Attributes:
         root: The folder with `modules.json`; None where it was named.
-        files: All files that it was read from.
+        files: All files that say it, and what hosts must do to texts.
     """
 
     embedding: SentenceEmbedding
@@ -98,8 +98,8 @@ def module_folders(root: Path) -> dict[str, str]:
 
 
 def is_setting_of(name: str, kind: str) -> bool:
-    """Whether `read_head` reads a file of this name in the folder of a module of class `kind`."""
-    of_kind = {_DENSE: ("model.safetensors",), TRANSFORMER: (MODULES,)}.get(kind, ())
+    """Whether a file of this name is read of the folder of a module of class `kind`."""
+    of_kind = {_DENSE: ("model.safetensors",), TRANSFORMER: (MODULES, PROMPTS)}.get(kind, ())
     return name in ("config.json", *of_kind) or (kind == TRANSFORMER and any(map(Path(name).match, _SETTINGS)))
 
 
@@ -143,6 +143,8 @@ def read_head(root: Path, source: str | None) -> SentenceHead:
         else:
             _refuse("A module of the sentence-transformers folder cannot be part of the graph", root / MODULES,
                     expected="Transformer, Pooling, and any of Dense and Normalize", found=module["type"])  # fmt: skip
+    prompts = filter(Path.is_file, [root / PROMPTS])
+    files += [*_settings_files(root)[:1], *prompts]
     return SentenceHead(SentenceEmbedding(pooling, tuple(layers), source), root, tuple(files))
 
 
@@ -177,9 +179,29 @@ def _modules(root: Path) -> list[Mapping]:
 
 def transformer_settings(root: Path) -> dict:
     """What a sentence-transformers folder says of its Transformer beside the model's own config."""
-    places = dict.fromkeys((transformer_in(root), root))
-    files = [path for place in places for name in _SETTINGS for path in sorted(place.glob(name))]
+    files = _settings_files(root)
     return read_json(files[0]) if files else {}
+
+
+def _settings_files(root: Path) -> list[Path]:
+    """The files that may hold the settings of a Transformer; the first is the one that does."""
+    places = dict.fromkeys((transformer_in(root), root))
+    return [path for place in places for name in _SETTINGS for path in sorted(place.glob(name))]
+
+
+def files_read(folder: Path, head: SentenceHead | None) -> tuple[Path, tuple[Path, ...]]:
+    """The path of a Transformer's `folder` below its sentence-transformers folder, and what is read of that: all that
+    says how it embeds (`head`), or where the Transformer lies; nothing of other folders."""
+    root = sentence_root(folder) if head is None else head.root
+    if root is None or (head is None and root == folder):
+        return Path(), ()
+    place = folder if folder.is_relative_to(root) else transformer_in(root)  # a folder that was made of the Transformer
+    return place.relative_to(root), (root / MODULES,) if head is None else head.files
+
+
+def says_embedding(files: Collection[str]) -> bool:
+    """Whether what was read of an adapter says how it embeds: beside `modules.json` the config of another module."""
+    return MODULES in files and any(file.endswith("/config.json") for file in files)
 
 
 def _require_last_states(root: Path) -> None:

@@ -20,7 +20,7 @@ from lora_export.errors import InputRefused
 from lora_export.export.again import asked_again
 from lora_export.export.contracts import require_described
 from lora_export.export.plan import Plan, make_plan
-from lora_export.export.pooling import require_same_head, without_source
+from lora_export.export.pooling import same_heads, without_source
 from lora_export.export.records import adapter_records, hashed_sources, hashes_of, require_gated
 from lora_export.export.resolve import resolve
 from lora_export.integrity.signature import sign, signer_with
@@ -70,8 +70,8 @@ def add_to(
         pooling=NONE,
     )
     plan = make_plan(request, added_to=folder)
-    for source in plan.folders:
-        require_same_head(manifest.sentence_embedding, source)
+    heads, on_texts = same_heads(manifest.sentence_embedding, plan.folders)
+    plan = replace(plan, own_heads=heads, remarks=plan.remarks + on_texts)
     replaced = _replaced(plan, manifest, folder, may_replace=options.replace)
     silent = {source.name for source in plan.folders if sentence_root(source.path) is None}
     others = [record for record in manifest.adapters if record not in replaced]

@@ -88,6 +88,7 @@ class Plan:
         remarks: What was decided for the user and is worth a word.
         given_graph: The graph that another tool made; None to make one.
         head: What makes an embedding of a text; None for hidden states alone.
+        own_heads: What was read of how sources embed, by the adapter's name, "" of the base.
     """
 
     request: Request
@@ -104,6 +105,7 @@ class Plan:
     remarks: tuple[str, ...] = ()
     given_graph: GivenGraph | None = None
     head: SentenceHead | None = None
+    own_heads: Mapping[str, SentenceHead] = field(default_factory=dict)
 
     @property
     def n_bytes(self) -> int:
@@ -141,11 +143,11 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     checkpoint = Checkpoint.open(locate_base(request.base, folders))
     chosen = choose_task(task_for(request.task, request.pooling), checkpoint, folders)
     task, model = chosen.task, chosen.model
-    head, of_head = choose_head(request.pooling, task, checkpoint=checkpoint, folders=folders)
+    chosen_head = choose_head(request.pooling, task, checkpoint=checkpoint, folders=folders)
     _refuse_activated(folders, task)
     given = _given_graph(request, task)
     dtype, of_dtype = _dtype_of(request, checkpoint) if given is None else (given.dtype, ())
-    remarks = chosen.remarks + of_dtype + of_head
+    remarks = chosen.remarks + of_dtype + chosen_head.remarks
     config, pad_token_id = checkpoint.load_config(), None
     adapter_configs = ()
     if model is None and task is Task.TEXT_CLASSIFICATION:
@@ -176,7 +178,7 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     remarks += tuple(remark_on(name, other, checkpoint.located.given) for name, other in others.items())
     remarks += _remarks_on_training(folders, checkpoint)
     found = (request, checkpoint, folders, task, dtype, config, adapter_configs, carried, pad_token_id)
-    return Plan(*found, model, others, remarks, given, head)
+    return Plan(*found, model, others, remarks, given, chosen_head.head, chosen_head.own)
 
 
 def _refuse_folded(request: Request) -> None:

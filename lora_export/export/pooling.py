@@ -6,19 +6,39 @@ An adapter's own folder says how it was trained, so it wins over the base's. One
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_export.adapters.folder import AdapterFolder
 from lora_export.artifact import AdapterRecord
 from lora_export.base.checkpoint import Checkpoint
-from lora_export.base.sentence_folder import MODULES, SentenceHead, read_head, sentence_root, transformer_settings
+from lora_export.base.sentence_folder import (
+    PROMPTS,
+    SentenceHead,
+    read_head,
+    says_embedding,
+    sentence_root,
+    transformer_settings,
+)
 from lora_export.base.tasks import Task
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.reading import read_json_if_there
 from lora_export.sentence import AUTO, NONE, Pooling, SentenceEmbedding, equal_embeddings
 
-_PROMPTS = "config_sentence_transformers.json"
+
+@dataclass(frozen=True)
+class ChosenHead:
+    """What makes an embedding of a text.
+
+    Attributes:
+        head: None for hidden states alone.
+        own: What was read of how sources embed, by the adapter's name, "" of the base.
+        remarks: What to say of it.
+    """
+
+    head: SentenceHead | None = None
+    own: Mapping[str, SentenceHead] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
 
 def task_for(task: str | None, pooling: str | None) -> str | None:
@@ -42,8 +62,8 @@ def task_for(task: str | None, pooling: str | None) -> str | None:
 
 def choose_head(
     pooling: str | None, task: Task, *, checkpoint: Checkpoint, folders: Sequence[AdapterFolder]
-) -> tuple[SentenceHead | None, tuple[str, ...]]:
-    """What makes an embedding of a text, and what to say of it.
+) -> ChosenHead:
+    """What makes an embedding of a text.
 
     Args:
         pooling: See `Request.pooling`.
@@ -57,11 +77,12 @@ def choose_head(
     if pooling in (None, NONE):
         is_told = pooling is None and task is Task.FEATURE_EXTRACTION and (own or base is not None)
         said = "the folder is one of sentence-transformers: --pooling auto makes its pooling part of the graph"
-        return None, (said,) if is_told else ()
+        return ChosenHead(remarks=(said,) if is_told else ())
     if pooling in tuple(Pooling):
-        return SentenceHead(SentenceEmbedding((Pooling(pooling),))), ()
+        return ChosenHead(SentenceHead(SentenceEmbedding((Pooling(pooling),))))
     if pooling != AUTO:
-        return _of_folder(Path(pooling).expanduser(), base, own), ()
+        head = _of_folder(Path(pooling).expanduser(), base, own)
+        return ChosenHead(head, {} if head.embedding.source is None else {head.embedding.source: head})
     found = [read_head(root, name) for name, root in own.items()] or ([read_head(base, "")] if base else [])
     if not found:
         raise InputRefused(
@@ -77,7 +98,8 @@ def choose_head(
             found="; ".join(f"{head.embedding.source}: {head.embedding.described}" for head in found),
             next_step="export each to its own folder, or name the pooling with --pooling",
         )
-    return found[0], (f"embeddings by {found[0].embedding.described}", *remarks_on_texts(found[0].root))
+    said = (f"embeddings by {found[0].embedding.described}", *remarks_on_texts(found[0].root))
+    return ChosenHead(found[0], {head.embedding.source: head for head in found}, said)
 
 
 def _of_folder(root: Path, base: Path | None, own: dict[str, Path]) -> SentenceHead:
@@ -92,7 +114,7 @@ def remarks_on_texts(root: Path, adapter: str | None = None) -> tuple[str, ...]:
     Args:
         adapter: Whose texts they are; None for all.
     """
-    settings, prompts = transformer_settings(root), read_json_if_there(root / _PROMPTS)
+    settings, prompts = transformer_settings(root), read_json_if_there(root / PROMPTS)
     named, found = prompts.get("default_prompt_name"), []
     if settings.get("do_lower_case") is True:
         found.append("are made lower case before the tokenizer gets them, which hosts must do")
@@ -114,18 +136,25 @@ def pooling_again(embedding: SentenceEmbedding | None, base: Path, adapters: Map
     return str(sentence_root(adapters.get(embedding.source, base)))
 
 
-def require_same_head(embedding: SentenceEmbedding | None, folder: AdapterFolder) -> None:
-    """Refuse an adapter that was trained with another embedding than an export makes.
+def same_heads(
+    embedding: SentenceEmbedding | None, folders: Sequence[AdapterFolder]
+) -> tuple[dict[str, SentenceHead], tuple[str, ...]]:
+    """How adapters that are added to an export embed, by name, and what to say of it; nothing of those whose folders
+    say nothing, or where the export makes no embedding.
 
     Raises:
-        InputRefused: Its folder says so.
+        InputRefused: An adapter was trained with another embedding than the export makes.
     """
-    root = sentence_root(folder.path)
-    if embedding is None or root is None:
-        return
-    found = read_head(root, folder.name)
-    if not equal_embeddings(found.embedding, embedding):
-        raise of_another_embedding(folder.name, found, embedding)
+    heads: dict[str, SentenceHead] = {}
+    for folder in folders if embedding is not None else ():
+        root = sentence_root(folder.path)
+        if root is None:
+            continue
+        heads[folder.name] = read_head(root, folder.name)
+        if not equal_embeddings(heads[folder.name].embedding, embedding):
+            raise of_another_embedding(folder.name, heads[folder.name], embedding)
+    said = [sentence for name, head in heads.items() for sentence in remarks_on_texts(head.root, name)]
+    return heads, tuple(said)
 
 
 def of_another_embedding(name: str, found: SentenceHead, made: SentenceEmbedding) -> InputRefused:
@@ -150,7 +179,7 @@ def without_source(
     """
     if embedding is None or not embedding.source or embedding.source not in gone:
         return embedding
-    other = next((record.name for record in left if MODULES in record.source.files), None)
+    other = next((record.name for record in left if says_embedding(record.source.files)), None)
     if other is None and not embedding.is_named:
         raise InputRefused(
             f"The folder of adapter {embedding.source!r} says how the export makes its embedding; without it, nothing "

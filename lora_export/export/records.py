@@ -14,7 +14,7 @@ from lora_export.adapters.folder import CONFIG, WEIGHTS
 from lora_export.adapters.foreign import source_hashes
 from lora_export.adapters.pack import pack, write_onnx_adapter
 from lora_export.artifact import ADAPTERS, AdapterRecord, Manifest, SourceRecord, sha256_of
-from lora_export.base.sentence_folder import SentenceHead
+from lora_export.base.sentence_folder import SentenceHead, files_read
 from lora_export.base.stored import source_files
 from lora_export.contract import GraphContract, adapter_file
 from lora_export.errors import InputRefused, some_of
@@ -43,6 +43,7 @@ def hashed_sources(plan: Plan) -> Iterator[Callable[[], Sources]]:
     files = [
         *source_files(plan.checkpoint.located.path),
         *(f.path / name for f in plan.folders for name in (CONFIG, WEIGHTS)),
+        *(file for head in plan.own_heads.values() for file in head.files),
     ]
     before = {file: state_of(file) for file in files}
     with ThreadPoolExecutor(max_workers=1) as hashing:
@@ -69,11 +70,11 @@ def _hash_sources(plan: Plan) -> Sources:
     located = plan.checkpoint.located
     base_files = source_files(located.path)
     hashes = {file.relative_to(located.path).as_posix(): sha256_of(file) for file in base_files}
-    hashes = with_head(plan.head, hashes, source="", place=plan.checkpoint.path)
+    hashes = with_settings(hashes, plan.checkpoint.path, plan.own_heads.get(""))
     base = SourceRecord(local_path(located.given), located.revision, hashes)
     adapters = [
         SourceRecord(
-            local_path(f.given), None, with_head(plan.head, source_hashes(f.path), source=f.name, place=f.path)
+            local_path(f.given), None, with_settings(source_hashes(f.path), f.path, plan.own_heads.get(f.name))
         )
         for f in plan.folders
     ]
@@ -82,12 +83,16 @@ def _hash_sources(plan: Plan) -> Sources:
     return Sources(base, tuple(adapters), graph)
 
 
-def with_head(head: SentenceHead | None, hashes: dict[str, str], *, source: str, place: Path) -> dict[str, str]:
-    """The hashes of a source in folder `place`, with those of the embedding that it brings, by path from its root."""
-    if head is None or head.embedding.source != source:
-        return hashes
-    below = place.relative_to(head.root)
-    own = {file.relative_to(head.root).as_posix(): sha256_of(file) for file in head.files}
+def with_settings(hashes: Mapping[str, str], place: Path, head: SentenceHead | None) -> dict[str, str]:
+    """The hashes of a source in folder `place`, with those of what is read of the sentence-transformers folder that it
+    is or is the Transformer of, by path from there.
+
+    Args:
+        head: What was read of how it embeds; None where nothing was.
+    """
+    below, files = files_read(place, head)
+    root = files[0].parent if files else place
+    own = {file.relative_to(root).as_posix(): sha256_of(file) for file in files}
     return {(below / name).as_posix(): found for name, found in hashes.items()} | own
 
 

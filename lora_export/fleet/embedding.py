@@ -18,7 +18,7 @@ from lora_export.base.sentence_folder import SentenceHead, read_head, sentence_r
 from lora_export.base.tasks import Task
 from lora_export.errors import InputRefused, LoraExportError
 from lora_export.export.pooling import choose_head, of_another_embedding
-from lora_export.export.records import with_head
+from lora_export.export.records import with_settings
 from lora_export.fleet.outcomes import AdapterOutcome
 from lora_export.fleet.sources import Opened, refusal
 from lora_export.sentence import AUTO, NONE, SentenceEmbedding, equal_embeddings
@@ -90,8 +90,8 @@ def settled(
         return FleetEmbedding(), list(opened), []
     checkpoint = Checkpoint.open(locate(base, kind="base"))
     if pooling != AUTO:
-        head, _ = choose_head(pooling, Task.FEATURE_EXTRACTION, checkpoint=checkpoint, folders=())
-        return FleetEmbedding(pooling, head), list(opened), []
+        named = choose_head(pooling, Task.FEATURE_EXTRACTION, checkpoint=checkpoint, folders=())
+        return FleetEmbedding(pooling, named.head), list(opened), []
     heads, refused = _heads_of(opened)
     gone = {outcome.name for outcome in refused}
     of_base = _head_of_base(checkpoint, is_needed=not heads)
@@ -103,7 +103,7 @@ def settled(
         if name in heads and not equal_embeddings(heads[name].embedding, chosen.embedding):
             refused.append(refusal(name, each.entry.given, of_another_embedding(name, heads[name], chosen.embedding)))
         elif name in heads:
-            hashes = with_head(heads[name], dict(each.hashes), source=name, place=each.folder.path)
+            hashes = with_settings(each.hashes, each.folder.path, heads[name])
             fitting.append(replace(each, hashes=hashes))
         elif name not in gone:
             fitting.append(each)
@@ -114,7 +114,7 @@ def settled(
 def _head_of_base(checkpoint: Checkpoint, *, is_needed: bool) -> SentenceHead | None:
     """What the base's folder says; None where it says nothing that a graph makes, and adapters' do."""
     try:
-        return choose_head(AUTO, Task.FEATURE_EXTRACTION, checkpoint=checkpoint, folders=())[0]
+        return choose_head(AUTO, Task.FEATURE_EXTRACTION, checkpoint=checkpoint, folders=()).head
     except InputRefused:
         if is_needed:
             raise

@@ -67,7 +67,9 @@ def test_the_published_folder_of_all_minilm_is_read():
     head = read_head(root, "")
     assert head.embedding.pooling == (Pooling.MEAN,) and head.embedding.layers == (None,)
     assert head.embedding.described == "mean, length 1"
-    assert [path.relative_to(root).as_posix() for path in head.files] == ["modules.json", "1_Pooling/config.json"]
+    assert [path.relative_to(root).as_posix() for path in head.files] == [
+        "modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    ]  # fmt: skip
     assert transformer_in(root) == root and sentence_root(root) == root
 
 

@@ -60,5 +60,6 @@ def test_what_lies_beside_an_adapter_decides_with_it(name, adapters, tmp_path):
             [Entry("chat", str(tmp_path / "chat"), "here")], "base", None, fetched=tmp_path, progress=lambda *_: None
         )
         found.append(opened)
-    assert found[0].hashes == found[1].hashes and found[0].kind == found[1].kind
+    is_source = name == "config.json"  # of its labels
+    assert (found[0].hashes != found[1].hashes) == is_source and found[0].kind == found[1].kind
     assert found[0].carried[name] != found[1].carried[name]
