@@ -137,7 +137,7 @@ def _drop_defaults(graph: ir.Graph, adapter_inputs: Sequence[AdapterInput]) -> N
 
 
 def _require_size(value: ir.Value, array: np.ndarray) -> None:
-    """Refuse numbers that are not what the graph says of them: it would be read at another dtype or shape.
+    """Refuse numbers of another dtype or shape than the graph says: their bytes would be read as other numbers.
 
     Raises:
         InputRefused: The bytes are not dtype × shape.

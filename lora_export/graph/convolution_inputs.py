@@ -3,8 +3,8 @@
 `y[i] = W * x[i] + B[i]ᵀ (A[i] * x[i]) + b[i]`, `*` the convolution with the base's strides and padding; A's has `rank`
 outputs before B maps them to the base's. A is `[rows, in_channels·∏kernel, rank]`: each column a kernel, flattened.
 
-A convolution's kernels are the same for the whole batch, so every row is convolved with all rows' kernels, and takes
-its own results: `rows·rank` outputs more, against the base's `out_channels`.
+A convolution has the same kernels for the whole batch. So every row is convolved with the kernels of all rows, and then
+takes the results of its own. That is `rows·rank` outputs beside the base's `out_channels`: 4 rows of rank 8 are 32.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def add_convolution_pair(graph: ir.Graph, site: ConvolutionSite, pair: tuple[ir.
     a, b = pair
     output, users = site.node.outputs[0], tuple(site.node.outputs[0].uses())
     tape, x, dtype = Tape(graph, site.node), site.node.inputs[0], a.dtype
-    # One rank of zeros more: a convolution has at least one output, and ONNX Runtime 1.31 leaves what a transposed
-    # product of rank 0 gives as it finds the memory.
+    # One rank of zeros more: a convolution has at least one output, and ONNX Runtime 1.31 does not write the result of
+    # a transposed product of rank 0, which then is what the memory held before.
     a = tape.op("Pad", [a, tape.ints([0, 0, 0, 0, 0, 1])], [a.shape[0], site.in_features, None], dtype)
     b = tape.op("Pad", [b, tape.ints([0, 0, 0, 0, 1, 0])], [b.shape[0], None, site.out_channels], dtype)
     kernels = tape.op("Transpose", [a], [a.shape[0], None, site.in_features], dtype, perm=[0, 2, 1])

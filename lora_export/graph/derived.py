@@ -1,7 +1,8 @@
 """What a model makes of a norm's weight before it multiplies by it, as a constant that goes by the weight's name.
 
-Gemma's norms multiply by 1 + weight. Constant folding would make constants of it that are of no layer, which no layer's
-copy could tell from each other. Here each gets the weight's path in its name, and what it was made by.
+Gemma's norms multiply by 1 + weight. Constant folding would make a constant of each, with a name that tells no layer,
+and `stamp.py`, which copies layers, could not tell one layer's constant from another's. Here the constant's name is the
+weight's path and the operators that made it.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 ONNX Runtime GenAI's model builder, Optimum and `torch.onnx.export` name inputs and outputs as Transformers does, and
 nodes and weights as they like. Which weight is whose is found in `matching.py`, from the numbers.
 
-`GroupQueryAttention` wants a row's tokens side by side. A tool that leaves that to its host is given the order at the
-graph's entry and exit (`token_order.py`), so that padding may stand on either side, as in our own graphs.
+`GroupQueryAttention` wants a row's tokens side by side. Some tools leave that to their host. Here nodes at the graph's
+entry and exit order the tokens (`token_order.py`), so that padding may stand on either side, as in our own graphs.
 """
 
 from __future__ import annotations

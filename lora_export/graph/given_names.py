@@ -1,7 +1,7 @@
-"""What of a given graph was matched, named by the base's paths, as in a trace of it.
+"""Name by the base's paths what of a given graph was matched, as a trace of the base names it.
 
-An initializer is `<module>.weight` or `<module>.bias`, and its node's scope is the module's; floats become unbound, as
-they are made from the base when they are written.
+An initializer becomes `<module>.weight` or `<module>.bias`, and its node gets the module's scope. Floats lose their
+values: the base's are written in their place.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@
 
 1. every cache is held by one `Attention`, as its keys and its values;
 2. every mask is causal, with or without a window (`mask.py`);
-3. nothing else is computed from `attention_mask`, nor from the length of a cache: where a host shares its buffer, that
-   is not the number of its tokens;
+3. nothing else is computed from `attention_mask` or from the length of a cache: in a buffer that a host shares, a cache
+   is longer than the tokens in it;
 4. the provider has the operator in the graph's dtype.
 
-A row's padding may stand on either side or between its tokens. A window then counts tokens, as if there were none.
+A row's padding may stand on either side or between its tokens. A window counts tokens only, not the padding.
 """
 
 from __future__ import annotations

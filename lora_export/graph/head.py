@@ -5,9 +5,9 @@ token's. So the last hidden states are cut before the head:
 
     hidden [batch, sequence, size] → Slice(hidden, start = −k) → [batch, min(k, sequence), size] → head → logits
 
-With k = 0, the default, all are kept. Other exports of Transformers' decoders call the input by this name, too. The
-head must compute each token by itself: `_BY_TOKEN` operators on weights, constants and adapter inputs. A gate, which is
-by token as well, is cut alike.
+With k = 0, the default, all are kept. Other exports of Transformers' decoders give the input this name, too. The head
+must compute each token by itself: `_BY_TOKEN` operators on weights, constants and adapter inputs. A gate has a number a
+token, so it is cut as well.
 """
 
 from __future__ import annotations

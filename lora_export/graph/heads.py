@@ -40,8 +40,9 @@ def before_heads(states: ir.Value) -> ir.Value | None:
 
 
 def read_instead(old: ir.Value, attended: ir.Value) -> None:
-    """Let what merges the heads of `old`, `[batch, heads, sequence, size]`, read `attended`, `[batch, sequence,
-    heads·size]`, as it is; other readers, its heads taken apart."""
+    """Let the readers of `old`, `[batch, heads, sequence, size]`, read `attended`, `[batch, sequence, heads·size]`.
+
+    Those that merge the heads read it as it is. For the others its heads are taken apart."""
     merging = _merging(old, attended.shape[2])
     if merging is not None:
         merging.replace_all_uses_with(attended)

@@ -1,8 +1,8 @@
 """A module that a given graph has taken apart into products of some of its rows each, made one product again.
 
-GenAI's model builder writes Phi-3's `gate_up_proj` as a product for the gate and one for the rest. What an adapter
-brings is for the module's whole output. So one product takes their place, and what read them reads its `Split`. A row
-of integers has blocks, scales and zeros of its own, so no number changes.
+GenAI's model builder writes Phi-3's `gate_up_proj` as two products, one for the gate and one for the rest. An adapter
+adds to the module's whole output. So one product takes the place of the two, and their readers read its `Split`. Each
+row of integers has its own blocks, scales and zeros, so no number changes.
 """
 
 from __future__ import annotations

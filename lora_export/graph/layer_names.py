@@ -1,7 +1,7 @@
 """The names of a stack of layers: which layer a name is of, and the names of all layers for those of a few.
 
-A graph of a stack's traced layers has four units: the first layers, two periods that are compared (the second of which
-is copied), and the last layers.
+A graph of a stack's traced layers has four units: the first layers, two periods, and the last layers. The two periods
+are compared, and the second of them is copied.
 """
 
 from __future__ import annotations

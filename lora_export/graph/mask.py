@@ -1,4 +1,4 @@
-"""What a traced attention mask lets through, found by running the nodes that compute it: no pattern is relied on.
+"""What a traced attention mask lets through. The pass runs the nodes that compute the mask: it knows no patterns.
 
 A decoder's mask `[batch, 1, new, total]` is causal if query `q` of a row attends key `k` where both are real tokens and
 `k <= past + q`; with a window `w`, if also `k > past + q - w`.

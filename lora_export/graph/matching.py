@@ -1,4 +1,4 @@
-"""Whose numbers a given graph's weights are: found from the numbers, names only decide between equals.
+"""Whose numbers a given graph's weights are. The numbers decide; names decide only between modules with equal numbers.
 
 A weight of a linear map is held against the base's as `[out, in]`, however it is stored:
 

@@ -9,12 +9,12 @@ weight is read, the module is computed:
 2. The module's output is where the chain of its own nodes ends: those that add the product of its pair or its bias,
    scale it by its gain, and reshape it. A node is the module's own if it reads one of the module's tensors, or carries
    the module's path.
-3. A bias that a fused operator adds, together with what belongs to the next module, is never added in a value of its
-   own: `bias_is_pending`.
+3. A fused operator may add the module's bias together with what belongs to the next module. No value of the graph is
+   then the output with its bias: `bias_is_pending`.
 4. A module without an anchor (a normalization that was not fused, its weight folded into a constant) is where its
    path ends: the last value of its nodes that others read.
-5. Where the product of a pair is added by a skip normalization, as if it were a residual, the output is the sum that
-   it gives, or if it gives none, of two values: `addend`.
+5. A skip normalization may add the product of a pair as if it were a residual. The module's output is then the sum that
+   the normalization gives as a further output. Where it gives none, the output is the sum of two values: `addend`.
 6. A product may have a factor: `scale`.
 """
 

@@ -1,8 +1,8 @@
 """Pairs of modules that share an input, packed: one A side by side, one block-diagonal B, for all of them.
 
 `[x A_1 … x A_n] = x [A_1 … A_n]`, and `[(x A_1) B_1 … (x A_n) B_n] = (x [A_1 … A_n]) diag(B_1 … B_n)`. On a GPU a pair
-costs its launches, not its arithmetic: for queries, keys and values together two products and a sum, in place of six
-and three.
+costs its launches, not its arithmetic. Queries, keys and values together take two products and one sum, where three
+pairs take six products and three sums.
 
 1. `sibling_groups` says which modules are packed; `insert_pairs` gives them one pair, whose result is split.
 2. Fusion packs the modules' own products as well (`pack.py`), and splits that result, too.

@@ -7,9 +7,9 @@ Nothing is read here: each weight's recipe becomes those of its parts. Quantized
    keeps its floats, and the head gets integers of its own;
 3. `Gemm(x, W, b)`, of either layout, factors aside.
 
-Of a checkpoint's own integers, only weights whose grid is known; of several side by side, only if it is one. A weight
-that anything else multiplies stays as it is: an adapter input's default, one that a packed `Attention` holds,
-experts in three axes.
+A checkpoint's own integers are taken where their grid is known, and of several weights side by side where all have one
+grid. A weight stays as it is where anything else multiplies by it: an adapter input's default, a weight inside a packed
+`Attention`, experts in three axes.
 """
 
 from __future__ import annotations

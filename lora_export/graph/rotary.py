@@ -6,8 +6,8 @@ of tables `[positions, half]`. The tables are the traced nodes once more, of the
 them when it loads the graph. They stand in for the traced values where
 
 1. queries and keys are turned by the same values;
-2. these are computed from `position_ids` alone, and what a token gets depends on its own position only, however long
-   the text is, which is found by running them;
+2. these values are computed from `position_ids` alone, and a token's depend on its own position only, whatever the
+   length of the text: the pass runs the nodes to find out;
 3. the base's config says how many positions there are, and the tables are not too large. ONNX Runtime refuses a longer
    text then.
 """

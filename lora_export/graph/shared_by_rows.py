@@ -1,7 +1,7 @@
 """What all rows of a batch share, once adapters tell the rows apart: DeBERTa's projections of its table of positions.
 
-A module that is applied to a table, `[1, tokens, in]`, has one result for all rows; its pair gives one a row. The nodes
-that read the result were traced for a first axis of 1, or of k where heads were moved into it:
+A module that is applied to a table, `[1, tokens, in]`, has one result for all rows. With a pair it has a result for
+each row. The nodes that read the result were traced for a first axis of 1, or of k where heads were moved into it:
 
 1. `Transpose` that leaves the first axis, `Identity`, `Cast`, arithmetic and products with what has no rows: as is.
 2. Arithmetic and products with the batch's own values: they broadcast, and have the batch's axis from there on.

@@ -1,9 +1,9 @@
 """Copy a unit of a finished graph, so that tracing and fusing cost the same at any depth.
 
 A graph of a stack's traced layers becomes one of all: of its four units (first layers, two periods, last layers) the
-third is copied. A period is one layer, or as many as it takes until their kinds repeat. Which nodes are a unit's is
-told by what they read: a node is in unit `d` if `d` is the highest unit whose parameters or cache it depends on. What
-fusions moved over a border is then in the next unit, in every unit alike.
+third is copied. A period is one layer, or as many as it takes until their kinds repeat. A node's
+unit follows from what the node reads: it is the highest unit whose parameters or cache the node depends on. A fusion
+may move a node over the border of two units. The node is then in the next unit, and so is its like in every unit.
 
 The two middle units must be the same computation, node by node: equal operators and attributes, and operands that are
 
@@ -11,10 +11,12 @@ The two middle units must be the same computation, node by node: equal operators
 2. what the corresponding nodes of either unit, or of the one before each, give;
 3. the same value for both, or equal ones of no unit: constants, or the same made of equal ones.
 
-A graph of several stacks is stamped stack by stack; to each, the others' layers are of none of its units.
+Where the two units differ, nothing is copied, and the whole model is traced.
 
-Where they are not, there is no copy to make, and the whole model is traced. While the graph is fused, norms and biases
-are bound to stand-ins, each to other numbers: what is computed of them when constants are folded differs by layer then.
+A graph of several stacks is stamped stack by stack. To each of them, the layers of the others are in none of its units.
+
+While the graph is fused, norms and biases have stand-ins for values, and no two stand-ins have the same numbers. So
+what constant folding makes of them differs from layer to layer, and no two of its constants become one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The weights that a written graph multiplies by as small integers, read off its file as `MatMulNBits` is specified.
 
-`check` goes by what is read here. Nothing is shared with the code that quantizes, so that a mistake of one is not made
-by the other as well.
+`check` trusts what is read here. No code is shared with what quantizes, so that neither repeats a mistake of the other.
 
     Y = A · Wᵀ,  W[n, k] = scales[n, k // block_size] · (B[n, k] − zero_points[n, k // block_size])
 

@@ -87,8 +87,8 @@ def read_adapter(path: Path) -> dict[str, np.ndarray]:
 def map_adapter(path: Path) -> dict[str, np.ndarray]:
     """As `read_adapter`, but views of the file's pages, which every process that maps them shares.
 
-    ONNX Runtime reads and checks the file. Where a tensor lies in it follows from where it lies in ONNX Runtime's copy,
-    and holds only if its bytes are the same in both; a tensor for which it does not is copied.
+    ONNX Runtime reads the file into a copy and checks it. A tensor's offset in the copy is taken for its offset in the
+    file. The bytes of both are compared, and a tensor that differs is copied.
     """
     return _of_values(path, lambda values: _mapped(path, values))
 

@@ -1,11 +1,12 @@
 """`Admission`: when free rows of a scheduler are given to texts that wait, and which prompts are read in one run.
 
-A run takes a while whatever it runs, above all to read all weights, and more for each of its tokens. Prompts in one run
-are padded to the longest. So a prompt joins others where the padding takes no longer than a run of its own would cost.
+A run has a fixed cost, above all to read all weights, and a cost for each of its tokens. Prompts in one run are padded
+to the longest. So a prompt joins others where its padding costs less than the fixed part of a run of its own.
 
-Where joining saves something, more texts wait than there are free rows, and others are at work, free rows are filled
-together: once they have been idle for as long, all together, as half a step of all rows takes. What that costs and what
-it saves are then alike, however long the texts are (the rule of a ski rental: Karlin et al., Algorithmica 3, 1988).
+Free rows wait to be filled together where all of this holds: joining saves something, more texts wait than rows are
+free, and other rows are at work. They are filled once the time that they were idle, summed over rows, is half of what a
+step of all rows takes: of 8 rows, 2 free ones at the second step, as 2 · 2 = 8 / 2. Waiting then costs as much as it
+saves, however long the texts are (the rule of a ski rental: Karlin et al., Algorithmica 3, 1988).
 """
 
 from __future__ import annotations

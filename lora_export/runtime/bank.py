@@ -1,7 +1,7 @@
 """`Bank`: the adapters of a graph at one moment; `Shelf`: the banks that an export's graphs run with now.
 
-A bank does not change. What is stacked is kept by the adapters themselves, not by their names. So a bank that was
-replaced cannot leave what it stacked of an old adapter to a new one of that name, whichever thread comes first.
+A bank does not change. It keeps what it stacked by the adapter objects, not by their names. So what was stacked of an
+old adapter is never taken for a new one of the same name, whichever thread comes first.
 """
 
 from __future__ import annotations

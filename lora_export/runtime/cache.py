@@ -19,7 +19,7 @@ from lora_export.runtime.arrays import memory_of, numpy_dtype, onnx_element_type
 class Buffers:
     """Keys and values where a session runs, `[batch, kv_heads, room, head_size]` by input name; zeros at first.
 
-    Who takes them on from another cache sees what that has written, which no mask of its own rows shows.
+    A cache that takes them over from another one finds there what that one wrote. Its own rows' masks leave that out.
     """
 
     values: Mapping[str, ort.OrtValue]

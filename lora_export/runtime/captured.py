@@ -1,20 +1,21 @@
 """`CapturedRuns`: runs of a session that are captured in CUDA graphs, one for each shape, and replayed.
 
-A replay launches the captured kernels on the addresses that they were captured with, whatever is bound. So everything
-has a place of its own: inputs, outputs, and the adapters of a number of rows. Those are picked into it from the
-device's bank (`device_rows`); heads are copied. A run writes its inputs and what is other of its adapters, replays, and
+A replay launches the captured kernels on the addresses of the capture, whatever is bound. So everything has a place of
+its own: inputs, outputs, and the adapters of a number of rows. The adapters are picked into their place from the
+device's bank (`device_rows`); heads are copied. A run writes its inputs and the adapters that changed, replays, and
 copies the outputs.
 
-A capture is of a bucket, which is the shapes of the inputs and the outputs that are asked for, and of the places of the
-adapters, which are others when their largest rank is another. One run is under way at a time: captures share the memory
-of what lies between inputs and outputs. ONNX Runtime has the captures of each thread for itself.
+A capture belongs to a bucket and to the places of the adapters. A bucket is the shapes of the inputs, and which outputs
+are asked for. The adapters get other places when their largest rank changes. One run is under way at a time, as all
+captures share the memory between inputs and outputs. ONNX Runtime keeps the captures of each thread apart.
 
 Of a decoder whose cache is one buffer, steps of one new token a row are captured. A step's mask grows with its past,
-and the length of the mask is a number on the CPU, which a capture keeps. So the mask is given for the whole buffer:
-ones for what a row has, and a one in the last column for its new token. Where the ones of the past stand makes no
-difference (`graph/token_order.py` counts them). ONNX Runtime GenAI captures its steps in this way, too. The buckets of
-a cache live as long as its buffers, which go on to the next cache of their size: a text that follows another one
-replays what that has captured.
+and its length is a number on the CPU, which a capture keeps. So the mask is given for the whole buffer: ones for what a
+row has, and a one in the last column for its new token. It makes no difference where the ones of the past stand, as
+`graph/token_order.py` counts them. ONNX Runtime GenAI captures its steps in this way, too.
+
+The buckets of a cache live as long as its buffers. The buffers go on to the next cache of their size, so the next text
+replays what the text before it has captured.
 """
 
 from __future__ import annotations

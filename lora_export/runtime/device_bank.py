@@ -1,14 +1,14 @@
-"""`DeviceBank`: what rows run, on the device; it enters once, and a composition only picks.
+"""`DeviceBank`: what rows run, on the device. An entry is written once, and a composition only picks rows of it.
 
 An entry is what a row runs: an adapter, a blend, or nothing, which is the base. It has a slot in the table of each
 group of inputs (`device_layout`), padded to the largest rank in use. An entry stays until its slot is needed:
 
-1. Adapters that are gone, and blends that the batch at hand does not run, give theirs.
+1. Adapters that are gone, and blends that the batch at hand does not run, give up their slots.
 2. The bank grows, if its bound allows it.
-3. What was used the longest ago gives its slot.
-4. What one batch needs is had in any case.
+3. The entry that was used the longest ago gives up its slot.
+4. Whatever one batch needs gets its slots, even beyond the bound.
 
-A larger rank or another input lays the bank out anew, and so does a while in which half of a rank was enough.
+The bank is laid out anew for a larger rank, for another input, and after a while in which half of its rank was enough.
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ def n_positions(folder: Path) -> int | None:
 
 @contextlib.contextmanager
 def told_if_too_long(inputs: Mapping[str, np.ndarray], folder: Path) -> Iterator[None]:
-    """Where ONNX Runtime fails as a batch is longer than a table of positions, say so.
+    """Say so where ONNX Runtime fails because a batch is longer than a table of positions.
 
-    Some graphs take a text that is longer than the configuration says, so none is refused before.
+    No text is refused before it runs, as some graphs take longer ones than the configuration says.
 
     Raises:
         UsageProblem: It failed so.

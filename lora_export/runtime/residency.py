@@ -1,8 +1,8 @@
 """`Residency`: which adapters' tensors are in memory, where that is bounded.
 
-An adapter that is read from a file is in memory when a run needs it. When the tensors of all take more than
-`max_bytes`, those of the adapter that was used the longest ago are dropped; the next run that needs it reads its file
-again, and refuses one that is not what it was. A pinned adapter stays. Runs that are under way keep what they read.
+An adapter that is read from a file is in memory when a run needs it. When the tensors of all adapters take more than
+`max_bytes`, those of the adapter that was used the longest ago are dropped. The next run that needs them reads the file
+again, and refuses it if it has changed. A pinned adapter stays. Runs that are under way keep what they have read.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Two ways, by where a graph keeps a token (`CacheLayout`):
 
 1. `SharedRows`, TOKENS: one buffer for all rows. A run takes rows that lie side by side, and writes into them. A row
-   between them that has no new token is run too, with a token that the row's next one writes over. Steps that are
-   captured in CUDA graphs are of 1, 2, 4, 8, … rows from the first on, so that few captures serve.
+   between them that has no new token runs as well, with a token that the row's next one overwrites. Steps that are
+   captured in CUDA graphs take the first 1, 2, 4, 8, … rows, so that few captures are enough.
 2. `LooseRows`, COLUMNS: a run returns the caches of its rows as new arrays. They are the past of the next run if that
    is of the same rows; else each row's part is copied to a new past, shorter rows filled up on the left.
 """
