@@ -1,8 +1,8 @@
 """What is proven of a quantized export beside its graph, and what quantization costs.
 
-The graph is proven like any other, against PyTorch with the weights that the file has, on products that round no
-activations. That says nothing of the weights themselves, nor of the rounding of activations, nor whether the result is
-any good. So, besides:
+The graph is proven like any other: against PyTorch with the weights of the file, with products that round no
+activations. That tells nothing of three things: the weights themselves, the rounding of activations, and how good the
+result is. They are measured besides:
 
 1. *weights*: each stored number is the nearest of its block's grid to the base's own, or of a merged export to what
    PEFT's merge gives, and the grid has the range of the block;

@@ -108,8 +108,8 @@ class Sides:
 def noise_of(rounding: Rounding | None, expected: np.ndarray, limits: Tolerances) -> float | None:
     """How far a logit may be off by rounding alone; None where nothing tells.
 
-    What PyTorch's own are off, times what is allowed of it; else the tolerance of float32. Never the error that was
-    seen: no best class could then be wrong.
+    It is how far PyTorch's own logits are off, times the multiple that is allowed; where that is not known, it is the
+    tolerance of float32. It is never the error that was seen: with that, no best class could be wrong.
     """
     if rounding is not None:
         return limits.noise * max(rounding.error_reference, limits.epsilon * scale_of(expected))

@@ -1,10 +1,11 @@
 """What a parity measure may be, by dtype and provider: one table, a reason for each number.
 
 float32 is judged by the largest error relative to the largest reference magnitude (at least 1). In half precision the
-largest of many roundings says little, so distributions are compared instead; where there are no logits, the relative
-error is, at what a dozen layers of roundings amount to. At every dtype the export's distance from PyTorch at a wider
-dtype may be at most a multiple of PyTorch's own: of all limits the sharpest, as it knows how well the model can be
-computed at this dtype.
+largest of many roundings says little, so distributions are compared instead. Where there are no logits, the relative
+error is limited by what the roundings of a dozen layers amount to.
+
+At every dtype the export's distance from PyTorch at a wider dtype is limited, too: to a multiple of PyTorch's own
+distance. This is the sharpest of the limits, as it takes into account how well the model can be computed at this dtype.
 """
 
 from __future__ import annotations

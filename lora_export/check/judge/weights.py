@@ -4,22 +4,22 @@ Of a block with scale `s` and zero `z`, the stored number `q` stands for `s (q �
 measures over all blocks of all weights:
 
 - *weights*: how much farther `s (q − z)` is from the float `w` than the nearest of the grid, over the grid's range
-  `2**bits |s|`, or over `|z s|` where that is more. 0 where every `q` is the best there is; rounding of `w` moves it by
-  as much.
-- *scales*: how far the grid's range is from the block's own, relative to it: `−s 2**(bits − 1)`, the grid's farther
-  end, from the `w` of the largest `|w|`; where blocks have zeros, `s (2**bits − 1)` from the largest `w` less the
-  smallest, zero being one of both.
+  `2**bits |s|`, or over `|z s|` where that is more. It is 0 where every `q` is the best there is. Rounding of `w`
+  changes the measure by as much as it changes `w`.
+- *scales*: how far the grid's range is from the block's own, relative to the block's. Without zeros, the grid's farther
+  end `−s 2**(bits − 1)` is compared with the `w` of the largest `|w|`. Where blocks have zeros, `s (2**bits − 1)` is
+  compared with the largest `w` less the smallest, of the block's numbers and 0.
 - *clipping*: how much farther `s (q − z)` is from `w` than a sound grid can be, over the grid's range. The nearest of a
   grid that lies elsewhere is far away. A sound one reaches every `w` to half a step, but its shorter end may be a step
   short: without zeros it has one number less there.
 
-A method that chooses grids near the block's own range may leave a number out. Its *scales* are what is beyond its
-choice, the range being that of the numbers alone; its *clipping* is what is beyond two steps of the plain grid, which
-has the block's range with zero in it. HQQ's steps are no finer than 1/20000.
+A method that chooses grids near the block's own range may leave a number out. Then *scales* counts only what is beyond
+the method's choice, and the block's range is that of its numbers alone. *clipping* counts only what is beyond two steps
+of the plain grid, whose range is the block's with zero in it. HQQ's steps are no finer than 1/20000.
 
-Of a checkpoint's own integers nothing was chosen. *weights* is then how far `s (q − z)`, rounded to the dtype that the
-checkpoint gives, is from `w`, over the grid's range: 0 where integers, scales and zeros are the checkpoint's. Nothing
-else is measured.
+For a checkpoint's own integers the export chose nothing. *weights* is then how far `s (q − z)`, rounded to the dtype
+that the checkpoint gives, is from `w`, over the grid's range. It is 0 where integers, scales and zeros are the
+checkpoint's. Nothing else is measured.
 """
 
 from __future__ import annotations

@@ -2,15 +2,15 @@
 
 1. Values are taken in PyTorch's order: each module's input, the parts of an adapted one, its output. The first that
    differs, while all before it agree, bounds the search: the node lies between it and the agreeing values before it.
-2. A module's output that differs while its input agrees is that module's. An input that differs was computed by the
-   module that gave it in PyTorch: an attention's core, a residual sum. An output of the graph that differs alone was
-   computed by the model itself.
+2. The module is named that computed the differing value. Where a module's output differs and its input agrees, it is
+   this module. Where an input differs, it is the module that gave that input in PyTorch: an attention's core, a
+   residual sum. Where only an output of the graph differs, it is the model itself.
 3. Where several nodes lie between, the results of all of PyTorch's operations in that module (its attention one by one)
-   are sought among the graph's values: those found agree, too, and the search goes on from them.
-4. Of what is left, the first node all of whose known inputs agree is named; it is known for sure if it is the only one.
+   are sought among the graph's values. Those that are found agree, too, and the search goes on from them.
+4. Of the nodes that are left, the first whose known inputs all agree is named. If it is the only one left, it is known
+   for sure.
 
-A value that differs alone, while what is computed from it agrees, changes nothing (a key's bias, say): it is passed
-over.
+A value may differ while everything computed from it agrees: a key's bias, say. Such a value is passed over.
 """
 
 from __future__ import annotations

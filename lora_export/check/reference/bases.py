@@ -1,9 +1,9 @@
 """A base in PyTorch, loaded once, for one adapter after another.
 
-PEFT puts its layers into the modules of the model that it is given. Each adapter gets modules of its own, and
-parameters of its own that share the loaded tensors' memory: to put another parameter in a place changes no other
-adapter's. But PEFT writes the biases and embeddings of an adapter's file into the base's memory: such a base is loaded
-again for the next adapter.
+PEFT puts its layers into the modules of the model that it is given. So each adapter gets modules and parameters of its
+own. The parameters share the memory of the loaded tensors: replacing one changes no other adapter's model. But PEFT
+writes the biases and embeddings of an adapter's file into the base's memory. Such a base is loaded again for the next
+adapter.
 """
 
 from __future__ import annotations

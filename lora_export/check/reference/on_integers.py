@@ -1,7 +1,8 @@
 """The base of a quantized export in PyTorch: its linear maps multiply by what the file says.
 
-Where the graph lets `MatMulNBits` round its other operand to 8-bit integers, PyTorch can do the same: a number a block
-of the operand, the largest over 127, is what its elements are rounded to multiples of.
+Where the graph lets `MatMulNBits` round its other operand to 8-bit integers, PyTorch can do the same. Each block of the
+operand has a step, its largest number over 127, and its elements are rounded to multiples of the step: with a largest
+number of 2.54 to multiples of 0.02.
 """
 
 from __future__ import annotations
