@@ -1,20 +1,21 @@
 """Attention without a cache: one operator, a mask of keys, heads in one axis.
 
-`Attention(q, k, v, mask)`, as it is traced, reads q, k and v by head and a number to add for each query and key.
+`Attention(q, k, v, mask)`, as it is traced, reads q, k and v by head. Its mask has a number for each query and key,
+which is added to their score.
 
-1. A mask that lets each key through for all queries or for none (`key_mask.py`) becomes a boolean one, computed once;
-   one that lets all through is dropped.
-2. Where q, k and v were just split into heads, that is taken back, and the operator splits them itself. With rotary
-   embeddings this step does not apply.
+1. A mask that lets each key through for all queries or for none (`key_mask.py`) becomes a boolean one, computed once. A
+   mask that lets every key through is dropped.
+2. Where q, k and v were just split into heads, the split is removed, and the operator splits them itself. This step
+   does not apply with rotary embeddings, which turn the heads after the split.
 3. Where they are then plain projections of one input, they become ONNX Runtime's packed `Attention`, which holds the
    three weights as one: the form of ONNX Runtime's own optimizer. A projection with an adapter's pair is not plain.
 
 MiniLM on two cores, beside the optimizer's graph: 0.99 to 1.03 packed, 1.00 to 1.05 with the standard operator,
 1.04 to 1.07 with `MultiHeadAttention`, 1.07 to 1.11 in parts.
 
-On CUDA step 2 ends in `MultiHeadAttention`, which adds the mask as numbers, made once for all layers, and which without
-a mask is flash attention. Step 3 is taken there where no key is masked: for 16 × 512 tokens of MiniLM in float16 on an
-H200, the packed operator with its own mask took twice the time of `MultiHeadAttention` with numbers.
+On CUDA step 2 ends in `MultiHeadAttention`. It adds the mask as numbers, which are made once for all layers; without a
+mask it is flash attention. Step 3 is taken on CUDA only where no key is masked. For 16 × 512 tokens of MiniLM in
+float16 on an H200, the packed operator with its own mask took twice the time of `MultiHeadAttention` with numbers.
 
 A row without any token attends its padding, where PyTorch gives zeros.
 """

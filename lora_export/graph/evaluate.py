@@ -1,4 +1,4 @@
-"""Run the nodes that compute a value: what a graph does is found by running it, and no pattern is relied on."""
+"""Run the nodes that compute a value. So a pass finds out what a graph does, without patterns of its nodes."""
 
 from __future__ import annotations
 

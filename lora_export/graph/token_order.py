@@ -1,7 +1,8 @@
 """The order in which a cache keeps its tokens: each row's real tokens side by side, padding after them.
 
-GroupQueryAttention wants it so. Hosts pad where they like, so the new tokens are brought into this order at the graph's
-entry and the last hidden states back into the given one at its exit: one small Gather each, none in a layer.
+GroupQueryAttention wants this order. Hosts pad where they like. So a Gather at the graph's entry brings the new tokens
+into the order, and one at its exit brings the last hidden states back into the order that the host gave. No layer has
+any.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Projections that a given graph has packed into one product, taken apart for adapters.
 
-Each gets a product of its own, and with it the place for whatever an adapter brings. What read the packed product reads
-the parts:
+Each projection gets a product of its own, beside which an adapter can add its own. The readers of the packed product
+read the parts:
 
 1. `GroupQueryAttention` with query, key and value in its first input takes three (floats are packed again afterwards);
 2. a `Split` at the same sizes goes;
 3. anything else reads their `Concat`.
 
-A row of integers has blocks, scales and zeros of its own, so no number changes. A float's part is without numbers until
-`name_weights` says whose it is.
+Each row of integers has its own blocks, scales and zeros, so no number changes. A part of a float weight has no numbers
+until `name_weights` says whose it is.
 """
 
 from __future__ import annotations

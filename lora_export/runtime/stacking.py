@@ -2,8 +2,8 @@
 
 The table of `contract.py` says of each kind of input how a row's adapters are blended, and how rows of different sizes
 are padded. For a row with pairs `(A_k, B_k)` and weights `w_k`,
-`Σ_k w_k (x A_k) B_k = (x [A_1 … A_n]) [w_1 B_1; …; w_n B_n]`: a blend is a concatenation along rank. So is one of
-changed tokens along tokens, as what is added to a token twice adds up.
+`Σ_k w_k (x A_k) B_k = (x [A_1 … A_n]) [w_1 B_1; …; w_n B_n]`: a blend is a concatenation along rank, and ranks 4 and 8
+blend into rank 12. A blend of changed tokens is a concatenation along tokens: a token that is there twice gets the sum.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Targets of an encoder-decoder that are written together: a row each, each with its own adapter. NumPy only.
 
-A decoder with a cross-attention has no mask of its own tokens: the rows of a run have equally many.
+A decoder with a cross-attention takes no mask of its own tokens. So all rows of a run have the same number of them.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ def preprocessing_of(manifest: Manifest, adapter: str | Mapping[str, float] | No
 def tokenizer_folders(place: Path, export: Path) -> tuple[Path, ...]:
     """Where the files of the tokenizer in `place` lie, the first that has a file first; the last has the vocabulary.
 
-    A place with a vocabulary stands alone, as parts of two tokenizers make none. One without, such as that of an
-    adapter that brings a chat template or generation settings only, goes with the tokenizer of its export.
+    A place with a vocabulary stands alone, as parts of two tokenizers make none. A place without a vocabulary goes with
+    the tokenizer of its export: an adapter may bring a chat template or generation settings only.
     """
     is_whole = any((place / name).is_file() for name in (_TOKENIZER, *_VOCABULARIES))
     return (place,) if is_whole or place == export else (place, export)
