@@ -10,6 +10,7 @@ import click
 
 from lora_export.cli import options
 from lora_export.cli.output import Display, guarded
+from lora_export.named import require_there
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def fleet(source: Path, base: str, out: str, flags: FleetFlags) -> None:
     """
     display = Display(as_json=flags.as_json, quiet=flags.quiet)
     with guarded(display):
+        require_there("list of adapters", source)
         display.start("lora-export fleet")
         from lora_export import pipeline
         from lora_export.fleet.options import FleetOptions

@@ -12,6 +12,7 @@ import click
 from lora_export.cli import options
 from lora_export.cli.output import Display, guarded
 from lora_export.errors import EnvironmentUnusable
+from lora_export.named import require_there
 from lora_export.serve.options import Pooling, ServeOptions
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "tokenizers", "jinja2")
@@ -57,7 +58,7 @@ _serve_options = options.as_flags(
         click.option("--api-key", envvar=_KEY, show_envvar=True,
                      help="Key that requests must have; better from the environment, as commands are seen by others."),
         click.option("--allow-runtime-adapters", "runtime_adapters", metavar="DIR",
-                     type=click.Path(path_type=Path, exists=True, file_okay=False),
+                     type=click.Path(path_type=Path, file_okay=False),
                      help="Let clients load adapters from this folder, and unload them."),
         click.option("--pooling", type=click.Choice(Pooling),
                      help="How tokens become an embedding.  [default: the graph's own, else mean]"),
@@ -86,6 +87,7 @@ def serve_command(out: Path, flags: ServeOptions) -> None:
         if flags.api_key is None:  # Click takes an empty variable for none
             flags = replace(flags, api_key=os.environ.get(_KEY))
         flags.require_key()
+        require_there("folder of adapters", flags.runtime_adapters)
         require_packages()
         from lora_export.serve.server import serve
 

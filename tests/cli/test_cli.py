@@ -143,6 +143,8 @@ def test_inputs_that_are_refused(adapters, bases, exports, own, tmp_path):
         (["check", "{export}", "--data", "topic={base}/cofig.json"], "did you mean '{base}/config.json'?"),
         (["check", "{export}", "--merged", "{export}x"], "did you mean '{export}'?"),
         (["bench", "{export}", "--budget", "{base}/cofig.json"], "did you mean '{base}/config.json'?"),
+        (["fleet", "{export}/adaptrs", "{base}", "-o", "{out}"], "did you mean '{export}/adapters'?"),
+        (["serve", "{export}", "--allow-runtime-adapters", "{export}/adaptrs"], "did you mean '{export}/adapters'?"),
         (["bench", "{export}", "--against", "{export}/model.onx"], "did you mean '{export}/model.onnx'?"),
     ],
 )
