@@ -32,14 +32,14 @@ class NotTaken:
 START = NotTaken(
     "init_lora_weights: PiSSA, OLoRA",
     "dynamic",
-    "the start takes factors off the base's floats, and the graph has the rounded numbers",
-    "merge it (folded into the floats, quantized after), or convert the adapter to plain LoRA with PEFT",
+    "the start takes factors off the base's floats, and the graph has integers",
+    "merge it with --quantize int4 (folded first, quantized after), or convert the adapter to plain LoRA with PEFT",
 )
 HEAD_ROWS = NotTaken(
     "trainable_token_indices on a head",
     "dynamic",
     "the rows would be off by the rounding of the head's own",
-    "leave the head in floats with --keep, or merge it",
+    "leave the head in floats with --keep, or merge it with --quantize int4",
 )
 NOT_TAKEN = (START, HEAD_ROWS)
 

@@ -10,11 +10,12 @@ be taken as they are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 Read = Callable[[str], torch.Tensor]
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,28 @@ class Groups:
         bits: Of an integer: 4 or 8.
         scales: `[out, groups]`, in a floating dtype.
         zeros: `[out, groups]`, integers as far from 0 as the weight's; None where each is `2**(bits − 1)`.
-        of_column: The group of each column, `[in]`; None where groups are columns in order, each as long as the first.
+        columns: How many columns in order are a group, of which the last may be shorter; None for equal groups.
+        of_column: The group of each column, `[in]`, where the checkpoint says; None where groups are columns in order.
     """
 
     bits: int
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
+    columns: int | None = None
     of_column: torch.Tensor | None = None
 
     def size(self, n_in: int) -> int:
         """How many columns are a group, where they are in order; the last may be shorter."""
-        return -(-n_in // self.scales.shape[1])
+        return self.columns or -(-n_in // self.scales.shape[1])
+
+    def in_order(self, n_in: int) -> Groups | None:
+        """The same with groups of columns in order; None where their columns do not lie together."""
+        if self.of_column is None:
+            return self
+        of_column = self.of_column.long()
+        columns = max(int((of_column == 0).sum()), 1)
+        is_ordered = torch.equal(of_column, torch.arange(n_in) // columns)
+        return replace(self, columns=columns, of_column=None) if is_ordered else None
 
     def values(self, integers: torch.Tensor) -> torch.Tensor:
         """The weight of unsigned `integers` `[out, in]`, in the scales' dtype: one rounding."""
@@ -65,3 +77,21 @@ class InGroups:
     def values(self, read: Read) -> torch.Tensor:
         """The weight `[out, in]`."""
         return self.groups(read).values(self.integers(read))
+
+
+def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The last axis of 32-bit words as one of unsigned integers, the lowest bits first."""
+    numbers = torch.empty((*words.shape, 32 // bits), dtype=torch.uint8)
+    for place in range(32 // bits):
+        numbers[..., place] = (words >> (bits * place)) & ((1 << bits) - 1)
+    return numbers.flatten(-2)
+
+
+def unpacked_awq(words: torch.Tensor) -> torch.Tensor:
+    """The same of 4 bits, in the order in which AWQ packs the eight of a word."""
+    return unpacked(words, 4).unflatten(-1, (-1, 8))[..., list(_AWQ_ORDER)].flatten(-2)
+
+
+def unsigned(integers: torch.Tensor) -> torch.Tensor:
+    """8-bit integers whose zero is 0 as those whose zero is 128."""
+    return (integers.to(torch.int16) + 128).to(torch.uint8)

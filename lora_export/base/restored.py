@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lora_export.base.groups import Groups, InGroups, Read
+from lora_export.base.groups import Groups, InGroups, Read, unpacked, unpacked_awq, unsigned
 from lora_export.base.stored import SafetensorsFiles, TensorInfo
 from lora_export.errors import InputRefused
 
@@ -31,8 +31,6 @@ _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _STATE = ".weight.quant_state.bitsandbytes__"
 # 1 / 127 as bitsandbytes has it.
 _INT8_STEP = 7.874015718698502e-3
-# In which order AWQ packs the eight numbers of a word.
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 @dataclass(frozen=True)
@@ -178,21 +176,9 @@ def _bitsandbytes_8bit(files: SafetensorsFiles, prefix: str, quantization: Mappi
         return read(weight).float() * read(scale).float()[:, None] * _INT8_STEP
 
     in_groups = InGroups(
-        lambda read: Groups(8, read(scale).float()[:, None] * _INT8_STEP), lambda read: _unsigned(read(weight))
+        lambda read: Groups(8, read(scale).float()[:, None] * _INT8_STEP), lambda read: unsigned(read(weight))
     )
     return Restored(TensorInfo(info.file, "F32", info.shape), sources, make, in_groups)
-
-
-def _unsigned(integers: torch.Tensor) -> torch.Tensor:
-    """8-bit integers whose zero is 0 as those whose zero is 128."""
-    return (integers.to(torch.int16) + 128).to(torch.uint8)
-
-
-def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """The last axis of 32-bit words as one of integers, the lowest bits first."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    numbers = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return numbers.flatten(-2)
 
 
 def _gptq_or_awq(files: SafetensorsFiles, prefix: str, quantization: Mapping, *, dtype: str | None) -> Restored:
@@ -211,24 +197,24 @@ def _gptq_or_awq(files: SafetensorsFiles, prefix: str, quantization: Mapping, *,
         _refuse(files, scale, f"[groups, {n_out}]", found=f"{list(files.tensors[scale].shape)}")
     # GPTQ's first format stores a zero less one.
     less = 1 if method == "gptq" and quantization.get("checkpoint_format", "gptq") == "gptq" else 0
-    is_gptq = method == "gptq"
+    is_gptq, size = method == "gptq", quantization.get("group_size")
+    is_fit = isinstance(size, int) and size > 0 and -(-n_in // size) == groups
+    columns = size if is_fit else -(-n_in // groups)
+    if -(-n_in // columns) != groups and not index:
+        _refuse(files, scale, f"group_size of {n_in} columns in {groups} groups", found=f"group_size {size}")
 
     def groups_of(read: Read) -> Groups:
-        zero = (_unpacked(read(zeros), bits) + less) & ((1 << bits) - 1) if is_gptq else _awq(read(zeros))
+        zero = (unpacked(read(zeros), bits) + less) & ((1 << bits) - 1) if is_gptq else unpacked_awq(read(zeros))
         of_column = read(index[0]) if index and is_gptq else None
-        return Groups(bits, read(scale).T.contiguous(), zero.T.contiguous(), of_column)
+        return Groups(bits, read(scale).T.contiguous(), zero.T.contiguous(), columns, of_column)
 
     def integers(read: Read) -> torch.Tensor:
         words = read(packed)
-        return _unpacked(words.T.contiguous(), bits) if is_gptq else _awq(words).T.contiguous()
+        return unpacked(words.T.contiguous(), bits) if is_gptq else unpacked_awq(words).T.contiguous()
 
     info = TensorInfo(files.tensors[packed].file, files.tensors[scale].dtype, (n_out, n_in))
     in_groups = InGroups(groups_of, integers)
     return Restored(info, (packed, zeros, scale, *index), in_groups.values, in_groups)
-
-
-def _awq(words: torch.Tensor) -> torch.Tensor:
-    return _unpacked(words, 4).unflatten(-1, (-1, 8))[..., list(_AWQ_ORDER)].flatten(-2)
 
 
 def _compressed_integers(files: SafetensorsFiles, prefix: str, quantization: Mapping, *, dtype: str | None) -> Restored:
@@ -239,14 +225,17 @@ def _compressed_integers(files: SafetensorsFiles, prefix: str, quantization: Map
     bits = words[-1] * 32 // max(shape[-1], 1) if len(shape) == 2 and len(words) == 2 else 0
     if bits not in (4, 8) or words[0] != shape[0] or any(name.endswith("g_idx") for name in others):
         _refuse(files, packed, "4 or 8 bits a number, groups in order", found=f"{list(words)} words for {list(shape)}")
-    groups = files.tensors[scale].shape[-1]
+    scales = files.tensors[scale].shape
+    groups = scales[-1] if len(scales) == 2 else 0
+    if groups < 1 or scales[0] != shape[0] or shape[1] % groups:
+        _refuse(files, scale, f"[{shape[0]}, groups], which divide {shape[1]} columns", found=f"{list(scales)}")
 
     def groups_of(read: Read) -> Groups:
-        zeros = _unpacked(read(others[0]).T.contiguous(), bits)[:, : shape[0]].T if others else None
+        zeros = unpacked(read(others[0]).T.contiguous(), bits)[:, : shape[0]].T if others else None
         return Groups(bits, read(scale).reshape(shape[0], groups), zeros)
 
     def integers(read: Read) -> torch.Tensor:
-        return _unpacked(read(packed), bits)[:, : shape[1]]
+        return unpacked(read(packed), bits)[:, : shape[1]]
 
     info = TensorInfo(files.tensors[packed].file, files.tensors[scale].dtype, shape)
     in_groups = InGroups(groups_of, integers)
@@ -282,7 +271,7 @@ def _scaled(files: SafetensorsFiles, prefix: str, quantization: Mapping, *, dtyp
     def groups_of(read: Read) -> Groups:
         return Groups(8, read(scale).reshape(shape).repeat_interleave(info.shape[0] // shape[0], 0))
 
-    in_groups = InGroups(groups_of, lambda read: _unsigned(read(weight))) if info.dtype == "I8" else None
+    in_groups = InGroups(groups_of, lambda read: unsigned(read(weight))) if info.dtype == "I8" else None
     return Restored(TensorInfo(info.file, element, info.shape), sources, make, in_groups)
 
 

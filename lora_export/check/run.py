@@ -39,7 +39,7 @@ from lora_export.check.inputs.invoked import with_invocation
 from lora_export.check.inputs.prepared import AnyBatcher, prepare
 from lora_export.check.judge.compare import Comparison, Outputs
 from lora_export.check.judge.tolerances import INT8, Limit, tolerances
-from lora_export.check.judge.weights import of_another_tool
+from lora_export.check.judge.weights import limits_of_integers
 from lora_export.check.locate.probe import Probe
 from lora_export.check.locate.probes import with_feeds, worst_probes
 from lora_export.check.locate.where import Where
@@ -144,9 +144,9 @@ def begin_check(request: CheckRequest) -> Check:
         require_same_adapters(manifest, read_manifest(request.merged), request.merged)
     prepared = prepare(request.folder, manifest, request.data, keep_rows=request.keep_rows)
     integers = integer_base(session)
-    is_quantized = integers is not None
-    limits = tolerances(manifest.dtype, session.provider, request.tolerances, quantized=is_quantized)
-    limits = limits if manifest.given_graph is None else of_another_tool(limits, request.tolerances)
+    limits = tolerances(manifest.dtype, session.provider, request.tolerances, quantized=integers is not None)
+    if manifest.quantization is not None:
+        limits = limits_of_integers(limits, manifest.quantization.method, request.tolerances)
     lack = lack_of_memory(manifest, request.folder)
     mixed = _mixed_batch(prepared.batcher, prepared.data, manifest)
     exact = with_float_activations(session, turns) if rounds(session) else session

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,11 +20,13 @@ from lora_export.base.groups import Groups
 from lora_export.base.recipe import Part, Quantized
 from lora_export.base.stored import SafetensorsFiles
 from lora_export.base.weightless import TORCH_DTYPES, as_numpy
+from lora_export.errors import InputRefused
 from lora_export.export.integers import in_bytes
 from lora_export.quantization import BLOCK_SIZES, Grid
 
 # Blocks that a longer group is cut into: activations are rounded by block, so no longer ones than most methods have.
 _PARTS_OF_A_GROUP = (128, 64, 32, 16)
+_IS_IN_OUT = "it is stored [in, out], as a Conv1D is, and MatMulNBits reads rows of outputs"
 _NO_STEPS = "the base does not store it as integers with a scale and a zero a group"
 
 
@@ -53,28 +55,49 @@ class StoredGrids:
 
 
 def stored_grids(
-    files: SafetensorsFiles, names: Mapping[str, str | Converted], shapes: Mapping[str, tuple[int, ...]], *, dtype: str
+    files: SafetensorsFiles,
+    names: Mapping[str, str | Converted],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: str,
+    in_out: Collection[str],
 ) -> StoredGrids:
     """What of the matrices `shapes` can be taken as it is stored; reads scales and zeros, no integers.
 
     Args:
         names: How the files hold each parameter.
         dtype: Of the graph.
+        in_out: Paths of the linear maps that are stored `[in, out]`.
+
+    Raises:
+        InputRefused: A scale is not finite.
     """
     grids, reasons = {}, {}
     for path, name in names.items():
         groups = files.groups(name) if isinstance(name, str) and len(shapes.get(path, ())) == 2 else None
         if groups is not None:
-            grid = grid_of(groups, shapes[path][1], dtype)
+            _require_finite(files, name, groups)
+            grid = _IS_IN_OUT if path in in_out else grid_of(groups, shapes[path][1], dtype)
             (grids if isinstance(grid, Grid) else reasons)[path] = grid
     return StoredGrids(grids, reasons)
 
 
+def _require_finite(files: SafetensorsFiles, name: str, groups: Groups) -> None:
+    if not (n_bad := int((~torch.isfinite(groups.scales)).sum())):
+        return
+    raise InputRefused(
+        "A weight is not finite",
+        where=f"{files.tensors[name].file}: {name}",
+        found=f"{n_bad} of its {groups.scales.numel()} scales are NaN or infinite",
+        next_step="fetch the checkpoint again",
+    )
+
+
 def grid_of(groups: Groups, n_in: int, dtype: str) -> Grid | str:
     """How the integers of a weight of `n_in` columns lie in a graph of `dtype`; or why they cannot, in words."""
-    size, n_groups = groups.size(n_in), groups.scales.shape[1]
-    if groups.of_column is not None and not torch.equal(groups.of_column.long(), torch.arange(n_in) // size):
+    if groups.in_order(n_in) is None:
         return "the columns of its groups do not lie together, as GPTQ's desc_act scatters them"
+    size, n_groups = groups.in_order(n_in).size(n_in), groups.scales.shape[1]
     fits = [each for each in _PARTS_OF_A_GROUP if size % each == 0] or ([32] if n_groups == 1 else [])
     if size not in BLOCK_SIZES and not fits:
         return f"its groups of {size} columns are no blocks of MatMulNBits"
@@ -90,6 +113,7 @@ def as_stored(groups: Groups, integers: torch.Tensor, how: Quantized) -> dict[Pa
     """The unsigned `integers` `[out, in]` as `MatMulNBits` reads them on the grid of `how`."""
     n_out, n_in = integers.shape
     blocks = -(-n_in // how.block_size)
+    groups = groups.in_order(n_in)
     of_block = torch.arange(blocks) * how.block_size // groups.size(n_in)
     middle = 1 << (how.bits - 1)
     numbers = torch.nn.functional.pad(integers.to(torch.uint8), (0, blocks * how.block_size - n_in), value=middle)

@@ -126,7 +126,7 @@ def quantize_graphs(
         remark(f"adapters are folded into the floats first; the sums are quantized to {how.name} after")
     if how.has_float_zeros and plan.request.provider == "cpu":
         remark("hqq's zeros are floats, for which ONNX Runtime has no fast kernel on a CPU: slower there than floats")
-    for sentence in (*_left(models, how, parameters.aliases, weights=weights), *_left_by_reason(parameters, weights)):
+    for sentence in (*_left(models, how, parameters, weights=weights), *_left_by_reason(parameters, weights)):
         remark(sentence)
     is_own = how.method is Method.AS_STORED
     quantizer = plan.checkpoint.quantization if is_own else f"onnxruntime {_onnxruntime_version()}"
@@ -152,18 +152,19 @@ def _as_given(model: ir.Model) -> Quantization | None:
 def _left(
     models: Mapping[str, ir.Model],
     how: Quantization,
-    aliases: Mapping[str, tuple[str, ...]],
+    parameters: Parameters,
     *,
     weights: Collection[str],
 ) -> list[str]:
     """What stays in floats, if it is worth a word."""
+    aliases, own = parameters.aliases, parameters.own
     floats: dict[str, int] = {}
     total = 0
     for model in models.values():
         for value, recipe in unbound(model.graph):
             n = math.prod(dim for dim in value.shape if isinstance(dim, int)) * value.dtype.itemsize
             total += n
-            if recipe.quantized is None:
+            if recipe.quantized is None and own.reasons.keys().isdisjoint(recipe.parameters):
                 # A tensor that is quantized as a head's and looked up in goes by its other name.
                 names = [next((p for p in aliases.get(q, ()) if p not in weights), q) for q in recipe.parameters]
                 floats["+".join(names)] = int(n)
@@ -172,7 +173,7 @@ def _left(
         return []
     shown = some_of([f"{name} ({n / 1e6:,.1f} MB)" for name, n in left.items()], 4)
     if how.method is Method.AS_STORED:
-        return [f"in floats, as the base does not store them as integers of linear maps, or to be kept: {shown}"]
+        return [f"in floats, as they are no integers of a linear map in the base, or were to be kept: {shown}"]
     return [f"not quantized to {how.name}, as they are no linear maps or were to be kept: {shown}"]
 
 

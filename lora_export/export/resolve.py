@@ -71,9 +71,9 @@ def resolve(
     in_out = frozenset(f"{name}.weight" for name, module in modules.items() if is_conv1d(module))
     tables = frozenset(f"{name}.weight" for name, each in modules.items() if isinstance(each, torch.nn.Embedding))
     stored = {"quantization": plan.request.quantization, "dtype": plan.dtype}
-    if plan.request.quantization is not None and plan.request.quantization.method is Method.AS_STORED:
-        own = stored_grids(plan.checkpoint.files, names, shapes, dtype=plan.dtype)
-        how = plan.request.quantization
+    how = plan.request.quantization
+    if how is not None and how.method is Method.AS_STORED:
+        own = stored_grids(plan.checkpoint.files, names, shapes, dtype=plan.dtype, in_out=in_out)
         stored |= {"own": own, "quantization": how if own.most is None else how.on(own.most)}
     stored |= {"zeros_for": head, "computed": computed, "in_out": in_out, "embeddings": tables}
     base = Parameters(plan.checkpoint, names, aliases, shapes, **stored)

@@ -61,7 +61,7 @@ def fuse(
     simplify_attention(model, provider, holds_weights=holds_weights)
     drop_undone_reshapes(model)
     if provider == "cuda":
-        add_before_splitting(pack_siblings(model))
+        add_before_splitting(pack_siblings(model, may_pack))
         start_ranges_at_sums(model)
     read_tied_weights_transposed(model)
     common_passes.RemoveUnusedNodesPass()(model)

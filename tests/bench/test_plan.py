@@ -167,7 +167,7 @@ WRONG = {
     "too few blocks": ("bert-dynamic", ["--blocks", "5"], 2, "--blocks"),
     "a ratio that is none": ("bert-dynamic", ["--max-ratio", "nan"], 2, "is no ratio"),
     "a negative ratio": ("bert-dynamic", ["--max-ratio", "-1"], 2, "is no ratio"),
-    "no budget there": ("bert-dynamic", ["--budget", "no.toml"], 3, "The budget cannot be read"),
+    "no budget there": ("bert-dynamic", ["--budget", "no.toml"], 3, "There is no such budget"),
     "nothing to compare with": ("bert-dynamic", ["--against", "nowhere"], 3, "nowhere"),
     "an unusable provider": ("bert-dynamic", ["--provider", "cuda"], 4, "CUDA"),
     "an unknown provider": ("bert-dynamic", ["--provider", "tpu"], 2, "tpu"),

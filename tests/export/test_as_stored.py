@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from quantized_bases import quantized_base
+from quantized_bases import compressed, quantized_base
+from safetensors.torch import load_file, save_file
 
 from lora_export.artifact import read_manifest
 from lora_export.base.checkpoint import Checkpoint, Located
 from lora_export.base.groups import Groups
 from lora_export.base.recipe import Part, Quantized
 from lora_export.check.context import CheckOptions
+from lora_export.check.judge.tolerances import tolerances
+from lora_export.check.judge.weights import limits_of_integers
 from lora_export.cli.main import main
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.export.as_stored import as_stored, grid_of
@@ -43,19 +46,22 @@ def groups_of(n_groups: int, *, zeros: bool = True, bits: int = 4, dtype: torch.
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("n_in", "n_groups", "block_size"),
-    [(64, 2, 32), (96, 3, 32), (256, 1, 256), (192, 1, 64), (72, 1, 32), (384, 2, 64), (80, 3, None)],
+    [(64, 2, 32), (96, 3, 32), (256, 1, 256), (192, 1, 64), (72, 1, 32), (384, 2, 64), (80, 3, 32), (72, 3, None)],
 )
 @pytest.mark.parametrize("zeros", [True, False])
 def test_no_number_changes_whatever_the_groups(bits, n_in, n_groups, block_size, zeros):
     groups = groups_of(n_groups, zeros=zeros, bits=bits)
+    if n_in == 80:  # two groups of 32 and one of 16: a short last block
+        groups, block_size = replace(groups, of_column=torch.arange(80) // 32), 32
     grid = grid_of(groups, n_in, "float32")
     if block_size is None:
-        assert grid == "its groups of 27 columns are no blocks of MatMulNBits"
+        assert grid == "its groups of 24 columns are no blocks of MatMulNBits"
         return
     assert grid == Grid(bits, block_size, not zeros)
     how = Quantized(Part.INTEGERS, "float32", bits, block_size, not zeros, Method.AS_STORED)
     integers = torch.randint(0, 2**bits, (6, n_in), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     found = dequantized(as_stored(groups, integers, how), how, n_in).T
+    assert n_in != 80 or grid_of(replace(groups, of_column=None, columns=32), 80, "float32") == grid
     expected = replace(groups, scales=groups.scales.float()).values(integers)
     np.testing.assert_array_equal(found, expected.numpy())
 
@@ -123,6 +129,45 @@ def test_one_scale_or_one_number_that_is_not_the_bases_fails_and_what_is_added_i
         damage.stored(folder, f"{DOWN}{part}", change)
         failed = [(case.group, each) for case in checked(folder).cases for each in case.failures]
         assert any(group == "weights" and DOWN in each for group, each in failed)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_limit_of_a_bases_own_integers_is_that_of_float32(dtype):
+    for_floats = tolerances("float32", "cpu", quantized=True).weights
+    limits = tolerances(dtype, "cpu", quantized=True)
+    assert limits_of_integers(limits, Method.RTN, ()) == limits and limits.weights > 100 * for_floats
+    own = limits_of_integers(limits, Method.AS_STORED, ())
+    assert own.weights == for_floats and own.scales == limits.scales
+    assert next(each for each in own.recorded if each.measure == "weights").limit == for_floats
+    assert limits_of_integers(limits, Method.AS_STORED, ("weights",)) == limits
+
+
+def test_scales_that_are_not_finite_and_a_shape_that_fits_no_groups_are_refused(base_of, adapters, tmp_path):
+    base = Path(shutil.copytree(base_of("compressed"), tmp_path / "base"))
+    stored = load_file(base / "model.safetensors")
+    request = Request(str(base), ((str(adapters["chat"]), "chat"),), "dynamic", dtype="float32", quantization=OWN)
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    for scale, message in (
+        (torch.full_like(stored[name], torch.inf), "A weight is not finite"), (stored[name][:1, 0], "not stored as its"),
+    ):  # fmt: skip
+        save_file(stored | {name: scale}, base / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(InputRefused, match=message):
+            describe_plan(request, tmp_path / "out")
+
+
+def test_projections_of_other_bits_stay_apart_on_cuda_and_none_falls_to_floats(base_of, bases, adapters, tmp_path):
+    base = Path(shutil.copytree(base_of("compressed"), tmp_path / "base"))
+    stored, floats = load_file(base / "model.safetensors"), load_file(bases["llama"] / "model.safetensors")
+    for layer in range(2):
+        module = f"model.layers.{layer}.self_attn.k_proj"
+        parts = compressed(floats[f"{module}.weight"].numpy(), bits=4)
+        stored |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    out = exported(base, adapters["chat"], tmp_path / "out", provider="cuda")
+    found = {path: packed.bits for packed in stored_integers(out / "model.onnx") for path in packed.parameters}
+    assert len(found) == 14 and {path for path, bits in found.items() if bits == 4} == {
+        f"model.layers.{layer}.self_attn.k_proj.weight" for layer in range(2)
+    }
 
 
 def _slightly_more(scales: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
-from lora_export.check.judge.tolerances import Limit, Tolerances
+from lora_export.check.judge.tolerances import Limit, Tolerances, tolerances
 from lora_export.check.results import Measured, ParityCase
 from lora_export.quantization import Method
 
@@ -171,12 +171,23 @@ def _clipped(stored: Stored, expected: np.ndarray, choice: _Choice | None) -> fl
     return float(((error - steps * step) / np.maximum((1 << stored.bits) * step, _TINY)).max(initial=0))
 
 
-def of_another_tool(limits: Tolerances, asked: Collection[str]) -> Tolerances:
-    """`limits` for integers that another tool chose, in whatever way: only what was `asked` for limits how it did."""
-    free = {measure for measure in ("weights", "scales", "clipping") if measure not in asked}
-    reason = "none: another tool chose the integers"
-    recorded = tuple(Limit(e.measure, None, reason) if e.measure in free else e for e in limits.recorded)
-    return replace(limits, **dict.fromkeys(free), recorded=recorded)
+def limits_of_integers(limits: Tolerances, method: Method, asked: Collection[str]) -> Tolerances:
+    """`limits` for integers that ONNX Runtime's quantizers did not choose.
+
+    Those of another tool, chosen in whatever way, are limited only by what was `asked` for. A quantized base's own were
+    rounded by nobody, so the limit of float32 is that of every dtype.
+    """
+    if method is Method.GIVEN:
+        changed: dict[str, float | None] = dict.fromkeys(("weights", "scales", "clipping"))
+        reason = "none: another tool chose the integers"
+    elif method is Method.AS_STORED:
+        changed = {"weights": tolerances("float32", "cpu", quantized=True).weights}
+        reason = "nothing was rounded: integers, scales and zeros are the base's"
+    else:
+        return limits
+    changed = {measure: limit for measure, limit in changed.items() if measure not in asked}
+    recorded = (Limit(e.measure, changed[e.measure], reason) if e.measure in changed else e for e in limits.recorded)
+    return replace(limits, **changed, recorded=tuple(recorded))
 
 
 def weights_case(errors: WeightErrors, limits: Tolerances, against: str) -> ParityCase:
