@@ -25,6 +25,7 @@ _READ = frozenset(
     {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "target_modules",
      "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
 )  # fmt: skip
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 _COMPARED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "init_lora_weights")
 
 
@@ -108,7 +109,7 @@ class HeaderOptions:
         options, module = self.components[component], name.removeprefix(f"{component}.")
         if "lora_alpha" not in options:
             return None
-        ranks, alphas = (dict(options.get(key) or {}) for key in ("rank_pattern", "alpha_pattern"))
+        ranks, alphas = (dict(options.get(key) or {}) for key in _PATTERNS)
         said = ranks.get(pattern_of(list(ranks), module), options.get("r"))
         if said is not None:
             self._require_rank(name, rank, _number(self.file, "r", said))
@@ -181,6 +182,14 @@ def _components(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, 
     found: dict[str, dict[str, object]] = {}
     for key, value in fields.items():
         component, _, name = key.rpartition(".")
+        if name in _PATTERNS and not isinstance(value, dict | type(None)):
+            raise InputRefused(
+                "An option in the file's header is not what it should be",
+                where=f"{file}: {KEY}: {key}",
+                expected="an object of numbers by pattern",
+                found=repr(value)[:80],
+                next_step="save or fetch the file again",
+            )
         found.setdefault(component, {})[name] = value
     return found
 

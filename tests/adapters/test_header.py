@@ -82,6 +82,8 @@ def test_without_a_header_the_scale_is_the_format_s(bases, tmp_path):
         ({KEY: '{"a.r": 4, "a.lora_alpha": 16, "b.r": 4, "b.lora_alpha": 8}'}, None, "do not fit", "options of a, b"),
         ({KEY: '{"r": 4, "lora_alpha": "much"}'}, None, "is no number", "'much'"),
         ({KEY: '{"r": 4, "lora_alpha": NaN}'}, None, "is no number", "nan"),
+        ({KEY: '{"r": 4, "lora_alpha": 4, "alpha_pattern": 5}'}, None, "is not what it should be", "5"),
+        ({KEY: '{"r": 4, "lora_alpha": 4, "x.rank_pattern": "q"}'}, None, "is not what it should be", "'q'"),
         ({KEY: "[4]"}, None, "holds no JSON object", "[4]"),
         ({KEY: "{"}, None, "not valid JSON", "Expecting"),
         ({KEY: '{"r": 4, "lora_alpha": 16, "use_dora": true}'}, None, "read from adapter_config.json only", "use_dora"),

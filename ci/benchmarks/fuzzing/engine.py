@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 from fuzzing.judge import Verdict, judged, watch_hangs
-from fuzzing.kinds import Kind
+from fuzzing.kind import Kind
 from fuzzing.mutations import mutated
 
 _MOST_SHOWN = 20

@@ -5,88 +5,33 @@ from __future__ import annotations
 import base64
 import json
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from fuzzing.adapter_kinds import adapter_config, adapter_header
+from fuzzing.kind import Kind, of_a_file
 from fuzzing.media import image_files, sound_files, speech_folder, vision_folder
 from fuzzing.mutations import Form
 from fuzzing.requests import requests_of
 from fuzzing.subjects import Subjects, linked
 from fuzzing.templates import TEMPLATES, WORDS
 
-CONFIG, WEIGHTS, INDEX = "config.json", "adapter_model.safetensors", "model.safetensors.index.json"
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 OF_A_BASE = (
     "auto_map", "quantization_config", "num_labels", "num_hidden_layers", "torch_dtype", "pad_token_id", "rope_scaling",
     "text_config", "vision_config", "head_dim", "layer_types", "sliding_window", "encoder_layers", "depth", "id2label",
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One kind of input.
-
-    Attributes:
-        seeds: Valid inputs.
-        words: See `mutations.mutated`.
-        read: Reads an input's bytes as the commands do.
-        floor_bytes: Memory that it may take beyond twice the input.
-    """
-
-    name: str
-    form: Form
-    seeds: tuple[bytes, ...]
-    read: Callable[[bytes], object]
-    words: tuple[object, ...] = ()
-    floor_bytes: int = 32 << 20
-
-
 def kinds(subjects: Subjects, work: Path) -> dict[str, Callable[[], Kind]]:
     """What makes each kind, by name: reading one of them may need a session or a server."""
     makers = (
-        _adapter_config, _adapter_header, _base_header, _base_config, _base_index, _manifest, _signature, _adapter_file,
+        adapter_config, adapter_header, _base_header, _base_config, _base_index, _manifest, _signature, _adapter_file,
         _sentence_modules, _examples, _roster, _sound, _image, _graph, _chat_template, _tokenizer, _settings,
         _encoder_requests, _writer_requests,
     )  # fmt: skip
     return {maker.__name__.strip("_").replace("_", " "): (lambda make=maker: make(subjects, work)) for maker in makers}
-
-
-def _of_a_file(name: str, form: Form, file: Path, seeds: Sequence[bytes], read, words: Sequence[object] = ()) -> Kind:
-    """A kind whose inputs are read from `file`."""
-
-    def read_file(content: bytes) -> object:
-        file.write_bytes(content)
-        return read()
-
-    return Kind(name, form, tuple(seeds), read_file, tuple(words))
-
-
-def _adapter_config(subjects: Subjects, work: Path) -> Kind:
-    from peft import LoraConfig
-
-    from lora_export.adapters.folder import open_adapter
-    from lora_export.adapters.support import require_supported
-
-    file = linked(subjects.adapter, work / "of-config", "adapter_config.json")
-
-    def read() -> None:
-        folder = open_adapter(file.parent, "a")
-        for mode in ("merge", "dynamic"):
-            require_supported(folder.config, mode, "a")
-
-    seeds = [(subjects.adapter / file.name).read_bytes()]
-    return _of_a_file("adapter config", Form.JSON, file, seeds, read, LoraConfig.__dataclass_fields__)
-
-
-def _adapter_header(subjects: Subjects, work: Path) -> Kind:
-    from lora_export.adapters.folder import open_adapter
-
-    file = linked(subjects.adapter, work / "of-header", WEIGHTS)
-
-    def read() -> None:
-        open_adapter(file.parent, "a")
-
-    return _of_a_file("adapter header", Form.SAFETENSORS, file, [(subjects.adapter / WEIGHTS).read_bytes()], read)
 
 
 def _base_header(subjects: Subjects, work: Path) -> Kind:
@@ -107,7 +52,7 @@ def _base_header(subjects: Subjects, work: Path) -> Kind:
         for name in list(checkpoint.files.tensors)[:2]:
             checkpoint.files.read(name)
 
-    return _of_a_file("base header", Form.SAFETENSORS, file, [small, whole], read)
+    return of_a_file("base header", Form.SAFETENSORS, file, [small, whole], read)
 
 
 def _base_config(subjects: Subjects, work: Path) -> Kind:
@@ -118,7 +63,7 @@ def _base_config(subjects: Subjects, work: Path) -> Kind:
     def read() -> None:
         Checkpoint.open(Located(file.parent, "b")).load_config()
 
-    return _of_a_file("base config", Form.JSON, file, [(subjects.base / CONFIG).read_bytes()], read, OF_A_BASE)
+    return of_a_file("base config", Form.JSON, file, [(subjects.base / CONFIG).read_bytes()], read, OF_A_BASE)
 
 
 def _base_index(subjects: Subjects, work: Path) -> Kind:
@@ -130,7 +75,7 @@ def _base_index(subjects: Subjects, work: Path) -> Kind:
         "metadata": {"total_size": 1},
         "weight_map": {"a.weight": "shard.safetensors", "b.weight": "shard.safetensors"},
     }
-    return _of_a_file("base index", Form.JSON, file, [json.dumps(seed).encode()], lambda: weight_files(file.parent))
+    return of_a_file("base index", Form.JSON, file, [json.dumps(seed).encode()], lambda: weight_files(file.parent))
 
 
 def _manifest(subjects: Subjects, work: Path) -> Kind:
@@ -139,7 +84,7 @@ def _manifest(subjects: Subjects, work: Path) -> Kind:
     file = work / "of-manifest" / "lora_export.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     seeds = [(folder / file.name).read_bytes() for folder in (subjects.encoder, subjects.writer)]
-    return _of_a_file("manifest", Form.JSON, file, seeds, lambda: read_manifest(file.parent))
+    return of_a_file("manifest", Form.JSON, file, seeds, lambda: read_manifest(file.parent))
 
 
 def _signature(subjects: Subjects, work: Path) -> Kind:
@@ -158,7 +103,7 @@ def _signature(subjects: Subjects, work: Path) -> Kind:
         except _MALFORMED as error:
             raise InputRefused("The signature is malformed") from error
 
-    return _of_a_file("signature", Form.JSON, file, [json.dumps({"dsseEnvelope": {"payload": payload}}).encode()], read)
+    return of_a_file("signature", Form.JSON, file, [json.dumps({"dsseEnvelope": {"payload": payload}}).encode()], read)
 
 
 def _adapter_file(subjects: Subjects, work: Path) -> Kind:
@@ -172,7 +117,7 @@ def _adapter_file(subjects: Subjects, work: Path) -> Kind:
         require_fit(file, read_adapter(file), manifest.contract)
 
     seeds = [(subjects.encoder / record.file).read_bytes() for record in manifest.adapters]
-    return _of_a_file("adapter file", Form.BYTES, file, seeds, read)
+    return of_a_file("adapter file", Form.BYTES, file, seeds, read)
 
 
 def _sentence_modules(subjects: Subjects, work: Path) -> Kind:
@@ -203,7 +148,7 @@ def _examples(subjects: Subjects, work: Path) -> Kind:
 
     file = work / "of-examples.jsonl"
     seed = b'{"text": "One lock.", "label_id": 1}\n{"text": "Two \\u00e9.", "label_id": null}\n\n{"text": ""}'
-    return _of_a_file(
+    return of_a_file(
         "examples", Form.LINES, file, [seed], lambda: read_examples(file, 8), ("text", "label_id", "label")
     )
 
@@ -227,7 +172,7 @@ def _sound(subjects: Subjects, work: Path) -> Kind:
     from lora_export.check.inputs.audio import read_samples
 
     folder, file = speech_folder(work / "of-sound"), work / "of-sound.wav"
-    return _of_a_file("sound", Form.BYTES, file, sound_files(), lambda: read_samples(folder, str(file)))
+    return of_a_file("sound", Form.BYTES, file, sound_files(), lambda: read_samples(folder, str(file)))
 
 
 def _image(subjects: Subjects, work: Path) -> Kind:
@@ -238,7 +183,7 @@ def _image(subjects: Subjects, work: Path) -> Kind:
 
     folder, contract = vision_folder(work / "of-image")
     batcher, file = Batcher(folder, Task.IMAGE_CLASSIFICATION, contract), work / "of-image.png"
-    found = _of_a_file("image", Form.BYTES, file, image_files(), lambda: batcher.batch([Example(str(file))]))
+    found = of_a_file("image", Form.BYTES, file, image_files(), lambda: batcher.batch([Example(str(file))]))
     # In its own mode and in colour, of at most 4 and 3 bytes a pixel.
     return replace(found, floor_bytes=found.floor_bytes + 7 * MOST_PIXELS)
 
@@ -264,7 +209,7 @@ def _graph(subjects: Subjects, work: Path) -> Kind:
             normalized(model, given.path, head_size=16)
             given_weights(model.graph)
 
-    return _of_a_file("graph", Form.BYTES, file, small_graphs(), read)
+    return of_a_file("graph", Form.BYTES, file, small_graphs(), read)
 
 
 def _chat_template(subjects: Subjects, work: Path) -> Kind:
@@ -297,7 +242,7 @@ def _tokenizer(subjects: Subjects, work: Path) -> Kind:
         tokenizer = open_tokenizer(file.parent)
         tokenizer.decode(tokenizer.encode("One lock \u00e9."))
 
-    return _of_a_file("tokenizer", Form.JSON, file, [json.dumps(seed).encode()], read)
+    return of_a_file("tokenizer", Form.JSON, file, [json.dumps(seed).encode()], read)
 
 
 def _settings(subjects: Subjects, work: Path) -> Kind:

@@ -21,6 +21,7 @@ _HARD = (
 )  # fmt: skip
 _NUMBERS = (0, 1, 127, 128, 255, 256, 32767, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
 _LENGTH_BYTES = 8
+_OPTIONS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "text.r")
 
 
 class Form(StrEnum):
@@ -113,10 +114,21 @@ def damaged_safetensors(content: bytes, rng: random.Random) -> bytes:
         name = rng.choice(names)
         entry = fields.pop(name)
         fields[rng.choice((name[:-1], f"{name}.x", "", name.upper(), f"model.{name}"))] = entry
+    elif (held := _held_json(fields)) and rng.random() < 0.5:  # options in the header's free text
+        key = rng.choice(held)
+        options = damaged_json(json.loads(fields["__metadata__"][key]), rng, _OPTIONS)
+        fields["__metadata__"][key] = json.dumps(options)
     else:
         fields = damaged_json(fields, rng, ("__metadata__",))
     text = json.dumps(fields).encode()
     return struct.pack("<Q", len(text)) + text + data
+
+
+def _held_json(fields: object) -> list[str]:
+    """The keys of a header's free text that hold a JSON object."""
+    metadata = fields.get("__metadata__") if isinstance(fields, dict) else None
+    texts = metadata.items() if isinstance(metadata, dict) else ()
+    return [key for key, text in texts if isinstance(text, str) and text[:1] == "{"]
 
 
 def _json(content: bytes, words: Sequence[object], rng: random.Random) -> bytes:
