@@ -95,9 +95,10 @@ def _require_finite(files: SafetensorsFiles, name: str, groups: Groups) -> None:
 
 def grid_of(groups: Groups, n_in: int, dtype: str) -> Grid | str:
     """How the integers of a weight of `n_in` columns lie in a graph of `dtype`; or why they cannot, in words."""
-    if groups.in_order(n_in) is None:
+    ordered = groups.in_order(n_in)
+    if ordered is None:
         return "the columns of its groups do not lie together, as GPTQ's desc_act scatters them"
-    size, n_groups = groups.in_order(n_in).size(n_in), groups.scales.shape[1]
+    size, n_groups = ordered.size(n_in), groups.scales.shape[1]
     fits = [each for each in _PARTS_OF_A_GROUP if size % each == 0] or ([32] if n_groups == 1 else [])
     if size not in BLOCK_SIZES and not fits:
         return f"its groups of {size} columns are no blocks of MatMulNBits"
