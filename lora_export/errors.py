@@ -120,11 +120,20 @@ _PACKAGE = str(Path(__file__).parent)
 
 
 @contextlib.contextmanager
-def refused_if_it_fails(what: str, *, where: str | Callable[[], str], next_step: str) -> Iterator[None]:
+def refused_if_it_fails(
+    what: str,
+    *,
+    where: str | Callable[[], str],
+    next_step: str,
+    found: Callable[[Exception], str] | None = None,
+) -> Iterator[None]:
     """While a library works on the user's input: turn what it raises into a refusal that says `what` failed.
 
     An error of this package passes, and so do one that this package's own code raises by mistake and one of the system
     (a full disk). A refusal for what may be a library's change names versions and where to report it.
+
+    Args:
+        found: What the library's error says, for people; None for its own words.
 
     Raises:
         InputRefused: The library raised.
@@ -145,7 +154,7 @@ def refused_if_it_fails(what: str, *, where: str | Callable[[], str], next_step:
         if isinstance(error, _OF_CODE):
             next_step += f"; if an earlier release of {_versions()} did it, report that: {issue_tracker()}"
         where = where if isinstance(where, str) else where()
-        raise InputRefused(what, where=where, found=told(error), next_step=next_step) from error
+        raise InputRefused(what, where=where, found=(found or told)(error), next_step=next_step) from error
 
 
 def of_the_system(error: BaseException) -> OSError | None:

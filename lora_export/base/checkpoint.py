@@ -16,9 +16,10 @@ from lora_export.base.sentence_folder import transformer_in
 from lora_export.base.stored import SAFETENSORS_DTYPES, SafetensorsFiles, weight_files
 from lora_export.errors import EnvironmentUnusable, InputRefused
 from lora_export.named import hub_out_of_reach, is_hub_id, near, refuse_no_folder
-from lora_export.reading import read_json
+from lora_export.reading import read_json, read_json_if_there
 
 # What a base folder contributes to an export: weights, configuration, tokenizer, processor, licences.
+_LONGEST_SIDE = 1 << 14  # of an image, in pixels
 _WANTED_FROM_HUB = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
 
 
@@ -166,6 +167,18 @@ class Checkpoint:
         named = read_json(path).get("model_input_names") if path.is_file() else None
         is_list = isinstance(named, list) and all(isinstance(name, str) for name in named)
         return tuple(named) if is_list else None
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the images that `preprocessor_config.json` makes; None if it does not say."""
+        fields = read_json_if_there(self.path / "preprocessor_config.json")
+        size = fields.get("crop_size") if fields.get("do_center_crop", "crop_size" in fields) else fields.get("size")
+        if isinstance(size, dict):
+            edge = size.get("shortest_edge")
+            size = [size.get("height", edge), size.get("width", edge)]
+        sides = [size, size] if isinstance(size, int) else size
+        is_size = isinstance(sides, list) and len(sides) == 2 and all(type(side) is int for side in sides)
+        return tuple(sides) if is_size and all(0 < side <= _LONGEST_SIDE for side in sides) else None
 
     @property
     def most_parameters(self) -> int:

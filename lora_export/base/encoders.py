@@ -2,7 +2,7 @@
 
 texts            input_ids, attention_mask, token_type_ids where it has several types
 multiple choice  the same, with an axis of choices after that of the batch
-images           pixel_values, of the config's size
+images           pixel_values, of the config's size, else of the image processor's
 sounds           input_values: samples (Wav2Vec2), or spectrograms of a fixed length (AST)
 """
 
@@ -23,28 +23,47 @@ _BATCH, _SEQUENCE, _CHOICES, _IMAGES = 2, 7, 5, 3
 _SAMPLES = 40_007
 
 
-def encoder_sample(task: Task, model: torch.nn.Module, named: Collection[str] | None = None) -> Sample:
+def encoder_sample(
+    task: Task,
+    model: torch.nn.Module,
+    *,
+    named: Collection[str] | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Sample:
     """The sample of a weightless model for one of the tasks without a cache.
 
     Args:
         named: The inputs that the base's tokenizer names; None for the usual ones.
+        image_size: Height and width of what its image processor makes, for a model whose config does not say.
+
+    Raises:
+        InputRefused: Neither says how large its images are.
     """
     if is_dual_encoder(model):
         # One image may be compared with many texts, so their numbers are independent.
-        texts, images = _text_sample(model, "text_batch_size", named), _image_sample(model, "image_batch_size", _IMAGES)
+        texts = _text_sample(model, "text_batch_size", named)
+        images = _image_sample(model, "image_batch_size", n_images=_IMAGES, size=image_size)
         return Sample(texts.inputs | images.inputs, texts.dynamic_shapes | images.dynamic_shapes, {})
     if task is Task.MULTIPLE_CHOICE:
         return _choices_sample(model, named)
     if model.main_input_name == "input_values":
         return _sound_sample(model)
     if task is Task.IMAGE_CLASSIFICATION or model.main_input_name == "pixel_values":
-        return _image_sample(model, "batch_size", _BATCH)
+        return _image_sample(model, "batch_size", n_images=_BATCH, size=image_size)
     return _text_sample(model, "batch_size", named)
 
 
-def _image_sample(model: torch.nn.Module, batch: str, n_images: int) -> Sample:
+def _image_sample(model: torch.nn.Module, batch: str, *, n_images: int, size: tuple[int, int] | None) -> Sample:
     config = getattr(model.config, "vision_config", model.config)
-    size = getattr(config, "image_size", None) or getattr(config, "backbone_config", config).image_size
+    said = (getattr(part, "image_size", None) for part in (config, getattr(config, "backbone_config", None)))
+    size = next(filter(None, said), size)
+    if size is None:
+        raise InputRefused(
+            f"Nothing says how large the images of this {model.config.model_type} base are",
+            where="config.json: image_size, and preprocessor_config.json: size",
+            next_step="save the model's image processor into the base's folder: "
+            "AutoImageProcessor.from_pretrained(…).save_pretrained(BASE)",
+        )
     height, width = (size, size) if isinstance(size, int) else size
     pixels = torch.zeros(n_images, getattr(config, "num_channels", 3), height, width, dtype=model.dtype)
     return Sample({"pixel_values": pixels}, {"pixel_values": {0: torch.export.Dim(batch, max=2**20)}}, {})

@@ -51,6 +51,7 @@ def trace(
     graph: str = SINGLE,
     *,
     named: Collection[str] | None = None,
+    image_size: tuple[int, int] | None = None,
     attention_operator: bool = True,
 ) -> ir.Model:
     """The unoptimized graph of a weightless `model`; parameters become initializers without a value, with a recipe.
@@ -59,6 +60,7 @@ def trace(
         model: From `build_weightless`. Left as it was.
         graph: Which of the task's graphs (`graphs_of`).
         named: The inputs that the base's tokenizer names (`Checkpoint.tokenizer_inputs`); None for the usual ones.
+        image_size: What its image processor makes (`Checkpoint.image_size`).
         attention_operator: Whether attention becomes the standard `Attention`, with grouped heads, or its parts.
 
     Returns:
@@ -68,7 +70,7 @@ def trace(
     """
     exporter_class = borrow("OnnxExporter")
     config_class = borrow("OnnxConfig")
-    sample = _sample(task, model, graph, named=named)
+    sample = _sample(task, model, graph, named=named, image_size=image_size)
     opset = _ATTENTION_OPSET if attention_operator else config_class().opset_version
     config = config_class(dynamic=True, dynamic_shapes=sample.dynamic_shapes, optimize=False, opset_version=opset)
     forward = _forward(model, sample.forward)
@@ -111,10 +113,19 @@ def longest_texts(config) -> tuple[int, ...]:
     return tuple(sorted({int(found * max([1.0, *factors])), found}, reverse=True))
 
 
-def _sample(task: Task, model: torch.nn.Module, graph: str, *, named: Collection[str] | None) -> Sample:
+def _sample(
+    task: Task,
+    model: torch.nn.Module,
+    graph: str,
+    *,
+    named: Collection[str] | None,
+    image_size: tuple[int, int] | None,
+) -> Sample:
     if task in SEQ2SEQ:
         return seq2seq_sample(model, graph)
-    return decoder_sample(model) if task is Task.TEXT_GENERATION else encoder_sample(task, model, named)
+    if task is Task.TEXT_GENERATION:
+        return decoder_sample(model)
+    return encoder_sample(task, model, named=named, image_size=image_size)
 
 
 @contextlib.contextmanager

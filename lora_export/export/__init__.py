@@ -16,6 +16,7 @@
     targets.py     modules that are named to be served
     given_graph.py adapters on a graph that another tool made
     tied.py        what is one tensor in several places
+    untraced.py    why a base could not be traced, in plain words
     graphs.py      the finished weightless graphs of a plan, cached
     recall.py      plan, resolution and graphs of an earlier export of the same files
     quantizing.py  the graphs with their linear maps quantized

@@ -21,6 +21,7 @@ from lora_export.export.given_graph import given_graph
 from lora_export.export.plan import Plan
 from lora_export.export.resolve import Resolved
 from lora_export.export.tied import untied_modules
+from lora_export.export.untraced import why_untraced
 from lora_export.export.weights import digest
 from lora_export.graph.adapter_inputs import add_adapter_inputs, attach_defaults, present_in
 from lora_export.graph.cache import cache_key, cached_graph, kept_graph
@@ -131,6 +132,7 @@ def _facts(plan: Plan, resolved: Resolved, choice: SiteChoice, *, graph: str) ->
         "graph": graph,
         "tied": tied,
         "named_inputs": plan.checkpoint.tokenizer_inputs,
+        "image_size": plan.checkpoint.image_size,
         "attention_operator": _has_attention_operator(plan),
     }
     replaced = choice.parameters.union(*(adapter.replaced for adapter in resolved.adapters))
@@ -216,7 +218,11 @@ def _trace_and_fuse(
     """Trace, untie, bind what is small, give adapter inputs, fuse. The graph, its inputs, and its derived constants."""
     key = cache_key(facts.traced_from | {"step": "trace"})
     with _refused(plan, "trace", "its trace"):
-        options = {"named": plan.checkpoint.tokenizer_inputs, "attention_operator": _has_attention_operator(plan)}
+        options = {
+            "named": plan.checkpoint.tokenizer_inputs,
+            "image_size": plan.checkpoint.image_size,
+            "attention_operator": _has_attention_operator(plan),
+        }
         model = cached_graph(key, lambda: trace(plan.task, resolved.model, facts.graph, **options), use_cache=use_cache)
     is_only_graph = len(graphs_of(plan.task)) == 1
     for module, other_name in facts.untied.items():
@@ -255,7 +261,9 @@ def _refused(plan: Plan, verb: str, step: str) -> AbstractContextManager:
     return refused_if_it_fails(
         f"A {plan.config.model_type} base cannot be exported for {plan.task}: {step} failed",
         where=f"{plan.checkpoint.path}/config.json: model_type {plan.config.model_type}",
-        next_step=f"try another --task; docs/supported.md lists the architectures that are known to {verb}",
+        next_step=f"try another --task; docs/supported.md lists the architectures that are known to {verb}; "
+        "LORA_EXPORT_DEBUG=1 shows all of the reason",
+        found=why_untraced if verb == "trace" else None,
     )
 
 

@@ -132,7 +132,7 @@ def _plan_fields(plan: Plan) -> dict:
             "fields": plan.config.to_dict(),
             "read": {name: getattr(plan.config, name) for name in _READ if hasattr(plan.config, name)},
             "of_text": {name: getattr(plan.config.get_text_config(), name, None) for name in _READ_OF_TEXT},
-            "labels": list(plan.config.id2label.items()),
+            "labels": plan.config.id2label and list(plan.config.id2label.items()),  # PVT's config has none
             "label2id": plan.config.label2id,
         },
         "n_labels": [config.num_labels for config in plan.adapter_configs],
@@ -203,7 +203,8 @@ def recalled(key: str | None, request: Request) -> Recalled | None:
 
 def _plan_of(fields: Mapping, request: Request, checkpoint: Checkpoint, *, folders: tuple[AdapterFolder, ...]) -> Plan:
     of_config = fields["config"]
-    labels = {"id2label": dict(map(tuple, of_config["labels"])), "label2id": of_config["label2id"]}
+    names = of_config["labels"]
+    labels = {"id2label": names and dict(map(tuple, names)), "label2id": of_config["label2id"]}
     text = KeptConfig({}, of_config["of_text"])
     return Plan(
         request,

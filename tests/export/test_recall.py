@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_export import pipeline
 from lora_export.errors import InputRefused
-from lora_export.export.plan import Request
-from lora_export.export.recall import KeptConfig
+from lora_export.export.plan import Request, make_plan
+from lora_export.export.recall import KeptConfig, _plan_fields, _plan_of
 from lora_export.pipeline import ExportOptions, export
 
 
@@ -133,3 +133,13 @@ def test_a_kept_config_has_no_defaults_for_what_was_not_kept():
         getattr(config, "sliding_window", None)
     with pytest.raises(LookupError, match="no text config"):
         config.get_text_config().get_text_config()
+
+
+def test_a_config_without_labels_is_kept_as_it_is(bases):
+    """PVT's: its `id2label` is None."""
+    request = Request(str(bases["vit"]), (), "merge")
+    plan = make_plan(request)
+    plan.config.id2label = plan.config.label2id = None
+    kept = json.loads(json.dumps(_plan_fields(plan)))
+    found = _plan_of(kept, request, plan.checkpoint, folders=()).config
+    assert found.id2label is None and found.label2id is None
