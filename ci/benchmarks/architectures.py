@@ -202,4 +202,6 @@ def make_base(architecture: Architecture, folder: Path) -> Path:
     base.save_pretrained(folder)
     if architecture.config not in IMAGES:
         save_tokenizer(folder, longest=getattr(config.get_text_config(), "max_position_embeddings", 512))
+    if base.main_input_name == "pixel_values" and not hasattr(config, "image_size"):
+        (folder / "preprocessor_config.json").write_text('{"size": {"height": 64, "width": 64}}', encoding="utf-8")
     return folder

@@ -33,6 +33,9 @@ SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "n
 SEGFORMER = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32],
              "patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2],
              "decoder_hidden_size": 32, "image_size": 64}  # fmt: skip
+WITHOUT_SIZE = {name: value for name, value in SEGFORMER.items() if name != "image_size"}
+CONVOLUTIONS = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
+PVT = {"hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2], "image_size": 64}
 DEPTH = IMAGE | {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 16, 16],
                  "fusion_hidden_size": 16, "is_hybrid": False}  # fmt: skip
 SIGLIP = {"text_config": TEXT | {"max_position_embeddings": 64, "projection_size": 64}, "vision_config": IMAGE}
@@ -224,6 +227,11 @@ MORE = {
     ),
     "XLM-R": _classifier("XLMRobertaConfig", TEXT | {"type_vocab_size": 1}, QUERY),
     "CamemBERT": _classifier("CamembertConfig", TEXT | {"type_vocab_size": 1}, QUERY),
+    "ERNIE": _classifier("ErnieConfig", TEXT, QUERY),
+    "ConvBERT": _classifier("ConvBertConfig", TEXT | {"embedding_size": 64}, QUERY),
+    "FNet": _classifier("FNetConfig", TEXT, ["intermediate.dense", "output.dense"]),
+    "LayoutLM": _classifier("LayoutLMConfig", TEXT, QUERY),
+    "Megatron-BERT": _classifier("MegatronBertConfig", TEXT, QUERY),
     "EuroBERT": _classifier("EuroBertConfig", PADDED, PAIR),
     "Nomic": _other("NomicBertConfig", "", TEXT | {"pad_token_id": 0}, PAIR, "FEATURE_EXTRACTION"),
     "Qwen3, embedder": _other("Qwen3Config", "", HEADED, PAIR, "FEATURE_EXTRACTION"),
@@ -241,6 +249,11 @@ MORE = {
     "Swin": _other("SwinConfig", "ForImageClassification", SWIN, PAIR),
     "SigLIP": _other("SiglipConfig", "ForZeroShotImageClassification", SIGLIP, PAIR),
     "SegFormer": _other("SegformerConfig", "ForSemanticSegmentation", SEGFORMER, PAIR),
+    "SegFormer, classifier": _other("SegformerConfig", "ForImageClassification", WITHOUT_SIZE, PAIR),
+    "ResNet": _other("ResNetConfig", "ForImageClassification", CONVOLUTIONS | {"layer_type": "basic"}, ["convolution"]),
+    "PVT v2": _other("PvtV2Config", "ForImageClassification", PVT, "all-linear"),
+    "Data2Vec, images": _other("Data2VecVisionConfig", "ForImageClassification", IMAGE, QUERY),
+    "DINOv2 with registers": _other("Dinov2WithRegistersConfig", "ForImageClassification", IMAGE, PAIR),
     "DPT": _other("DPTConfig", "ForDepthEstimation", DEPTH, QUERY),
     "Wav2Vec2, CTC": _other("Wav2Vec2Config", "ForCTC", SOUND, PAIR),
     "Wav2Vec2, classifier": _other("Wav2Vec2Config", "ForAudioClassification", SOUND, PAIR),
@@ -259,5 +272,9 @@ MORE = {
     "M2M100": _translator("M2M100Config", BART | {"max_position_embeddings": 512}, PAIR),
     "mBART": _translator("MBartConfig", BART | {"max_position_embeddings": 512}, PAIR),
     "Pegasus": _translator("PegasusConfig", BART | {"max_position_embeddings": 512}, PAIR),
+    "Blenderbot": _translator("BlenderbotConfig", BART | {"max_position_embeddings": 512}, PAIR),
+    "Blenderbot, small": _translator("BlenderbotSmallConfig", BART | {"max_position_embeddings": 512}, PAIR),
+    "MVP": _translator("MvpConfig", BART | {"max_position_embeddings": 512}, PAIR),
+    "PLBart": _translator("PLBartConfig", BART | {"max_position_embeddings": 512}, PAIR),
     "mT5": _translator("MT5Config", T5 | {"feed_forward_proj": "gated-gelu"}, ["q", "v"]),
 }
