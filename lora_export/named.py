@@ -19,6 +19,8 @@ _ALIKE = 0.7
 # Of a path in a message: what was given may be a whole text.
 _MOST_SHOWN = 200
 _SHOWN_BESIDE, _SHOWN_OF_IT = 4, 8
+# Folders of a folder that are looked into.
+_MOST_LOOKED_INTO = 1000
 # What to do about a path that nothing lies at, and nothing spelled alike beside it, by what was asked for.
 _EXPORTED, _TRAINED = "the folder named with -o when exporting", "the folder that PEFT's save_pretrained wrote"
 _OTHERWISE = {
@@ -35,12 +37,20 @@ _OTHER_FILES = {
 }
 
 
+def expanded(given: str | Path) -> Path:
+    """`given` with `~` as the home directory; as it is where there is no such user."""
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        return Path(given)
+
+
 def near(given: str | Path) -> str | None:
     """A question that names a path which is there and is spelled like `given`, which is not; None without.
 
     One part of the path may be mistyped: of `adaptres/topic` it is `adapters/topic`.
     """
-    path = Path(given).expanduser()
+    path = expanded(given)
     if is_there(path):
         return None
     wrong = next(each for each in (*reversed(path.parents), path) if not is_there(each))
@@ -50,7 +60,10 @@ def near(given: str | Path) -> str | None:
 
 
 def _names_in(folder: Path, *, hidden: bool) -> list[str]:
-    names = sorted(each.name for each in folder.iterdir()) if is_folder(folder) else []
+    try:
+        names = sorted(each.name for each in folder.iterdir()) if is_folder(folder) else []
+    except PermissionError:  # a folder that may be entered and not listed
+        names = []
     return [name for name in names if hidden or not name.startswith(".")]
 
 
@@ -69,9 +82,16 @@ def no_such(kind: str, given: str | Path, *, expected: str | None = None) -> Inp
         f"There is no such {kind}",
         where=str(given)[:_MOST_SHOWN],
         expected=expected,
-        found="nothing at this path",
+        found=_what_lies_at(given),
         next_step=what_to_do(given, kind),
     )
+
+
+def _what_lies_at(given: str | Path) -> str:
+    path = expanded(given)
+    if not is_there(path):
+        return "nothing at this path"
+    return "a folder" if is_folder(path) else "a file"
 
 
 def require_there(kind: str, given: str | Path | None) -> None:
@@ -80,7 +100,7 @@ def require_there(kind: str, given: str | Path | None) -> None:
     Raises:
         InputRefused: See `no_such`.
     """
-    if given is not None and not is_there(Path(given).expanduser()):
+    if given is not None and not is_there(expanded(given)):
         raise no_such(kind, given)
 
 
@@ -89,7 +109,8 @@ def holds_no(kind: str, folder: Path, *files: str, expected: str) -> InputRefuse
     if not is_there(folder):
         return no_such(kind, folder)
     inside = _names_in(folder, hidden=True)
-    found = sorted({str(path.parent) for name in files for path in folder.glob(f"*/{name}")})
+    found = [str(folder / each) for each in inside[:_MOST_LOOKED_INTO] if not each.startswith(".")
+             if any(is_there(folder / each / name) for name in files)]  # fmt: skip
     return InputRefused(
         f"The folder holds no {kind}",
         where=str(folder),
@@ -105,14 +126,14 @@ def refuse_missing(given: str, *, kind: str) -> None:
     Raises:
         InputRefused: It is named, with the nearest name beside it.
     """
-    if not Path(given).expanduser().exists() and (not _HUB_ID.fullmatch(given) or _is_mistyped(given)):
+    if not expanded(given).exists() and (not _HUB_ID.fullmatch(given) or _is_mistyped(given)):
         refuse_no_folder(given, kind=kind)
 
 
 def _is_mistyped(given: str) -> bool:
     """Whether a letter or two part `given` from what is there: `adapters/topcs`, and no other model of one owner."""
-    path = Path(given).expanduser()
-    others = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    path = expanded(given)
+    others = _names_in(path.parent, hidden=True)
     alike = difflib.get_close_matches(path.name, others, n=len(others) or 1, cutoff=_MISTYPED)
     return any(abs(len(other) - len(path.name)) <= 2 and _digits(other) == _digits(path.name) for other in alike)
 
@@ -127,7 +148,7 @@ def refuse_no_folder(given: str, *, kind: str) -> None:
     Raises:
         InputRefused: Always.
     """
-    path = Path(given).expanduser()
+    path = expanded(given)
     other = _OTHER_FILES.get(path.suffix.lower()) if path.is_file() else None
     raise InputRefused(
         f"The {kind} is not a folder",
@@ -140,7 +161,7 @@ def refuse_no_folder(given: str, *, kind: str) -> None:
 
 def hub_out_of_reach(given: str) -> str:
     """The next step where the hub does not answer: `given` may also be the path of a folder that is not there."""
-    folder = Path(given).expanduser().parent
+    folder = expanded(given).parent
     names = _names_in(folder, hidden=False)
     here = f"check the path, as {folder} holds {some_of(names, _SHOWN_BESIDE)}" if names else "give a folder"
     return near(given) or f"{here}; or set HF_HOME to a cache of the hub that holds it"

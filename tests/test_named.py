@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.named import ANY, holds_no, hub_out_of_reach, near, no_such, refuse_missing, what_to_do
+from lora_export.named import ANY, holds_no, hub_out_of_reach, near, no_such, refuse_missing, require_there, what_to_do
 
 
 @pytest.mark.parametrize("given", ["adapters/topcs", "adapters/topisc", "adapters/topics1"])
@@ -76,3 +76,15 @@ def test_a_folder_that_holds_folders_of_its_kind_names_them(tmp_path):
     assert refused.next_step == f"give one in it: {tmp_path / 'served'}"
     assert holds_no("export", tmp_path / "othr", "made.json", expected="").what == "There is no such export"
     assert holds_no("export", tmp_path / "served/made.json", expected="").found == "a file"
+
+
+@pytest.mark.parametrize("given", ["~nobody-of-this-name/out", "~approx 5"])
+def test_a_home_of_nobody_is_a_path_that_is_not_there(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputRefused, match="There is no such export") as refused:
+        require_there("export", given)
+    assert refused.value.found == "nothing at this path"
+
+
+def test_a_file_or_a_folder_in_its_place_is_called_what_it_is(tmp_path):
+    assert no_such("adapter file", tmp_path).found == "a folder"

@@ -19,5 +19,5 @@
     module_names.py    module names of foreign adapters, found in the base
     peft_writer.py     adapter_config.json of known pairs
 
-Imports artifact, base, carried, compat, contract, errors, folders, reading, site_choice.
+Imports artifact, base, carried, compat, contract, errors, folders, named, reading, site_choice.
 """

@@ -25,6 +25,7 @@ from lora_export.base.weightless import build_weightless, is_conv1d
 from lora_export.carried import carried_files
 from lora_export.errors import InputRefused, some_of
 from lora_export.folders import workplace
+from lora_export.named import expanded
 from lora_export.reading import read_json
 
 SOURCE = "lora_export_source.json"
@@ -38,7 +39,7 @@ def locate_adapter(given: str) -> Path:
         InputRefused: There is none, or it is a file that cannot be an adapter.
         EnvironmentUnusable: See `locate`.
     """
-    path = Path(given).expanduser()
+    path = expanded(given)
     if path.is_file():
         refuse_unreadable(path)
         return path.resolve()
@@ -88,7 +89,7 @@ def source_hashes(folder: Path) -> dict[str, str]:
 
 def _labels_in(folder: Path) -> list[str]:
     """The config of an adapter's model beside it, which says its labels and its padding token, if there is one."""
-    return [path.name for path in folder.glob("config.json")]
+    return [path.name for path in folder.glob("config.json") if path.is_file()]
 
 
 def read_foreign(path: Path) -> ForeignAdapter | None:

@@ -15,7 +15,7 @@ from lora_export.base.quantized import in_floats, refuse_other_dtypes, refuse_qu
 from lora_export.base.sentence_folder import transformer_in
 from lora_export.base.stored import SAFETENSORS_DTYPES, SafetensorsFiles, weight_files
 from lora_export.errors import EnvironmentUnusable, InputRefused
-from lora_export.named import hub_out_of_reach, is_hub_id, near, refuse_no_folder
+from lora_export.named import expanded, hub_out_of_reach, is_hub_id, near, refuse_no_folder
 from lora_export.reading import read_json, read_json_if_there
 
 # What a base folder contributes to an export: weights, configuration, tokenizer, processor, licences.
@@ -40,7 +40,7 @@ def locate(given: str, *, kind: str) -> Located:
         InputRefused: There is neither a folder nor such a hub id; or a GGUF file that is not read.
         EnvironmentUnusable: The hub cannot be reached and its cache does not hold the id.
     """
-    path = Path(given).expanduser()
+    path = expanded(given)
     if path.is_dir():
         return Located(transformer_in(path.resolve()), given)
     if path.is_file() and path.suffix.lower() == ".gguf":
@@ -172,7 +172,10 @@ class Checkpoint:
     def image_size(self) -> tuple[int, int] | None:
         """Height and width of the images that `preprocessor_config.json` makes; None if it does not say."""
         fields = read_json_if_there(self.path / "preprocessor_config.json")
-        size = fields.get("crop_size") if fields.get("do_center_crop", "crop_size" in fields) else fields.get("size")
+        size = fields.get("size")
+        is_exact = isinstance(size, dict) and {"height", "width"} <= size.keys()
+        if fields.get("do_center_crop", "crop_size" in fields and not is_exact):
+            size = fields.get("crop_size")
         if isinstance(size, dict):
             edge = size.get("shortest_edge")
             size = [size.get("height", edge), size.get("width", edge)]

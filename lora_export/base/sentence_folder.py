@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 import numpy as np
@@ -19,9 +19,8 @@ import torch
 from lora_export.base.stored import SafetensorsFiles, refuse_pickles
 from lora_export.errors import InputRefused
 from lora_export.reading import is_folder, json_of, read_json
-from lora_export.sentence import Activation, Dense, Pooling, SentenceEmbedding
+from lora_export.sentence import MODULES, PROMPTS, TEXT_SETTINGS, Activation, Dense, Pooling, SentenceEmbedding
 
-MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
 _PACKAGE = "sentence_transformers."
 TRANSFORMER, _POOLING, _DENSE, _NORMALIZE, _DROPOUT = "Transformer", "Pooling", "Dense", "Normalize", "Dropout"
 # What a module reads and writes, where its config does not say so.
@@ -36,7 +35,6 @@ _FLAGS = {
     "pooling_mode_lasttoken": Pooling.LAST_TOKEN,
 }
 # Where a Transformer's settings are, today and in older releases.
-_SETTINGS = ("sentence_bert_config.json", "sentence_*_config.json")
 _INSTEAD = "name the pooling with --pooling, such as --pooling mean, or leave it to the host with --pooling none"
 
 
@@ -100,7 +98,7 @@ def module_folders(root: Path) -> dict[str, str]:
 def is_setting_of(name: str, kind: str) -> bool:
     """Whether a file of this name is read of the folder of a module of class `kind`."""
     of_kind = {_DENSE: ("model.safetensors",), TRANSFORMER: (MODULES, PROMPTS)}.get(kind, ())
-    return name in ("config.json", *of_kind) or (kind == TRANSFORMER and any(map(Path(name).match, _SETTINGS)))
+    return name in ("config.json", *of_kind) or (kind == TRANSFORMER and any(map(Path(name).match, TEXT_SETTINGS)))
 
 
 def _transformer_path(root: Path) -> str | None:
@@ -186,7 +184,7 @@ def transformer_settings(root: Path) -> dict:
 def _settings_files(root: Path) -> list[Path]:
     """The files that may hold the settings of a Transformer; the first is the one that does."""
     places = dict.fromkeys((transformer_in(root), root))
-    return [path for place in places for name in _SETTINGS for path in sorted(place.glob(name))]
+    return [path for place in places for name in TEXT_SETTINGS for path in sorted(place.glob(name))]
 
 
 def files_read(folder: Path, head: SentenceHead | None) -> tuple[Path, tuple[Path, ...]]:
@@ -200,8 +198,11 @@ def files_read(folder: Path, head: SentenceHead | None) -> tuple[Path, tuple[Pat
 
 
 def says_embedding(files: Collection[str]) -> bool:
-    """Whether what was read of an adapter says how it embeds: beside `modules.json` the config of another module."""
-    return MODULES in files and any(file.endswith("/config.json") for file in files)
+    """Whether what was read of a source says how it embeds: beside `modules.json` a pooling, a folder of which the
+    config is all there is."""
+    folders = [PurePosixPath(file).parent for file in files]
+    configs = [path.parent for path in map(PurePosixPath, files) if path.name == "config.json" and len(path.parts) > 1]
+    return MODULES in files and any(folders.count(folder) == 1 for folder in configs)
 
 
 def _require_last_states(root: Path) -> None:

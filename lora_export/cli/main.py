@@ -24,7 +24,7 @@ from lora_export.cli.run import run
 from lora_export.cli.serve import serve_command
 from lora_export.cli.verify import verify_command
 from lora_export.errors import UsageProblem
-from lora_export.named import refuse_missing, refuse_no_folder
+from lora_export.named import expanded, refuse_missing, refuse_no_folder
 from lora_export.quiet import leave_quantized_layers_out
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -68,7 +68,7 @@ def _export(mode: str, paths: Sequence[str], flags: options.ExportFlags, *, how:
     with guarded(display):
         base, adapters = base_and_adapters(paths, flags.names)
         if mode == "dynamic" and not adapters and not how.targets:
-            if not Path(paths[0]).expanduser().exists():
+            if not expanded(paths[0]).exists():
                 refuse_no_folder(paths[0], kind="base or adapter")
             raise UsageProblem("Nothing to serve: no adapter and no --targets", next_step="name at least one of them")
         display.start(f"lora-export {mode}")

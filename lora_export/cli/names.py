@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_export.artifact import read_manifest
 from lora_export.errors import UsageProblem
-from lora_export.named import refuse_missing
+from lora_export.named import expanded, refuse_missing
 
 
 def moved(out: Path, adapters: Mapping[str | None, str], data: Iterable[str | None] = ()) -> dict[str, str]:
@@ -47,7 +47,7 @@ def base_and_adapters(
     first = "base" if len(paths) > 1 else "base or adapter"
     for place, path in enumerate(paths):
         refuse_missing(path, kind="adapter" if place else first)
-    first_is_adapter = (Path(paths[0]).expanduser() / "adapter_config.json").is_file()
+    first_is_adapter = (expanded(paths[0]) / "adapter_config.json").is_file()
     return (None, named(paths, names)) if first_is_adapter else (paths[0], named(paths[1:], names))
 
 

@@ -26,7 +26,7 @@ from lora_export.export.quantizing import require_possible
 from lora_export.export.resolve import resolve
 from lora_export.export.targets import target_modules
 from lora_export.integrity.signature import signer_with
-from lora_export.named import ANY, holds_no
+from lora_export.named import ANY, expanded, holds_no
 from lora_export.reading import CONFIG
 from lora_export.runtime.session import choose_provider
 from lora_export.staging import refuse_existing
@@ -187,7 +187,7 @@ def inspect_path(given: str) -> dict:
     Raises:
         InputRefused: It is none of them.
     """
-    is_file = Path(given).expanduser().is_file()
+    is_file = expanded(given).is_file()
     if is_file and Path(given).suffix.lower() == ".gguf":
         return _base_fields(Checkpoint.open(locate(given, kind="base")))
     path = locate_adapter(given) if is_file else locate(given, kind=ANY).path

@@ -15,6 +15,7 @@ from lora_export.base.tasks import Task, graphs_of
 from lora_export.contract import SINGLE, graph_file
 from lora_export.errors import InputRefused, UsageProblem
 from lora_export.graph.given import external_files, float_dtype, open_given
+from lora_export.named import expanded
 from lora_export.other_tools import GENAI_CONFIG, find_graph, json_beside
 
 
@@ -67,7 +68,7 @@ def locate_graph(given: str, task: Task, *, dtype: str | None, is_quantized: boo
             found=f"{task}, which has {', '.join(graphs_of(task))}",
             next_step="leave --graph out",
         )
-    path = find_graph(Path(given).expanduser())
+    path = find_graph(expanded(given))
     path = path.parent.resolve() / path.name  # a link in a hub's cache has its weights beside the link
     model = open_given(path)
     files, settings = (path, *external_files(model, path)), json_beside(path, GENAI_CONFIG)

@@ -68,8 +68,8 @@ def remarks_on_labels(folders: Sequence[AdapterFolder], configs: Sequence, task:
     )
 
 
-def _are_numbers(labels: Mapping[int, str]) -> bool:
-    return all(label == f"LABEL_{index}" for index, label in labels.items())
+def _are_numbers(labels: Mapping[int, str] | None) -> bool:
+    return labels is None or all(label == f"LABEL_{index}" for index, label in labels.items())
 
 
 def merged_config(folders: Sequence[AdapterFolder], configs: Sequence):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from lora_export.adapters.folder import CONFIG, AdapterFolder
 from lora_export.base.checkpoint import Located, locate
 from lora_export.errors import EnvironmentUnusable, InputRefused, LoraExportError
+from lora_export.named import expanded
 
 _HUB_FOLDER = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -41,7 +41,7 @@ def _with_revision(base: str, folders: Sequence[AdapterFolder]) -> str:
     """A hub id with the revision that the adapters record, if it is one and the same."""
     revisions = {folder.config.get("revision") for folder in folders}
     revision = revisions.pop() if len(revisions) == 1 else None
-    is_id = not Path(base).expanduser().exists() and "@" not in base
+    is_id = not expanded(base).exists() and "@" not in base
     return f"{base}@{revision}" if revision and is_id else base
 
 

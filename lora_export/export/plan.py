@@ -27,6 +27,7 @@ from lora_export.export.origin import another_base, locate_base, quantized_train
 from lora_export.export.padding import choose_padding, reads_last_token, with_padding
 from lora_export.export.pooling import choose_head, task_for
 from lora_export.export.task_choice import choose_task
+from lora_export.named import expanded
 from lora_export.quantization import AS_STORED, Method, Quantization
 
 
@@ -273,5 +274,5 @@ def _refuse_activated(folders: Sequence[AdapterFolder], task: Task) -> None:
 
 def local_path(given: str) -> str:
     """A path as it is recorded in a manifest: absolute if it is a folder here, so that `check` finds it."""
-    path = Path(given).expanduser()
+    path = expanded(given)
     return str(path.resolve()) if path.exists() else given

@@ -22,6 +22,7 @@ from lora_export.base.sentence_folder import (
 )
 from lora_export.base.tasks import Task
 from lora_export.errors import InputRefused, UsageProblem
+from lora_export.named import expanded
 from lora_export.reading import read_json_if_there
 from lora_export.sentence import AUTO, NONE, Pooling, SentenceEmbedding, equal_embeddings
 
@@ -81,7 +82,7 @@ def choose_head(
     if pooling in tuple(Pooling):
         return ChosenHead(SentenceHead(SentenceEmbedding((Pooling(pooling),))))
     if pooling != AUTO:
-        head = _of_folder(Path(pooling).expanduser(), base, own)
+        head = _of_folder(expanded(pooling), base, own)
         return ChosenHead(head, {} if head.embedding.source is None else {head.embedding.source: head})
     found = [read_head(root, name) for name, root in own.items()] or ([read_head(base, "")] if base else [])
     if not found:

@@ -18,7 +18,7 @@ _MEANINGS = (
      "the model's config says nothing of {what}, which is needed to call it"),
     (re.compile(r"Failed to convert the exported program|No ONNX function|No decompositions"),
      "the model does something that ONNX has no operator for"),
-    (re.compile(r"size of tensor|reduction dim|normalized_shape|broadcast|shape|kernel_size"),
+    (re.compile(r"size of tensor|reduction dim|normalized_shape|broadcast|\bshapes?\b|kernel_size"),
      "inputs of the usual shape do not fit the model, or sizes in its config do not fit each other"),
 )  # fmt: skip
 _ELSE = "the model's own code failed on inputs of the usual kind"

@@ -16,11 +16,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lora_export.adapters.folder import AdapterFolder
 from lora_export.artifact import REPORTS, Manifest, read_manifest, record_from, sha256_of, write_manifest
-from lora_export.base.checkpoint import locate
+from lora_export.base.checkpoint import Located, locate
 from lora_export.environment import environment, n_cores
 from lora_export.errors import EnvironmentUnusable, InputRefused, some_of
-from lora_export.export.origin import another_base
+from lora_export.export.origin import another_base, quantized_training
 from lora_export.export.plan import local_path
 from lora_export.export.pooling import task_for
 from lora_export.fleet import state
@@ -179,7 +180,7 @@ def _outcomes(
     assignments: list[Packing] = []
     for each in opened:
         files = (dict(each.hashes), dict(each.carried), each.data_sha256)
-        facts = [graph.key, *files, options.n_rows, dict(options.tolerances), another_base(each.folder, used)]
+        facts = [graph.key, *files, options.n_rows, dict(options.tolerances), *_said_of(each.folder, used)]
         key, name = state.hash_of(facts), each.entry.name
         kept = ((old[name], folder) for folder, old in places if name in old and _still_holds(old[name], key, folder))
         outcome, folder = next(kept, (None, None))
@@ -192,6 +193,12 @@ def _outcomes(
         state.add_outcome(work, outcome)
         yield outcome, work / "packed"
         progress("packing and comparing", done, len(assignments))
+
+
+def _said_of(folder: AdapterFolder, used: Located) -> list[str]:
+    """What an adapter's folder says of the base that it was trained on, on which its remarks go."""
+    other, trained = another_base(folder, used), quantized_training(folder)
+    return [each for each in (other and f"{other} on {used.given}", trained) if each is not None]
 
 
 def _appearing(

@@ -24,7 +24,7 @@ from lora_export.progress import Progress
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-_FETCHED = ("adapter_config.json", "adapter_model.safetensors", "config.json")
+_FETCHED = ("adapter_config.json", "adapter_model.safetensors", "config.json", "README.md")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # What this machine is short of, whichever adapter is read.
 _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)

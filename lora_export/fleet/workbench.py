@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_export.adapters.initialization import changes_base
 from lora_export.artifact import AdapterRecord, Manifest, SourceRecord, read_manifest
-from lora_export.base.sentence_folder import MODULES, sentence_root
+from lora_export.base.sentence_folder import sentence_root
 from lora_export.base.tasks import Task
 from lora_export.carried import copy_carried
 from lora_export.check.context import run_export, run_reference
@@ -37,7 +37,7 @@ from lora_export.fleet.kinds import ReaderOfKinds
 from lora_export.fleet.outcomes import AdapterOutcome, Outcome
 from lora_export.fleet.sources import refusal
 from lora_export.runtime.adapter_session import AdapterSession
-from lora_export.sentence import NONE
+from lora_export.sentence import MODULES, NONE
 
 
 class Workbench:

@@ -4,5 +4,5 @@
     sources.py    base and adapters, found again
     signature.py  OpenSSF model signing
 
-Imports adapters, artifact, base, errors, named, own_hash, reading.
+Imports adapters, artifact, base, errors, named, own_hash, reading, sentence.
 """

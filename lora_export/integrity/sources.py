@@ -10,8 +10,10 @@ from lora_export.adapters.foreign import locate_adapter, peft_folder
 from lora_export.adapters.renamed import folder_with_todays_names
 from lora_export.artifact import Manifest, SourceRecord, sha256_of
 from lora_export.base.checkpoint import locate
+from lora_export.base.sentence_folder import says_embedding
 from lora_export.errors import InputRefused
 from lora_export.named import near
+from lora_export.sentence import MODULES, transformer_files
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,10 @@ def locate_source(source: SourceRecord, override: str | None, kind: str, *, hint
     folder = path.parent if path.is_file() else path
     if any(name.startswith(f"{path.name}/") for name in source.files):  # below a folder of sentence-transformers
         folder = path.parent
-    _require_same(folder, source, kind=kind, next_step=f"name the original with {hint}")
+    files = source.files
+    if MODULES in files and not says_embedding(files) and not (folder / MODULES).is_file():
+        folder, files = path, transformer_files(files)  # the Transformer's folder alone: nothing else was read
+    _require_same(folder, files, kind=kind, next_step=f"name the original with {hint}")
     return path
 
 
@@ -75,12 +80,12 @@ def locate_graph_source(source: SourceRecord) -> Path:
         InputRefused: It is not where it was, or is not the one that was exported.
     """
     path = Path(source.given)
-    _require_same(path.parent, source, kind="graph", next_step="put it back where it was")
+    _require_same(path.parent, source.files, kind="graph", next_step="put it back where it was")
     return path
 
 
-def _require_same(folder: Path, source: SourceRecord, *, kind: str, next_step: str) -> None:
-    for name, expected in source.files.items():
+def _require_same(folder: Path, files: Mapping[str, str], *, kind: str, next_step: str) -> None:
+    for name, expected in files.items():
         file = folder / name
         found = sha256_of(file) if file.is_file() else None
         if found != expected:

@@ -24,6 +24,7 @@ from lora_export.errors import InputRefused, UsageProblem
 from lora_export.folders import own_temporary_folder
 from lora_export.runtime.end_tokens import has_adapter_settings
 from lora_export.runtime.tokenizer import TOKENIZER_FILES
+from lora_export.sentence import transformer_files
 from lora_export.serve.models import Models, Served
 from lora_export.serve.names import require_free_name
 from lora_export.serve.problems import Problem, one_line
@@ -100,7 +101,7 @@ class RuntimeAdapters:
         record = next((record for record in manifest.adapters if name in record.files.values()), None)
         if record is None or name not in manifest.files:
             raise _refused(f"The manifest of its export has no adapter file {name!r}", "hash")
-        if manifest.base.files != self.models.manifest.base.files:
+        if transformer_files(manifest.base.files) != transformer_files(self.models.manifest.base.files):
             raise _refused(f"The adapter {path!r} was exported for another base: its files have other hashes", "base")
         if unknown := set(record.files) - set(self.models.manifest.graphs):
             raise _refused(f"The adapter {path!r} was made for another graph: {', '.join(sorted(unknown))}", "base")
