@@ -100,8 +100,12 @@ def run_piece(options: argparse.Namespace) -> None:
         from fuzzing.kinds import kinds
         from fuzzing.subjects import make_subjects
 
+        from lora_export.errors import LoraExportError
+
         kind = kinds(make_subjects(options.work / "subjects"), place)[options.kind]()
-        kind.read(kind.seeds[0])  # what is imported when it is first needed
+        for seed in kind.seeds:  # what is imported when it is first needed
+            with contextlib.suppress(LoraExportError):
+                kind.read(seed)
 
     def done(tally) -> None:
         fields = {"engine": "atheris" if has_atheris else "seeded", "code": code_hash(), "seed": options.seed}

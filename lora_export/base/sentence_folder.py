@@ -18,7 +18,7 @@ import torch
 
 from lora_export.base.stored import SafetensorsFiles, refuse_pickles
 from lora_export.errors import InputRefused
-from lora_export.reading import is_folder, json_of, read_json
+from lora_export.reading import is_file, is_folder, json_of, read_json
 from lora_export.sentence import MODULES, PROMPTS, TEXT_SETTINGS, Activation, Dense, Pooling, SentenceEmbedding
 
 _PACKAGE = "sentence_transformers."
@@ -246,13 +246,13 @@ def _pooling(place: Path) -> tuple[Pooling, ...]:
 def _plain_config(place: Path, kind: str) -> list[Path]:
     """The config of a module, if it has one; refused where it works on something else than the embedding."""
     config = place / "config.json"
-    fields = read_json(config) if config.is_file() else {}
+    fields = read_json(config) if is_file(config) else {}
     plain_values = {"module_input_name": _EMBEDDING, "module_output_name": _EMBEDDING, "use_residual": False}
     for name, plain in plain_values.items():
         if fields.get(name) not in (None, plain):
             _refuse(f"A {kind} of this kind cannot be part of the graph", f"{config}: {name}", expected=repr(plain),
                     found=repr(fields[name]))  # fmt: skip
-    return [config] if config.is_file() else []
+    return [config] if is_file(config) else []
 
 
 def _dense(place: Path) -> Dense:
@@ -265,7 +265,7 @@ def _dense(place: Path) -> Dense:
         _refuse("The activation of a Dense cannot be part of the graph", f"{config}: activation_function",
                 expected=", ".join(Activation), found=named)  # fmt: skip
     file = place / "model.safetensors"
-    if not file.is_file():
+    if not is_file(file):
         refuse_pickles(place, "Dense")
         _refuse(
             "A Dense has no weights",

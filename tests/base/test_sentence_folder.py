@@ -167,6 +167,14 @@ def test_a_list_of_modules_that_is_none_is_refused(text, said, tmp_path):
         read_head(tmp_path, "")
 
 
+def test_a_module_at_a_path_longer_than_a_name_may_be_has_no_config(tmp_path):
+    root = write_head(tmp_path, "Normalize")
+    modules = json.loads((root / "modules.json").read_text())
+    modules[-1]["path"] = 300 * "a"
+    (root / "modules.json").write_text(json.dumps(modules))
+    assert read_head(root, "").embedding.layers == (None,)
+
+
 def test_pickled_weights_of_a_linear_layer_are_refused(tmp_path):
     root = write_head(tmp_path, "Dense")
     (root / "2_Dense" / "model.safetensors").rename(root / "2_Dense" / "pytorch_model.bin")
