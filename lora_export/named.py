@@ -154,7 +154,7 @@ def refuse_no_folder(given: str, *, kind: str) -> None:
         f"The {kind} is not a folder",
         where=given,
         expected=f"a folder holding the {kind}, or a hub id such as owner/name",
-        found="a file" if path.exists() else "nothing at this path",
+        found=_what_lies_at(given),
         next_step=other or what_to_do(given, kind),
     )
 

@@ -22,7 +22,8 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 
 SENTENCE_EMBEDDING = "sentence_embedding"
-# Files of a sentence-transformers folder: its modules, its prompts, and what its Transformer's texts are cut by.
+# Files of a sentence-transformers folder: its modules, its prompts, and its Transformer's settings, today and in older
+# releases.
 MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
 TEXT_SETTINGS = ("sentence_bert_config.json", "sentence_*_config.json")
 # What may be asked for besides a way to pool: what the folders say, and hidden states alone.
@@ -111,7 +112,7 @@ def transformer_files(files: Mapping[str, str]) -> dict[str, str]:
     """Of a source's files, by path: the Transformer's own, by name, without what says how its folder embeds."""
     if MODULES not in files:
         return dict(files)
-    weights = (name for name in files if name.endswith((".safetensors", "/adapter_config.json", "adapter_config.json")))
+    weights = (name for name in files if name.endswith((".safetensors", "adapter_config.json")))
     place = min(PurePosixPath(name).parent for name in weights)  # before the folders of layers: `0_Transformer`
     of_folder = (MODULES, PROMPTS, *TEXT_SETTINGS)
     own = {PurePosixPath(name): found for name, found in files.items()}

@@ -89,7 +89,7 @@ def source_hashes(folder: Path) -> dict[str, str]:
 
 def _labels_in(folder: Path) -> list[str]:
     """The config of an adapter's model beside it, which says its labels and its padding token, if there is one."""
-    return [path.name for path in folder.glob("config.json") if path.is_file()]
+    return ["config.json"] if (folder / "config.json").is_file() else []
 
 
 def read_foreign(path: Path) -> ForeignAdapter | None:
@@ -170,9 +170,9 @@ def _carry(path: Path, adapter: ForeignAdapter, folder: Path) -> None:
     source = path.parent if path.is_file() else path
     files = [adapter.file] + ([source / _PEFT_FILES[0]] if adapter.dialect is Dialect.MLX else [])
     if path.is_dir():
-        files += [path / name for name in _labels_in(path)]
-        extra = [*carried_files(path), *path.glob("config.json")]
-        for file in extra:
+        labels = [path / name for name in _labels_in(path)]
+        files += labels
+        for file in (*carried_files(path), *labels):
             shutil.copyfile(file, folder / file.name)
     hashes = {file.name: sha256_of(file) for file in files}
     (folder / SOURCE).write_text(json.dumps(hashes, sort_keys=True), encoding="utf-8")

@@ -18,8 +18,8 @@ from lora_export.errors import EnvironmentUnusable, InputRefused
 from lora_export.named import expanded, hub_out_of_reach, is_hub_id, near, refuse_no_folder
 from lora_export.reading import read_json, read_json_if_there
 
-# What a base folder contributes to an export: weights, configuration, tokenizer, processor, licences.
 _LONGEST_SIDE = 1 << 14  # of an image, in pixels
+# What a base folder contributes to an export: weights, configuration, tokenizer, processor, licences.
 _WANTED_FROM_HUB = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
 
 

@@ -34,7 +34,6 @@ _FLAGS = {
     "pooling_mode_weightedmean_tokens": Pooling.WEIGHTED_MEAN,
     "pooling_mode_lasttoken": Pooling.LAST_TOKEN,
 }
-# Where a Transformer's settings are, today and in older releases.
 _INSTEAD = "name the pooling with --pooling, such as --pooling mean, or leave it to the host with --pooling none"
 
 

@@ -129,18 +129,7 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
         LoraExportError: Anything that cannot be exported, by name, with the way out.
     """
     folders = opened_folders(request)
-    _refuse_equal_names(folders)
-    if len(request.weight_of_each) != len(folders):
-        raise UsageProblem(
-            "--weight is given once for each adapter, in order",
-            expected=f"{len(folders)} weights",
-            found=f"{len(request.weights)}",
-        )
-    for folder in folders:
-        require_supported(folder.config, request.mode, folder.name, convert_rank=request.convert_rank)
-        if request.quantization is not None:
-            require_taken(folder.config, request.mode, folder.name)
-    _refuse_folded(request)
+    _require_exportable(request, folders)
     checkpoint = Checkpoint.open(locate_base(request.base, folders))
     chosen = choose_task(task_for(request.task, request.pooling), checkpoint, folders)
     task, model = chosen.task, chosen.model
@@ -180,6 +169,22 @@ def make_plan(request: Request, *, added_to: Path | None = None) -> Plan:
     remarks += _remarks_on_training(folders, checkpoint)
     found = (request, checkpoint, folders, task, dtype, config, adapter_configs, carried, pad_token_id)
     return Plan(*found, model, others, remarks, given, chosen_head.head, chosen_head.own)
+
+
+def _require_exportable(request: Request, folders: Sequence[AdapterFolder]) -> None:
+    """Refuse what the request and the adapters' configs alone say cannot be exported."""
+    _refuse_equal_names(folders)
+    if len(request.weight_of_each) != len(folders):
+        raise UsageProblem(
+            "--weight is given once for each adapter, in order",
+            expected=f"{len(folders)} weights",
+            found=f"{len(request.weights)}",
+        )
+    for folder in folders:
+        require_supported(folder.config, request.mode, folder.name, convert_rank=request.convert_rank)
+        if request.quantization is not None:
+            require_taken(folder.config, request.mode, folder.name)
+    _refuse_folded(request)
 
 
 def _refuse_folded(request: Request) -> None:

@@ -21,7 +21,7 @@ from lora_export.artifact import REPORTS, Manifest, read_manifest, record_from, 
 from lora_export.base.checkpoint import Located, locate
 from lora_export.environment import environment, n_cores
 from lora_export.errors import EnvironmentUnusable, InputRefused, some_of
-from lora_export.export.origin import another_base, quantized_training
+from lora_export.export.origin import another_base, quantized_training, remark_on
 from lora_export.export.plan import local_path
 from lora_export.export.pooling import task_for
 from lora_export.fleet import state
@@ -198,7 +198,7 @@ def _outcomes(
 def _said_of(folder: AdapterFolder, used: Located) -> list[str]:
     """What an adapter's folder says of the base that it was trained on, on which its remarks go."""
     other, trained = another_base(folder, used), quantized_training(folder)
-    return [each for each in (other and f"{other} on {used.given}", trained) if each is not None]
+    return [each for each in (other and remark_on(folder.name, other, used.given), trained) if each is not None]
 
 
 def _appearing(
