@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,20 @@ def test_options_in_command_lines_exist(line):
     words = line.split()
     used = {word.split("=")[0] for word in words if word.startswith("-")}
     assert used <= options_of(main.commands[words[1]]) | {"--help"}, line
+
+
+def test_figures_of_the_first_page_are_those_of_the_records():
+    results = ROOT / "ci/benchmarks/results"
+    cells = json.loads((results / "matrix.json").read_text(encoding="utf-8"))["cells"]
+    peers = json.loads((results / "peers-x86_64-2cores.json").read_text(encoding="utf-8"))
+    races = [race for part in ("decode", "smollm2", "encode") for race in peers[part]["found"]]
+
+    def median(variant: str) -> float:
+        return statistics.median(r["median"] for race in races for r in race["ratios"] if r["variant"] == variant)
+
+    assert f"[{len(cells)} cells, 0 unexpected]" in README
+    beside = f"merged {median('merged'):.2f} ×, one adapter on all linears {median('one adapter'):.2f} ×."
+    assert beside in README
 
 
 @every_page
